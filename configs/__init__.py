@@ -1,0 +1,1 @@
+"""The typed recipe schema, the shipped recipes and the error tree."""

@@ -1,0 +1,90 @@
+"""The error tree. Every error a user can cause says what, got, expected and a hint.
+
+TinymimError
+├── UserError (exit 2)
+│   ├── RecipeError       the recipe or a flag is wrong
+│   ├── SourceError       the images or shards are wrong
+│   ├── CheckpointError   weights do not exist, do not fit or cannot be trusted
+│   ├── CacheMismatch     a cache was made by something else than what is wanted (I6)
+│   ├── CacheCorrupt      bytes of a cache are missing or changed
+│   └── ViewMismatch      the pixels of a view are not the pixels the teacher saw (I2)
+└── InternalError (exit 1)
+"""
+
+from typing import ClassVar
+
+
+class TinymimError(Exception):
+    """Base of all errors that tinymim raises on purpose.
+
+    Args:
+        what: one sentence that names the thing that is wrong.
+        got: the value found.
+        expected: the value that would have been right.
+        hint: what the user can do next.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what, self.got, self.expected, self.hint = what, got, expected, hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.got is not None:
+            lines.append(f"  got: {self.got}")
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if self.hint is not None:
+            lines.append(f"  hint: {self.hint}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders (loader workers); the default would drop the keyword arguments.
+        return _rebuild, (type(self), self.what, self.got, self.expected, self.hint)
+
+
+def _rebuild(kind: type[TinymimError], what: str, got: object, expected: object, hint: str | None) -> TinymimError:
+    return kind(what, got=got, expected=expected, hint=hint)
+
+
+class UserError(TinymimError):
+    """Something the user can mend."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe or a flag is wrong."""
+
+
+class SourceError(UserError):
+    """Images or shards are missing, unreadable or inconsistent."""
+
+
+class CheckpointError(UserError):
+    """Weights do not exist, do not fit the model, or cannot be loaded safely."""
+
+
+class CacheMismatch(UserError):
+    """A cache was made by something other than what is wanted; names the field."""
+
+
+class CacheCorrupt(UserError):
+    """A committed unit of a cache is missing bytes or has changed bytes; names unit and array."""
+
+
+class ViewMismatch(UserError):
+    """A replayed view's pixels differ from the pixels the teacher saw; names image and view."""
+
+
+class InternalError(TinymimError):
+    """A bug of ours or of the machine."""

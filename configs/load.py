@@ -1,0 +1,250 @@
+"""Recipes in and out: YAML file + `--set a.b=c` -> one frozen, validated recipe, or one RecipeError.
+
+The YAML is 1.1 as PyYAML reads it, with two differences: `1e-3` is a number, and a repeated key is an error.
+Relative paths inside a recipe are relative to the working directory of the command, not to the recipe.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from reprlib import Repr
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.schema import RECIPES, Recipe, Section
+
+_FIELDS_HINT = "every field, with its default and meaning, is in tinymim/configs/schema.py"
+# Values in messages are cut: a recipe may hold a section where a number belongs.
+_short = Repr()
+_short.maxstring = _short.maxother = 60
+
+
+# ---- reading ----
+
+
+def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and validates the recipe of one command.
+
+    Args:
+        path: a file, or the bare name of a shipped recipe such as `demo/teacher`; a file wins.
+        stage: the command, a key of RECIPES; the recipe must say that it is for this command.
+        overrides: `a.b=value` each, value in YAML; they beat the file, later ones beat earlier ones.
+
+    Raises:
+        RecipeError: unreadable file, bad YAML (with line), wrong stage, or all schema problems, one per line.
+    """
+    data = _parse(_read(path), f"recipe {path}")
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"recipe {path} holds no keys", got=_short.repr(data), expected=f"`stage: {stage}` and its fields"
+        )
+    for override in overrides:
+        data = _overridden(data, override)
+    _check_stage(data, path, stage)
+    try:
+        return RECIPES[stage].model_validate(data)
+    except ValidationError as error:
+        lines = [_problem(RECIPES[stage], details) for details in error.errors(include_url=False)]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        what = "\n  ".join([f"recipe {path} has {count}:", *lines])
+        raise RecipeError(what, hint=_FIELDS_HINT) from error
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package, sorted, without `.yaml`: `demo/teacher`, ..."""
+    return sorted(_yaml_names(resources.files("tinymim.configs")))
+
+
+def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _yaml_names(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield prefix + entry.name.removesuffix(".yaml")
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_dir():  # not is_file(): a pipe will do
+            data = path.read_bytes()
+        elif (name := path.as_posix()) in (shipped := shipped_recipes()):
+            data = resources.files("tinymim.configs").joinpath(f"{name}.yaml").read_bytes()
+        else:
+            raise RecipeError(
+                f"recipe {path} not found",
+                got="a folder" if path.is_dir() else "neither a file nor a shipped recipe",
+                expected=f"a file, or a shipped recipe: {', '.join(shipped) or '(none)'}",
+                hint=_did_you_mean(name.removesuffix(".yaml"), shipped),
+            )
+        return data.decode()
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read", got=error) from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"recipe {path}, line {line}: not text in UTF-8", got=error.reason) from error
+
+
+# ---- YAML ----
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses repeated keys and gives every malformed value its line."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first_line: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            identity, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if identity in first_line:
+                problem = f"key `{key.value}` stands twice, first in line {first_line[identity]}"
+                raise ComposerError(None, None, problem, key.start_mark)
+            first_line[identity] = line
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # `!!int x`, `!!bool x`, `2024-13-01`
+            kind = node.tag.rpartition(":")[2]
+            raise ConstructorError(None, None, f"not a valid {kind}: {error}", node.start_mark) from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that writes what _Loader reads back: sections as blocks, lists inline."""
+
+
+def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+
+
+# YAML 1.1 wants a dot and a signed exponent, so that PyYAML reads 1e-3 as a string. The dumper must know too:
+# it quotes a string only if it would be read as something else.
+_EXPONENT_FLOAT = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(list, _represent_list)
+
+
+def _parse(text: str, origin: str) -> Any:
+    """YAML text -> plain Python values. Raises RecipeError that names origin and line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = "; ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(f"{origin}{where}: not valid YAML", got=problem) from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{origin}, line {line}: not valid YAML", got=error.reason) from error
+    except RecursionError as error:
+        raise RecipeError(f"{origin}: nested too deeply") from error
+
+
+# ---- overrides and checks ----
+
+
+def _overridden(data: dict[Any, Any], override: str) -> dict[Any, Any]:
+    """A copy of data with one `a.b=value` applied."""
+    name, equals, value = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(
+            "--set needs a dotted name, `=` and a value", got=override, expected="such as optim.steps=300"
+        )
+    return _replaced(data, keys, _parse(value, f"--set {override}"), override)
+
+
+def _replaced(section: Any, keys: Sequence[str], value: Any, override: str) -> dict[Any, Any]:
+    # Copies along the path: two sections that share a YAML anchor must not change together.
+    if section is not None and not isinstance(section, dict):
+        raise RecipeError(f"--set {override}: `{keys[0]}` cannot be set inside a plain value", got=_short.repr(section))
+    section = section or {}
+    head, *rest = keys
+    return {**section, head: _replaced(section.get(head), rest, value, override) if rest else value}
+
+
+def _check_stage(data: dict[Any, Any], path: Path, stage: str) -> None:
+    got = data.get("stage")
+    if got == stage:
+        return
+    if got is None:
+        raise RecipeError(
+            f"recipe {path} does not say which command it is for",
+            got="no `stage:` line",
+            expected=f"stage: {stage}",
+            hint=f"commands with recipes: {', '.join(RECIPES)}",
+        )
+    if isinstance(got, str) and got in RECIPES:
+        raise RecipeError(
+            f"recipe {path} is for `tinymim {got}`, not for `tinymim {stage}`",
+            got=f"stage: {got}",
+            expected=f"stage: {stage}",
+            hint=f"run: tinymim {got} {path}",
+        )
+    raise RecipeError(
+        f"recipe {path} is for no command of tinymim",
+        got=f"stage: {_short.repr(got)}",
+        expected=f"stage: {stage}",
+        hint=_did_you_mean(str(got), RECIPES) or f"commands with recipes: {', '.join(RECIPES)}",
+    )
+
+
+def _problem(recipe: type[Section], error: ErrorDetails) -> str:
+    """One line: dotted name, message, value."""
+    *parents, key = error["loc"] or ("recipe",)
+    name = ".".join(map(str, error["loc"])) or "recipe"
+    got = _short.repr(error["input"])
+    match error["type"]:
+        case "missing":
+            return f"{name}: missing, and it has no default"
+        case "value_error":  # from a validator of the schema, which states the values itself
+            return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+        case "extra_forbidden":
+            fields = _section(recipe, parents).model_fields
+            near = _did_you_mean(str(key), fields) or f"known here: {', '.join(fields)}"
+            return f"{name}: unknown key (value {got}); {near}"
+        case _:
+            return f"{name}: got {got}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _section(recipe: type[Section], names: Iterable[int | str]) -> type[Section]:
+    """The section class at a path of field names; positions in lists are passed over."""
+    for name in names:
+        if isinstance(name, str):
+            annotation = recipe.model_fields[name].annotation
+            inner = (annotation, *get_args(annotation))
+            recipe = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, Section))
+    return recipe
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else None
+
+
+# ---- writing ----
+
+
+def dump_recipe(recipe: Section) -> str:
+    """The whole recipe, defaults included, in the order of the schema, as YAML that loads back equal."""
+    data = recipe.model_dump(mode="json")
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def recipe_digest(recipe: Section) -> str:
+    """blake2b-128 of the canonical JSON of a recipe or a section: 32 hex digits, equal for equal values."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,262 @@
+"""The one schema of all recipes: frozen, typed, unknown keys refused, all problems reported at once.
+
+A recipe is a YAML file with a `stage:` line that names the command it is for; every other key is a field
+below. `docs/recipes.md` explains them in prose. Defaults are TinyMIM's (Ren et al., CVPR 2023) where it has one.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Relation = Literal["qk", "vv", "qq", "kk"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Precision = Literal["fp32", "bf16", "fp16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, defaults checked like given values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class SourceConfig(Section):
+    """Where images come from: a folder of webdataset tars, with the index `make-shards` wrote or without one."""
+
+    shards: Path
+    pattern: str = "*.tar"  # which tars of the folder belong to the set
+
+
+class ViewConfig(Section):
+    """The view law (I1): RandomResizedCrop + flip, a function of (seed, key, view index) alone."""
+
+    size: Positive = 224  # output pixels, square
+    scale: tuple[Fraction, Fraction] = (0.2, 1.0)  # share of the image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    flip: Fraction = 0.5  # probability of a horizontal flip
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ViewConfig":
+        if not 0.0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be 0 < low <= high, got {self.scale}")
+        if not 0.0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be 0 < low <= high, got {self.ratio}")
+        return self
+
+
+class ModelConfig(Section):
+    """A plain ViT by its timm name; the sizes given here override the named architecture."""
+
+    name: str = "vit_tiny_patch16_224"
+    img_size: Positive = 224
+    patch_size: Positive | None = None
+    embed_dim: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: a timm ViT, its weights, and the block whose q, k, v are taken."""
+
+    name: str = "vit_large_patch16_224.mae"
+    # "hub": timm's pretrained weights of `name`; "package:NAME": weights shipped with tinymim; else a file.
+    weights: str = "hub"
+    block: Positive = 18  # counted from 1; the teacher is cut after this block's qkv
+    precision: Precision = "fp32"
+    # Per-channel normalisation of pixels in 0..1; None: what timm states for `name`.
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+class CodecConfig(Section):
+    """How a target becomes bytes (I4). `sketch` is unbiased with `tail: sampled`; `dense` is for audits."""
+
+    name: Literal["sketch", "dense"] = "sketch"
+    relations: tuple[Relation, ...] = ("qk", "vv")
+    rows: Positive = 64  # query rows drawn per view, relation and head (capped at the token count)
+    head_k: Annotated[int, Field(ge=0)] = 2  # largest entries of a row kept with their value
+    tail_k: Annotated[int, Field(ge=0)] = 4  # systematic draws from the rest of the row
+    tail: Literal["sampled", "renormalise"] = "sampled"  # renormalise: published top-k, biased
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CodecConfig":
+        if not self.relations or len(set(self.relations)) != len(self.relations):
+            raise ValueError(f"relations must be a non-empty list without repeats, got {self.relations}")
+        if self.name == "sketch" and self.tail == "sampled" and self.tail_k == 0:
+            raise ValueError("tail: sampled needs tail_k >= 1 (without draws the sketch is biased)")
+        if self.name == "sketch" and self.tail == "renormalise" and self.head_k == 0:
+            raise ValueError("tail: renormalise needs head_k >= 1")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW with linear warm-up and a cosine to `min_lr`, per step. Give `epochs` or `steps`, not both."""
+
+    batch_size: Positive = 256
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4  # lr at batch 256; scaled linearly with the batch
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Fraction = 0.05  # share of all steps (TinyMIM: 15 of 300 epochs)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # none on biases and 1-D parameters
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "OptimConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"give epochs or steps, exactly one; got epochs={self.epochs}, steps={self.steps}")
+        return self
+
+
+class LoaderConfig(Section):
+    """Reading and decoding. None of this changes a pixel or the order of samples."""
+
+    workers: Annotated[int, Field(ge=0)] = 2
+    prefetch: Positive = 4  # batches per worker
+
+
+class OrderConfig(Section):
+    """The order of samples: a function of (seed, epoch) alone, whatever the number of workers (I10)."""
+
+    seed: int = 0
+    shuffle_units: Positive = 4  # shards whose samples are mixed with one another
+
+
+class RunConfig(Section):
+    """What every training or caching run shares."""
+
+    folder: Path  # resolved recipe, versions, metrics.jsonl, TensorBoard, checkpoints
+    device: Device = "auto"
+    seed: int = 0
+    threads: Positive | None = None  # torch intra-op threads; None: torch's choice
+    log_every: Positive = 20  # steps between metric lines
+
+
+class MaeConfig(Section):
+    """Masked autoencoder (He et al., CVPR 2022), decoder sizes; defaults are MAE-Lite's for ViT-T."""
+
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    decoder_dim: Positive = 96
+    decoder_depth: Positive = 1
+    decoder_heads: Positive = 3
+    norm_pixels: bool = True  # predict pixels normalised per patch
+
+
+class JitterConfig(Section):
+    """Student-only photometric jitter (I3), in the manner of torchvision's ColorJitter."""
+
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+
+
+class VerifyConfig(Section):
+    """How many replayed views have their pixel digest compared with the stored one (I2)."""
+
+    first: Annotated[int, Field(ge=0)] = 4096  # all of the first so many samples of a run
+    every: Annotated[int, Field(ge=0)] = 16  # then one in so many; 0: none
+
+
+class CheckpointConfig(Section):
+    """Training state for resume; one state is kept, replaced atomically."""
+
+    every_steps: Positive = 1000
+    resume: bool = True  # continue from the run folder's state if there is one
+
+
+class PretrainMaeRecipe(Section):
+    """`tinymim pretrain-mae`: make a teacher (or a baseline student) from images alone."""
+
+    stage: Literal["pretrain-mae"]
+    source: SourceConfig
+    views: ViewConfig = ViewConfig()
+    model: ModelConfig
+    mae: MaeConfig = MaeConfig()
+    optim: OptimConfig
+    order: OrderConfig = OrderConfig()
+    loader: LoaderConfig = LoaderConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    precision: Precision = "fp32"
+    run: RunConfig
+
+
+class CacheTeacherRecipe(Section):
+    """`tinymim cache-teacher`: run the teacher once over every view and store the sketches."""
+
+    stage: Literal["cache-teacher"]
+    source: SourceConfig
+    views: ViewConfig = ViewConfig()
+    num_views: Positive = 2
+    teacher: TeacherConfig
+    codec: CodecConfig = CodecConfig()
+    cache: Path
+    batch_size: Positive = 64  # images; each carries num_views views through the teacher
+    max_unreadable: Fraction = 0.01  # share of unreadable images above which the run stops
+    loader: LoaderConfig = LoaderConfig()
+    run: RunConfig
+
+
+class TrainStudentRecipe(Section):
+    """`tinymim train-student`: stream the cache joined with the same views into one student."""
+
+    stage: Literal["train-student"]
+    source: SourceConfig
+    cache: Path
+    student: ModelConfig
+    drop_path: Fraction = 0.1
+    jitter: JitterConfig = JitterConfig()
+    optim: OptimConfig
+    order: OrderConfig = OrderConfig()
+    verify: VerifyConfig = VerifyConfig()
+    loader: LoaderConfig = LoaderConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    precision: Precision = "fp32"
+    run: RunConfig
+
+
+class KnnConfig(Section):
+    """Weighted k-NN on l2-normalised features (Wu et al., CVPR 2018; Caron et al., ICCV 2021)."""
+
+    k: Positive = 20
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+
+
+class LinearProbeConfig(Section):
+    """Multinomial logistic regression on standardised features by L-BFGS, full batch."""
+
+    l2: Annotated[float, Field(ge=0)] = 1e-3
+    max_iter: Positive = 200
+
+
+class EvaluateRecipe(Section):
+    """`tinymim evaluate`: k-NN and linear probe of a frozen encoder on labelled shards."""
+
+    stage: Literal["evaluate"]
+    train: SourceConfig
+    val: SourceConfig
+    model: ModelConfig
+    weights: str  # "random", "hub", "package:NAME", or a file
+    block: Positive | None = None  # features after this block, counted from 1; None: the last, with final norm
+    pool: Literal["mean", "cls"] = "mean"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    resize_ratio: Annotated[float, Field(ge=1)] = 1.143  # short side = size x ratio, then centre crop (256/224)
+    batch_size: Positive = 256
+    knn: KnnConfig = KnnConfig()
+    linear: LinearProbeConfig = LinearProbeConfig()
+    loader: LoaderConfig = LoaderConfig()
+    run: RunConfig
+
+
+Recipe = PretrainMaeRecipe | CacheTeacherRecipe | TrainStudentRecipe | EvaluateRecipe
+RECIPES: dict[str, type[Recipe]] = {
+    "pretrain-mae": PretrainMaeRecipe,
+    "cache-teacher": CacheTeacherRecipe,
+    "train-student": TrainStudentRecipe,
+    "evaluate": EvaluateRecipe,
+}

@@ -1,0 +1,156 @@
+"""Weights in and out: safetensors, official MAE `.pth` (encoder under `model`), timm's hub. Never pickle.
+
+Loading is strict in what matters: every parameter of the encoder must be in the file. Keys of the file that are
+no part of an encoder (decoder, heads, mask token) are dropped and reported.
+"""
+
+import hashlib
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from tinymim.configs.errors import CheckpointError
+
+_NOT_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.")
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What `load_weights` did: the digest of the loaded tensors, and the file's keys it had no use for."""
+
+    sha256: str
+    dropped: tuple[str, ...]
+
+
+def weights_path(weights: str) -> Path:
+    """Resolve "package:NAME" to a file shipped with tinymim, anything else to a path.
+
+    Raises:
+        CheckpointError: no such file.
+    """
+    if weights.startswith("package:"):
+        folder = Path(str(importlib.resources.files("tinymim.models") / "weights"))
+        path = folder / f"{weights.removeprefix('package:')}.safetensors"
+        shipped = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
+        hint = f"shipped weights: {shipped}"
+    else:
+        path, hint = Path(weights), "give a .safetensors or .pth file, 'hub', or 'package:NAME'"
+    if not path.is_file():
+        raise CheckpointError("weights file does not exist", got=path, hint=hint)
+    return path
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a `.pth` / `.pt` file (bare or under `model` / `state_dict`).
+
+    Raises:
+        CheckpointError: not a readable checkpoint, or one that holds more than tensors and plain values.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file", got=error) from error
+        return tensors
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here, all of them meaning the same to the user
+        raise CheckpointError(
+            f"{path} cannot be loaded as plain tensors",
+            got=str(error).splitlines()[0][:200],
+            hint="re-save it as safetensors; files that need pickle are refused",
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds no state dict", got=type(loaded).__name__)
+    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata strings of a safetensors file (what made it)."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def load_weights(model: nn.Module, weights: str) -> LoadedWeights:
+    """Load a file into an encoder.
+
+    A position embedding of another grid is resampled (timm's bicubic); everything else must fit.
+
+    Raises:
+        CheckpointError: the file is absent or unreadable, or keys are missing, unexpected or of another
+            shape (all are listed).
+    """
+    path = weights_path(weights)
+    tensors = _strip_prefix(read_tensors(path))
+    dropped = tuple(sorted(name for name in tensors if name.startswith(_NOT_ENCODER)))
+    tensors = {name: tensor.float() for name, tensor in tensors.items() if name not in dropped}
+    tensors = _fit_position(model, tensors)
+    wanted = model.state_dict()
+    missing = sorted(wanted.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - wanted.keys())
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if tensors[name].shape != wanted[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            f"{path} does not fit the model",
+            got=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}; other shape: {_some(shapes)}",
+            expected=f"{len(wanted)} tensors of the model",
+            hint="check the model's name, img_size, patch_size, embed_dim, depth and num_heads",
+        )
+    model.load_state_dict(tensors, strict=True)
+    return LoadedWeights(tensors_sha256(model.state_dict()), dropped)
+
+
+def _strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Our own MAE state and DataParallel checkpoints carry a prefix; encoders of both are the same otherwise.
+    for prefix in ("module.", "encoder."):
+        if any(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _fit_position(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    table, wanted = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
+    if table is None or wanted is None or table.shape[1] == wanted.shape[1] or table.shape[2:] != wanted.shape[2:]:
+        return tensors
+    grid = model.patch_embed.grid_size  # type: ignore[union-attr]
+    prefix = wanted.shape[1] - grid[0] * grid[1]  # type: ignore[index]
+    return tensors | {"pos_embed": resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)}  # type: ignore[arg-type]
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, dtypes, shapes and values: the identity of weights whatever file they came in."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], half: bool = False) -> bytes:
+    """Serialise tensors with metadata that says what made them; `half` stores floats as fp16."""
+    ready = {
+        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
+    return bytes(safetensors.torch.save(ready, dict(metadata)))

@@ -1,0 +1,102 @@
+"""Masked autoencoder (He et al., CVPR 2022) around any plain timm ViT; sizes of the decoder by recipe."""
+
+import torch
+from timm.layers import LayerNorm
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.schema import MaeConfig
+from tinymim.models.vit import patchify, sincos_table
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder on visible tokens only, light decoder, mean squared error on masked patches.
+
+    Args:
+        encoder: a plain ViT; it is trained in place and exported as it is.
+        config: mask ratio and decoder sizes.
+    """
+
+    position: Tensor
+
+    def __init__(self, encoder: VisionTransformer, config: MaeConfig) -> None:
+        super().__init__()
+        if encoder.num_prefix_tokens != 1 or encoder.pos_embed is None:
+            raise RecipeError(
+                "masked pre-training needs a ViT with a class token and no register tokens",
+                got=f"{encoder.num_prefix_tokens} prefix tokens",
+            )
+        self.encoder = encoder
+        self.config = config
+        self.patch = encoder.patch_embed.patch_size[0]
+        rows, columns = encoder.patch_embed.grid_size
+        dim = config.decoder_dim
+        self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("position", sincos_table(dim, rows, columns, prefix=1))
+        self.decoder_blocks = nn.ModuleList(
+            Block(dim, config.decoder_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, self.patch**2 * 3)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for name, module in self.named_modules():
+            if name.startswith("decoder") and isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error on masked patches.
+
+        Args:
+            images: normalised pixels [B, 3, S, S].
+            noise: [B, patches]; the patches with the smallest noise stay visible (randomness is handed in).
+
+        Returns:
+            scalar loss.
+        """
+        ranks = noise.argsort(dim=1)
+        num_visible = round(noise.shape[1] * (1 - self.config.mask_ratio))
+        visible, masked = ranks[:, :num_visible], ranks[:, num_visible:]
+        prediction = self._decode(self._encode(images, visible), ranks)
+        return nn.functional.mse_loss(
+            _take(prediction, masked), _take(self._target(images), masked).to(prediction.dtype)
+        )
+
+    def _encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Tokens [B, 1 + visible, encoder dim] after the final norm."""
+        encoder = self.encoder
+        assert encoder.pos_embed is not None and encoder.cls_token is not None
+        tokens = encoder.patch_embed(images)
+        has_cls_position = encoder.pos_embed.shape[1] > tokens.shape[1]
+        tokens = _take(tokens + encoder.pos_embed[:, int(has_cls_position) :], visible)
+        cls = encoder.cls_token + (encoder.pos_embed[:, :1] if has_cls_position else 0.0)
+        tokens = torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
+        out: Tensor = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
+        return out
+
+    def _decode(self, tokens: Tensor, ranks: Tensor) -> Tensor:
+        """Predicted patches [B, patches, p*p*3] in raster order."""
+        tokens = self.decoder_embed(tokens)
+        cls, tokens = tokens[:, :1], tokens[:, 1:]
+        missing = self.mask_token.expand(len(tokens), ranks.shape[1] - tokens.shape[1], -1)
+        raster = _take(torch.cat([tokens, missing.to(tokens.dtype)], dim=1), ranks.argsort(dim=1))
+        tokens = torch.cat([cls, raster], dim=1) + self.position
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        out: Tensor = self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+        return out
+
+    def _target(self, images: Tensor) -> Tensor:
+        patches = patchify(images, self.patch)
+        if not self.config.norm_pixels:
+            return patches
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, N, C] at index [B, M] -> [B, M, C]."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,119 @@
+"""Queries, keys and values of one attention block of any timm ViT, and a teacher that stops right there.
+
+The tap is the call of scaled dot-product attention itself, so it sees q and k after their norms and rotary
+embeddings, for fused, split and biased qkv layers alike, without a copy of any model's forward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tinymim.configs.errors import RecipeError
+
+Projections = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, H, T, D]
+
+
+class _Tapped(Exception):
+    """Leaves the forward pass once q, k and v are at hand."""
+
+    def __init__(self, projections: Projections) -> None:
+        self.projections = projections
+
+
+class _AttentionTap(TorchFunctionMode):
+    """Raises `_Tapped` at the first attention call while armed."""
+
+    armed = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.armed and func is nn.functional.scaled_dot_product_attention:
+            raise _Tapped((args[0], args[1], args[2]))
+        return func(*args, **(kwargs or {}))
+
+
+class CutTeacher(nn.Module):
+    """A teacher cut right after block `block`'s q, k, v: nothing behind them is computed or kept.
+
+    Args:
+        model: a timm model with `blocks[i].attn`.
+        block: the block, counted from 1.
+
+    Raises:
+        RecipeError: the model has no such block.
+    """
+
+    def __init__(self, model: nn.Module, block: int) -> None:
+        super().__init__()
+        blocks = getattr(model, "blocks", None)
+        if not isinstance(blocks, nn.Module) or not hasattr(blocks, "__getitem__"):
+            raise RecipeError("the teacher has no attention blocks", got=type(model).__name__, expected="a ViT")
+        if not 1 <= block <= len(blocks):  # type: ignore[arg-type]
+            raise RecipeError(
+                "teacher.block is outside the teacher",
+                got=block,
+                expected=f"1..{len(blocks)}",  # type: ignore[arg-type]
+            )
+        self.model = model
+        self.attention: nn.Module = blocks[block - 1].attn  # type: ignore[index]
+        if not hasattr(self.attention, "fused_attn"):
+            raise RecipeError(
+                f"the tap does not know the attention layer {type(self.attention).__name__}",
+                hint="use a ViT whose attention calls scaled_dot_product_attention",
+            )
+        self.attention.fused_attn = True  # the unfused path makes no call to tap
+        del blocks[block:]  # type: ignore[operator]
+
+    def forward(self, images: Tensor) -> Projections:
+        """q, k, v of the block, each [B, H, T, D], for normalised images [B, 3, S, S]."""
+        tap = _AttentionTap()
+        arm = self.attention.register_forward_pre_hook(lambda _module, _args: setattr(tap, "armed", True))
+        try:
+            with tap:
+                self.model.forward_features(images)  # type: ignore[operator]
+        except _Tapped as tapped:
+            return tapped.projections
+        finally:
+            arm.remove()
+        raise RecipeError(
+            "the teacher's block never called attention", got=type(self.attention).__name__, expected="a plain ViT"
+        )
+
+
+def split_qkv(qkv: Tensor, heads: int) -> Projections:
+    """[B, T, 3 x H x D] -> q, k, v, each [B, H, T, D], in timm's (and MAE's) layout."""
+    batch, tokens, width = qkv.shape
+    q, k, v = qkv.reshape(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def count_tokens(model: nn.Module) -> tuple[tuple[int, int], int]:
+    """The patch grid (rows, columns) and the number of prefix tokens of a ViT."""
+    grid = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    return (int(grid[0]), int(grid[1])), prefix
+
+
+class StudentWithTap(nn.Module):
+    """A plain ViT with a qkv projection on its final norm, the place where it is compared with the teacher.
+
+    The tap is the norm1 + qkv of a thirteenth block whose norm *is* the exported model's final norm: all twelve
+    blocks and the norm are trained by the relation loss, and only `tap`, of no use without a teacher, is dropped
+    at export (docs/decisions/002-thirteenth-tap.md).
+    """
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+        self.heads: int = vit.blocks[-1].attn.num_heads  # type: ignore[union-attr, assignment]
+        self.tap = nn.Linear(vit.embed_dim, 3 * vit.embed_dim)
+        nn.init.xavier_uniform_(self.tap.weight)
+        nn.init.zeros_(self.tap.bias)
+
+    def forward(self, images: Tensor) -> Projections:
+        """q, k, v in the student's own heads, each [B, H, T, D], for normalised images [B, 3, S, S]."""
+        return split_qkv(self.tap(self.vit.forward_features(images)), self.heads)

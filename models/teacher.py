@@ -1,0 +1,95 @@
+"""The teacher of a recipe: built, loaded, cut, frozen, and described for the manifest."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from tinymim.configs.errors import CheckpointError
+from tinymim.configs.schema import TeacherConfig
+from tinymim.models.checkpoints import load_weights, tensors_sha256
+from tinymim.models.taps import CutTeacher, Projections, count_tokens
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_model, size_overrides
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher(nn.Module):
+    """uint8 views [B, 3, S, S] -> q, k, v of the tapped block, each [B, H, T, D], without gradient.
+
+    Raises:
+        RecipeError: timm cannot build the model, or it has no such block.
+        CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        super().__init__()
+        model = _with_weights(config)
+        self.weights_sha256 = tensors_sha256(model.state_dict())
+        cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        self.mean: tuple[float, ...] = tuple(config.mean or cfg.get("mean", IMAGENET_MEAN))
+        self.std: tuple[float, ...] = tuple(config.std or cfg.get("std", IMAGENET_STD))
+        self.license = _license_of(config, cfg)
+        self.grid, self.prefix_tokens = count_tokens(model)
+        self.normalise = Normalise(self.mean, self.std)  # type: ignore[arg-type]  # three floats each
+        self.cut = CutTeacher(model, config.block).to(_DTYPES[config.precision])
+        self.config = config
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Projections:
+        images = self.normalise(pixels).to(_DTYPES[self.config.precision])
+        return self.cut(images)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def describe(self) -> dict[str, Any]:
+        """The manifest's teacher section: everything about the teacher that changes a number."""
+        device = self.normalise.mean.device
+        size = self.config.img_size
+        q, _, _ = self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+        config = self.config
+        return {
+            "name": config.name,
+            "arch": {"img_size": config.img_size, **size_overrides(config)},
+            "weights_sha256": self.weights_sha256,
+            "weights_origin": config.weights,
+            "license": self.license,
+            "block": config.block,
+            "heads": q.shape[1],
+            "head_dim": q.shape[3],
+            "tokens": q.shape[2],
+            "prefix_tokens": self.prefix_tokens,
+            "grid": list(self.grid),
+            "precision": config.precision,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def _with_weights(config: TeacherConfig) -> nn.Module:
+    if config.weights != "hub":
+        model = build_model(config)
+        load_weights(model, config.weights)
+        return model
+    return build_pretrained(config)
+
+
+def build_pretrained(config: Any) -> nn.Module:
+    """timm's pretrained weights of `config.name`. Raises CheckpointError where they cannot be fetched."""
+    if "." not in config.name and not timm.models.is_model_pretrained(config.name):
+        raise CheckpointError(f"timm has no pretrained weights for '{config.name}'", hint="set weights to a file")
+    try:
+        return build_model(config, pretrained=True)
+    except Exception as error:  # the hub client raises many kinds: no network, no such file, no space
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"the pretrained weights of '{config.name}' cannot be fetched",
+            got=str(error).splitlines()[0][:200],
+            hint="check the network, or download them elsewhere and set weights to the file",
+        ) from error
+
+
+def _license_of(config: TeacherConfig, cfg: dict[str, Any]) -> str:
+    return str(cfg.get("license") or "unknown") if config.weights == "hub" else "unknown (local file)"

@@ -1,0 +1,142 @@
+"""Plain ViTs over timm: build by name, load weights, normalise pixels."""
+
+import math
+from typing import Any
+
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.schema import ModelConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def build_model(config: ModelConfig, pretrained: bool = False, drop_path: float = 0.0, **extra: Any) -> nn.Module:
+    """Create the timm model that a recipe names, without a classifier head.
+
+    Raises:
+        RecipeError: timm does not know the name, or refuses the sizes.
+    """
+    overrides = size_overrides(config)
+    dim, heads = overrides.get("embed_dim"), overrides.get("num_heads")
+    if dim and heads and dim % heads:
+        raise RecipeError("embed_dim is not divisible by num_heads", got=f"{dim} / {heads}")
+    try:
+        model: nn.Module = timm.create_model(
+            config.name,
+            pretrained=pretrained,
+            num_classes=0,
+            img_size=config.img_size,
+            drop_path_rate=drop_path,
+            **overrides,
+            **extra,
+        )
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        close = timm.list_models(f"*{config.name.split('.')[0][:10]}*")[:5]
+        raise RecipeError(
+            f"timm cannot build '{config.name}'", got=error, hint=f"names like it: {', '.join(close) or 'none'}"
+        ) from error
+    return model
+
+
+def size_overrides(config: ModelConfig) -> dict[str, Any]:
+    """The sizes that a recipe gives in place of the named architecture's, without the image size."""
+    sizes = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+    }
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
+def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> VisionTransformer:
+    """As `build_model`, for students and masked pre-training, which need timm's plain VisionTransformer.
+
+    The position embedding is MAE's fixed 2-D sine-cosine table; linear layers are Xavier-initialised (He et al., 2022).
+
+    Raises:
+        RecipeError: the name is not a plain ViT.
+    """
+    model = build_model(config, drop_path=drop_path, **extra)
+    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
+        raise RecipeError(
+            f"'{config.name}' is not a plain ViT with a position embedding",
+            got=type(model).__name__,
+            expected="a VisionTransformer such as vit_tiny_patch16_224",
+        )
+    _initialise_like_mae(model)
+    return model
+
+
+def _initialise_like_mae(model: VisionTransformer) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    projection = model.patch_embed.proj.weight
+    nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+    if model.cls_token is not None:
+        nn.init.normal_(model.cls_token, std=0.02)
+    assert model.pos_embed is not None
+    rows, columns = model.patch_embed.grid_size
+    extra = model.pos_embed.shape[1] - rows * columns  # 0 where the class token has no position of its own
+    table = sincos_table(model.embed_dim, rows, columns, prefix=extra)
+    model.pos_embed.data.copy_(table)
+    model.pos_embed.requires_grad_(False)
+
+
+def sincos_table(dim: int, rows: int, columns: int, prefix: int) -> Tensor:
+    """MAE's fixed 2-D position table, float32 [1, prefix + rows x columns, dim]; prefix rows are zero.
+
+    Half of the channels encode the column, half the row (the order of MAE's and TinyMIM's tables), each as
+    sin, cos of position / 10000^(2i / (dim / 2)).
+    """
+    if dim % 4:
+        raise RecipeError("a 2-D sine-cosine position table needs a width divisible by 4", got=dim)
+    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    parts = []
+    for position in (x, y):
+        angle = position.reshape(-1, 1) * omega
+        parts += [angle.sin(), angle.cos()]
+    table = torch.cat(parts, dim=1).to(torch.float32)
+    return torch.cat([torch.zeros(prefix, dim), table])[None]
+
+
+class Normalise(nn.Module):
+    """uint8 pixels [B, 3, S, S] -> standardised float [B, 3, S, S]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, mean: tuple[float, float, float] | None = None, std: tuple[float, float, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean or IMAGENET_MEAN).view(1, 3, 1, 1) * 255.0)
+        self.register_buffer("std", torch.tensor(std or IMAGENET_STD).view(1, 3, 1, 1) * 255.0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out: Tensor = (pixels.to(self.mean.dtype) - self.mean) / self.std
+        return out
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """[B, 3, rows*p, cols*p] -> [B, rows*cols, p*p*3], MAE's channel-last order within a patch."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch, width // patch
+    tiles = images.reshape(batch, channels, rows, patch, columns, patch)
+    return tiles.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of scalars in all parameters."""
+    return sum(math.prod(p.shape) for p in model.parameters())

@@ -1,0 +1,58 @@
+"""Run a view source over a list of batches, in worker processes or in this one."""
+
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tinymim.configs.schema import LoaderConfig
+from tinymim.pipeline.dataset import ViewBatch, ViewSource
+from tinymim.pipeline.order import Items
+
+
+class _Adapter(Dataset[ViewBatch]):
+    """Hands whole item arrays through torch's map-style fetcher."""
+
+    def __init__(self, source: ViewSource) -> None:
+        self.source = source
+
+    def __getitems__(self, items: Items) -> ViewBatch:
+        return self.source.batch(items)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _prepare_worker(_worker: int) -> None:
+    # Workers are the parallelism; torch's own threads would only fight over the cores.
+    torch.set_num_threads(1)
+    # Ctrl-C goes to the whole process group; the parent decides when the workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(
+    source: ViewSource, plan: Iterable[Items], config: LoaderConfig, pin_memory: bool = False
+) -> Iterator[ViewBatch]:
+    """Yield one ViewBatch per entry of `plan`, in the plan's order whatever the number of workers."""
+    if config.workers == 0:
+        for items in plan:
+            batch = source.batch(items)
+            yield batch.pin_memory() if pin_memory else batch
+        return
+    # forkserver: fork hangs once a thread of the parent holds a lock (zarr's and torch's do).
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tinymim.pipeline.replay"])
+    yield from DataLoader(
+        _Adapter(source),
+        batch_sampler=plan,  # type: ignore[arg-type]  # an array of items is one batch for __getitems__
+        num_workers=config.workers,
+        prefetch_factor=config.prefetch,
+        collate_fn=_as_is,
+        multiprocessing_context=context,
+        worker_init_fn=_prepare_worker,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,104 @@
+"""The view law: which box and flip view number v of an image is, and nothing else (I1).
+
+RandomResizedCrop as in torchvision (area share uniform, aspect ratio log-uniform, ten tries, central fallback),
+drawn from blake2b instead of a library's generator, so that no version, worker, rank or batch can change it.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from tinymim.configs.schema import ViewConfig
+
+_TRIES = 10
+
+
+class View(NamedTuple):
+    """One crop of one image, in pixels of the decoded image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+class ViewLaw(Protocol):
+    """Maps (sample key, view index, image height, image width) to a view of `size` x `size` pixels."""
+
+    size: int
+    interpolation: str
+
+    def __call__(self, key: str, view: int, height: int, width: int) -> View: ...
+
+
+def view_key(seed: int, key: str, view: int) -> int:
+    """The 64-bit identity of a view as a signed integer: the seed of every draw about it, here and in the codec."""
+    return int.from_bytes(_digest(seed, key, view, 0)[:8], "big", signed=True)
+
+
+def _digest(seed: int, key: str, view: int, counter: int) -> bytes:
+    # The key comes last: it is the only field that may hold any character.
+    return hashlib.blake2b(f"{seed}/{view}/{counter}/{key}".encode(), digest_size=64, person=b"tinymim/view").digest()
+
+
+def view_rng(seed: int, key: str, view: int) -> Iterator[float]:
+    """Endless uniform float64 numbers in [0, 1) for one view."""
+    counter = 1  # counter 0 is the view's identity
+    while True:
+        raw = _digest(seed, key, view, counter)
+        for start in range(0, 64, 8):
+            yield (int.from_bytes(raw[start : start + 8], "big") >> 11) * 2.0**-53
+        counter += 1
+
+
+class RandomViews:
+    """RandomResizedCrop and flip by `ViewConfig`; the law of both stages and of masked pre-training."""
+
+    def __init__(self, config: ViewConfig) -> None:
+        self.config = config
+        self.size = config.size
+        self.interpolation: str = config.interpolation
+
+    def __call__(self, key: str, view: int, height: int, width: int) -> View:
+        draws = view_rng(self.config.seed, key, view)
+        flip = next(draws) < self.config.flip
+        (scale_low, scale_high), (ratio_low, ratio_high) = self.config.scale, self.config.ratio
+        log_low, log_high = math.log(ratio_low), math.log(ratio_high)
+        for _ in range(_TRIES):
+            area = height * width * (scale_low + (scale_high - scale_low) * next(draws))
+            ratio = math.exp(log_low + (log_high - log_low) * next(draws))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = int(next(draws) * (height - h + 1)), int(next(draws) * (width - w + 1))
+                return View(top, left, h, w, flip)
+        h, w = _largest_within(height, width, ratio_low, ratio_high)
+        return View((height - h) // 2, (width - w) // 2, h, w, flip)
+
+
+def _largest_within(height: int, width: int, ratio_low: float, ratio_high: float) -> tuple[int, int]:
+    """Height and width of the largest central box whose width / height lies within the limits."""
+    ratio = width / height
+    if ratio < ratio_low:
+        return max(1, min(height, round(width / ratio_low))), width
+    if ratio > ratio_high:
+        return height, max(1, min(width, round(height * ratio_high)))
+    return height, width
+
+
+class CentreView:
+    """The evaluation law: the short side scaled to size x resize_ratio, then the central square.
+
+    Expressed as one box of the original image, so that it goes through the same renderer as every other view.
+    """
+
+    interpolation: str = "bicubic"
+
+    def __init__(self, size: int, resize_ratio: float) -> None:
+        self.size = size
+        self.resize_ratio = resize_ratio
+
+    def __call__(self, key: str, view: int, height: int, width: int) -> View:
+        side = max(1, round(min(height, width) / self.resize_ratio))
+        return View((height - side) // 2, (width - side) // 2, side, side, False)

@@ -1,0 +1,1 @@
+"""One file per command, `run(config)`, read top to bottom."""

@@ -1,0 +1,205 @@
+"""`tinymim make-shards SRC DST`: images -> webdataset shards + an index. JPEG bytes are kept as they are."""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import webdataset
+
+from tinymim.configs.errors import SourceError
+from tinymim.configs.schema import SourceConfig
+from tinymim.pipeline import drawn
+from tinymim.pipeline.decode import IMAGE_EXTENSIONS, decode
+from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, UNLABELLED, hash_file, open_shards
+from tinymim.stages.interrupt import Interrupted, StopFlag
+from tinymim.stages.progress import Meter, say
+from tinymim.storage.atomic import write_json_atomic
+
+DRAWN = "drawn"  # the SRC word for the embedded image set
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image on its way into a shard."""
+
+    key: str
+    extension: str
+    data: bytes
+    label: int  # -1: none
+    origin: str  # where it came from, for the list of unreadable images
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the command; `count` and `seed` are for SRC = drawn only."""
+
+    images_per_shard: int = 1000
+    prefix: str = "shard"
+    count: int = 2000
+    seed: int = 0
+
+
+def run(source: str, target: Path, options: Options) -> dict[str, Any]:
+    """Write shards and `index.json`; the index comes last, so a folder with an index is complete.
+
+    Returns:
+        the index.
+
+    Raises:
+        SourceError: no images; or `target` already holds files.
+        Interrupted: stopped by a signal; no index is written.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise SourceError("target folder is not empty", got=target, hint="give a new folder; nothing was changed")
+    if options.images_per_shard < 1:
+        raise SourceError("images per shard must be at least 1", got=options.images_per_shard)
+    total, classes, images = _find(source, options)
+    if total == 0:
+        raise SourceError("no images found", got=source, expected=f"files ending in {', '.join(IMAGE_EXTENSIONS)}")
+    target.mkdir(parents=True, exist_ok=True)
+    unreadable: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
+    with StopFlag() as stop, Meter("make-shards", total, "images") as meter:
+        readable = _readable(images, unreadable, meter, stop)
+        for number, first in enumerate(readable):
+            path = target / f"{options.prefix}-{number:06d}.tar"
+            count = _write_shard(path, first, readable, options.images_per_shard)
+            rows.append(
+                {
+                    "name": path.name,
+                    "size_bytes": path.stat().st_size,
+                    "num_samples": count,
+                    "content_hash": hash_file(path),
+                }
+            )
+    index = {
+        "version": INDEX_VERSION,
+        "shards": rows,
+        "classes": classes,
+        "num_samples": sum(row["num_samples"] for row in rows),
+        "unreadable": unreadable,
+        "made_by": {"source": source, **(asdict(options) if source == DRAWN else {})},
+    }
+    write_json_atomic(target / INDEX_NAME, index)
+    say(f"make-shards: {index['num_samples']:,} images in {len(rows)} shards, {len(unreadable)} unreadable")
+    for row in unreadable[:10]:
+        say(f"  unreadable: {row['origin']}: {row['reason']}")
+    return index
+
+
+def _readable(
+    images: Iterator[Image], unreadable: list[dict[str, str]], meter: Meter, stop: StopFlag
+) -> Iterator[Image]:
+    """Images that decode; the others are listed."""
+    for image in images:
+        if stop.requested:
+            raise Interrupted("no index written; remove the folder and start again")
+        meter.advance(1)
+        try:
+            decode(image.data)
+        except SourceError as error:
+            unreadable.append({"origin": image.origin, "reason": str(error.got)})
+            continue
+        yield image
+
+
+def _write_shard(path: Path, first: Image, rest: Iterator[Image], most: int) -> int:
+    """Write up to `most` images; a finished tar appears by rename."""
+    partial = path.with_suffix(".tar.partial")
+    count = 0
+    with open(partial, "wb") as file:
+        # Fixed time and owner: the same images give the same bytes.
+        with webdataset.TarWriter(file, mtime=0, user="", group="", encoder=False) as tar:
+            image: Image | None = first
+            while image is not None:
+                sample: dict[str, Any] = {"__key__": image.key, image.extension: image.data}
+                if image.label != UNLABELLED:
+                    sample["cls"] = str(image.label).encode()
+                tar.write(sample)
+                count += 1
+                image = next(rest, None) if count < most else None
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    return count
+
+
+def _find(source: str, options: Options) -> tuple[int, list[str], Iterator[Image]]:
+    """Number of images, class names and the images, in a fixed order."""
+    if source == DRAWN:
+        return options.count, list(drawn.CLASSES), _from_drawn(options)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise SourceError("source folder does not exist", got=source, hint=f"give a folder, or '{DRAWN}'")
+    if any(folder.glob("*.tar")):
+        shards = open_shards(SourceConfig(shards=folder))
+        return shards.num_samples, list(shards.classes), _from_tars(folder)
+    return _from_folder(folder)
+
+
+def _draw_chunk(seed: int, first: int, count: int) -> list[tuple[str, bytes, int]]:
+    return list(drawn.samples(seed, first, count))
+
+
+def _from_drawn(options: Options, chunk: int = 100) -> Iterator[Image]:
+    starts = range(0, options.count, chunk)
+    sizes = [min(chunk, options.count - start) for start in starts]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(_draw_chunk, [options.seed] * len(starts), starts, sizes):
+            for key, data, label in part:
+                yield Image(key, "jpg", data, label, key)
+
+
+def _from_tars(folder: Path) -> Iterator[Image]:
+    for shard in open_shards(SourceConfig(shards=folder)).shards:
+        members = shard.members()
+        for sample, key in enumerate(members.keys):
+            data = shard.read(sample)
+            yield Image(key, sniff(data), data, int(members.labels[sample]), f"{shard.name}:{key}")
+
+
+def _from_folder(folder: Path) -> tuple[int, list[str], Iterator[Image]]:
+    """Class sub-folders (labels by sorted folder name), or a flat unlabelled folder."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and p.is_file())
+    parts = [path.relative_to(folder).parts for path in paths]
+    labelled = bool(parts) and all(len(part) > 1 for part in parts)
+    classes = sorted({part[0] for part in parts}) if labelled else []
+    number = {name: index for index, name in enumerate(classes)}
+
+    def images() -> Iterator[Image]:
+        taken: set[str] = set()
+        for path, part in zip(paths, parts, strict=True):
+            label = number[part[0]] if labelled else UNLABELLED
+            data = path.read_bytes()
+            yield Image(_unique_key(part, taken), sniff(data), data, label, str(path.relative_to(folder)))
+
+    return len(paths), classes, images()
+
+
+def _unique_key(parts: tuple[str, ...], taken: set[str]) -> str:
+    """The relative path without its extension; dots would end a webdataset key early."""
+    stem = "/".join((*parts[:-1], parts[-1].rpartition(".")[0])).replace(".", "_")
+    key, copy = stem, 1
+    while key in taken:
+        copy += 1
+        key = f"{stem}-{copy}"
+    taken.add(key)
+    return key
+
+
+def sniff(data: bytes) -> str:
+    """The extension that the bytes deserve, whatever the file was called."""
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return "jpg"
+
+
+def print_index(index: dict[str, Any]) -> str:
+    """The index as JSON text."""
+    return json.dumps(index, indent=1)

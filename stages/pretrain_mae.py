@@ -1,0 +1,110 @@
+"""`tinymim pretrain-mae`: masked autoencoder pre-training, so that a teacher can be made from any images."""
+
+import json
+
+import torch
+
+from tinymim.configs.load import dump_recipe, recipe_digest
+from tinymim.configs.schema import PretrainMaeRecipe
+from tinymim.models.checkpoints import to_safetensors
+from tinymim.models.mae import MaskedAutoencoder
+from tinymim.models.vit import Normalise, build_vit, count_parameters
+from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.decode import environment
+from tinymim.pipeline.loader import batches
+from tinymim.pipeline.order import steps_per_epoch, training_batches
+from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.views import RandomViews
+from tinymim.stages.interrupt import Interrupted, StopFlag
+from tinymim.stages.progress import Meter, say
+from tinymim.stages.runfolder import RunFolder
+from tinymim.stages.training import (
+    autocast,
+    load_state,
+    make_optimiser,
+    make_scaler,
+    make_schedule,
+    optimiser_step,
+    pick_device,
+    require_finite,
+    save_state,
+    seeded,
+)
+from tinymim.storage.atomic import write_bytes_atomic
+
+ENCODER_NAME = "encoder.safetensors"
+
+
+def run(recipe: PretrainMaeRecipe) -> None:
+    """Train and write `<run.folder>/encoder.safetensors` (a timm ViT without head), metrics and resumable state.
+
+    Raises:
+        UserError: bad source, sizes or weights; a loss that is not finite.
+        Interrupted: stopped by a signal after saving its state.
+    """
+    # ---- source, model, optimiser
+    device = pick_device(recipe.run.device)
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    source = open_shards(recipe.source)
+    torch.manual_seed(recipe.run.seed)
+    encoder = build_vit(recipe.model)
+    model = MaskedAutoencoder(encoder, recipe.mae).to(device)
+    normalise = Normalise().to(device)
+    optimiser = make_optimiser(model, recipe.optim)
+    scaler = make_scaler(device, recipe.precision)
+    per_epoch = steps_per_epoch(source.counts, recipe.optim.batch_size)
+    schedule = make_schedule(recipe.optim, per_epoch)
+    num_patches = encoder.patch_embed.num_patches
+
+    # ---- resume
+    digest = recipe_digest(recipe)
+    parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
+    folder = recipe.run.folder
+    first_step = load_state(folder, digest, parts, device) if recipe.checkpoint.resume else 0
+    say(
+        f"pretrain-mae: {source.num_samples:,} images, {count_parameters(encoder):,} encoder parameters, "
+        f"{schedule.total_steps:,} steps of {recipe.optim.batch_size} = "
+        f"{schedule.total_steps / per_epoch:.1f} epochs, peak lr {schedule.peak_lr:.2e}, from step {first_step:,}"
+    )
+
+    # ---- train
+    plan = training_batches(
+        source.counts, recipe.order, recipe.optim.batch_size, None, first_step, schedule.total_steps
+    )
+    views = ImageViews(source.shards, RandomViews(recipe.views))
+    with (
+        RunFolder(recipe, first_step) as log,
+        StopFlag() as stop,
+        Meter("pretrain-mae", schedule.total_steps, "steps", first_step) as meter,
+    ):
+        step = first_step
+        for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
+            generator = seeded(device, recipe.run.seed, step)
+            noise = torch.rand(len(batch.pixels), num_patches, device=device, generator=generator)
+            with autocast(device, recipe.precision):
+                loss = model(normalise(batch.pixels.to(device, non_blocking=True)), noise)
+            lr = schedule.lr(step)
+            optimiser_step(loss, model, optimiser, scaler, lr, recipe.optim.clip_norm)
+            if step % recipe.run.log_every == 0 or step + 1 == schedule.total_steps:
+                value = require_finite(loss, step)
+                log.log(step, loss=value, lr=lr, images_per_s=meter.rate * recipe.optim.batch_size)
+                meter.advance(0, f"loss {value:.4f}")
+            step += 1
+            meter.advance(1)
+            if stop.requested or step % recipe.checkpoint.every_steps == 0:
+                save_state(folder, step, digest, parts)
+            if stop.requested and step < schedule.total_steps:
+                raise Interrupted(f"state of step {step:,} saved; the same command continues")
+        save_state(folder, step, digest, parts)
+
+    # ---- export
+    metadata = {
+        "made_by": "tinymim pretrain-mae",
+        "recipe": dump_recipe(recipe),
+        "source": json.dumps({shard.name: shard.content_hash for shard in source.shards}),
+        "libraries": json.dumps(environment()),
+        "steps": str(step),
+    }
+    write_bytes_atomic(folder / ENCODER_NAME, to_safetensors(encoder.state_dict(), metadata))
+    say(f"pretrain-mae: wrote {folder / ENCODER_NAME}")

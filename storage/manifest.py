@@ -1,0 +1,212 @@
+"""The manifest: what a cache was made from and by, compared field by field before it is trusted (I6)."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch
+from tinymim.storage.atomic import canonical_json, digest_hex
+
+FORMAT_VERSION = 1
+SPEC_ID_CHARS = 16
+LISTED_DIFFERENCES = 8
+ABSENT = "(absent)"
+
+# Keys that must be there. A section may hold more: these are stored, compared and hashed like the rest.
+REQUIRED_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "teacher": frozenset(
+            (
+                "name",
+                "arch",
+                "weights_sha256",
+                "weights_origin",
+                "license",
+                "block",
+                "heads",
+                "head_dim",
+                "tokens",
+                "prefix_tokens",
+                "grid",
+                "precision",
+                "mean",
+                "std",
+            )
+        ),
+        "views": frozenset(("size", "scale", "ratio", "interpolation", "flip", "seed")),
+        "codec": frozenset(("name", "version", "parameters")),
+        "environment": frozenset(("tinymim", "canary")),
+    }
+)
+# Where weights were found and under which terms does not change a number: `weights_sha256` is their identity.
+PROVENANCE_KEYS = frozenset({"weights_origin", "license"})
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """Identity of one source shard: a tar of `num_samples` images, `size_bytes` long."""
+
+    name: str
+    size_bytes: int
+    num_samples: int
+    content_hash: str
+
+    def __post_init__(self) -> None:
+        numbers, texts = (self.size_bytes, self.num_samples), (self.name, self.content_hash)
+        if any(type(value) is not int for value in numbers) or any(type(value) is not str for value in texts):
+            raise TypeError(f"not a source shard: {self}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that identifies a cache. Sections are plain JSON mappings with the keys of `REQUIRED_KEYS`.
+
+    Attributes:
+        source: the shards in order; a cache grows by appending.
+        teacher: the network, its weights and the tapped block.
+        views: the view law, without the number of views.
+        num_views: views per image that the cache is meant to hold; grows.
+        codec: `name`, `version` and `parameters`.
+        environment: library versions, and `canary`, a digest of one decoded and resized image.
+
+    Raises:
+        ValueError: a required key is missing, or two shards have one name.
+        TypeError: a section holds something that JSON has no form for.
+    """
+
+    source: tuple[SourceShard, ...]
+    teacher: Mapping[str, Any]
+    views: Mapping[str, Any]
+    num_views: int
+    codec: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for section, required in REQUIRED_KEYS.items():
+            # Through JSON and back, so that a manifest in memory equals the same manifest read from disk.
+            values = json.loads(canonical_json(dict(getattr(self, section))))
+            if missing := sorted(required - values.keys()):
+                raise ValueError(f"manifest section {section} lacks {', '.join(missing)}")
+            object.__setattr__(self, section, values)
+        if type(self.num_views) is not int or self.num_views < 1:
+            raise ValueError(f"manifest num_views is {self.num_views!r}, expected an integer of at least 1")
+        if len(self.shards) != len(self.source):
+            raise ValueError("manifest source names a shard twice")
+
+    @cached_property
+    def shards(self) -> dict[str, SourceShard]:
+        """The source shards by name, in order."""
+        return {shard.name: shard for shard in self.source}
+
+    @cached_property
+    def spec_id(self) -> str:
+        """16 hex characters over all that changes the numbers: format, teacher, views and codec.
+
+        Not over the source list, the number of views, provenance or library versions: the same spec finds
+        the same cache while it grows.
+        """
+        return digest_hex(canonical_json(self._spec()))[:SPEC_ID_CHARS]
+
+    def _spec(self) -> dict[str, Any]:
+        teacher = {key: value for key, value in self.teacher.items() if key not in PROVENANCE_KEYS}
+        return {
+            "format_version": self.format_version,
+            "teacher": teacher,
+            "views": self.views,
+            "codec": self.codec,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it is stored: JSON types only."""
+        return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, stored: object) -> "Manifest":
+        """The manifest from its stored form.
+
+        Raises:
+            CacheMismatch: its format version is not one this code reads.
+            CacheCorrupt: a section or key is missing, unknown or of the wrong type.
+        """
+        if not isinstance(stored, dict) or "format_version" not in stored:
+            raise CacheCorrupt("the cache manifest has no format_version")
+        require_format_version(stored["format_version"], "the cache")
+        expected = set(cls.__dataclass_fields__)
+        if stored.keys() != expected:
+            raise CacheCorrupt(
+                "the cache manifest has missing or unknown sections",
+                got=", ".join(sorted(stored)),
+                expected=", ".join(sorted(expected)),
+            )
+        try:
+            source = tuple(SourceShard(**shard) for shard in stored["source"])
+            return cls(**{**stored, "source": source})
+        except (TypeError, ValueError) as error:
+            raise CacheCorrupt(f"the cache manifest is damaged: {error}") from error
+
+
+def require_format_version(version: object, owner: str) -> None:
+    """Refuse with CacheMismatch what another format version wrote; `owner` is named in the message."""
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise CacheMismatch(
+            f"format_version of {owner} is unknown",
+            got=version,
+            expected=FORMAT_VERSION,
+            hint="read it with the tinymim that wrote it, or upgrade tinymim",
+        )
+
+
+def check_same(stored: Manifest, wanted: Manifest) -> list[str]:
+    """Check that a cache under `stored` may serve `wanted`.
+
+    Teacher (without provenance), views and codec must be equal. A shard named in both must be the same
+    shard; either list may have more, and either `num_views` may be larger.
+
+    Returns:
+        One line per difference of environment: no error, but worth a warning.
+
+    Raises:
+        CacheMismatch: names the first differing field with both values and how many differ in all.
+    """
+    differences = list(_differences(stored._spec(), wanted._spec()))
+    stored_shards, wanted_shards = stored.shards, wanted.shards
+    for name in stored_shards.keys() & wanted_shards.keys() if stored.source != wanted.source else ():
+        ours, theirs = asdict(stored_shards[name]), asdict(wanted_shards[name])
+        differences += _differences(ours, theirs, f"source.{name}.")
+    if differences:
+        differences.sort(key=lambda difference: difference[0].startswith("source."))
+        field, got, expected = differences[0]
+        others = [name for name, _, _ in differences[1:LISTED_DIFFERENCES]]
+        unlisted = len(differences) - 1 - len(others)
+        listing = "".join(f", {name}" for name in others) + (f" and {unlisted} more" if unlisted else "")
+        raise CacheMismatch(
+            f"the cache was made by something else: {len(differences)} field(s) differ: {field}{listing}",
+            got=f"{field} = {got!r} (stored)",
+            expected=f"{field} = {expected!r} (wanted)",
+            hint="change the recipe back, or give this recipe a cache folder of its own",
+        )
+    environment = _differences(stored.environment, wanted.environment, "environment.")
+    return [f"{field}: cache has {got!r}, this run has {now!r}" for field, got, now in environment]
+
+
+def grown(stored: Manifest, wanted: Manifest) -> Manifest:
+    """`stored` with the new shards of `wanted` appended and the larger `num_views`; `check_same` first."""
+    known = stored.shards
+    new = tuple(shard for shard in wanted.source if shard.name not in known)
+    return replace(stored, source=stored.source + new, num_views=max(stored.num_views, wanted.num_views))
+
+
+def _differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, stored value, wanted value) of every leaf whose canonical JSON differs."""
+    for key in sorted(stored.keys() | wanted.keys()):
+        ours, theirs = stored.get(key, ABSENT), wanted.get(key, ABSENT)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(ours, theirs, f"{prefix}{key}.")
+        elif canonical_json(ours) != canonical_json(theirs):
+            yield f"{prefix}{key}", ours, theirs

@@ -1,0 +1,1 @@
+"""The science, pure tensor functions: relations, codecs, losses."""

@@ -1,0 +1,87 @@
+"""Token relations of one attention block: who looks like whom, per head.
+
+Source: Ren et al., "TinyMIM: An Empirical Study of Distilling MIM Pre-trained Models", CVPR 2023 (Q-K and V-V
+relations); after MiniLMv2 (Wang et al., ACL Findings 2021), which also re-splits the heads.
+
+Shapes: B view, H head, Q query row, T token, D head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.schema import Relation
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Queries, keys and values of one block, each float [B, H, T, D]."""
+
+    q: Float[Tensor, "B H T D"]
+    k: Float[Tensor, "B H T D"]
+    v: Float[Tensor, "B H T D"]
+
+    def resplit(self, heads: int) -> "QKV":
+        """The same channels in another number of heads: [B, H, T, D] to [B, heads, T, H x D / heads].
+
+        Raises:
+            RecipeError: the width H x D is not a multiple of `heads`.
+        """
+        old_heads, width = self.q.shape[1], self.q.shape[1] * self.q.shape[3]
+        if heads == old_heads:
+            return self
+        if width % heads:
+            below = width // heads * heads
+            raise RecipeError(
+                f"a student of width {width} cannot be split into the teacher's {heads} heads",
+                got=f"width {width} ({old_heads} heads x {self.q.shape[3]})",
+                expected=f"a multiple of {heads}",
+                hint=f"set student.embed_dim to {below or heads} or {below + heads}",
+            )
+        return QKV(_resplit(self.q, heads), _resplit(self.k, heads), _resplit(self.v, heads))
+
+    def pair(self, relation: Relation) -> tuple[Tensor, Tensor]:
+        """The (rows, columns) sides of a relation: "qk" is (q, k), "vv" is (v, v), ..."""
+        sides = {"q": self.q, "k": self.k, "v": self.v}
+        return sides[relation[0]], sides[relation[1]]
+
+
+def relation_logits(
+    qkv: QKV, relation: Relation, rows: Int64[Tensor, "B H Q"] | None = None
+) -> Float[Tensor, "B H Q T"]:
+    """a b^T / sqrt(D) for the wanted query rows only.
+
+    Computed in fp32 even under autocast (in fp64 for fp64 inputs): half-precision logits would cost more
+    accuracy than the codecs do.
+
+    Args:
+        qkv: the block's projections.
+        relation: which two of them.
+        rows: int64 [B, H, Q] query rows; None for all T in order.
+
+    Returns:
+        float32 or float64 [B, H, Q, T]; no [B, H, T, T] is formed unless `rows` is None.
+    """
+    a, b = qkv.pair(relation)
+    if rows is not None:
+        a = a.gather(2, rows[..., None].expand(-1, -1, -1, a.shape[-1]))
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        scaled = a.to(dtype) / math.sqrt(a.shape[-1])
+        return scaled @ b.to(dtype).transpose(-2, -1)
+
+
+def relation_probs(
+    qkv: QKV, relation: Relation, rows: Int64[Tensor, "B H Q"] | None = None
+) -> Float[Tensor, "B H Q T"]:
+    """softmax of `relation_logits` over the tokens: float32 (float64 for float64 inputs) [B, H, Q, T]."""
+    return relation_logits(qkv, relation, rows).softmax(dim=-1)
+
+
+def _resplit(x: Tensor, heads: int) -> Tensor:
+    batch, _, tokens, _ = x.shape
+    return x.transpose(1, 2).reshape(batch, tokens, heads, -1).transpose(1, 2)

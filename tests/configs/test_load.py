@@ -1,0 +1,370 @@
+"""configs/load.py: what a recipe file may hold, how flags beat it, and what each mistake is answered with."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tinymim.configs import load
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.load import dump_recipe, load_recipe, recipe_digest, shipped_recipes
+from tinymim.configs.schema import RECIPES, Recipe, TrainStudentRecipe
+
+STUDENT = """\
+stage: train-student
+source: {shards: shards/train}
+cache: caches/demo
+student:
+  name: vit_tiny_patch16_224
+optim:
+  steps: 300
+  base_lr: 1e-3
+run:
+  folder: runs/student
+"""
+TEACHER = """\
+stage: cache-teacher
+source: {shards: shards/train}
+teacher: {weights: hub, block: 9}
+cache: caches/demo
+run: {folder: runs/cache}
+"""
+
+
+def _recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def _student(folder: Path, *overrides: str, text: str = STUDENT) -> TrainStudentRecipe:
+    recipe = load_recipe(_recipe(folder, text), "train-student", overrides)
+    assert isinstance(recipe, TrainStudentRecipe)
+    return recipe
+
+
+def _error(folder: Path, text: str, *overrides: str, stage: str = "train-student") -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_recipe(folder, text), stage, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+# ---- what is read ----
+
+
+def test_a_file_becomes_its_recipe_with_defaults(tmp_path: Path) -> None:
+    recipe = _student(tmp_path)
+    assert (recipe.optim.steps, recipe.optim.base_lr, recipe.optim.betas) == (300, 1e-3, (0.9, 0.95))
+
+
+def test_relative_paths_stay_relative_to_the_working_directory(tmp_path: Path) -> None:
+    assert _student(tmp_path).source.shards == Path("shards/train")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "1.0e-3", ".1e-2", "+1e-3", "0.001", "10e-4"])
+def test_every_spelling_of_a_float_is_a_float(tmp_path: Path, text: str) -> None:
+    assert _student(tmp_path, f"optim.base_lr={text}").optim.base_lr == 1e-3
+    assert yaml.load(text, Loader=load._Loader) == 1e-3
+
+
+@pytest.mark.parametrize("text", ["e-3", "1e", "1e-3x", "v1e3", "-e3", "1.2.3e4"])
+def test_what_only_looks_like_a_float_stays_text(text: str) -> None:
+    assert yaml.load(text, Loader=load._Loader) == text
+
+
+def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=(STUDENT,))
+    writer.start()
+    assert load_recipe(path, "train-student") == _student(tmp_path)
+    writer.join()
+
+
+# ---- overrides ----
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("optim.steps=5", "optim.steps", 5),
+        ("jitter.brightness=0", "jitter.brightness", 0.0),  # a section that the file does not name
+        ("verify={first: 1, every: 0}", "verify.every", 0),
+        ("optim.betas=[0.9, 0.99]", "optim.betas", (0.9, 0.99)),
+        ("precision=bf16", "precision", "bf16"),
+        ("run.folder=runs/a=b", "run.folder", Path("runs/a=b")),
+        (" run.seed = 3", "run.seed", 3),
+    ],
+)
+def test_an_override_beats_file_and_default(tmp_path: Path, override: str, path: str, value: object) -> None:
+    found: object = _student(tmp_path, override)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+def test_later_overrides_beat_earlier_ones(tmp_path: Path) -> None:
+    assert _student(tmp_path, "optim.steps=5", "optim.steps=6").optim.steps == 6
+
+
+def test_epochs_can_take_the_place_of_steps(tmp_path: Path) -> None:
+    optim = _student(tmp_path, "optim.steps=null", "optim.epochs=2").optim
+    assert (optim.steps, optim.epochs) == (None, 2)
+
+
+def test_an_override_fills_an_empty_section(tmp_path: Path) -> None:
+    assert _student(tmp_path, "jitter.contrast=0.1", text=STUDENT + "jitter:\n").jitter.contrast == 0.1
+
+
+def test_an_override_does_not_reach_the_anchor_s_twin(tmp_path: Path) -> None:
+    text = """\
+stage: evaluate
+train: &set {shards: a}
+val: *set
+model: {}
+weights: random
+run: {folder: r}
+"""
+    recipe = load_recipe(_recipe(tmp_path, text), "evaluate", ["val.shards=b"])
+    assert recipe.model_dump(include={"train", "val"}) == {
+        "train": {"shards": Path("a"), "pattern": "*.tar"},
+        "val": {"shards": Path("b"), "pattern": "*.tar"},
+    }
+
+
+@pytest.mark.parametrize("override", ["optim.steps", "=5", "optim.=5", ".steps=5", ""])
+def test_a_malformed_override_is_named(tmp_path: Path, override: str) -> None:
+    message = _error(tmp_path, STUDENT, override)
+    assert "--set needs a dotted name" in message
+    assert "optim.steps=300" in message
+
+
+def test_an_override_inside_a_plain_value_is_refused(tmp_path: Path) -> None:
+    message = _error(tmp_path, STUDENT, "optim.steps.x=5")
+    assert message == "--set optim.steps.x=5: `x` cannot be set inside a plain value\n  got: 300"
+
+
+def test_bad_yaml_in_an_override_names_the_override(tmp_path: Path) -> None:
+    assert "--set optim.betas=[0.9, line 1" in _error(tmp_path, STUDENT, "optim.betas=[0.9")
+
+
+# ---- stage ----
+
+
+def test_a_recipe_for_another_command_names_it(tmp_path: Path) -> None:
+    message = _error(tmp_path, TEACHER)
+    assert "is for `tinymim cache-teacher`, not for `tinymim train-student`" in message
+    assert f"hint: run: tinymim cache-teacher {tmp_path / 'recipe.yaml'}" in message
+
+
+def test_a_recipe_without_a_stage_says_what_to_add(tmp_path: Path) -> None:
+    message = _error(tmp_path, STUDENT.partition("\n")[2])
+    assert "expected: stage: train-student" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "reply"),
+    [("train-studnet", "did you mean `train-student`?"), ("[1]", "pretrain-mae, cache-teacher")],
+)
+def test_an_unknown_stage_gets_a_suggestion(tmp_path: Path, value: str, reply: str) -> None:
+    assert reply in _error(tmp_path, STUDENT.replace("train-student", value, 1))
+
+
+# ---- schema problems ----
+
+
+def test_all_problems_come_at_once_one_a_line(tmp_path: Path) -> None:
+    overrides = ["optim.step=9", "optim.base_lr=-1", "precision=fp8", "student.depth=x", "source=null"]
+    message = _error(tmp_path, STUDENT, *overrides)
+    assert message.splitlines()[:-1] == [
+        f"recipe {tmp_path / 'recipe.yaml'} has 5 problems:",
+        "  source: got None; input should be a valid dictionary or instance of SourceConfig",
+        "  student.depth: got 'x'; input should be a valid integer, unable to parse string as an integer",
+        "  optim.base_lr: got -1; input should be greater than 0",
+        "  optim.step: unknown key (value 9); did you mean `steps`?",
+        "  precision: got 'fp8'; input should be 'fp32', 'bf16' or 'fp16'",
+    ]
+    assert "hint:" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optm={steps: 1}", "optm: unknown key (value {'steps': 1}); did you mean `optim`?"),
+        ("verify.zzz=1", "verify.zzz: unknown key (value 1); known here: first, every"),
+        ("optim.steps=null", "optim: give epochs or steps, exactly one; got epochs=None, steps=None"),
+        ("optim.betas=[1]", "optim.betas.1: missing, and it has no default"),
+        ("views={1: 2}", "views: unknown key"),
+        ("verify={1: 2}", "verify.1: got 1; keys should be strings"),
+        (
+            "student.name=2026-11-21",
+            "student.name: got datetime.date(2026, 11, 21); input should be a valid string",
+        ),
+    ],
+)
+def test_a_problem_is_named_with_value_and_remedy(tmp_path: Path, override: str, line: str) -> None:
+    message = _error(tmp_path, STUDENT, override)
+    assert "has 1 problem:" in message
+    assert f"\n  {line}" in message
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    assert "run: missing, and it has no default" in _error(tmp_path, STUDENT.partition("run:")[0])
+
+
+def test_a_long_value_is_cut(tmp_path: Path) -> None:
+    assert len(_error(tmp_path, STUDENT, f"precision={'x' * 9999}")) < 500
+
+
+# ---- bad YAML ----
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("stage: train-student\nrun: {folder: [\n", "line 3"),
+        ("stage: train-student\n\tcache: x\n", "line 2, column 1"),
+        ("a: 1\nb: 2\na: 3\n", "line 3, column 1"),
+        ("a: {x: 1, x: 2}\n", "line 1, column 11"),
+        ("a: 1\nb: *nowhere\n", "line 2"),
+        ("a: 1\nb: !!python/object:os.system {}\n", "line 2"),
+        ("a: 1\nb: !!int x\n", "line 2"),
+        ("a: 1\nb: !!bool x\n", "line 2"),
+        ("a: 1\nb: !!int ''\n", "line 2"),
+        ("a: 1\nb: !!timestamp x\n", "line 2"),
+        ("a: 1\nb: 2026-13-01\n", "line 2"),
+        ("a: 1\n? [x]\n: 2\n", "line 2"),
+        ("a: 1\n---\nb: 2\n", "line 2"),
+        ("a: 1\nb: \x00\n", "line 2"),
+    ],
+)
+def test_bad_yaml_is_answered_with_its_line(tmp_path: Path, text: str, where: str) -> None:
+    message = _error(tmp_path, text)
+    assert where in message.splitlines()[0]
+    assert "not valid YAML" in message
+
+
+def test_a_repeated_key_says_where_it_stood_first(tmp_path: Path) -> None:
+    assert "key `cache` stands twice, first in line 3" in _error(tmp_path, STUDENT + "cache: y\n")
+
+
+def test_merged_keys_are_no_repetition(tmp_path: Path) -> None:
+    text = STUDENT + "verify: {<<: {first: 1}, first: 2}\n"
+    assert _student(tmp_path, text=text).verify.first == 2
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n", "just text\n", "3"])
+def test_a_file_without_keys_is_refused(tmp_path: Path, text: str) -> None:
+    assert "holds no keys" in _error(tmp_path, text)
+
+
+def test_endless_nesting_is_refused(tmp_path: Path) -> None:
+    assert "nested too deeply" in _error(tmp_path, "a: " + "[" * 5000)
+
+
+def test_a_section_inside_itself_is_refused(tmp_path: Path) -> None:
+    assert "1 problem" in _error(tmp_path, STUDENT + "jitter: &j {contrast: *j}\n")
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"stage: train-student\ncache: \xff\xfe\n")
+    with pytest.raises(RecipeError, match="line 2: not text in UTF-8"):
+        load_recipe(path, "train-student")
+
+
+# ---- shipped recipes ----
+
+
+@pytest.fixture
+def _shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    (package / "demo").mkdir(parents=True)
+    (package / "demo" / "student.yaml").write_text(STUDENT)
+    (package / "plain.yaml").write_text(STUDENT)
+    (package / "load.py").touch()
+    monkeypatch.setattr("importlib.resources.files", lambda _: package)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_shipped")
+def test_a_bare_name_is_a_shipped_recipe(tmp_path: Path) -> None:
+    assert shipped_recipes() == ["demo/student", "plain"]
+    assert load_recipe(Path("demo/student"), "train-student") == _student(tmp_path)
+
+
+@pytest.mark.usefixtures("_shipped")
+def test_a_file_beats_a_shipped_recipe_and_a_folder_does_not(tmp_path: Path) -> None:
+    Path("plain").write_text(STUDENT.replace("300", "7"))
+    Path("demo/student").mkdir(parents=True)
+    assert load_recipe(Path("plain"), "train-student") == _student(tmp_path, "optim.steps=7")
+    assert load_recipe(Path("demo/student"), "train-student") == _student(tmp_path)
+
+
+@pytest.mark.usefixtures("_shipped")
+@pytest.mark.parametrize("name", ["demo/studnet", "demo/student.yml"])
+def test_a_recipe_not_found_lists_the_shipped_ones(name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Path(name), "train-student")
+    assert "shipped recipe: demo/student, plain" in str(caught.value)
+    assert "did you mean `demo/student`?" in str(caught.value)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="got: a folder"):
+        load_recipe(tmp_path, "train-student")
+
+
+def test_a_name_the_file_system_refuses_is_no_traceback() -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(Path("x" * 5000), "train-student")
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    for name in shipped_recipes():
+        stage = yaml.load(load._read(Path(name)), Loader=load._Loader)["stage"]
+        assert isinstance(load_recipe(Path(name), stage), RECIPES[stage])
+
+
+# ---- writing ----
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Recipe:
+    names = {
+        "student.name": '"1e-3"',
+        "run.folder": "'yes'",
+        "cache": '"größe: [#\\n"',
+        "source.pattern": "'null'",
+    }
+    return _student(tmp_path, "optim.min_lr=1e-9", *(f"{key}={value}" for key, value in names.items()))
+
+
+def test_a_dumped_recipe_loads_back_equal(tmp_path: Path, odd: Recipe) -> None:
+    text = dump_recipe(odd)
+    assert load_recipe(_recipe(tmp_path, text), "train-student") == odd
+    assert dump_recipe(_student(tmp_path, text=text)) == text
+
+
+def test_a_dump_is_whole_in_schema_order_and_inline_for_lists(tmp_path: Path) -> None:
+    text = dump_recipe(_student(tmp_path))
+    assert [line for line in text.splitlines() if not line.startswith(" ")][:3] == [
+        "stage: train-student",
+        "source:",
+        "cache: caches/demo",
+    ]
+    assert "  betas: [0.9, 0.95]\n" in text
+    assert "  every_steps: 1000\n" in text
+
+
+def test_the_digest_is_of_values_not_of_spelling(tmp_path: Path) -> None:
+    recipe = _student(tmp_path)
+    assert recipe_digest(recipe) == recipe_digest(_student(tmp_path, "jitter.contrast=4e-1"))
+    assert recipe_digest(recipe) != recipe_digest(_student(tmp_path, "jitter.contrast=0.5"))
+
+
+def test_the_digest_never_changes_by_accident(tmp_path: Path) -> None:
+    assert recipe_digest(_student(tmp_path).jitter) == "04178cb713b76c253535b22f0cc7618e"

@@ -1,0 +1,31 @@
+"""What all tests share: skipping by marker, with the reason printed, and the folder of photographs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("TINYMIM_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    no_data = pytest.mark.skip(reason=f"no photographs in {DATA} (TINYMIM_DATA names another folder)")
+    for item in items:
+        if item.get_closest_marker("gpu") and not _cuda():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("realdata") and not DATA.is_dir():
+            item.add_marker(no_data)
+
+
+def _cuda() -> bool:
+    import torch  # seconds: only where a test asks for it
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of real photographs (`imagenet-sample`, `tinyimagenet40`); for tests marked realdata."""
+    return DATA

@@ -1,0 +1,84 @@
+"""Stochastic rounding and systematic draws: exact expectations over a grid of uniforms, and edge cases."""
+
+import pytest
+import torch
+
+from tinymim.targets.sparsify import LOG_GRID, dequantise, quantise, systematic_draws, top_entries
+
+N = 4096
+GRID_OF_U = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+NO_HEAD = torch.empty(1, 1, 1, 0, dtype=torch.int64)
+
+
+def draw(row: list[float], head: list[int], u: float, count: int) -> list[int]:
+    probs = torch.tensor(row).reshape(1, 1, 1, -1)
+    index = torch.tensor(head, dtype=torch.int64).reshape(1, 1, 1, -1)
+    uniform = torch.tensor(u, dtype=torch.float64).reshape(1, 1, 1)
+    return systematic_draws(probs, index, uniform, count).flatten().tolist()
+
+
+def test_grid() -> None:
+    assert len(LOG_GRID) == 256 and LOG_GRID[0] == 0 and LOG_GRID[1] == 2.0**-16 and LOG_GRID[255] == 1
+    assert (LOG_GRID.diff() > 0).all()
+
+
+def test_grid_values_are_exact_whatever_the_uniform() -> None:
+    codes = torch.arange(256)
+    for u in (0.0, 0.5, 1 - 2.0**-53):
+        assert torch.equal(quantise(LOG_GRID, torch.full((256,), u, dtype=torch.float64)), codes)
+    assert torch.equal(dequantise(codes.to(torch.uint8)), LOG_GRID)
+
+
+@pytest.mark.parametrize("p", [1e-9, 2.0**-17, 3e-5, 0.0123, 0.1, 1 / 3, 0.5, 0.97, 0.999999])
+def test_rounding_is_unbiased_in_linear_space(p: float) -> None:
+    values = dequantise(quantise(torch.full((N,), p, dtype=torch.float64), GRID_OF_U)).double()
+    assert len(set(values.tolist())) <= 2
+    # N equally spaced uniforms integrate the two-point law to within one of them; neighbours are 4.5 % apart.
+    assert abs(values.mean() - p) <= (0.05 * p + 2.0**-16) / N
+
+
+def test_systematic_draws_are_proportional() -> None:
+    probs = torch.rand(1, 1, 1, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs /= probs.sum()
+    head, count = torch.tensor([2, 7]).reshape(1, 1, 1, 2), 4
+    draws = systematic_draws(probs.expand(1, 1, N, 13), head.expand(1, 1, N, 2), GRID_OF_U.reshape(1, 1, N), count)
+    assert (draws.diff(dim=-1) >= 0).all()
+    picked = torch.nn.functional.one_hot(draws, 13).sum(-2).reshape(N, 13).double()
+    rest = probs.flatten().scatter(0, head.flatten(), 0)
+    expected = count * rest / rest.sum()
+    assert (picked.mean(0) - expected).abs().max() <= 2 * count / N
+    assert ((picked - expected).abs() < 1).all()
+    assert (picked[:, [2, 7]] == 0).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3, 1 - 2.0**-53])
+def test_zero_entries_are_never_drawn(u: float) -> None:
+    row = [0.0, 0.25, 0.0, 0.0, 0.5, 0.25, 0.0]
+    assert set(draw(row, [4], u, 5)) <= {1, 5}
+    assert set(draw(row, [], u, 5)) <= {1, 4, 5}
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 1000])
+def test_the_last_point_stays_inside(count: int) -> None:
+    row = [0.1] * 10 + [0.0, 0.0]
+    assert max(draw(row, [9], 1 - 2.0**-53, count)) == 8
+    assert min(draw(row, [0], 0.0, count)) == 1
+
+
+def test_an_empty_tail_gives_the_first_token_outside_the_head() -> None:
+    assert draw([0.0, 1.0, 0.0], [1], 0.4, 2) == [0, 0]
+    assert draw([0.5, 0.5, 0.0], [0, 1], 0.999, 2) == [2, 2]
+    assert draw([0.5, 0.0, 0.5, 0.0], [0, 2], 0.0, 1) == [1]
+
+
+def test_equal_entries_are_drawn_evenly() -> None:
+    assert draw([0.125] * 8, [], 0.5, 8) == list(range(8))
+
+
+def test_top_entries() -> None:
+    probs = torch.tensor([0.1, 0.4, 0.05, 0.45]).reshape(1, 1, 1, 4)
+    index, value = top_entries(probs, 2)
+    assert index.flatten().tolist() == [1, 3]
+    assert torch.equal(value.flatten(), torch.tensor([0.4, 0.45]))
+    assert top_entries(probs, 0)[0].shape == (1, 1, 1, 0)
+    assert len(set(top_entries(torch.full((1, 1, 1, 9), 1 / 9), 3)[0].flatten().tolist())) == 3
