@@ -6,6 +6,7 @@ no part of an encoder (decoder, heads, mask token) are dropped and reported.
 
 import hashlib
 import importlib.resources
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,4 +154,14 @@ def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], h
         name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in tensors.items()
     }
-    return bytes(safetensors.torch.save(ready, dict(metadata)))
+    return _with_sorted_metadata(safetensors.torch.save(ready, dict(metadata)))
+
+
+def _with_sorted_metadata(raw: bytes) -> bytes:
+    """Rewrite a safetensors header with its metadata in order: the library writes it in a random one."""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps({"__metadata__": header.pop("__metadata__"), **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns tensor data to 8 bytes
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]

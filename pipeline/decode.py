@@ -1,16 +1,20 @@
 """Image bytes to the exact uint8 crop that both stages see, its digest, and what made it (I2).
 
-Decoder and resize are torchvision's on uint8 tensors: bit-stable over threads and CPU features (a float resize
-is not). EXIF orientation is ignored, as in the ImageNet pipelines of timm and torchvision; every colour mode
-is converted to RGB by the decoder.
+Decoding is Pillow's (JPEG decoding is the same to the bit in all libraries that use libjpeg-turbo), the resize is
+torchvision's on uint8 tensors: bit-stable over threads and CPU features, as a float resize is not. EXIF orientation
+is ignored, as in the ImageNet pipelines of timm and torchvision; every colour mode becomes RGB.
 """
 
 import hashlib
 import importlib.metadata
+import io
+import warnings
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -24,19 +28,28 @@ _LIBRARIES = ("tinymim", "torch", "torchvision", "timm", "numpy", "zarr", "pillo
 
 
 def decode(data: bytes) -> Tensor:
-    """Decode image bytes to RGB uint8 [3, height, width].
+    """Decode image bytes to RGB uint8 [3, height, width]. Alpha is dropped, 16-bit grey is scaled to 8 bits.
 
     Raises:
-        SourceError: the bytes are not an image that can be decoded.
+        SourceError: the bytes are not an image that can be decoded whole, or a decompression bomb by Pillow's limit.
     """
-    if not data:
-        raise SourceError("image has no bytes", got="0 bytes", expected="an encoded image")
     try:
-        image: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                array = _to_rgb(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise SourceError("image cannot be decoded", got=reason, expected="a JPEG, PNG or WebP image") from error
-    return image
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """uint8 [height, width, 3], writable."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
+        grey = (np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))
 
 
 def render(image: Tensor, view: View, size: int, interpolation: str) -> Tensor:

@@ -8,19 +8,26 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tinymim.configs.errors import TinymimError
 from tinymim.configs.schema import LoaderConfig
 from tinymim.pipeline.dataset import ViewBatch, ViewSource
 from tinymim.pipeline.order import Items
 
 
-class _Adapter(Dataset[ViewBatch]):
-    """Hands whole item arrays through torch's map-style fetcher."""
+class _Adapter(Dataset[ViewBatch | TinymimError]):
+    """Hands whole item arrays through torch's map-style fetcher.
+
+    Errors of ours come back as values: torch would rebuild them from a traceback text, without got, expected, hint.
+    """
 
     def __init__(self, source: ViewSource) -> None:
         self.source = source
 
-    def __getitems__(self, items: Items) -> ViewBatch:
-        return self.source.batch(items)
+    def __getitems__(self, items: Items) -> ViewBatch | TinymimError:
+        try:
+            return self.source.batch(items)
+        except TinymimError as error:
+            return error
 
 
 def _as_is(batch: Any) -> Any:
@@ -46,7 +53,7 @@ def batches(
     # forkserver: fork hangs once a thread of the parent holds a lock (zarr's and torch's do).
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tinymim.pipeline.replay"])
-    yield from DataLoader(
+    loaded: DataLoader[ViewBatch | TinymimError] = DataLoader(
         _Adapter(source),
         batch_sampler=plan,  # type: ignore[arg-type]  # an array of items is one batch for __getitems__
         num_workers=config.workers,
@@ -55,4 +62,9 @@ def batches(
         multiprocessing_context=context,
         worker_init_fn=_prepare_worker,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
     )
+    for batch in loaded:
+        if isinstance(batch, TinymimError):
+            raise batch
+        yield batch

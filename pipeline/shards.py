@@ -151,12 +151,14 @@ def _scan(path: Path, size_bytes: int) -> Members:
     """Read the headers of one tar. The size is part of the cache key so that a replaced file is scanned again."""
     offsets: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
-                key, extension = split_name(member.name)
+                end = member.offset_data + member.size
+                key, extension = split_name(_utf8(member.name, path))
                 if extension in IMAGE_EXTENSIONS:
                     if key in offsets:
                         raise SourceError(f"duplicate key '{key}' in shard {path.name}")
@@ -167,7 +169,7 @@ def _scan(path: Path, size_bytes: int) -> Members:
         raise SourceError(
             f"shard {path.name} is not a readable tar", got=error, hint="make it again with `tinymim make-shards`"
         ) from error
-    _refuse_truncated(path, size_bytes, offsets)
+    _refuse_truncated(path, size_bytes, offsets, end)
     places = np.array(list(offsets.values()), dtype=np.int64).reshape(-1, 2)
     return Members(
         keys=tuple(offsets),
@@ -185,8 +187,18 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     return int(text)
 
 
-def _refuse_truncated(path: Path, size_bytes: int, offsets: dict[str, tuple[int, int]]) -> None:
-    # tarfile ends silently at a cut that falls on a header; a cut inside the last member's data shows here.
+def _utf8(name: str, path: Path) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:  # tarfile's surrogates stand for bytes that are no UTF-8
+        raise SourceError(
+            f"a name in shard {path.name} is not UTF-8", got=ascii(name), hint="rename the image and pack it again"
+        ) from error
+    return name
+
+
+def _refuse_truncated(path: Path, size_bytes: int, offsets: dict[str, tuple[int, int]], end: int) -> None:
+    # tarfile ends silently at a cut that falls on a header or inside the last member's data; both show here.
     for key, (offset, size) in offsets.items():
         if offset + size > size_bytes:
             raise SourceError(
@@ -194,6 +206,13 @@ def _refuse_truncated(path: Path, size_bytes: int, offsets: dict[str, tuple[int,
                 got=f"{size_bytes} bytes",
                 expected=f"at least {offset + size} bytes",
             )
+    padded = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    if size_bytes < padded + tarfile.BLOCKSIZE:
+        raise SourceError(
+            f"shard {path.name} is truncated: it has no end-of-archive block",
+            got=f"{size_bytes} bytes",
+            expected=f"at least {padded + tarfile.BLOCKSIZE} bytes",
+        )
 
 
 def labels_of(shards: Sequence[Shard]) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinymim.configs.errors import SourceError
+from tinymim.configs.errors import RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
@@ -32,6 +32,7 @@ def run(recipe: CacheTeacherRecipe) -> None:
     """Write or complete the cache at `recipe.cache`; a stopped run continues where it was.
 
     Raises:
+        RecipeError: sizes that do not fit one another.
         CacheMismatch: the cache there was made by something else.
         SourceError: bad shards, or more unreadable images than `max_unreadable` allows.
         Interrupted: stopped by a signal; committed units are safe.
@@ -40,6 +41,10 @@ def run(recipe: CacheTeacherRecipe) -> None:
     device = pick_device(recipe.run.device)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
+    if recipe.views.size != recipe.teacher.img_size:
+        raise RecipeError(
+            "views.size is not teacher.img_size", got=recipe.views.size, expected=recipe.teacher.img_size
+        )
     source = open_shards(recipe.source)
     teacher = Teacher(recipe.teacher).to(device)
     codec = make_codec(recipe.codec)

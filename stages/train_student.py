@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinymim.configs.errors import CacheMismatch
+from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import CodecConfig, TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
@@ -156,6 +156,7 @@ def check_student_fits(recipe: TrainStudentRecipe, teacher: Mapping[str, Any], v
 
     Raises:
         CacheMismatch: names the field that differs.
+        RecipeError: the student's width cannot be split into the teacher's heads.
     """
     if recipe.student.img_size != views["size"]:
         raise CacheMismatch(
@@ -166,6 +167,14 @@ def check_student_fits(recipe: TrainStudentRecipe, teacher: Mapping[str, Any], v
         )
     with torch.device("meta"):
         model = build_model(recipe.student)
+    width, heads = int(model.embed_dim), int(teacher["heads"])  # type: ignore[arg-type]
+    if width % heads:
+        raise RecipeError(
+            f"a student of width {width} cannot be split into the teacher's {heads} heads",
+            got=f"student.embed_dim {width}",
+            expected=f"a multiple of {heads}",
+            hint=f"the nearest are {width // heads * heads or heads} and {(width // heads + 1) * heads}",
+        )
     grid, prefix = count_tokens(model)
     if (list(grid), prefix) != (list(teacher["grid"]), teacher["prefix_tokens"]):
         raise CacheMismatch(

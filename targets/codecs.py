@@ -26,7 +26,7 @@ from tinymim.targets.target import DenseRows, SparseRows, Target
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One stored array: name ("qk.tail_index"), numpy dtype name, shape of one record."""
+    """One stored array: name ("qk_tail_index"), numpy dtype name, shape of one record."""
 
     name: str
     dtype: str
@@ -115,28 +115,28 @@ class Sketch:
             head_index, head = top_entries(probs, self.config.head_k)
             u_head = uniforms(view_keys, stream_of("rounding", relation), tuple(head.shape[1:]))
             u_tail = uniforms(view_keys, stream_of("tail", relation), tuple(probs.shape[1:3]))
-            fields[f"{relation}.head_index"] = head_index
-            fields[f"{relation}.head_code"] = quantise(head, u_head)
-            fields[f"{relation}.tail_index"] = systematic_draws(probs, head_index, u_tail, self.config.tail_k)
-            fields[f"{relation}.entropy"] = entropy
+            fields[f"{relation}_head_index"] = head_index
+            fields[f"{relation}_head_code"] = quantise(head, u_head)
+            fields[f"{relation}_tail_index"] = systematic_draws(probs, head_index, u_tail, self.config.tail_k)
+            fields[f"{relation}_entropy"] = entropy
         return _stored(fields, specs)
 
     def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
         """See `Codec`; every relation is a `SparseRows` with K = head_k + tail_k."""
         target: Target = {}
         for relation in self.config.relations:
-            index = arrays[f"{relation}.tail_index"].long()
+            index = arrays[f"{relation}_tail_index"].long()
             tail_mass = torch.ones(index.shape[:3], device=index.device)
             weights = []
             if self.config.head_k:
-                head = dequantise(arrays[f"{relation}.head_code"])
+                head = dequantise(arrays[f"{relation}_head_code"])
                 tail_mass = tail_mass - head.sum(-1)
-                index = torch.cat([arrays[f"{relation}.head_index"].long(), index], dim=-1)
+                index = torch.cat([arrays[f"{relation}_head_index"].long(), index], dim=-1)
                 weights.append(head)
             tail = (tail_mass / self.config.tail_k)[..., None].expand(-1, -1, -1, self.config.tail_k)
             weight = torch.cat([*weights, tail], dim=-1)
             rows = _rows(self.config, relation, view_keys, index.shape[1], tokens)
-            target[relation] = SparseRows(rows, index, weight, arrays[f"{relation}.entropy"], tokens)
+            target[relation] = SparseRows(rows, index, weight, arrays[f"{relation}_entropy"], tokens)
         return target
 
 
@@ -170,19 +170,19 @@ class Renormalise:
         fields: dict[str, Tensor] = {}
         specs = self.arrays(*qkv.q.shape[1:3])
         for relation, probs, entropy in _teacher_rows(self.config, qkv, view_keys):
-            fields[f"{relation}.head_index"], fields[f"{relation}.head_value"] = top_entries(probs, self.config.head_k)
-            fields[f"{relation}.entropy"] = entropy
+            fields[f"{relation}_head_index"], fields[f"{relation}_head_value"] = top_entries(probs, self.config.head_k)
+            fields[f"{relation}_entropy"] = entropy
         return _stored(fields, specs)
 
     def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
         """See `Codec`; every relation is a `SparseRows` with K = head_k."""
         target: Target = {}
         for relation in self.config.relations:
-            index = arrays[f"{relation}.head_index"].long()
-            weight = arrays[f"{relation}.head_value"].float()
+            index = arrays[f"{relation}_head_index"].long()
+            weight = arrays[f"{relation}_head_value"].float()
             weight = weight / weight.sum(-1, keepdim=True)
             rows = _rows(self.config, relation, view_keys, index.shape[1], tokens)
-            target[relation] = SparseRows(rows, index, weight, arrays[f"{relation}.entropy"], tokens)
+            target[relation] = SparseRows(rows, index, weight, arrays[f"{relation}_entropy"], tokens)
         return target
 
 
@@ -204,13 +204,13 @@ class Dense:
         fields: dict[str, Tensor] = {}
         for relation in self.config.relations:
             probs = relation_probs(qkv, relation)
-            fields |= {f"{relation}.probs": probs, f"{relation}.entropy": _entropy(probs, relation)}
+            fields |= {f"{relation}_probs": probs, f"{relation}_entropy": _entropy(probs, relation)}
         return _stored(fields, self.arrays(*qkv.q.shape[1:3]))
 
     def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
         """See `Codec`; every relation is a `DenseRows` with the stored values in float32."""
         return {
-            relation: DenseRows(arrays[f"{relation}.probs"].float(), arrays[f"{relation}.entropy"])
+            relation: DenseRows(arrays[f"{relation}_probs"].float(), arrays[f"{relation}_entropy"])
             for relation in self.config.relations
         }
 
@@ -223,7 +223,7 @@ _Fields = Mapping[str, tuple[str, tuple[int, ...]]]  # name: (dtype, shape)
 def _specs(config: CodecConfig, fields: _Fields) -> tuple[ArraySpec, ...]:
     """The same fields for every relation; one without elements is not stored."""
     return tuple(
-        ArraySpec(f"{relation}.{name}", dtype, shape)
+        ArraySpec(f"{relation}_{name}", dtype, shape)
         for relation in config.relations
         for name, (dtype, shape) in fields.items()
         if 0 not in shape

@@ -1,0 +1,125 @@
+"""Frozen features of an encoder and what can be read off them: weighted k-NN and a linear probe.
+
+Shapes: B image, N training image, M validation image, C feature, T token, K class.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from tinymim.configs.errors import RecipeError
+
+_CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
+
+
+def pooled_features(
+    model: nn.Module, images: Float[Tensor, "B 3 S S"], block: int | None, pool: str
+) -> Float[Tensor, "B C"]:
+    """One feature vector per image from a timm ViT.
+
+    Args:
+        model: a timm ViT without head, in eval mode.
+        images: normalised pixels.
+        block: tokens after this block, counted from 1, through a layer norm without parameters (the model's own
+            final norm was fitted to the last block); None: all blocks and the model's final norm.
+        pool: "mean" over the patch tokens, or "cls", the class token.
+
+    Raises:
+        RecipeError: the model has no such block, no class token, or is no ViT.
+    """
+    vit: Any = model
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    if pool == "cls" and not getattr(model, "has_class_token", prefix > 0):
+        raise RecipeError("pool: cls needs a class token", got=type(model).__name__, hint="set pool: mean")
+    if block is None:
+        tokens: Tensor = vit.forward_features(images)
+        if tokens.ndim != 3:
+            raise RecipeError("evaluation needs a model of tokens", got=f"features {tuple(tokens.shape)}")
+    else:
+        tokens = _tokens_after(vit, images, block, prefix)
+    return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(dim=1)
+
+
+def _tokens_after(vit: Any, images: Tensor, block: int, prefix: int) -> Tensor:
+    depth = len(getattr(vit, "blocks", ()))
+    if not 1 <= block <= depth:
+        raise RecipeError("block is outside the model", got=block, expected=f"1..{depth}")
+    [found] = vit.forward_intermediates(
+        images,
+        indices=[block - 1],
+        return_prefix_tokens=True,
+        stop_early=True,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    tokens: Tensor = torch.cat([found[1], found[0]], dim=1) if prefix else found
+    return nn.functional.layer_norm(tokens, tokens.shape[-1:])
+
+
+@torch.no_grad()
+def knn_predict(
+    train_x: Float[Tensor, "N C"],
+    train_y: Int64[Tensor, " N"],
+    val_x: Float[Tensor, "M C"],
+    num_classes: int,
+    k: int,
+    temperature: float,
+) -> Float[Tensor, "M K"]:
+    """Class scores by weighted k-NN: each of the k most similar training images votes exp(cosine / temperature).
+
+    Wu et al., CVPR 2018, §3.4; the settings of Caron et al. (DINO), ICCV 2021. Scores of an image are divided by
+    their sum, which changes no ranking and keeps a small temperature from overflowing. `k` is capped at N.
+    """
+    train_x = nn.functional.normalize(train_x, dim=1)
+    val_x = nn.functional.normalize(val_x, dim=1)
+    k = min(k, len(train_x))
+    scores = []
+    for queries in val_x.split(max(1, _CHUNK_ELEMENTS // len(train_x))):
+        similarity, neighbour = (queries @ train_x.T).topk(k, dim=1)
+        votes = torch.softmax(similarity / temperature, dim=1)
+        scores.append(votes.new_zeros(len(queries), num_classes).scatter_add_(1, train_y[neighbour], votes))
+    return torch.cat(scores)
+
+
+def linear_probe(
+    train_x: Float[Tensor, "N C"],
+    train_y: Int64[Tensor, " N"],
+    val_x: Float[Tensor, "M C"],
+    num_classes: int,
+    l2: float,
+    max_iter: int,
+) -> Float[Tensor, "M K"]:
+    """Logits of multinomial logistic regression, fitted by L-BFGS on the full batch, in float64.
+
+    Minimises mean cross-entropy + l2 / 2 x |W|² over weights and biases (biases are free) from zero, on features
+    standardised by the training set's mean and deviation. The problem is convex, so the result depends on the
+    data alone; the penalty is scikit-learn's with C = 1 / (N l2).
+    """
+    train_x, val_x = train_x.double(), val_x.double()
+    mean, std = train_x.mean(dim=0), train_x.std(dim=0, correction=0)
+    std = torch.where(std > 1e-12 * (1.0 + mean.abs()), std, 1.0)  # a constant feature says nothing
+    train_x, val_x = (train_x - mean) / std, (val_x - mean) / std
+    weight = train_x.new_zeros(num_classes, train_x.shape[1], requires_grad=True)
+    bias = train_x.new_zeros(num_classes, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [weight, bias], max_iter=max_iter, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            logits = nn.functional.linear(train_x, weight, bias)
+            loss = nn.functional.cross_entropy(logits, train_y) + 0.5 * l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(objective)  # type: ignore[arg-type, unused-ignore]  # torch types closures as () -> float
+    return nn.functional.linear(val_x, weight.detach(), bias.detach())
+
+
+def top_k_accuracy(scores: Float[Tensor, "M K"], labels: Int64[Tensor, " M"], k: int) -> float:
+    """Share of images whose label is among the k best scores; 1.0 where there are no more than k classes."""
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return float((best == labels[:, None]).any(dim=1).double().mean())

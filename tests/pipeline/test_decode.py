@@ -1,0 +1,121 @@
+"""Bytes to uint8 RGB: every colour mode, clear errors for the rest, and a digest that is a function of the pixels."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tinymim.configs.errors import SourceError
+from tinymim.pipeline.decode import decode, environment, pixel_digest, render
+from tinymim.pipeline.views import View
+
+HEIGHT, WIDTH = 40, 30
+_Y, _X = np.mgrid[:HEIGHT, :WIDTH]
+SMOOTH = Image.fromarray(np.stack([_Y * 6, _X * 8, 255 - _Y * 6], axis=-1).astype(np.uint8))
+
+
+def encoded(image: Image.Image, fmt: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=fmt, **options)
+    return buffer.getvalue()
+
+
+MODES = {
+    "jpeg": (encoded(SMOOTH, "JPEG", quality=95), 3.0),
+    "progressive jpeg": (encoded(SMOOTH, "JPEG", quality=95, progressive=True), 3.0),
+    "cmyk jpeg": (encoded(SMOOTH.convert("CMYK"), "JPEG", quality=95), 6.0),
+    "png": (encoded(SMOOTH, "PNG"), 0.0),
+    "alpha png": (encoded(SMOOTH.convert("RGBA"), "PNG"), 0.0),
+    "palette png": (encoded(SMOOTH.quantize(256), "PNG"), 6.0),
+    "webp": (encoded(SMOOTH, "WEBP", quality=95), 6.0),
+    "lossless alpha webp": (encoded(SMOOTH.convert("RGBA"), "WEBP", lossless=True), 0.0),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_colour_modes_become_rgb(mode: str) -> None:
+    data, tolerance = MODES[mode]
+    image = decode(data)
+    assert image.dtype == torch.uint8 and image.shape == (3, HEIGHT, WIDTH)
+    wanted = torch.from_numpy(np.asarray(SMOOTH).copy()).permute(2, 0, 1)
+    assert (image.float() - wanted.float()).abs().mean() <= tolerance
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG"])
+def test_grey_becomes_three_equal_channels(fmt: str) -> None:
+    image = decode(encoded(SMOOTH.convert("L"), fmt))
+    assert image.shape == (3, HEIGHT, WIDTH) and torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+
+
+def test_one_bit_png() -> None:
+    assert set(decode(encoded(SMOOTH.convert("1"), "PNG")).unique().tolist()) <= {0, 255}
+
+
+def test_sixteen_bit_png_keeps_the_high_byte() -> None:
+    values = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) * 54).astype(np.uint16)
+    image = decode(encoded(Image.fromarray(values), "PNG"))
+    assert image.dtype == torch.uint8
+    assert torch.equal(image[0], torch.from_numpy((values >> 8).astype(np.uint8)))
+
+
+JPEG = MODES["jpeg"][0]
+BROKEN = {
+    "nothing": b"",
+    "garbage": b"garbage" * 100,
+    "jpeg magic only": b"\xff\xd8\xff",
+    "half a jpeg": JPEG[: len(JPEG) // 2],
+    "jpeg without its end": JPEG[:-2],
+    "half a png": MODES["png"][0][:200],
+    "half a webp": MODES["webp"][0][:100],
+    "tiff": encoded(SMOOTH, "TIFF"),
+    "animated gif": encoded(SMOOTH, "GIF", save_all=True, append_images=[SMOOTH.rotate(90)]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_no_image_is_a_source_error(case: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        decode(BROKEN[case])
+    assert ".cpp" not in str(caught.value) and caught.value.expected
+
+
+def _pattern(height: int, width: int) -> torch.Tensor:
+    ramp = torch.arange(3 * height * width)
+    return ((ramp * ramp * 7 + ramp * 13) % 253).to(torch.uint8).reshape(3, height, width)
+
+
+def test_digest_is_blake2b_of_the_bytes_whatever_the_strides() -> None:
+    pixels = _pattern(48, 48)
+    assert pixel_digest(pixels) == 8246267673314073255
+    assert pixel_digest(pixels.flip(-1).flip(-1)) == pixel_digest(pixels)
+    assert pixel_digest(pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)) == pixel_digest(pixels)
+    changed = pixels.clone()
+    changed[2, 47, 47] += 1
+    assert pixel_digest(changed) != pixel_digest(pixels)
+
+
+def test_render_crops_flips_and_keeps_an_exact_crop_as_it_is() -> None:
+    image = _pattern(60, 50)
+    crop = image[:, 7:23, 11:27]
+    assert torch.equal(render(image, View(7, 11, 16, 16, False), 16, "bicubic"), crop)
+    assert torch.equal(render(image, View(7, 11, 16, 16, True), 16, "bicubic"), crop.flip(-1))
+    assert render(image, View(0, 0, 60, 50, False), 32, "bilinear").shape == (3, 32, 32)
+
+
+def test_pixels_do_not_depend_on_the_number_of_threads() -> None:
+    image, view = _pattern(200, 300), View(3, 5, 190, 280, True)
+    before = torch.get_num_threads()
+    digests = set()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        digests.add(pixel_digest(render(image, view, 96, "bicubic")))
+    torch.set_num_threads(before)
+    assert len(digests) == 1
+
+
+def test_environment_names_the_libraries_and_a_canary() -> None:
+    versions = environment()
+    assert versions["torch"] == torch.__version__.split("+")[0] or versions["torch"].startswith("2")
+    assert len(versions["canary"]) == 16 and environment() == versions

@@ -1,0 +1,369 @@
+"""Both stages end to end on a tiny set: replay is exact, differences are refused, runs resume to the same numbers."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import webdataset
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError, UserError, ViewMismatch
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.pipeline import drawn
+from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.runfolder import read_metrics
+from tinymim.storage.reader import CacheReader
+
+SIZES = {"img_size": 32, "patch_size": 8, "num_heads": 2}
+TEACHER = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, **SIZES}
+STUDENT = {"name": "vit_tiny_patch16_224", "embed_dim": 8, "depth": 2, **SIZES}
+
+Overrides = dict[str, Any]
+
+
+def cache_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
+    fields: dict[str, Any] = {
+        "stage": "cache-teacher",
+        "source": {"shards": root / "shards"},
+        "views": {"size": 32},
+        "num_views": 2,
+        "teacher": TEACHER | {"block": 2, "weights": str(root / "teacher.safetensors")},
+        "codec": {"rows": 6, "head_k": 1, "tail_k": 3},
+        "cache": root / "cache",
+        "batch_size": 8,
+        "loader": {"workers": 0},
+        "run": {"folder": root / "run-cache", "device": "cpu", "threads": 1},
+    }
+    return CacheTeacherRecipe.model_validate(fields | changes)
+
+
+def student_recipe(root: Path, **changes: Any) -> TrainStudentRecipe:
+    fields: dict[str, Any] = {
+        "stage": "train-student",
+        "source": {"shards": root / "shards"},
+        "cache": root / "cache",
+        "student": STUDENT,
+        "optim": {"batch_size": 8, "steps": 20, "base_lr": 0.1, "warmup": 0.2},
+        "order": {"shuffle_units": 2},
+        "verify": {"first": 10**6},
+        "loader": {"workers": 0},
+        "run": {"folder": root / "run-student", "device": "cpu", "threads": 1, "log_every": 1},
+    }
+    return TrainStudentRecipe.model_validate(fields | changes)
+
+
+def write_teacher(path: Path, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    sizes = {name: value for name, value in TEACHER.items() if name != "name"}
+    save_file(timm.create_model(str(TEACHER["name"]), num_classes=0, **sizes).state_dict(), path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 36 images in three tars, a random teacher, a finished cache."""
+    root = tmp_path_factory.mktemp("made")
+    make_shards.run("drawn", root / "shards", make_shards.Options(count=36, images_per_shard=12, seed=5))
+    write_teacher(root / "teacher.safetensors")
+    cache_teacher.run(cache_recipe(root))
+    return root
+
+
+@pytest.fixture
+def home(made: Path, tmp_path: Path) -> Path:
+    """A private copy of `made`."""
+    return Path(shutil.copytree(made, tmp_path / "home"))
+
+
+def losses(root: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(root / "run-student")]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def stored(root: Path) -> dict[str, bytes]:
+    """All of a cache but the manifest, which says in which folder the weights were found."""
+    return {name: data for name, data in tree(root / "cache").items() if name != "zarr.json"}
+
+
+# ---------------------------------------------------------------- exact replay
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # fewer cores here
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_both_stages_give_the_same_numbers_with_any_number_of_workers(made: Path, home: Path, workers: int) -> None:
+    shutil.rmtree(home / "cache")
+    loader = {"workers": workers}
+    cache_teacher.run(cache_recipe(home, loader=loader))
+    assert stored(home) == stored(made)
+    train_student.run(student_recipe(home, loader=loader, optim={"batch_size": 8, "steps": 3}))  # checks every digest
+    fresh = losses(home)
+    shutil.rmtree(home / "run-student")
+    train_student.run(student_recipe(home, optim={"batch_size": 8, "steps": 3}))
+    assert losses(home) == fresh
+
+
+def test_golden_losses_of_twenty_steps(home: Path) -> None:
+    train_student.run(student_recipe(home))
+    golden = json.loads((Path(__file__).parent.parent / "data" / "golden_student_losses.json").read_text())
+    np.testing.assert_allclose(losses(home), golden, rtol=2e-4)
+    assert losses(home)[-1] < 0.9 * losses(home)[0]
+
+
+def test_golden_records(made: Path) -> None:
+    """Boxes, flips and digests of the first unit are fixed by (seed, key, view) for all time."""
+    reader = CacheReader(made / "cache")
+    records = reader.read_unit(reader.units()[0])
+    golden = json.loads((Path(__file__).parent.parent / "data" / "golden_records.json").read_text())
+    assert records.keys[:4] == golden["keys"]
+    assert records.arrays["box"][:8].tolist() == golden["box"]
+    assert records.arrays["flip"][:8].tolist() == golden["flip"]
+    if reader.manifest.environment["canary"] == golden["canary"]:
+        assert [f"{d:016x}" for d in records.arrays["digest"][:8].tolist()] == golden["digest"]
+
+
+# ---------------------------------------------------------------- differences are refused
+
+
+def rewrite_shard(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> None:
+    """Write a tar anew, each image through `change`."""
+    with (
+        tarfile.open(path) as old,
+        webdataset.TarWriter(f"{path}.new", mtime=0, user="", group="", encoder=False) as new,
+    ):
+        files = {member.name: old.extractfile(member).read() for member in old}  # type: ignore[union-attr]
+        for name, data in files.items():
+            if name.endswith(".jpg"):
+                key, image = change(name.removesuffix(".jpg"), data)
+                new.write({"__key__": key, "jpg": image, "cls": files[name.replace(".jpg", ".cls")]})
+    os.replace(f"{path}.new", path)
+
+
+def requality(key: str, data: bytes) -> tuple[str, bytes]:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(buffer, format="JPEG", quality=60)
+    return key, buffer.getvalue()
+
+
+def test_another_jpeg_quality_of_the_same_image_is_refused_by_content_hash(home: Path) -> None:
+    rewrite_shard(home / "shards" / "shard-000001.tar", requality)
+    (home / "shards" / "index.json").unlink()
+    with pytest.raises(CacheMismatch, match=r"shard-000001\.tar"):
+        train_student.run(student_recipe(home))
+    with pytest.raises(CacheMismatch, match=r"shard-000001\.tar"):
+        cache_teacher.run(cache_recipe(home))
+
+
+def test_a_changed_pixel_is_refused_and_the_image_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinymim.pipeline import dataset
+
+    decode = dataset.decode
+
+    def another_decoder(data: bytes) -> torch.Tensor:
+        image = decode(data)
+        image[:, image.shape[1] // 2, image.shape[2] // 2] ^= 1
+        return image
+
+    monkeypatch.setattr(dataset, "decode", another_decoder)
+    with pytest.raises(ViewMismatch, match=r"image '\w+/\d+' of shard shard-\d+\.tar, view \d") as caught:
+        train_student.run(student_recipe(home))
+    assert "digest" in str(caught.value.got)
+    assert not (home / "run-student" / "student.safetensors").exists()
+
+
+def test_another_version_of_a_library_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinymim.pipeline import dataset, replay
+
+    decode = dataset.decode
+    monkeypatch.setattr(dataset, "decode", lambda data: 255 - decode(data))
+    versions = replay.environment() | {"torchvision": "99.0"}
+    monkeypatch.setattr(replay, "environment", lambda: versions)
+    with pytest.raises(ViewMismatch, match=r"torchvision .* -> 99\.0"):
+        train_student.run(student_recipe(home))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"views": {"size": 32, "seed": 1}}, "views.seed"),
+        ({"views": {"size": 32, "scale": (0.5, 1.0)}}, "views.scale"),
+        ({"codec": {"rows": 6, "head_k": 1, "tail_k": 4}}, "codec.parameters.tail_k"),
+    ],
+)
+def test_another_recipe_on_the_same_cache_is_refused(home: Path, changes: Overrides, field: str) -> None:
+    before = tree(home / "cache")
+    with pytest.raises(CacheMismatch, match=field):
+        cache_teacher.run(cache_recipe(home, **changes))
+    assert tree(home / "cache") == before
+
+
+def test_another_view_size_is_refused_in_both_stages(home: Path) -> None:
+    teacher = TEACHER | {"block": 2, "weights": str(home / "teacher.safetensors"), "img_size": 40}
+    with pytest.raises(CacheMismatch, match=r"views\.size|teacher\.arch"):
+        cache_teacher.run(cache_recipe(home, views={"size": 40}, teacher=teacher))
+    with pytest.raises(CacheMismatch, match=r"student\.img_size"):
+        train_student.run(student_recipe(home, student=STUDENT | {"img_size": 40}))
+    with pytest.raises(CacheMismatch, match="tokens"):
+        train_student.run(student_recipe(home, student=STUDENT | {"patch_size": 4}))
+
+
+def test_another_teacher_is_refused(home: Path) -> None:
+    write_teacher(home / "teacher.safetensors", seed=1)
+    with pytest.raises(CacheMismatch, match=r"teacher\.weights_sha256"):
+        cache_teacher.run(cache_recipe(home))
+
+
+def test_views_of_another_size_than_the_teacher_are_refused(home: Path) -> None:
+    with pytest.raises(RecipeError, match=r"views\.size"):
+        cache_teacher.run(cache_recipe(home, views={"size": 64}, cache=home / "other"))
+
+
+def test_a_width_that_does_not_split_into_the_teachers_heads_is_refused_before_training(home: Path) -> None:
+    with pytest.raises(RecipeError, match="heads"):
+        train_student.run(student_recipe(home, student=STUDENT | {"embed_dim": 12, "num_heads": 1}, cache=_odd(home)))
+
+
+def _odd(home: Path) -> Path:
+    """A cache of a teacher with 8 heads."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 8}
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), home / "t8.safetensors")
+    teacher = {"name": "vit_tiny_patch16_224", "block": 1, "weights": str(home / "t8.safetensors"), **sizes}
+    cache_teacher.run(cache_recipe(home, teacher=teacher, cache=home / "cache8", run={"folder": home / "run8"}))
+    return home / "cache8"
+
+
+def test_a_flipped_byte_in_the_cache_is_named(home: Path) -> None:
+    payload = next(p for p in (home / "cache" / "units").rglob("qk_tail_index/c/**/*") if p.is_file())
+    data = bytearray(payload.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    payload.write_bytes(data)
+    with pytest.raises(CacheCorrupt, match="qk_tail_index"):
+        train_student.run(student_recipe(home))
+
+
+# ---------------------------------------------------------------- worst days
+
+
+def test_unreadable_images_are_listed_and_left_out(home: Path) -> None:
+    rewrite_shard(
+        home / "shards" / "shard-000002.tar", lambda key, data: (key, data[:60] if key.endswith("30") else data)
+    )
+    (home / "shards" / "index.json").unlink()
+    with pytest.raises(SourceError, match="too many unreadable"):
+        cache_teacher.run(cache_recipe(home, cache=home / "other"))
+    cache_teacher.run(cache_recipe(home, cache=home / "other", max_unreadable=0.2))
+    units = CacheReader(home / "other").units()
+    assert [unit.num_images for unit in units] == [12, 12, 11]
+    assert units[2].statistics["unreadable"][0][0] == f"{drawn.CLASSES[0]}/000030"
+    train_student.run(student_recipe(home, cache=home / "other", optim={"batch_size": 7, "steps": 5}))
+
+
+def test_a_cache_without_its_source_says_so(home: Path) -> None:
+    for path in (home / "shards").iterdir():
+        path.rename(path.with_name("other-" + path.name))
+    with pytest.raises(UserError, match="covers no shard"):
+        train_student.run(student_recipe(home))
+
+
+def test_a_cache_grows_by_views_and_by_shards_and_a_partial_one_trains(home: Path) -> None:
+    shutil.rmtree(home / "cache")
+    first = {"shards": home / "shards", "pattern": "shard-00000[01].tar"}
+    cache_teacher.run(cache_recipe(home, source=first, num_views=1))
+    before = tree(home / "cache" / "units")
+    cache_teacher.run(cache_recipe(home, num_views=3))
+    after = tree(home / "cache" / "units")
+    assert before.items() <= after.items()
+    assert CacheReader(home / "cache").coverage().complete
+    shutil.rmtree(home / "cache")
+    cache_teacher.run(cache_recipe(home, source=first))
+    train_student.run(student_recipe(home, optim={"batch_size": 8, "steps": 4}))  # the third shard is left out
+
+
+# ---------------------------------------------------------------- resume
+
+
+def test_a_student_stopped_at_any_step_resumes_to_the_same_losses(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_student.run(student_recipe(home))
+    whole, weights = losses(home), (home / "run-student" / "student.safetensors").read_bytes()
+    step_seed = train_student.step_seed
+    for stop_at in (1, 7, 19):
+        shutil.rmtree(home / "run-student")
+
+        def interrupt(seed: int, step: int, stop_at: int = stop_at) -> Any:
+            if step == stop_at - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step_seed(seed, step)
+
+        monkeypatch.setattr(train_student, "step_seed", interrupt)
+        with pytest.raises(Interrupted, match=f"step {stop_at}"):
+            train_student.run(student_recipe(home))
+        monkeypatch.setattr(train_student, "step_seed", step_seed)
+        train_student.run(student_recipe(home))
+        assert losses(home) == whole
+        assert (home / "run-student" / "student.safetensors").read_bytes() == weights
+
+
+def test_a_state_of_another_recipe_is_refused(home: Path) -> None:
+    train_student.run(student_recipe(home, optim={"batch_size": 8, "steps": 2}))
+    with pytest.raises(UserError, match="another recipe"):
+        train_student.run(student_recipe(home, optim={"batch_size": 8, "steps": 3}))
+
+
+def test_an_interrupted_cache_continues_to_the_same_bytes(
+    made: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(home / "cache")
+    encode, calls = cache_teacher._encode, iter(range(100))
+
+    def interrupt(*args: Any) -> Any:
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return encode(*args)
+
+    monkeypatch.setattr(cache_teacher, "_encode", interrupt)
+    with pytest.raises(Interrupted):
+        cache_teacher.run(cache_recipe(home))
+    monkeypatch.setattr(cache_teacher, "_encode", encode)
+    committed = CacheReader(home / "cache").coverage().complete_shards
+    assert 0 < committed < 3
+    cache_teacher.run(cache_recipe(home))
+    assert stored(home) == stored(made)
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_the_student_loads_into_timm_strictly_and_says_what_was_trained(home: Path) -> None:
+    train_student.run(student_recipe(home))
+    tensors = load_file(home / "run-student" / "student.safetensors")
+    sizes = {name: value for name, value in STUDENT.items() if name != "name"}
+    model = timm.create_model(str(STUDENT["name"]), num_classes=0, **sizes)
+    model.load_state_dict(tensors, strict=True)
+    trained = json.loads((home / "run-student" / "trained.json").read_text())
+    assert trained["fixed"] == ["pos_embed"]
+    assert trained["never_updated"] == []
+    assert {*trained["trained"], *trained["fixed"]} == set(tensors)
+
+
+def test_the_run_folder_says_what_made_it(home: Path) -> None:
+    train_student.run(student_recipe(home, optim={"batch_size": 8, "steps": 2}))
+    folder = home / "run-student"
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["libraries"]["torch"] and versions["recipe_digest"]
+    assert "batch_size: 8" in (folder / "recipe.yaml").read_text()
+    assert any((folder / "tensorboard").iterdir())
+    assert {"step", "loss", "kl_qk", "kl_vv", "lr", "views_per_s"} <= read_metrics(folder)[0].keys()
