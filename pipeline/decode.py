@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -23,6 +23,7 @@ from tinymim.pipeline.views import View
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
+_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include some that run programs (EPS)
 # Libraries whose version can change a pixel or a number.
 _LIBRARIES = ("tinymim", "torch", "torchvision", "timm", "numpy", "zarr", "pillow")
 
@@ -30,14 +31,22 @@ _LIBRARIES = ("tinymim", "torch", "torchvision", "timm", "numpy", "zarr", "pillo
 def decode(data: bytes) -> Tensor:
     """Decode image bytes to RGB uint8 [3, height, width]. Alpha is dropped, 16-bit grey is scaled to 8 bits.
 
+    Of animated images the first frame is taken.
+
     Raises:
         SourceError: the bytes are not an image that can be decoded whole, or a decompression bomb by Pillow's limit.
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF data and the like: the pixels are whole
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 array = _to_rgb(image)
+    except UnidentifiedImageError as error:  # its own message holds a memory address
+        kinds = ", ".join(_FORMATS)
+        raise SourceError(
+            "image cannot be decoded", got=f"{len(data):,} bytes of no known format", expected=kinds
+        ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise SourceError("image cannot be decoded", got=reason, expected="a JPEG, PNG or WebP image") from error

@@ -67,6 +67,14 @@ def join(source: ShardSet, reader: CacheReader) -> CachedSource:
         units.setdefault(info.unit.shard, []).append(info)
     wanted = reader.manifest.num_views
     complete = {name: tuple(infos) for name, infos in units.items() if sum(i.unit.num_views for i in infos) == wanted}
+    for name, infos in complete.items():
+        if len({info.key_digest for info in infos}) > 1:
+            raise CacheMismatch(
+                f"the units of shard {name} hold different images",
+                got=", ".join(f"{info.unit.view_range}: {info.num_images}" for info in infos),
+                expected="the same sample keys in every unit of a shard",
+                hint="another decoder could read other images; cache all views of the shard anew",
+            )
     covered = tuple(shard for shard in source.shards if shard.name in complete)
     if not covered:
         raise UserError(

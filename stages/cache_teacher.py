@@ -42,9 +42,7 @@ def run(recipe: CacheTeacherRecipe) -> None:
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     if recipe.views.size != recipe.teacher.img_size:
-        raise RecipeError(
-            "views.size is not teacher.img_size", got=recipe.views.size, expected=recipe.teacher.img_size
-        )
+        raise RecipeError("views.size is not teacher.img_size", got=recipe.views.size, expected=recipe.teacher.img_size)
     source = open_shards(recipe.source)
     teacher = Teacher(recipe.teacher).to(device)
     codec = make_codec(recipe.codec)
@@ -58,7 +56,11 @@ def run(recipe: CacheTeacherRecipe) -> None:
     )
 
     # ---- what is missing
-    with CacheWriter.open(recipe.cache, manifest) as writer, RunFolder(recipe) as log, StopFlag() as stop:
+    with (
+        CacheWriter.open(recipe.cache, manifest) as writer,
+        RunFolder(recipe, len(writer.committed()) + 1) as log,  # a metric line per committed unit
+        StopFlag() as stop,
+    ):
         for difference in writer.environment_differences:
             say(f"cache-teacher: warning: {difference}")
         todo = missing_units(source, writer.committed(), recipe.num_views)

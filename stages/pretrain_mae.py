@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from tinymim.configs.load import dump_recipe, recipe_digest
+from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.mae import MaskedAutoencoder
@@ -29,6 +29,7 @@ from tinymim.stages.training import (
     require_finite,
     save_state,
     seeded,
+    state_identity,
 )
 from tinymim.storage.atomic import write_bytes_atomic
 
@@ -58,10 +59,10 @@ def run(recipe: PretrainMaeRecipe) -> None:
     num_patches = encoder.patch_embed.num_patches
 
     # ---- resume
-    digest = recipe_digest(recipe)
+    identity = state_identity(recipe, [shard.content_hash for shard in source.shards])
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
     folder = recipe.run.folder
-    first_step = load_state(folder, digest, parts, device) if recipe.checkpoint.resume else 0
+    first_step = load_state(folder, identity, parts, device) if recipe.checkpoint.resume else 0
     say(
         f"pretrain-mae: {source.num_samples:,} images, {count_parameters(encoder):,} encoder parameters, "
         f"{schedule.total_steps:,} steps of {recipe.optim.batch_size} = "
@@ -86,17 +87,20 @@ def run(recipe: PretrainMaeRecipe) -> None:
                 loss = model(normalise(batch.pixels.to(device, non_blocking=True)), noise)
             lr = schedule.lr(step)
             optimiser_step(loss, model, optimiser, scaler, lr, recipe.optim.clip_norm)
-            if step % recipe.run.log_every == 0 or step + 1 == schedule.total_steps:
-                value = require_finite(loss, step)
-                log.log(step, loss=value, lr=lr, images_per_s=meter.rate * recipe.optim.batch_size)
-                meter.advance(0, f"loss {value:.4f}")
             step += 1
             meter.advance(1)
-            if stop.requested or step % recipe.checkpoint.every_steps == 0:
-                save_state(folder, step, digest, parts)
-            if stop.requested and step < schedule.total_steps:
+            last = step == schedule.total_steps
+            save = stop.requested or last or step % recipe.checkpoint.every_steps == 0
+            log_due = last or (step - 1) % recipe.run.log_every == 0
+            if save or log_due:
+                value = require_finite(loss, step - 1)  # before saving: a broken state is never kept
+                meter.note = f"loss {value:.4f}"
+            if log_due:
+                log.log(step - 1, loss=value, lr=lr, images_per_s=meter.rate * recipe.optim.batch_size)
+            if save:
+                save_state(folder, step, identity, parts)
+            if stop.requested and not last:
                 raise Interrupted(f"state of step {step:,} saved; the same command continues")
-        save_state(folder, step, digest, parts)
 
     # ---- export
     metadata = {

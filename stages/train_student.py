@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, RecipeError
-from tinymim.configs.load import dump_recipe, recipe_digest
+from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import CodecConfig, TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import StudentWithTap, count_tokens
@@ -33,6 +33,7 @@ from tinymim.stages.training import (
     require_finite,
     save_state,
     seeded,
+    state_identity,
     step_seed,
 )
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
@@ -84,10 +85,10 @@ def run(recipe: TrainStudentRecipe) -> None:
     schedule = make_schedule(recipe.optim, per_epoch)
 
     # ---- resume
-    digest = recipe_digest(recipe)
+    identity = state_identity(recipe, [manifest.spec_id, *(shard.content_hash for shard in source.shards)])
     parts = {"student": student, "optimiser": optimiser, "scaler": scaler}
     folder = recipe.run.folder
-    first_step = load_state(folder, digest, parts, device) if recipe.checkpoint.resume else 0
+    first_step = load_state(folder, identity, parts, device) if recipe.checkpoint.resume else 0
     say(
         f"train-student: {sum(source.counts):,} images x {manifest.num_views} views, "
         f"{count_parameters(student.vit):,} parameters, {schedule.total_steps:,} steps of {recipe.optim.batch_size} = "
@@ -115,18 +116,21 @@ def run(recipe: TrainStudentRecipe) -> None:
                 loss = torch.stack(list(losses.values())).sum()
             lr = schedule.lr(step)
             optimiser_step(loss, student, optimiser, scaler, lr, recipe.optim.clip_norm)
-            if step % recipe.run.log_every == 0 or step + 1 == schedule.total_steps:
-                value = require_finite(loss, step)
-                each = {f"kl_{relation}": float(part.detach()) for relation, part in losses.items()}
-                log.log(step, loss=value, **each, lr=lr, views_per_s=meter.rate * recipe.optim.batch_size)
-                meter.advance(0, f"loss {value:.4f}")
             step += 1
             meter.advance(1)
-            if stop.requested or step % recipe.checkpoint.every_steps == 0:
-                save_state(folder, step, digest, parts)
-            if stop.requested and step < schedule.total_steps:
+            last = step == schedule.total_steps
+            save = stop.requested or last or step % recipe.checkpoint.every_steps == 0
+            log_due = last or (step - 1) % recipe.run.log_every == 0
+            if save or log_due:
+                value = require_finite(loss, step - 1)  # before saving: a broken state is never kept
+                meter.note = f"loss {value:.4f}"
+            if log_due:
+                each = {f"kl_{relation}": float(part.detach()) for relation, part in losses.items()}
+                log.log(step - 1, loss=value, **each, lr=lr, views_per_s=meter.rate * recipe.optim.batch_size)
+            if save:
+                save_state(folder, step, identity, parts)
+            if stop.requested and not last:
                 raise Interrupted(f"state of step {step:,} saved; the same command continues")
-        save_state(folder, step, digest, parts)
 
     # ---- export
     metadata = {

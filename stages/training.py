@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError, UserError
-from tinymim.configs.schema import OptimConfig
-from tinymim.storage.atomic import write_bytes_atomic
+from tinymim.configs.schema import OptimConfig, PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.storage.atomic import canonical_json, digest_hex, write_bytes_atomic
 
 STATE_NAME = "state.pt"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,16 +128,27 @@ def require_finite(loss: Tensor, step: int) -> float:
     return value
 
 
-def save_state(folder: Path, step: int, recipe_digest: str, parts: dict[str, Any]) -> None:
+def state_identity(recipe: PretrainMaeRecipe | TrainStudentRecipe, content: Sequence[str]) -> str:
+    """Digest of all that a training state depends on.
+
+    Paths, workers, threads, device and how often to log, check or save may change between stop and resume (I10);
+    the data may move but not change, so it counts by its content hashes.
+    """
+    free = {"loader": True, "checkpoint": True, "verify": True, "source": True, "cache": True}
+    fields = recipe.model_dump(mode="json", exclude=free | {"run": {"folder", "device", "threads", "log_every"}})
+    return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))
+
+
+def save_state(folder: Path, step: int, identity: str, parts: dict[str, Any]) -> None:
     """Write `state.pt` (atomic, with its own digest): the state after `step` steps of the recipe."""
     buffer = io.BytesIO()
     states = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"step": step, "recipe_digest": recipe_digest, "parts": states}, buffer)
+    torch.save({"step": step, "identity": identity, "parts": states}, buffer)
     payload = buffer.getvalue()
     write_bytes_atomic(folder / STATE_NAME, hashlib.sha256(payload).digest() + payload)
 
 
-def load_state(folder: Path, recipe_digest: str, parts: dict[str, Any], device: torch.device) -> int:
+def load_state(folder: Path, identity: str, parts: dict[str, Any], device: torch.device) -> int:
     """Restore `parts` in place from `state.pt`; returns the number of steps done, 0 where there is no state.
 
     Raises:
@@ -150,11 +161,11 @@ def load_state(folder: Path, recipe_digest: str, parts: dict[str, Any], device: 
     if hashlib.sha256(raw[32:]).digest() != raw[:32]:
         raise CheckpointError(f"{path} is damaged (its digest differs)", hint="remove it to start from step 0")
     state = torch.load(io.BytesIO(raw[32:]), map_location=device, weights_only=True)
-    if state["recipe_digest"] != recipe_digest:
+    if state["identity"] != identity:
         raise CheckpointError(
-            f"{path} belongs to another recipe",
-            got=state["recipe_digest"],
-            expected=recipe_digest,
+            f"{path} belongs to another recipe or other data",
+            got=state["identity"],
+            expected=identity,
             hint="use another run.folder, set checkpoint.resume=false, or restore the recipe",
         )
     for name, part in parts.items():

@@ -29,3 +29,13 @@ def _cuda() -> bool:
 def data_root() -> Path:
     """Folder of real photographs (`imagenet-sample`, `tinyimagenet40`); for tests marked realdata."""
     return DATA
+
+
+@pytest.fixture(scope="session")
+def drawn_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 60 labelled drawn images, six of each class, in shards of 25, 25 and 10. Do not write to it."""
+    from tinymim.stages import make_shards
+
+    folder = tmp_path_factory.mktemp("drawn") / "shards"
+    make_shards.run("drawn", folder, make_shards.Options(count=60, images_per_shard=25))
+    return folder

@@ -37,7 +37,7 @@ def small_vit(**kwargs: Any) -> VisionTransformer:
 
 def timm_attention(model: VisionTransformer, block: int, images: Tensor) -> tuple[Tensor, Tensor]:
     """QK as timm's unfused path computes it (caught before its dropout), VV by the formula from timm's qkv layer."""
-    attention = model.blocks[block - 1].attn
+    attention: Any = model.blocks[block - 1].attn
     attention.fused_attn = False
     caught: dict[str, Tensor] = {}
     handles = [
@@ -65,7 +65,8 @@ def test_relations_equal_timms_own_attention(variant: str, block: int) -> None:
 
 def test_nothing_behind_the_tap_is_kept_or_run() -> None:
     model = small_vit()
-    model.blocks[1].attn.proj = _Bomb()
+    tapped: Any = model.blocks[1]
+    tapped.attn.proj = _Bomb()
     model.norm = _Bomb()
     q, k, v = CutTeacher(model, 2)(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
     assert len(model.blocks) == 2

@@ -53,11 +53,11 @@ def test_one_bit_png() -> None:
     assert set(decode(encoded(SMOOTH.convert("1"), "PNG")).unique().tolist()) <= {0, 255}
 
 
-def test_sixteen_bit_png_keeps_the_high_byte() -> None:
+def test_sixteen_bit_png_is_scaled() -> None:
     values = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) * 54).astype(np.uint16)
     image = decode(encoded(Image.fromarray(values), "PNG"))
     assert image.dtype == torch.uint8
-    assert torch.equal(image[0], torch.from_numpy((values >> 8).astype(np.uint8)))
+    assert torch.equal(image[0], torch.from_numpy((values // 257).astype(np.uint8)))
 
 
 JPEG = MODES["jpeg"][0]
@@ -67,18 +67,48 @@ BROKEN = {
     "jpeg magic only": b"\xff\xd8\xff",
     "half a jpeg": JPEG[: len(JPEG) // 2],
     "jpeg without its end": JPEG[:-2],
-    "half a png": MODES["png"][0][:200],
+    "half a png": MODES["png"][0][: len(MODES["png"][0]) // 2],
     "half a webp": MODES["webp"][0][:100],
     "tiff": encoded(SMOOTH, "TIFF"),
-    "animated gif": encoded(SMOOTH, "GIF", save_all=True, append_images=[SMOOTH.rotate(90)]),
+    "gif": encoded(SMOOTH, "GIF"),
+    "postscript": encoded(SMOOTH, "EPS"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_no_image_is_a_source_error(case: str) -> None:
-    with pytest.raises(SourceError) as caught:
-        decode(BROKEN[case])
-    assert ".cpp" not in str(caught.value) and caught.value.expected
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(SourceError) as caught:
+            decode(bytes(bytearray(BROKEN[case])))
+        messages.add(str(caught.value))
+    # One message, without memory addresses: make-shards lists it in the index, which is the same in every run.
+    assert len(messages) == 1 and "object at" not in messages.pop()
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    for fmt in ("PNG", "WEBP"):
+        data = encoded(SMOOTH, fmt, save_all=True, append_images=[SMOOTH.rotate(180)], lossless=True)
+        assert torch.equal(decode(data), decode(MODES["png"][0]))
+
+
+def test_damage_beside_the_pixels_is_let_pass_in_silence() -> None:
+    transparent = encoded(SMOOTH.quantize(16), "PNG", transparency=bytes(range(16)))
+    exif = encoded(SMOOTH, "JPEG", quality=95, exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x09\x00\x12\x01")
+    assert decode(transparent).shape == (3, HEIGHT, WIDTH)
+    assert torch.equal(decode(exif), decode(JPEG))
+
+
+def test_exif_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert torch.equal(decode(encoded(SMOOTH, "JPEG", quality=95, exif=exif)), decode(JPEG))
+
+
+def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(SourceError, match="decompression bomb"):
+        decode(JPEG)
 
 
 def _pattern(height: int, width: int) -> torch.Tensor:

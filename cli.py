@@ -1,0 +1,332 @@
+"""Commands, flags and error printing; no logic. Stages are imported by the command that runs them: help is instant."""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from tinymim import __version__
+from tinymim.configs.errors import TinymimError
+from tinymim.configs.load import load_recipe
+from tinymim.configs.schema import CacheTeacherRecipe, EvaluateRecipe, PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.stages import recipes
+from tinymim.stages.interrupt import Interrupted
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+# The machine's refusals: no bug of ours, and the message of the system says all there is to say.
+_SYSTEM_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+app = App(
+    name="tinymim",
+    version=f"tinymim {__version__}",
+    help="""Distil one large masked-image-modelling ViT into many small ones, and pay
+for the large one once.
+
+In order of use:
+  tinymim demo                      all of it on drawn images, without a network
+  tinymim make-shards photos shards      1. images -> shards
+  tinymim cache-teacher RECIPE           2. the teacher over every view, once
+  tinymim train-student RECIPE           3. any number of students from the cache
+  tinymim evaluate RECIPE                4. k-NN and linear probe
+
+RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""",
+    help_format="plaintext",
+    help_epilogue="--debug, anywhere on the line: show the traceback of an error.",
+    suppress_keyboard_interrupt=False,
+    result_action="return_value",
+)
+cache_app = App(name="cache", help="Look at a cache: `tinymim cache info PATH`.", sort_key=7)
+app.command(cache_app)
+
+RecipeArgument = Annotated[Path, Parameter(help="A YAML file, or the name of a shipped recipe.")]
+SetOption = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative="", help="Set one field, e.g. --set optim.steps=300; may be repeated."),
+]
+
+
+def _help(text: str, stage: str) -> str:
+    return f"{text}\n\nShipped recipes: {', '.join(recipes.names_for(stage)) or 'none'}."
+
+
+# ---------------------------------------------------------------- commands
+
+
+@app.command(name="make-shards", sort_key=1)
+def make_shards(
+    source: Annotated[str, Parameter(name="SRC")],
+    target: Annotated[Path, Parameter(name="DST")],
+    /,
+    *,
+    images_per_shard: int = 1000,
+    prefix: str = "shard",
+    count: int = 2000,
+    seed: int = 0,
+) -> None:
+    """Images -> webdataset shards and an index.
+
+    Reads SRC: a folder of images (class sub-folders give labels, a flat folder
+    none), a folder of tars, or the word `drawn`: textures of ten classes.
+    Writes DST: PREFIX-000000.tar, ..., index.json. Image bytes are kept as they
+    are; unreadable images are listed in the index and left out.
+    Prints one line of JSON: num_samples, shards, unreadable.
+
+    Example: tinymim make-shards photos/train shards/train
+
+    Parameters
+    ----------
+    source
+        Folder of images or tars, or `drawn`.
+    target
+        New or empty folder.
+    images_per_shard
+        Images in one tar.
+    prefix
+        First part of the tars' names.
+    count
+        Images to draw; for SRC = drawn only.
+    seed
+        Seed of the drawn set; for SRC = drawn only.
+    """
+    from tinymim.stages import make_shards as stage
+
+    index = stage.run(source, target, stage.Options(images_per_shard, prefix, count, seed))
+    summary = {
+        "num_samples": index["num_samples"],
+        "shards": len(index["shards"]),
+        "unreadable": len(index["unreadable"]),
+    }
+    _print(json.dumps(summary))
+
+
+@app.command(
+    name="pretrain-mae",
+    sort_key=2,
+    help=_help(
+        """Make a teacher, or a baseline student, from images alone (masked autoencoder).
+
+Reads the shards of `source`.
+Writes run.folder: encoder.safetensors (a timm ViT without head), metrics.jsonl,
+TensorBoard, the resolved recipe and versions, and state.pt, from which the same
+command continues.
+
+Example: tinymim pretrain-mae demo-teacher --set optim.steps=200""",
+        "pretrain-mae",
+    ),
+)
+def pretrain_mae(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
+    loaded = load_recipe(recipe, "pretrain-mae", overrides or ())
+    assert isinstance(loaded, PretrainMaeRecipe)
+    from tinymim.stages import pretrain_mae as stage
+
+    stage.run(loaded)
+
+
+@app.command(
+    name="cache-teacher",
+    sort_key=3,
+    help=_help(
+        """Run the teacher once over every view and store sketches of its relations.
+
+Reads the shards of `source` and the teacher's weights.
+Writes the folder `cache` (docs/cache-format.md) and run.folder. What is committed
+stays: a stopped run continues, a larger num_views or more shards add to it,
+another teacher or view law is refused.
+
+Example: tinymim cache-teacher imagenet-sample-cache --set num_views=4""",
+        "cache-teacher",
+    ),
+)
+def cache_teacher(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
+    loaded = load_recipe(recipe, "cache-teacher", overrides or ())
+    assert isinstance(loaded, CacheTeacherRecipe)
+    from tinymim.stages import cache_teacher as stage
+
+    stage.run(loaded)
+
+
+@app.command(
+    name="train-student",
+    sort_key=4,
+    help=_help(
+        """Train one student from a cache and its images; no teacher needed.
+
+Reads `cache` and the shards of `source`.
+Writes run.folder: student.safetensors (loads into timm with strict=True),
+trained.json (which tensors were trained), metrics.jsonl, TensorBoard, the
+resolved recipe and versions, and state.pt, from which the same command continues.
+
+Example: tinymim train-student imagenet-sample-student --set optim.steps=600""",
+        "train-student",
+    ),
+)
+def train_student(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
+    loaded = load_recipe(recipe, "train-student", overrides or ())
+    assert isinstance(loaded, TrainStudentRecipe)
+    from tinymim.stages import train_student as stage
+
+    stage.run(loaded)
+
+
+@app.command(
+    name="evaluate",
+    sort_key=5,
+    help=_help(
+        """k-NN and linear probe of a frozen encoder on labelled shards.
+
+Reads the shards of `train` and `val`, and `weights`: a file, `hub`, `package:NAME`
+or `random`.
+Writes run.folder with evaluation.json, and prints the same JSON.
+
+Example: tinymim evaluate tinyimagenet40-eval --set weights=random""",
+        "evaluate",
+    ),
+)
+def evaluate(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
+    loaded = load_recipe(recipe, "evaluate", overrides or ())
+    assert isinstance(loaded, EvaluateRecipe)
+    from tinymim.stages import evaluate as stage
+
+    _print_json(stage.run(loaded))
+
+
+@cache_app.command(name="info")
+def cache_info(
+    path: Annotated[Path, Parameter(name="PATH")],
+    /,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """What a cache is, how much is there, what it costs, how faithful it is.
+
+    Reads the manifest and commit records of the cache at PATH; writes nothing.
+
+    Example: tinymim cache info caches/imagenet-sample
+
+    Parameters
+    ----------
+    path
+        The folder that cache-teacher wrote.
+    as_json
+        Print JSON instead of text.
+    """
+    from tinymim.stages import cache_info as stage
+
+    info = stage.describe(path)
+    if as_json:
+        _print_json(info)
+    else:
+        _print(stage.format_info(info))
+
+
+@app.command(name="recipes", sort_key=6)
+def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) -> None:
+    """List the shipped recipes, or print one of them.
+
+    Reads the recipes inside the package; writes nothing.
+
+    Example: tinymim recipes demo-teacher > mine.yaml
+
+    Parameters
+    ----------
+    name
+        The recipe whose YAML is printed; without it, all names.
+    """
+    _print(recipes.listing() if name is None else recipes.text(name).rstrip("\n"))
+
+
+@app.command(name="demo", sort_key=0)
+def demo(*, folder: Path = Path("runs/demo"), seed: int = 0) -> None:
+    """All of it on drawn images: one teacher, one cache, two students, a report.
+
+    Reads nothing but the package; needs no network.
+    Writes FOLDER with shards, cache, students and report.html, and prints the
+    path of the report.
+
+    Example: tinymim demo --folder runs/demo
+
+    Parameters
+    ----------
+    folder
+        Where everything goes.
+    seed
+        Seed of images, students and training.
+    """
+    from tinymim.stages import demo as stage
+
+    _print(str(stage.run(folder, seed)))
+
+
+# ---------------------------------------------------------------- output and errors
+
+
+class _StdoutClosed(Exception):
+    """Whoever read our output has gone: `tinymim recipes | head -1`."""
+
+
+def _print(text: str) -> None:
+    """Data, to stdout."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise _StdoutClosed from None
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    _print(json.dumps(data, indent=2))
+
+
+def _say(text: str) -> None:
+    """A message, to stderr."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line; every error becomes a message on stderr and an exit code."""
+    debug = "--debug" in arguments
+    try:
+        app([argument for argument in arguments if argument != "--debug"], print_error=False, exit_on_error=False)
+        return 0
+    except _StdoutClosed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes into the pipe at exit
+        return EXIT_BROKEN_PIPE
+    except Interrupted as interrupted:
+        _say(f"interrupted: {interrupted}")
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        _say("interrupted: stopped at once; the last saved state is intact")
+        return EXIT_INTERRUPTED
+    except CycloptsError as error:
+        _say(f"error: {error}\n  hint: tinymim --help, or tinymim COMMAND --help, shows what there is")
+        return EXIT_USAGE
+    except Exception as error:
+        if debug:
+            _say(traceback.format_exc().rstrip())
+        message, code = _explained(error)
+        _say(message)
+        return code
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """Message and exit code of an error."""
+    if isinstance(error, TinymimError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS:
+        return f"error: {error.strerror}: {error.filename or 'a file of the run'}", EXIT_USAGE
+    hint = "run the same command with --debug for the traceback, and report it"
+    return f"internal error: {type(error).__name__}: {error}\n  hint: {hint}", 1
+
+
+def main() -> None:
+    """The entry point of the `tinymim` command."""
+    sys.exit(run_command(sys.argv[1:]))

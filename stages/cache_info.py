@@ -1,0 +1,171 @@
+"""`tinymim cache info PATH`: what a cache is, how much of it is there, what it costs and how faithful it is."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinymim.storage.layout import KEY_ARRAYS
+from tinymim.storage.reader import CacheReader
+
+COMPONENTS = ("indices", "values", "boxes", "digests", "keys", "overhead")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Everything that the manifest and the commit records say of a cache, as JSON values; reads no record.
+
+    Raises:
+        UserError: there is no cache at `path`.
+        CacheMismatch: an unknown format version.
+        CacheCorrupt: a damaged manifest or commit record, or a file of a unit is gone.
+    """
+    reader = CacheReader(path)
+    manifest, coverage = reader.manifest, reader.coverage()
+    total = dict.fromkeys(COMPONENTS, 0)
+    for array, size_bytes in reader.bytes_by_component().items():
+        total[component_of(array)] += size_bytes
+    total_bytes, records = sum(total.values()), coverage.num_records
+    num_images = sum(shard.num_samples for shard in manifest.source)
+    per_view = total_bytes / records if records else 0.0
+    return {
+        "path": str(path),
+        "format_version": manifest.format_version,
+        "spec_id": manifest.spec_id,
+        "teacher": dict(manifest.teacher),
+        "codec": dict(manifest.codec),
+        "views": dict(manifest.views),
+        "num_images": num_images,
+        "num_views_per_image": manifest.num_views,
+        "coverage": {
+            "complete": coverage.complete,
+            "num_shards": coverage.num_shards,
+            "complete_shards": coverage.complete_shards,
+            "num_views": coverage.num_views,
+            "covered_views": coverage.covered_views,
+            "num_records": records,
+            "unreadable_views": coverage.covered_views - records,
+        },
+        "total_bytes": total_bytes,
+        "bytes_by_component": total,
+        "bytes_per_view": per_view,
+        "bytes_to_complete": round(per_view * (coverage.num_views - coverage.covered_views)),
+        "bytes_per_further_view_of_all_images": round(per_view * num_images),
+        "fidelity": _fidelity(reader),
+        "environment": dict(manifest.environment),
+    }
+
+
+def component_of(array: str) -> str:
+    """The line of the size table that an array of a unit belongs to."""
+    if array in KEY_ARRAYS:
+        return "keys"
+    if array in ("box", "flip"):
+        return "boxes"
+    if array == "digest":
+        return "digests"
+    if array == "overhead":
+        return "overhead"
+    return "indices" if array.endswith("_index") else "values"
+
+
+def _fidelity(reader: CacheReader) -> dict[str, float]:
+    """Every number in the commit records' statistics, by dotted name: heads averaged, units weighted by records.
+
+    `fidelity.views`, the number of audited views, is summed instead; `unreadable` is part of the coverage.
+    """
+    sums: defaultdict[str, float] = defaultdict(float)
+    weights: defaultdict[str, int] = defaultdict(int)
+    audited = 0.0
+    for info in reader.units():
+        for name, value in _numbers(info.statistics):
+            if name == "fidelity.views":
+                audited += value
+            elif name != "unreadable":
+                sums[name] += value * info.num_records
+                weights[name] += info.num_records
+    means = {name.removeprefix("fidelity."): sums[name] / weights[name] for name in sorted(sums) if weights[name]}
+    return {"audited_views": audited, **means} if audited else means
+
+
+def _numbers(statistics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted name, value) of every number, and the mean of every list of numbers."""
+    for key, value in statistics.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif _is_number(value):
+            yield prefix + key, float(value)
+        elif isinstance(value, list) and value and all(map(_is_number, value)):
+            yield prefix + key, sum(value) / len(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---- as text
+
+
+def format_info(info: Mapping[str, Any]) -> str:
+    """`describe`'s dictionary as text for a terminal, the arithmetic of its size said aloud."""
+    teacher, codec, coverage = info["teacher"], info["codec"], info["coverage"]
+    views, fidelity = info["views"], info["fidelity"]
+    parameters = ", ".join(f"{name} {_plain(value)}" for name, value in codec["parameters"].items() if name != "name")
+    state = "complete" if coverage["complete"] else "PARTIAL: a student trains on what is there"
+    lines = [
+        f"cache     {info['path']}",
+        f"spec      {info['spec_id']}, format version {info['format_version']}",
+        f"teacher   {teacher['name']}, block {teacher['block']}, {teacher['heads']} heads, {teacher['tokens']} tokens, "
+        f"{teacher['precision']}",
+        f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {teacher['license']}",
+        f"codec     {codec['name']} version {codec['version']}: {parameters}",
+        f"views     {views['size']} px, scale {_plain(views['scale'])}, ratio {_plain(views['ratio'])}, "
+        f"{views['interpolation']}, flip {_plain(views['flip'])}, seed {views['seed']}",
+        "",
+        f"coverage  {state}",
+        f"  shards  {coverage['complete_shards']:,} of {coverage['num_shards']:,} with all views",
+        f"  views   {coverage['covered_views']:,} of {coverage['num_views']:,} "
+        f"({info['num_images']:,} images x {info['num_views_per_image']} views)",
+        f"  records {coverage['num_records']:,} ({coverage['unreadable_views']:,} views of unreadable images left out)",
+        "",
+        *_size_lines(info),
+    ]
+    if fidelity:
+        lines += ["", "fidelity (mean over heads, units weighted by records)"]
+        lines += [f"  {name:<24}{_plain(value):>12}" for name, value in fidelity.items()]
+    versions = ", ".join(f"{name} {value}" for name, value in info["environment"].items())
+    return "\n".join([*lines, "", f"made with {versions}"])
+
+
+def _size_lines(info: Mapping[str, Any]) -> list[str]:
+    records = info["coverage"]["num_records"]
+    if not records:
+        return ["size      no records yet"]
+    complete = records == info["num_images"] * info["num_views_per_image"]
+    count = (
+        f"{info['num_images']:,} images x {info['num_views_per_image']} views" if complete else f"{records:,} records"
+    )
+    lines = [f"size      {count} x {_bytes(info['bytes_per_view'])} = {_bytes(info['total_bytes'])}"]
+    for name, size_bytes in info["bytes_by_component"].items():
+        share = size_bytes / info["total_bytes"]
+        lines.append(f"  {name:<10}{_bytes(size_bytes / records):>12} a view {_bytes(size_bytes):>12} {share:>6.1%}")
+    if info["bytes_to_complete"]:
+        lines.append(f"  to complete it: about {_bytes(info['bytes_to_complete'])}")
+    further = info["bytes_per_further_view_of_all_images"]
+    lines.append(f"  N more views of every image: about N x {_bytes(further)}; 10 are {_bytes(10 * further)}")
+    return lines
+
+
+def _bytes(size_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.2f} TiB"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return str(value)

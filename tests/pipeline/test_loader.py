@@ -1,0 +1,121 @@
+"""The same views for any number of workers and any order, one decode per image, and errors that survive the trip."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tinymim.configs.errors import SourceError
+from tinymim.configs.schema import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
+from tinymim.pipeline import dataset
+from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.pipeline.decode import decode, pixel_digest
+from tinymim.pipeline.loader import batches
+from tinymim.pipeline.order import Items, training_batches, view_batches
+from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.views import RandomViews, View, view_key
+
+SEED = 3
+
+
+def image_views(folder: Path) -> ImageViews:
+    return ImageViews(
+        open_shards(SourceConfig(shards=folder)).shards, RandomViews(ViewConfig(size=32, seed=SEED)), SEED
+    )
+
+
+def by_view(loaded: list[ViewBatch]) -> dict[tuple[str, int], tuple[View, int, int, int]]:
+    """(key, view) -> box, digest, label, identity."""
+    return {
+        (key, int(item[2])): (view, int(digest), int(label), int(identity))
+        for batch in loaded
+        for key, item, view, digest, label, identity in zip(
+            batch.keys, batch.items, batch.views, batch.digests(), batch.labels, batch.view_keys, strict=True
+        )
+    }
+
+
+def tar_order(views: ImageViews, images_per_batch: int) -> list[Items]:
+    counts = [shard.num_samples for shard in views.shards]
+    return [plan for unit, n in enumerate(counts) for plan in view_batches(unit, n, (0, 1), images_per_batch)]
+
+
+@pytest.fixture(scope="module")
+def reference(drawn_shards: Path) -> dict[tuple[str, int], tuple[View, int, int, int]]:
+    views = image_views(drawn_shards)
+    return by_view(list(batches(views, tar_order(views, 8), LoaderConfig(workers=0))))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # four workers on two cores
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_workers_and_batch_size_change_nothing(
+    workers: int, drawn_shards: Path, reference: dict[tuple[str, int], tuple[View, int, int, int]]
+) -> None:
+    views = image_views(drawn_shards)
+    plan = tar_order(views, 5)
+    loaded = list(batches(views, plan, LoaderConfig(workers=workers, prefetch=1)))
+    assert len(loaded) == len(plan)
+    for batch, items in zip(loaded, plan, strict=True):  # in the plan's order
+        np.testing.assert_array_equal(batch.items, items)
+        assert batch.pixels.shape == (len(items), 3, 32, 32) and batch.pixels.dtype == torch.uint8
+    assert by_view(loaded) == reference and len(reference) == 120
+
+
+def test_the_order_of_items_changes_nothing(
+    drawn_shards: Path, reference: dict[tuple[str, int], tuple[View, int, int, int]]
+) -> None:
+    views = image_views(drawn_shards)
+    counts = [shard.num_samples for shard in views.shards]
+    plan = training_batches(counts, OrderConfig(shuffle_units=3), 7, 2, 0, 16)  # epochs of both views
+    found = by_view(list(batches(views, plan, LoaderConfig(workers=0))))
+    assert found == {name: reference[name] for name in found} and len(found) == 112
+
+
+def test_boxes_and_identities_are_the_laws(
+    drawn_shards: Path, reference: dict[tuple[str, int], tuple[View, int, int, int]]
+) -> None:
+    law = RandomViews(ViewConfig(size=32, seed=SEED))
+    for (key, index), (view, _, _, identity) in reference.items():
+        assert view == law(key, index, 80, 80) and identity == view_key(SEED, key, index)
+
+
+def test_one_decode_per_image_when_its_views_are_adjacent(drawn_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(dataset, "decode", lambda data: calls.append(1) or decode(data))
+    views = image_views(drawn_shards)
+    [batch] = batches(views, view_batches(2, 10, (0, 1, 2), 10), LoaderConfig(workers=0))
+    assert len(batch.keys) == 30 and len(calls) == 10
+
+
+def test_unreadable_images_are_left_out_and_listed(drawn_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = image_views(drawn_shards)
+    broken = views.shards[2].read(1)
+    monkeypatch.setattr(dataset, "decode", lambda data: decode(b"?" if data == broken else data))
+    plan = np.array([[2, 0, 0], [2, 1, 0], [2, 1, 1], [2, 2, 0]])
+    batch = views.batch(plan)
+    key = views.shards[2].members().keys[1]
+    assert [name for name, _ in batch.unreadable] == [key] and "cannot be decoded" in batch.unreadable[0][1]
+    assert batch.items.tolist() == [[2, 0, 0], [2, 2, 0]] and len(batch.pixels) == len(batch.labels) == 2
+    assert [pixel_digest(view) for view in batch.pixels] == batch.digests().tolist()
+    nothing = views.batch(plan[1:3])
+    assert nothing.keys == [] and nothing.pixels.shape == (0, 3, 32, 32) and nothing.items.shape == (0, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_keep_their_kind_and_fields(workers: int, drawn_shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(drawn_shards, tmp_path / "copied"))
+    views = image_views(folder)
+    views.shards[0].path.unlink()
+    with pytest.raises(SourceError) as caught:
+        list(batches(views, tar_order(views, 50)[:1], LoaderConfig(workers=workers)))
+    assert caught.value.what == f"shard {views.shards[0].name} is not a readable tar"
+    assert caught.value.hint == "make it again with `tinymim make-shards`"
+
+
+def test_workers_leave_the_global_generator_alone(drawn_shards: Path) -> None:
+    views = image_views(drawn_shards)
+    before = torch.get_rng_state()
+    list(batches(views, tar_order(views, 50)[:1], LoaderConfig(workers=1)))
+    assert torch.equal(torch.get_rng_state(), before)
