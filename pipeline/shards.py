@@ -99,6 +99,7 @@ def open_shards(config: SourceConfig) -> ShardSet:
     paths = sorted(folder.glob(config.pattern))
     if not paths:
         raise SourceError(f"no shards match '{config.pattern}'", got=folder, expected="at least one tar")
+    _scan.cache_clear()  # a tar may have been replaced by one of the same size
     index = read_index(folder)
     known = {row["name"]: row for row in index.get("shards", [])}
     shards = tuple(_open_shard(path, known.get(path.name)) for path in paths)

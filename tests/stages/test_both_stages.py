@@ -140,18 +140,27 @@ def test_golden_records(made: Path) -> None:
 # ---------------------------------------------------------------- differences are refused
 
 
-def rewrite_shard(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> None:
+def rewrite_shard(path: Path, change: Callable[[str, bytes], tuple[str, bytes]], reverse: bool = False) -> None:
     """Write a tar anew, each image through `change`."""
     with (
         tarfile.open(path) as old,
         webdataset.TarWriter(f"{path}.new", mtime=0, user="", group="", encoder=False) as new,
     ):
         files = {member.name: old.extractfile(member).read() for member in old}  # type: ignore[union-attr]
-        for name, data in files.items():
+        for name, data in sorted(files.items(), reverse=reverse):
             if name.endswith(".jpg"):
                 key, image = change(name.removesuffix(".jpg"), data)
                 new.write({"__key__": key, "jpg": image, "cls": files[name.replace(".jpg", ".cls")]})
     os.replace(f"{path}.new", path)
+
+
+def forge_content_hashes(root: Path) -> None:
+    """Have `index.json` claim that the shards are the cached ones, so that only keys and pixels can tell."""
+    path = root / "shards" / "index.json"
+    index = json.loads(path.read_text())
+    for row in index["shards"]:
+        row["size_bytes"] = (root / "shards" / row["name"]).stat().st_size
+    path.write_text(json.dumps(index))
 
 
 def requality(key: str, data: bytes) -> tuple[str, bytes]:
@@ -167,6 +176,29 @@ def test_another_jpeg_quality_of_the_same_image_is_refused_by_content_hash(home:
         train_student.run(student_recipe(home))
     with pytest.raises(CacheMismatch, match=r"shard-000001\.tar"):
         cache_teacher.run(cache_recipe(home))
+
+
+def test_another_jpeg_quality_is_refused_by_its_pixels_where_the_hash_was_forged(home: Path) -> None:
+    rewrite_shard(home / "shards" / "shard-000001.tar", requality)
+    forge_content_hashes(home)
+    with pytest.raises(ViewMismatch, match=r"shard-000001\.tar, view \d"):
+        train_student.run(student_recipe(home))
+
+
+def test_records_are_joined_by_key_and_a_missing_key_is_named(home: Path) -> None:
+    train_student.run(student_recipe(home))
+    before = losses(home)
+    shutil.rmtree(home / "run-student")
+    rewrite_shard(home / "shards" / "shard-000001.tar", lambda key, data: (key, data), reverse=True)
+    forge_content_hashes(home)
+    train_student.run(student_recipe(home))  # the same images in another order: every digest still agrees
+    assert losses(home) == before
+    shutil.rmtree(home / "run-student")
+    lost = f"{drawn.CLASSES[5]}/000015"
+    rewrite_shard(home / "shards" / "shard-000001.tar", lambda key, data: (f"{key}x" if key == lost else key, data))
+    forge_content_hashes(home)
+    with pytest.raises(CacheCorrupt, match=lost):
+        train_student.run(student_recipe(home))
 
 
 def test_a_changed_pixel_is_refused_and_the_image_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,398 @@
+"""`tinymim demo`: one teacher pass, two students, and the same students untaught; drawn images, no network, CPU."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError, UserError
+from tinymim.configs.load import load_recipe, recipe_digest
+from tinymim.configs.schema import (
+    RECIPES,
+    CacheTeacherRecipe,
+    CodecConfig,
+    EvaluateRecipe,
+    ModelConfig,
+    PretrainMaeRecipe,
+    TrainStudentRecipe,
+    VerifyConfig,
+)
+from tinymim.models.checkpoints import read_metadata, tensors_sha256, weights_path
+from tinymim.models.taps import StudentWithTap
+from tinymim.models.teacher import Teacher
+from tinymim.models.vit import Normalise, build_vit, count_parameters
+from tinymim.pipeline.decode import environment
+from tinymim.pipeline.replay import ReplayedViews, join
+from tinymim.pipeline.shards import INDEX_NAME, open_shards, read_index
+from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student
+from tinymim.stages.progress import say
+from tinymim.stages.report import SKETCH, Arm, Example, Report, text_table, write_report
+from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.training import load_state
+from tinymim.storage.atomic import write_json_atomic
+from tinymim.storage.reader import CacheReader
+from tinymim.targets.codecs import make_codec
+from tinymim.targets.relations import QKV, relation_probs
+from tinymim.targets.target import RowTarget
+
+RESULTS_NAME = "results.json"
+TEACHER = "package:demo-teacher"
+TEACHER_IMAGES, TEACHER_IMAGE_SEED = 10_000, 1  # what configs/demo-teacher.yaml was run on
+STUDENTS = ("wide", "narrow")
+TRAIN_IMAGE_SEED, VAL_IMAGE_SEED = 100, 101  # not the teacher's
+EXAMPLE_IMAGES = (0, 3, 5, 8)  # of the first shard: stripes, rings, bricks, waves
+QUERIES_PER_IMAGE = 2
+
+
+_R = TypeVar("_R", CacheTeacherRecipe, TrainStudentRecipe, PretrainMaeRecipe)
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much of everything; None leaves what the shipped recipes say."""
+
+    train_images: int = 2400
+    val_images: int = 600
+    images_per_shard: int = 600
+    steps: int | None = None
+    batch_size: int | None = None
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """The shipped recipes with this demo's paths and seeds."""
+
+    cache: CacheTeacherRecipe
+    students: dict[str, TrainStudentRecipe]
+    autoencoders: dict[str, PretrainMaeRecipe]
+    probes: dict[str, EvaluateRecipe]
+
+
+def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weights: str = TEACHER) -> Path:
+    """Run what is not yet done in `folder`, print the table, and write the report.
+
+    Args:
+        folder: shards, cache and runs of this demo; one folder, one seed.
+        seed: of views, sketches, initial weights and orders; images and teacher stay as they are.
+        size: smaller demos are for tests.
+        teacher_weights: a file in place of the shipped teacher.
+
+    Returns:
+        the path of report.html.
+
+    Raises:
+        UserError: `folder` holds the demo of another seed or size, or something else.
+        Interrupted: stopped by a signal; the same command continues.
+    """
+    size = size or DemoSize()
+    root = Path(os.path.abspath(folder))
+    recipes = load_recipes(root, seed, size, teacher_weights)
+    weights_path(teacher_weights)  # an absent teacher is said before the images are drawn
+
+    say(f"demo 1/5: draw {size.train_images:,} + {size.val_images:,} images")
+    draw_images(root / "images" / "train", size.train_images, TRAIN_IMAGE_SEED, size.images_per_shard)
+    draw_images(root / "images" / "val", size.val_images, VAL_IMAGE_SEED, size.images_per_shard)
+
+    say(f"demo 2/5: the teacher looks once at {recipes.cache.num_views} views of every training image")
+    with folder_hint(CacheMismatch):
+        cache_teacher.run(recipes.cache)
+
+    say("demo 3/5: two students learn from the cache, without the teacher")
+    for student in recipes.students.values():
+        with folder_hint(CacheMismatch, CheckpointError):
+            train_student.run(student)
+
+    say("demo 4/5: the same two networks learn alone, as masked autoencoders, for the same number of steps")
+    for autoencoder in recipes.autoencoders.values():
+        with folder_hint(CheckpointError):
+            pretrain_mae.run(autoencoder)
+
+    say("demo 5/5: k-NN and linear probe of all seven encoders")
+    arms = measure(recipes)
+    write_json_atomic(root / RESULTS_NAME, {"seed": seed, "arms": [asdict(arm) for arm in arms]})
+    path = write_report(make_report(recipes, arms, seed, size), root)
+
+    print(f"{text_table(arms)}\n\n{describe_teacher(recipes.cache, arms[0])}\n")
+    print(f"report: {Path(folder) / path.name}\n\n{NEXT_COMMANDS}")
+    return Path(folder) / path.name
+
+
+NEXT_COMMANDS = """\
+On your own images (a folder of class folders, or a flat one):
+  tinymim make-shards PICTURES data/mine
+  tinymim cache-teacher demo-cache --set source.shards=data/mine --set cache=caches/mine --set run.folder=runs/mine-cache
+  tinymim train-student demo-wide --set source.shards=data/mine --set cache=caches/mine --set run.folder=runs/mine
+With a real teacher instead of the demo's, start from the recipes imagenet-mae-l-cache and imagenet-tinymim-t."""
+
+
+# ---- recipes and images
+
+
+def load_recipes(root: Path, seed: int, size: DemoSize, teacher_weights: str) -> Recipes:
+    """All recipes of the demo, validated before anything is written."""
+    runs, train = root / "runs", root / "images" / "train"
+
+    def common(name: str) -> dict[str, Any]:
+        run_section = {"run.folder": runs / name, "run.seed": seed}
+        return {"source.shards": train, "loader.workers": size.workers, **run_section}
+
+    def training(name: str) -> dict[str, Any]:
+        optim = {"optim.steps": size.steps, "optim.batch_size": size.batch_size}
+        return {**common(name), "order.seed": seed, **{key: value for key, value in optim.items() if value}}
+
+    cache = _load(
+        "demo-cache",
+        CacheTeacherRecipe,
+        {**common("cache"), "cache": root / "cache", "views.seed": seed, "teacher.weights": teacher_weights},
+    )
+    students = {
+        name: _load(f"demo-{name}", TrainStudentRecipe, {**training(name), "cache": root / "cache"})
+        for name in STUDENTS
+    }
+    autoencoders = {
+        name: _load(f"demo-{name}-mae", PretrainMaeRecipe, {**training(f"{name}-mae"), "views.seed": seed})
+        for name in STUDENTS
+    }
+    teacher = cache.teacher
+    sizes = teacher.model_dump(include=set(ModelConfig.model_fields))
+    pixels = {"mean": teacher.mean, "std": teacher.std}
+    probes = {"teacher": _probe(cache, "teacher", sizes, teacher.weights, block=teacher.block, **pixels)}
+    for name, student in students.items():
+        arms = {
+            name: str(student.run.folder / train_student.STUDENT_NAME),
+            f"{name}-mae": str(autoencoders[name].run.folder / pretrain_mae.ENCODER_NAME),
+            f"{name}-random": "random",
+        }
+        for arm, weights in arms.items():
+            probes[arm] = _probe(student, arm, student.student.model_dump(), weights)
+    return Recipes(cache, students, autoencoders, probes)
+
+
+def _load(name: str, kind: type[_R], overrides: dict[str, Any]) -> _R:
+    """A shipped recipe. Values are quoted as JSON, which is YAML, so that any path comes through."""
+    quoted = [
+        f"{key}={json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)}"
+        for key, value in overrides.items()
+    ]
+    (stage,) = (stage for stage, recipe in RECIPES.items() if recipe is kind)
+    recipe = load_recipe(Path(name), stage, quoted)
+    assert isinstance(recipe, kind)
+    return recipe
+
+
+def _probe(
+    like: CacheTeacherRecipe | TrainStudentRecipe, arm: str, model: Any, weights: str, **more: Any
+) -> EvaluateRecipe:
+    """k-NN and linear probe of one encoder on the demo's images: the whole image, mean over patch tokens."""
+    images = like.source.shards.parent
+    return EvaluateRecipe.model_validate(
+        {
+            "stage": "evaluate",
+            "train": {"shards": images / "train"},
+            "val": {"shards": images / "val"},
+            "model": model,
+            "weights": weights,
+            "resize_ratio": 1.0,
+            "loader": like.loader,
+            "run": {**like.run.model_dump(), "folder": like.run.folder.parent / f"eval-{arm}"},
+            **more,
+        }
+    )
+
+
+def draw_images(target: Path, count: int, seed: int, images_per_shard: int) -> None:
+    """Make one set of drawn shards unless it is there; it appears whole, by rename.
+
+    Raises:
+        SourceError: the folder holds something else.
+    """
+    options = make_shards.Options(images_per_shard=images_per_shard, count=count, seed=seed)
+    wanted = {"source": make_shards.DRAWN, **asdict(options)}
+    if target.exists():
+        found = read_index(target)["made_by"] if (target / INDEX_NAME).exists() else "no index"
+        if found == wanted:
+            return
+        raise SourceError(
+            f"{target} holds other images",
+            got=found,
+            expected=wanted,
+            hint="give another --folder; nothing was changed",
+        )
+    partial = target.with_name(f"{target.name}.partial")
+    if partial.exists():  # left by a demo that was stopped
+        shutil.rmtree(partial)
+    make_shards.run(make_shards.DRAWN, partial, options)
+    partial.rename(target)
+
+
+@contextmanager
+def folder_hint(*kinds: type[UserError]) -> Iterator[None]:
+    """Add to a stage's refusal what it means in the demo."""
+    try:
+        yield
+    except kinds as error:
+        ours = "in the demo: give another --folder, or the --seed that this one was made with"
+        hint = f"{error.hint}; {ours}" if error.hint else ours
+        raise type(error)(error.what, got=error.got, expected=error.expected, hint=hint) from error
+
+
+# ---- figures of merit
+
+
+def measure(recipes: Recipes) -> list[Arm]:
+    """k-NN and linear probe of the teacher, and of every student taught, alone and untrained."""
+    block, depth = recipes.cache.teacher.block, recipes.cache.teacher.depth
+    made_of = _metadata(recipes.cache.teacher.weights)
+    steps = int(made_of["steps"]) if made_of.get("steps", "").isdigit() else None
+    arms = [_arm(recipes, "teacher", f"teacher, block {block} of {depth}", "masked autoencoder", steps, "-")]
+    for name, student in recipes.students.items():
+        label = f"{name} student"
+        arms += [
+            _arm(recipes, name, label, "distilled from the cache", student.optim.steps, "1 for both"),
+            _arm(recipes, f"{name}-mae", label, "masked autoencoder", recipes.autoencoders[name].optim.steps, "0"),
+            _arm(recipes, f"{name}-random", label, "not at all", 0, "0"),
+        ]
+    return arms
+
+
+def _arm(recipes: Recipes, name: str, label: str, how_trained: str, steps: int | None, passes: str) -> Arm:
+    recipe = recipes.probes[name]
+    model, _, _ = evaluate.load_encoder(recipe)
+    identity = {"recipe_digest": recipe_digest(recipe), "weights_sha256": tensors_sha256(model.state_dict())}
+    stored = recipe.run.folder / evaluate.EVALUATION_NAME
+    found = json.loads(stored.read_bytes()) if stored.exists() else {}
+    if any(found.get(key) != value for key, value in identity.items()):
+        found = evaluate.run(recipe)
+    parameters = count_parameters(model)
+    return Arm(label, parameters, how_trained, steps, passes, found["knn_top1"], found["linear_top1"])
+
+
+def _metadata(weights: str) -> dict[str, str]:
+    """What a weights file says of itself; nothing where it is no safetensors file."""
+    path = weights_path(weights)
+    return read_metadata(path) if path.suffix == ".safetensors" else {}
+
+
+def describe_teacher(recipe: CacheTeacherRecipe, teacher: Arm) -> str:
+    """One sentence on what the teacher is."""
+    millions, config = teacher.parameters / 1e6, recipe.teacher
+    network = f"a {millions:.1f} M-parameter ViT ({config.embed_dim} wide, {config.depth} blocks)"
+    steps = "a number of steps that its file does not state" if teacher.steps is None else f"{teacher.steps:,} steps"
+    if config.weights == TEACHER:
+        return (
+            f"The demo teacher is {network} that we trained ourselves with `tinymim pretrain-mae demo-teacher` on "
+            f"{TEACHER_IMAGES:,} other drawn images (seed {TEACHER_IMAGE_SEED}) for {steps}; it has seen no photograph "
+            "and no label."
+        )
+    return f"The teacher is {network} from {config.weights}, trained for {steps}."
+
+
+# ---- the report
+
+
+def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize) -> Report:
+    """Everything that the page shows, read back from cache and run folders."""
+    reader = CacheReader(recipes.cache.cache)
+    manifest, codec = reader.manifest, recipes.cache.codec
+    num_records = reader.coverage().num_records
+    heads, tokens = int(manifest.teacher["heads"]), int(manifest.teacher["tokens"])
+    one_error = 100 * 0.5 / size.val_images**0.5
+    student = recipes.students[STUDENTS[0]]
+    lesson = (
+        f"One teacher looked once at {recipes.cache.num_views} views of each of {size.train_images:,} images and left "
+        f"a sketch of its token relations for every view. From that one cache two students of different size learnt, "
+        f"{student.optim.steps:,} steps of {student.optim.batch_size} views each, without the teacher. To see what the "
+        "cache is worth, the same two networks were also trained alone, as masked autoencoders on the same images for "
+        "the same number of steps, and left untrained. All labels were kept for the measurement."
+    )
+    caveat = (
+        f"Frozen features (mean of the patch tokens), {size.train_images:,} labelled images to {size.val_images:,} "
+        f"held-out ones, 10 classes, chance 10%. Drawing other validation images would move a figure by up to "
+        f"{one_error:.1f} points (one standard error); another seed moves it too, see benchmarks/results/."
+    )
+    return Report(
+        arms=arms,
+        lesson=lesson,
+        teacher=describe_teacher(recipes.cache, arms[0]),
+        caveat=caveat,
+        student_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.students.items()},
+        mae_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.autoencoders.items()},
+        examples=list(relation_examples(recipes, reader)),
+        bytes_per_view={name: count / num_records for name, count in reader.bytes_by_component().items()},
+        dense_bytes=len(codec.relations) * heads * tokens * tokens * 2,
+        provenance={
+            "cache (spec id)": manifest.spec_id,
+            "teacher weights (sha256)": str(manifest.teacher["weights_sha256"]),
+            "codec": f"{manifest.codec['name']} {manifest.codec['version']}: {codec.rows} rows per head, "
+            f"{codec.head_k} exact + {codec.tail_k} drawn entries, relations {', '.join(codec.relations)}",
+            "seed of views, sketches, weights, orders": str(seed),
+            "seeds of the drawn images": f"{TRAIN_IMAGE_SEED} (training), {VAL_IMAGE_SEED} (validation)",
+            "libraries": ", ".join(f"{name} {version}" for name, version in environment().items()),
+            "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        },
+    )
+
+
+@torch.no_grad()
+def relation_examples(recipes: Recipes, reader: CacheReader) -> Iterator[Example]:
+    """Relation rows of some cached views by teacher, sketch and students, for queries whose sketch is in the cache."""
+    # ---- the views, exactly as the students got them
+    manifest = reader.manifest
+    heads, tokens, prefix = (int(manifest.teacher[key]) for key in ("heads", "tokens", "prefix_tokens"))
+    grid = tuple(manifest.teacher["grid"])
+    source = join(open_shards(recipes.cache.source), reader)
+    codec = make_codec(CodecConfig.model_validate(manifest.codec["parameters"]))
+    arrays = [spec.name for spec in codec.arrays(heads, tokens)]
+    images = sorted({image % source.counts[0] for image in EXAMPLE_IMAGES})
+    views = ReplayedViews(reader, source, arrays, VerifyConfig(), resident_units=1)
+    batch = views.batch(np.array([[0, image, 0, number] for number, image in enumerate(images)], dtype=np.int64))
+    sketches = codec.decode(batch.records, batch.view_keys, tokens)
+
+    # ---- what teacher and students make of them
+    said = {"teacher": QKV(*Teacher(recipes.cache.teacher)(batch.pixels))}
+    for name, recipe in recipes.students.items():
+        student = StudentWithTap(build_vit(recipe.student)).eval()
+        load_state(recipe.run.folder, recipe_digest(recipe), {"student": student}, torch.device("cpu"))
+        said[name] = QKV(*student(Normalise()(batch.pixels))).resplit(heads)
+    exact = {r: {who: relation_probs(qkv, r) for who, qkv in said.items()} for r in recipes.cache.codec.relations}
+
+    # ---- the most selective queries of every view
+    entropy = torch.stack([torch.special.entr(maps["teacher"]).sum(-1) for maps in exact.values()]).sum(0)
+    for view, key in enumerate(batch.keys):
+        for head, query in _queries(entropy[view], [sketch.rows for sketch in sketches.values()], view, prefix):
+            maps = {}
+            for relation, by_whom in exact.items():
+                rows = {who: probs[view, head, query] for who, probs in by_whom.items()}
+                teacher_row, *student_rows = rows.items()
+                rows = dict([teacher_row, (SKETCH, _sketched(sketches[relation], view, head, query)), *student_rows])
+                maps[relation] = {who: row[prefix:].reshape(grid).numpy() for who, row in rows.items()}
+            place = divmod(query - prefix, grid[1])
+            yield Example(key, batch.pixels[view].permute(1, 2, 0).numpy(), head + 1, place, maps)
+
+
+def _queries(entropy: Tensor, sampled: Sequence[Tensor | None], view: int, prefix: int) -> list[tuple[int, int]]:
+    """(head, query) pairs of one view, the lowest entropy [H, T] of each head first, that every relation sampled."""
+    held = torch.ones_like(entropy, dtype=torch.bool)
+    held[:, :prefix] = False
+    for rows in sampled:
+        if rows is not None:
+            held &= torch.zeros_like(held).scatter(1, rows[view], True)
+    least, query = entropy.masked_fill(~held, torch.inf).min(dim=1)
+    order = [head for head in least.argsort().tolist() if least[head] < torch.inf]
+    return [(head, int(query[head])) for head in order[:QUERIES_PER_IMAGE]]
+
+
+def _sketched(target: RowTarget, view: int, head: int, query: int) -> Tensor:
+    """The stored row of `query`, written out [T]."""
+    place = query if target.rows is None else int((target.rows[view, head] == query).nonzero())
+    return target.dense()[view, head, place]

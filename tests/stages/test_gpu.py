@@ -1,0 +1,72 @@
+"""Both stages on a GPU: the cache made there is the cache made here, and a student trains from it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages.runfolder import read_metrics
+from tinymim.storage.reader import CacheReader
+
+SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
+
+
+def cache_recipe(root: Path, device: str) -> CacheTeacherRecipe:
+    return CacheTeacherRecipe.model_validate(
+        {
+            "stage": "cache-teacher",
+            "source": {"shards": root / "shards"},
+            "views": {"size": 64},
+            "teacher": {
+                "name": "vit_tiny_patch16_224",
+                "block": 2,
+                "weights": str(root / "teacher.safetensors"),
+                **SIZES,
+            },
+            "codec": {"name": "dense"},
+            "cache": root / f"cache-{device}",
+            "loader": {"workers": 0},
+            "run": {"folder": root / f"run-cache-{device}", "device": device},
+        }
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_cache_from_the_gpu_equals_one_from_the_cpu_and_trains(tmp_path: Path, precision: str) -> None:
+    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=64, images_per_shard=32))
+    torch.manual_seed(0)
+    save_file(
+        timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZES).state_dict(),
+        tmp_path / "teacher.safetensors",
+    )
+    records = {}
+    for device in ("cpu", "cuda"):
+        cache_teacher.run(cache_recipe(tmp_path, device))
+        reader = CacheReader(tmp_path / f"cache-{device}")
+        records[device] = reader.read_unit(reader.units()[0]).arrays
+    assert np.array_equal(records["cpu"]["digest"], records["cuda"]["digest"])
+    for name in ("qk_probs", "vv_probs"):
+        cpu, gpu = records["cpu"][name].astype(np.float32), records["cuda"][name].astype(np.float32)
+        np.testing.assert_allclose(gpu, cpu, atol=2e-3)  # TF32 and fp16 storage
+    train_student.run(
+        TrainStudentRecipe.model_validate(
+            {
+                "stage": "train-student",
+                "source": {"shards": tmp_path / "shards"},
+                "cache": tmp_path / "cache-cuda",
+                "student": {"name": "vit_tiny_patch16_224", **SIZES, "embed_dim": 32, "num_heads": 2},
+                "optim": {"batch_size": 32, "steps": 40, "base_lr": 0.02},
+                "precision": precision,
+                "loader": {"workers": 0},
+                "run": {"folder": tmp_path / "run", "device": "cuda", "log_every": 1},
+            }
+        )
+    )
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0]
