@@ -35,7 +35,7 @@ In order of use:
   tinymim demo                      all of it on drawn images, without a network
   tinymim make-shards photos shards      1. images -> shards
   tinymim cache-teacher RECIPE           2. the teacher over every view, once
-  tinymim train-student RECIPE           3. any number of students from the cache
+  tinymim train-student RECIPE           3. as many students as you like
   tinymim evaluate RECIPE                4. k-NN and linear probe
 
 RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""",

@@ -1,6 +1,7 @@
 """Probes against brute force and against the optimality conditions; features against timm's own forward."""
 
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -116,15 +117,22 @@ def test_top_k_accuracy() -> None:
 # ---- features
 
 
-def tiny(**options: object) -> torch.nn.Module:
+def tiny(**options: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2, "num_classes": 0}
+    sizes: dict[str, Any] = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 12,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     return timm.create_model("vit_tiny_patch16_224", **(sizes | options)).eval()
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
 @torch.no_grad()
-def test_mean_skips_the_prefix_tokens(options: dict[str, object]) -> None:
+def test_mean_skips_the_prefix_tokens(options: dict[str, Any]) -> None:
     model, images = tiny(**options), torch.randn(2, 3, 16, 16)
     tokens = model.forward_features(images)
     assert tokens.shape[1] - model.num_prefix_tokens == 4
@@ -133,7 +141,7 @@ def test_mean_skips_the_prefix_tokens(options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}])
 @torch.no_grad()
-def test_a_block_gives_its_tokens_without_the_models_norm(options: dict[str, object]) -> None:
+def test_a_block_gives_its_tokens_without_the_models_norm(options: dict[str, Any]) -> None:
     model, images = tiny(**options), torch.randn(2, 3, 16, 16)
     seen: list[Tensor] = []
     model.blocks[1].register_forward_hook(lambda _m, _i, out: seen.append(out))

@@ -82,8 +82,13 @@ def test_boxes_and_identities_are_the_laws(
 
 
 def test_one_decode_per_image_when_its_views_are_adjacent(drawn_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(dataset, "decode", lambda data: calls.append(1) or decode(data))
+    calls: list[int] = []
+
+    def counted(data: bytes) -> torch.Tensor:
+        calls.append(len(data))
+        return decode(data)
+
+    monkeypatch.setattr(dataset, "decode", counted)
     views = image_views(drawn_shards)
     [batch] = batches(views, view_batches(2, 10, (0, 1, 2), 10), LoaderConfig(workers=0))
     assert len(batch.keys) == 30 and len(calls) == 10

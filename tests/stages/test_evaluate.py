@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.load import recipe_digest
-from tinymim.configs.schema import EvaluateRecipe, KnnConfig, LinearProbeConfig, LoaderConfig, SourceConfig
+from tinymim.configs.schema import EvaluateRecipe, KnnConfig, LinearProbeConfig, LoaderConfig, ModelConfig, SourceConfig
 from tinymim.models.checkpoints import tensors_sha256
-from tinymim.models.vit import IMAGENET_MEAN, Normalise
+from tinymim.models.vit import IMAGENET_MEAN, Normalise, build_vit
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
 from tinymim.stages import evaluate, make_shards
@@ -95,7 +95,7 @@ def test_training_images_find_themselves(drawn_shards: Path, tmp_path: Path) -> 
 def test_features_do_not_depend_on_batches_or_workers(drawn_shards: Path) -> None:
     shards = open_shards(SourceConfig(shards=drawn_shards)).shards
     torch.manual_seed(0)
-    model = timm.create_model(**{"model_name" if k == "name" else k: v for k, v in MODEL.items()}, num_classes=0)
+    model = build_vit(ModelConfig.model_validate(MODEL))
     found = []
     for batch_size, workers in ((7, 0), (60, 0), (16, 1)):
         with StopFlag() as stop:
@@ -121,7 +121,11 @@ def test_features_do_not_depend_on_batches_or_workers(drawn_shards: Path) -> Non
 
 
 def test_stop(drawn_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate.StopFlag, "__enter__", lambda self: setattr(self, "requested", True) or self)
+    def requested(stop: StopFlag) -> StopFlag:
+        stop.requested = True
+        return stop
+
+    monkeypatch.setattr(StopFlag, "__enter__", requested)
     with pytest.raises(Interrupted):
         evaluate.run(recipe(drawn_shards, tmp_path))
     assert not (tmp_path / "evaluation.json").exists()

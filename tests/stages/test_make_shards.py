@@ -16,7 +16,7 @@ from tinymim.configs.schema import SourceConfig
 from tinymim.pipeline import drawn
 from tinymim.pipeline.shards import INDEX_NAME, UNLABELLED, Shard, hash_file, open_shards
 from tinymim.stages import make_shards
-from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.make_shards import Options
 
 
@@ -173,7 +173,12 @@ def test_bad_sources_write_nothing(tmp_path: Path, source: str, options: dict[st
 
 def test_stopped_runs_leave_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = fill(tmp_path / "src", {f"{i}.jpg": picture(i) for i in range(4)})
-    monkeypatch.setattr(make_shards.StopFlag, "__enter__", lambda self: setattr(self, "requested", True) or self)
+
+    def requested(stop: StopFlag) -> StopFlag:
+        stop.requested = True
+        return stop
+
+    monkeypatch.setattr(StopFlag, "__enter__", requested)
     with pytest.raises(Interrupted):
         make(source, tmp_path / "dst")
     assert not (tmp_path / "dst" / INDEX_NAME).exists()
