@@ -67,7 +67,7 @@ class TeacherConfig(ModelConfig):
     weights: str = "hub"
     block: Positive = 18  # counted from 1; the teacher is cut after this block's qkv
     precision: Precision = "fp32"
-    # Per-channel normalisation of pixels in 0..1; None: what timm states for `name`.
+    # Per-channel normalisation of pixels in 0..1; None: what timm states for hub weights, ImageNet's for a file.
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 

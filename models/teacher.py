@@ -27,10 +27,11 @@ class Teacher(nn.Module):
         super().__init__()
         model = _with_weights(config)
         self.weights_sha256 = tensors_sha256(model.state_dict())
-        cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        # A file says nothing of its pixels' normalisation: ImageNet's is MAE's, DINOv2's and pretrain-mae's.
+        cfg: dict[str, Any] = (getattr(model, "pretrained_cfg", None) or {}) if config.weights == "hub" else {}
         self.mean: tuple[float, ...] = tuple(config.mean or cfg.get("mean", IMAGENET_MEAN))
         self.std: tuple[float, ...] = tuple(config.std or cfg.get("std", IMAGENET_STD))
-        self.license = _license_of(config, cfg)
+        self.license = str(cfg.get("license") or "unknown") if config.weights == "hub" else "unknown (local file)"
         self.grid, self.prefix_tokens = count_tokens(model)
         self.normalise = Normalise(self.mean, self.std)  # type: ignore[arg-type]  # three floats each
         self.cut = CutTeacher(model, config.block).to(_DTYPES[config.precision])
@@ -89,7 +90,3 @@ def build_pretrained(config: Any) -> nn.Module:
             got=str(error).splitlines()[0][:200],
             hint="check the network, or download them elsewhere and set weights to the file",
         ) from error
-
-
-def _license_of(config: TeacherConfig, cfg: dict[str, Any]) -> str:
-    return str(cfg.get("license") or "unknown") if config.weights == "hub" else "unknown (local file)"

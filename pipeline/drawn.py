@@ -186,3 +186,8 @@ def samples(seed: int, first: int, count: int, quality: int = 92) -> Iterator[tu
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
         yield f"{CLASSES[label]}/{index:06d}", buffer.getvalue(), label
+
+
+def sample_list(seed: int, first: int, count: int) -> list[tuple[str, bytes, int]]:
+    """`samples` as a list, for worker processes."""
+    return list(samples(seed, first, count))

@@ -1,7 +1,5 @@
 """Run a view source over a list of batches, in worker processes or in this one."""
 
-import multiprocessing
-import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +10,7 @@ from tinymim.configs.errors import TinymimError
 from tinymim.configs.schema import LoaderConfig
 from tinymim.pipeline.dataset import ViewBatch, ViewSource
 from tinymim.pipeline.order import Items
+from tinymim.pipeline.workers import prepare_worker, worker_context
 
 
 class _Adapter(Dataset[ViewBatch | TinymimError]):
@@ -34,13 +33,6 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _prepare_worker(_worker: int) -> None:
-    # Workers are the parallelism; torch's own threads would only fight over the cores.
-    torch.set_num_threads(1)
-    # Ctrl-C goes to the whole process group; the parent decides when the workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def batches(
     source: ViewSource, plan: Iterable[Items], config: LoaderConfig, pin_memory: bool = False
 ) -> Iterator[ViewBatch]:
@@ -50,17 +42,14 @@ def batches(
             batch = source.batch(items)
             yield batch.pin_memory() if pin_memory else batch
         return
-    # forkserver: fork hangs once a thread of the parent holds a lock (zarr's and torch's do).
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tinymim.pipeline.replay"])
     loaded: DataLoader[ViewBatch | TinymimError] = DataLoader(
         _Adapter(source),
         batch_sampler=plan,  # type: ignore[arg-type]  # an array of items is one batch for __getitems__
         num_workers=config.workers,
         prefetch_factor=config.prefetch,
         collate_fn=_as_is,
-        multiprocessing_context=context,
-        worker_init_fn=_prepare_worker,
+        multiprocessing_context=worker_context(),
+        worker_init_fn=prepare_worker,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
     )

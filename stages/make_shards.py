@@ -1,5 +1,6 @@
 """`tinymim make-shards SRC DST`: images -> webdataset shards + an index. JPEG bytes are kept as they are."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tinymim.configs.schema import SourceConfig
 from tinymim.pipeline import drawn
 from tinymim.pipeline.decode import IMAGE_EXTENSIONS, decode
 from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, UNLABELLED, hash_file, open_shards
+from tinymim.pipeline.workers import prepare_worker, worker_context
 from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.progress import Meter, say
 from tinymim.storage.atomic import write_json_atomic
@@ -76,6 +78,10 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
                     "content_hash": hash_file(path),
                 }
             )
+    if not rows:
+        raise SourceError(
+            "no image can be read", got=f"{len(unreadable)} unreadable, the first: {unreadable[0]}", expected="images"
+        )
     index = {
         "version": INDEX_VERSION,
         "shards": rows,
@@ -141,25 +147,27 @@ def _find(source: str, options: Options) -> tuple[int, list[str], Iterator[Image
     return _from_folder(folder)
 
 
-def _draw_chunk(seed: int, first: int, count: int) -> list[tuple[str, bytes, int]]:
-    return list(drawn.samples(seed, first, count))
-
-
 def _from_drawn(options: Options, chunk: int = 100) -> Iterator[Image]:
     starts = range(0, options.count, chunk)
     sizes = [min(chunk, options.count - start) for start in starts]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for part in pool.map(_draw_chunk, [options.seed] * len(starts), starts, sizes):
-            for key, data, label in part:
-                yield Image(key, "jpg", data, label, key)
+    seeds = [options.seed] * len(starts)
+    with contextlib.ExitStack() as stack:
+        run = map
+        if len(starts) > 1:
+            pool = ProcessPoolExecutor(os.cpu_count(), mp_context=worker_context(), initializer=prepare_worker)
+            run = stack.enter_context(pool).map
+        for part in run(drawn.sample_list, seeds, starts, sizes):
+            yield from (Image(key, "jpg", data, label, key) for key, data, label in part)
 
 
 def _from_tars(folder: Path) -> Iterator[Image]:
+    taken: set[str] = set()
     for shard in open_shards(SourceConfig(shards=folder)).shards:
         members = shard.members()
         for sample, key in enumerate(members.keys):
             data = shard.read(sample)
-            yield Image(key, sniff(data), data, int(members.labels[sample]), f"{shard.name}:{key}")
+            # Keys are unique within a tar only; two tars may both start at 000000.
+            yield Image(_unique(key, taken), sniff(data), data, int(members.labels[sample]), f"{shard.name}:{key}")
 
 
 def _from_folder(folder: Path) -> tuple[int, list[str], Iterator[Image]]:
@@ -175,14 +183,19 @@ def _from_folder(folder: Path) -> tuple[int, list[str], Iterator[Image]]:
         for path, part in zip(paths, parts, strict=True):
             label = number[part[0]] if labelled else UNLABELLED
             data = path.read_bytes()
-            yield Image(_unique_key(part, taken), sniff(data), data, label, str(path.relative_to(folder)))
+            yield Image(_unique(_key_of(part), taken), sniff(data), data, label, str(path.relative_to(folder)))
 
     return len(paths), classes, images()
 
 
-def _unique_key(parts: tuple[str, ...], taken: set[str]) -> str:
-    """The relative path without its extension; dots would end a webdataset key early."""
+def _key_of(parts: tuple[str, ...]) -> str:
+    """The relative path without its extension; dots would end a webdataset key early, keys are UTF-8."""
     stem = "/".join((*parts[:-1], parts[-1].rpartition(".")[0])).replace(".", "_")
+    return stem.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _unique(stem: str, taken: set[str]) -> str:
+    """`stem`, or `stem-2`, `stem-3`, ... where it is taken; adds the result to `taken`."""
     key, copy = stem, 1
     while key in taken:
         copy += 1

@@ -121,18 +121,20 @@ def test_both_stages_give_the_same_numbers_with_any_number_of_workers(made: Path
 def test_golden_losses_of_twenty_steps(home: Path) -> None:
     train_student.run(student_recipe(home))
     golden = json.loads((Path(__file__).parent.parent / "data" / "golden_student_losses.json").read_text())
-    np.testing.assert_allclose(losses(home), golden, rtol=2e-4)
+    np.testing.assert_allclose(losses(home), golden, rtol=2e-4, atol=1e-4)
     assert losses(home)[-1] < 0.9 * losses(home)[0]
 
 
 def test_golden_records(made: Path) -> None:
-    """Boxes, flips and digests of the first unit are fixed by (seed, key, view) for all time."""
+    """Boxes, flips and digests are fixed by (seed, key, view) for all time; the teacher's numbers to rounding."""
     reader = CacheReader(made / "cache")
     records = reader.read_unit(reader.units()[0])
     golden = json.loads((Path(__file__).parent.parent / "data" / "golden_records.json").read_text())
     assert records.keys[:4] == golden["keys"]
     assert records.arrays["box"][:8].tolist() == golden["box"]
     assert records.arrays["flip"][:8].tolist() == golden["flip"]
+    for name in ("qk_entropy", "vv_entropy"):
+        np.testing.assert_allclose(records.arrays[name][:20], golden[name], rtol=1e-4)
     if reader.manifest.environment["canary"] == golden["canary"]:
         assert [f"{d:016x}" for d in records.arrays["digest"][:8].tolist()] == golden["digest"]
 

@@ -1,6 +1,7 @@
 """Both stages on a GPU: the cache made there is the cache made here, and a student trains from it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.runfolder import read_metrics
 from tinymim.storage.reader import CacheReader
 
-SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
+SIZES: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
 
 
 def cache_recipe(root: Path, device: str) -> CacheTeacherRecipe:

@@ -1,0 +1,129 @@
+"""Schedule, parameter groups and the small tools that both training stages share."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tinymim.configs.errors import RecipeError, UserError
+from tinymim.configs.schema import MaeConfig, ModelConfig, OptimConfig
+from tinymim.models.mae import MaskedAutoencoder
+from tinymim.models.vit import build_vit
+from tinymim.stages.training import (
+    Schedule,
+    make_optimiser,
+    make_scaler,
+    make_schedule,
+    optimiser_step,
+    pick_device,
+    require_finite,
+    seeded,
+    step_seed,
+)
+
+
+def optim(**fields: Any) -> OptimConfig:
+    return OptimConfig.model_validate({"steps": 10} | fields)
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def test_tinymims_schedule_at_full_size() -> None:
+    """ImageNet, batch 4096, 300 epochs: lr 1.5e-4 x 16 = 2.4e-3, 15 epochs linear, then a cosine to 0."""
+    per_epoch = 1_281_167 // 4096
+    schedule = make_schedule(OptimConfig(batch_size=4096, epochs=300), per_epoch)
+    assert schedule == Schedule(pytest.approx(2.4e-3), 0.0, 15 * per_epoch, 300 * per_epoch)
+    for epoch in (0, 1, 7.5, 15, 16, 100, 157.5, 299, 300):
+        expected = 2.4e-3 * (epoch / 15 if epoch < 15 else 0.5 * (1 + math.cos(math.pi * (epoch - 15) / 285)))
+        assert schedule.lr(round(epoch * per_epoch)) == pytest.approx(expected, rel=1e-9, abs=1e-18)
+    assert schedule.lr(157 * per_epoch + per_epoch // 2) == pytest.approx(1.2e-3, rel=1e-2)
+
+
+def test_the_schedule_ends_at_min_lr_and_never_exceeds_its_peak() -> None:
+    schedule = make_schedule(optim(batch_size=512, steps=100, base_lr=1e-3, min_lr=1e-5, warmup=0.1), 7)
+    rates = [schedule.lr(step) for step in range(101)]
+    assert rates[0] == 0.0 and rates[10] == max(rates) == pytest.approx(2e-3) and rates[100] == pytest.approx(1e-5)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0])
+def test_a_run_without_or_of_nothing_but_warm_up(warmup: float) -> None:
+    schedule = make_schedule(optim(batch_size=256, base_lr=1.0, warmup=warmup), 5)
+    assert schedule.lr(0) == (1.0 if warmup == 0 else 0.0)
+    assert schedule.lr(9) == pytest.approx(0.9 if warmup else 0.5 * (1 + math.cos(0.9 * math.pi)))
+
+
+@pytest.mark.parametrize("batch_size", [32, 256, 4096])
+def test_the_rate_scales_linearly_with_the_batch(batch_size: int) -> None:
+    assert make_schedule(optim(batch_size=batch_size), 1).peak_lr == pytest.approx(1.5e-4 * batch_size / 256)
+
+
+def test_less_than_one_batch_is_refused() -> None:
+    with pytest.raises(UserError, match="less than one batch"):
+        make_schedule(optim(), 0)
+
+
+# ---------------------------------------------------------------- optimiser
+
+
+def test_no_weight_decay_on_biases_norms_and_tokens() -> None:
+    sizes = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
+    model = MaskedAutoencoder(build_vit(ModelConfig.model_validate(sizes | {"num_heads": 2})), MaeConfig())
+    optimiser = make_optimiser(model, optim(weight_decay=0.3, betas=(0.9, 0.95)))
+    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    assert all(group["betas"] == (0.9, 0.95) for group in optimiser.param_groups)
+    for name, parameter in model.named_parameters():
+        if name == "encoder.pos_embed":  # fixed
+            assert id(parameter) not in decay
+            continue
+        plain = name.endswith(".bias") or "norm" in name or name in ("encoder.cls_token", "mask_token")
+        assert decay[id(parameter)] == (0.0 if plain else 0.3), name
+    assert len(decay) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_a_step_uses_its_rate_and_clips_the_norm() -> None:
+    def moved(clip_norm: float | None) -> float:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        optimiser = torch.optim.SGD(model.parameters(), lr=99.0)
+        scaler = make_scaler(torch.device("cpu"), "fp32")
+        optimiser_step((100.0 * model.weight).sum(), model, optimiser, scaler, 0.5, clip_norm)
+        return -float(model.weight.detach())
+
+    assert moved(None) == pytest.approx(50.0)
+    assert moved(2.0) == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------- randomness, checks
+
+
+def test_a_step_has_its_own_generator_and_the_callers_is_left_alone() -> None:
+    cpu = torch.device("cpu")
+    draws = {step: torch.rand(4, generator=seeded(cpu, 0, step)).tolist() for step in range(3)}
+    assert draws[1] == torch.rand(4, generator=seeded(cpu, 0, 1)).tolist()
+    assert draws[0] != draws[1] != draws[2]
+    assert draws[1] != torch.rand(4, generator=seeded(cpu, 1, 0)).tolist()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with step_seed(0, 7):
+        inside = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    with step_seed(0, 7):
+        assert torch.equal(torch.rand(2), inside)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_the_step(value: float) -> None:
+    with pytest.raises(UserError, match="step 12"):
+        require_finite(torch.tensor(value), 12)
+
+
+def test_cuda_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(RecipeError, match=r"run\.device"):
+        pick_device("cuda:1")
