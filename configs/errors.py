@@ -52,6 +52,11 @@ class TinymimError(Exception):
         return _rebuild, (type(self), self.what, self.got, self.expected, self.hint)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of somebody else's error message, at most 200 characters; its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _rebuild(kind: type[TinymimError], what: str, got: object, expected: object, hint: str | None) -> TinymimError:
     return kind(what, got=got, expected=expected, hint=hint)
 

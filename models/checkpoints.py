@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from tinymim.configs.errors import CheckpointError
+from tinymim.configs.errors import CheckpointError, first_line
 
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.")
 
@@ -65,7 +65,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds here, all of them meaning the same to the user
         raise CheckpointError(
             f"{path} cannot be loaded as plain tensors",
-            got=str(error).splitlines()[0][:200],
+            got=first_line(error),
             hint="re-save it as safetensors; files that need pickle are refused",
         ) from error
     for key in ("model", "state_dict"):

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.errors import CheckpointError
+from tinymim.configs.errors import CheckpointError, first_line
 from tinymim.configs.schema import TeacherConfig
 from tinymim.models.checkpoints import load_weights, tensors_sha256
 from tinymim.models.taps import CutTeacher, Projections, count_tokens
@@ -87,6 +87,6 @@ def build_pretrained(config: Any) -> nn.Module:
             raise
         raise CheckpointError(
             f"the pretrained weights of '{config.name}' cannot be fetched",
-            got=str(error).splitlines()[0][:200],
+            got=first_line(error),
             hint="check the network, or download them elsewhere and set weights to the file",
         ) from error

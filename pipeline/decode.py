@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from tinymim.configs.errors import SourceError
+from tinymim.configs.errors import SourceError, first_line
 from tinymim.pipeline.views import View
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -48,8 +48,9 @@ def decode(data: bytes) -> Tensor:
             "image cannot be decoded", got=f"{len(data):,} bytes of no known format", expected=kinds
         ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise SourceError("image cannot be decoded", got=reason, expected="a JPEG, PNG or WebP image") from error
+        raise SourceError(
+            "image cannot be decoded", got=first_line(error), expected="a JPEG, PNG or WebP image"
+        ) from error
     return torch.from_numpy(array).permute(2, 0, 1)
 
 

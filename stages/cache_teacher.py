@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinymim.configs.errors import RecipeError, SourceError
+from tinymim.configs.errors import SourceError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
@@ -19,7 +19,7 @@ from tinymim.pipeline.views import RandomViews
 from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.progress import Meter, say
 from tinymim.stages.runfolder import RunFolder
-from tinymim.stages.training import pick_device
+from tinymim.stages.training import pick_device, require_view_size
 from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, SourceShard
 from tinymim.storage.writer import CacheWriter
@@ -41,8 +41,7 @@ def run(recipe: CacheTeacherRecipe) -> None:
     device = pick_device(recipe.run.device)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    if recipe.views.size != recipe.teacher.img_size:
-        raise RecipeError("views.size is not teacher.img_size", got=recipe.views.size, expected=recipe.teacher.img_size)
+    require_view_size(recipe.views.size, recipe.teacher, "teacher")
     source = open_shards(recipe.source)
     teacher = Teacher(recipe.teacher).to(device)
     codec = make_codec(recipe.codec)

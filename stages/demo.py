@@ -37,7 +37,7 @@ from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, t
 from tinymim.stages.progress import say
 from tinymim.stages.report import SKETCH, Arm, Example, Report, text_table, write_report
 from tinymim.stages.runfolder import read_metrics
-from tinymim.stages.training import load_state
+from tinymim.stages.training import load_state, state_identity
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import make_codec
@@ -66,6 +66,7 @@ class DemoSize:
     steps: int | None = None
     batch_size: int | None = None
     workers: int = 1
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weigh
 NEXT_COMMANDS = """\
 On your own images (a folder of class folders, or a flat one):
   tinymim make-shards PICTURES data/mine
-  tinymim cache-teacher demo-cache --set source.shards=data/mine --set cache=caches/mine --set run.folder=runs/mine-cache
+  tinymim cache-teacher demo-cache --set source.shards=data/mine --set cache=caches/mine --set run.folder=runs/cache
   tinymim train-student demo-wide --set source.shards=data/mine --set cache=caches/mine --set run.folder=runs/mine
 With a real teacher instead of the demo's, start from the recipes imagenet-mae-l-cache and imagenet-tinymim-t."""
 
@@ -144,7 +145,8 @@ def load_recipes(root: Path, seed: int, size: DemoSize, teacher_weights: str) ->
 
     def common(name: str) -> dict[str, Any]:
         run_section = {"run.folder": runs / name, "run.seed": seed}
-        return {"source.shards": train, "loader.workers": size.workers, **run_section}
+        threads = {"run.threads": size.threads} if size.threads else {}
+        return {"source.shards": train, "loader.workers": size.workers, **run_section, **threads}
 
     def training(name: str) -> dict[str, Any]:
         optim = {"optim.steps": size.steps, "optim.batch_size": size.batch_size}
@@ -287,14 +289,16 @@ def describe_teacher(recipe: CacheTeacherRecipe, teacher: Arm) -> str:
     """One sentence on what the teacher is."""
     millions, config = teacher.parameters / 1e6, recipe.teacher
     network = f"a {millions:.1f} M-parameter ViT ({config.embed_dim} wide, {config.depth} blocks)"
-    steps = "a number of steps that its file does not state" if teacher.steps is None else f"{teacher.steps:,} steps"
+    steps = "" if teacher.steps is None else f" for {teacher.steps:,} steps"
     if config.weights == TEACHER:
         return (
             f"The demo teacher is {network} that we trained ourselves with `tinymim pretrain-mae demo-teacher` on "
-            f"{TEACHER_IMAGES:,} other drawn images (seed {TEACHER_IMAGE_SEED}) for {steps}; it has seen no photograph "
+            f"{TEACHER_IMAGES:,} other drawn images (seed {TEACHER_IMAGE_SEED}){steps}; it has seen no photograph "
             "and no label."
         )
-    return f"The teacher is {network} from {config.weights}, trained for {steps}."
+    return (
+        f"The teacher is {network} from {config.weights}, trained{steps or ' in a way that its file does not state'}."
+    )
 
 
 # ---- the report
@@ -358,11 +362,12 @@ def relation_examples(recipes: Recipes, reader: CacheReader) -> Iterator[Example
     batch = views.batch(np.array([[0, image, 0, number] for number, image in enumerate(images)], dtype=np.int64))
     sketches = codec.decode(batch.records, batch.view_keys, tokens)
 
-    # ---- what teacher and students make of them
+    # ---- what teacher and students make of them (the tap is in the training state, not in the export)
+    content = [manifest.spec_id, *(shard.content_hash for shard in source.shards)]
     said = {"teacher": QKV(*Teacher(recipes.cache.teacher)(batch.pixels))}
     for name, recipe in recipes.students.items():
         student = StudentWithTap(build_vit(recipe.student)).eval()
-        load_state(recipe.run.folder, recipe_digest(recipe), {"student": student}, torch.device("cpu"))
+        load_state(recipe.run.folder, state_identity(recipe, content), {"student": student}, torch.device("cpu"))
         said[name] = QKV(*student(Normalise()(batch.pixels))).resplit(heads)
     exact = {r: {who: relation_probs(qkv, r) for who, qkv in said.items()} for r in recipes.cache.codec.relations}
 
@@ -370,12 +375,12 @@ def relation_examples(recipes: Recipes, reader: CacheReader) -> Iterator[Example
     entropy = torch.stack([torch.special.entr(maps["teacher"]).sum(-1) for maps in exact.values()]).sum(0)
     for view, key in enumerate(batch.keys):
         for head, query in _queries(entropy[view], [sketch.rows for sketch in sketches.values()], view, prefix):
-            maps = {}
+            maps: dict[str, dict[str, Any]] = {}
             for relation, by_whom in exact.items():
                 rows = {who: probs[view, head, query] for who, probs in by_whom.items()}
                 teacher_row, *student_rows = rows.items()
                 rows = dict([teacher_row, (SKETCH, _sketched(sketches[relation], view, head, query)), *student_rows])
-                maps[relation] = {who: row[prefix:].reshape(grid).numpy() for who, row in rows.items()}
+                maps[str(relation)] = {who: row[prefix:].reshape(grid).numpy() for who, row in rows.items()}
             place = divmod(query - prefix, grid[1])
             yield Example(key, batch.pixels[view].permute(1, 2, 0).numpy(), head + 1, place, maps)
 

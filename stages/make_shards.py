@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -152,7 +152,7 @@ def _from_drawn(options: Options, chunk: int = 100) -> Iterator[Image]:
     sizes = [min(chunk, options.count - start) for start in starts]
     seeds = [options.seed] * len(starts)
     with contextlib.ExitStack() as stack:
-        run = map
+        run: Callable[..., Iterable[list[tuple[str, bytes, int]]]] = map
         if len(starts) > 1:
             pool = ProcessPoolExecutor(os.cpu_count(), mp_context=worker_context(), initializer=prepare_worker)
             run = stack.enter_context(pool).map

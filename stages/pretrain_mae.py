@@ -27,6 +27,7 @@ from tinymim.stages.training import (
     optimiser_step,
     pick_device,
     require_finite,
+    require_view_size,
     save_state,
     seeded,
     state_identity,
@@ -47,6 +48,7 @@ def run(recipe: PretrainMaeRecipe) -> None:
     device = pick_device(recipe.run.device)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
+    require_view_size(recipe.views.size, recipe.model, "model")
     source = open_shards(recipe.source)
     torch.manual_seed(recipe.run.seed)
     encoder = build_vit(recipe.model)

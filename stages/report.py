@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs nothing else, and the table for the terminal. Nothing is measured here."""
+"""The demo's report: one HTML file that needs nothing else, and the table for the terminal. It measures nothing."""
 
 import base64
 import html
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Rectangle
@@ -141,7 +140,7 @@ def _html_table(rows: Sequence[Sequence[str]], numbers: frozenset[int], strong: 
 def png(figure: Figure) -> bytes:
     """The figure as PNG, on white, without a date in it."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": "tinymim"})
+    figure.savefig(buffer, format="png", metadata={"Software": "tinymim"})
     return buffer.getvalue()
 
 
@@ -193,8 +192,8 @@ def relations_figure(examples: Sequence[Example]) -> Figure:
         max(1, len(examples)),
         len(widths),
         figure,
-        left=0.01,
-        right=0.99,
+        left=0.02,
+        right=0.995,
         bottom=0.06 / height_in,
         top=1 - 0.56 / height_in,
         wspace=0.07,
@@ -239,6 +238,7 @@ def _crop(axes: Axes, example: Example, first: bool) -> None:
         axes.add_patch(box)
     if first:
         axes.set_title("view, query", fontsize=8.5, color=_INK, pad=3)
+    axes.set_ylabel(f"head {example.head}", fontsize=7.5, color=_FAINT, labelpad=2)
     _bare(axes)
 
 
@@ -327,12 +327,12 @@ def page(report: Report, relations_png: bytes, curves_png: bytes) -> str:
 
 <h2>What the teacher says, what the cache keeps, what the students learnt</h2>
 {_figure(relations_png, "Relation rows of the teacher, the cache and the students for some query patches")}
-<p class="note">Each line is one query patch (boxed) of one training view, in one of the teacher&#39;s heads. A map shows
-where on the patches the probability of that relation row falls. The exact row is never stored: the cache keeps its largest
-entries and a few random draws from the rest, each draw standing for an equal share of what remains, so that the average
-over many sketches is the exact row. Teacher and students share one colour scale per line and relation; the sketch has its
-own. Shown are, of each view, the most selective of the queries that the cache holds for all relations, in different
-heads.</p>
+<p class="note">Each line is one query patch (boxed) of one training view, in one of the teacher&#39;s heads. A map
+shows where on the patches the probability of that relation row falls. The exact row is never stored: the cache keeps
+its largest entries and a few random draws from the rest, each draw standing for an equal share of what is left, so that
+the average over many sketches is the exact row. Teacher and students share one colour scale per line and relation; the
+sketch has its own. Shown are, of each view, the most selective of the queries that the cache holds for all relations,
+in different heads.</p>
 
 <h2>What a view costs</h2>
 {_html_table(_byte_rows(report), frozenset({1, 2}))}

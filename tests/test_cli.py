@@ -1,0 +1,258 @@
+"""The command line: help that teaches, exit codes, data on stdout, messages on stderr."""
+
+import errno
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import yaml
+
+from tinymim import __version__, cli
+from tinymim.configs.errors import InternalError, SourceError
+from tinymim.configs.load import shipped_recipes
+from tinymim.configs.schema import RECIPES
+from tinymim.stages import make_shards
+from tinymim.stages.interrupt import Interrupted
+
+COMMITTED_CACHE = Path(__file__).parent / "data" / "cache_v1"
+VERBS = [["make-shards"], ["pretrain-mae"], ["cache-teacher"], ["train-student"], ["evaluate"], ["recipes"], ["demo"]]
+VERBS.append(["cache", "info"])
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = cli.run_command(arguments)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def installed(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """The `tinymim` command as a user has it."""
+    script = shutil.which("tinymim", path=str(Path(sys.executable).parent))
+    assert script, "install the package: make test does"
+    return subprocess.run([script, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+# ---------------------------------------------------------------- the installed command
+
+
+def test_version_help_and_usage_errors_of_the_installed_command(tmp_path: Path) -> None:
+    version = installed("--version", cwd=tmp_path)
+    assert (version.returncode, version.stdout.strip(), version.stderr) == (0, f"tinymim {__version__}", "")
+    unknown = installed("no-such-verb", cwd=tmp_path)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert unknown.stderr.startswith("error: ") and "no-such-verb" in unknown.stderr
+    typo = installed("pretrain-mae", "demo-teacher", "--set", "optim.stepz=3", cwd=tmp_path)
+    assert (typo.returncode, typo.stdout) == (2, "")
+    assert "optim.stepz: unknown key" in typo.stderr and "did you mean `steps`" in typo.stderr
+    assert "Traceback" not in typo.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_imports_no_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+from tinymim import cli
+for line in (["--help"], ["train-student", "--help"], ["recipes"], ["cache", "info", "nowhere"]):
+    cli.run_command(line)
+heavy = {"torch", "timm", "torchvision", "numpy", "matplotlib", "ray"} & sys.modules.keys()
+assert heavy <= {"numpy"}, heavy  # reading a cache needs zarr
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    script = shutil.which("tinymim", path=str(Path(sys.executable).parent))
+    with subprocess.Popen([script, "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:  # type: ignore[list-item]
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_help_says_what_is_read_and_written_and_gives_an_example(verb: list[str], run: Run) -> None:
+    code, out, err = run(*verb, "--help")
+    assert (code, err) == (0, "")
+    assert "Reads " in out and "rites " in out
+    assert f"Example: tinymim {' '.join(verb)} " in out
+    assert "--debug" in out
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+def test_help_of_a_recipe_verb_names_its_shipped_recipes_and_they_load(stage: str, run: Run) -> None:
+    out = " ".join(run(stage, "--help")[1].split())
+    listed = out.partition("Shipped recipes: ")[2].partition(".")[0].split(", ")
+    own = [name for name in shipped_recipes() if yaml.safe_load(run("recipes", name)[1])["stage"] == stage]
+    assert listed == own and own
+
+
+def test_examples_in_help_name_recipes_that_exist(run: Run) -> None:
+    for stage in RECIPES:
+        example = run(stage, "--help")[1].partition("Example: tinymim ")[2].split()
+        assert example[0] == stage and example[1] in shipped_recipes()
+
+
+def test_help_lists_every_verb(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0 and all(f"│ {verb[0]} " in out for verb in VERBS)
+
+
+def test_the_defaults_of_make_shards_are_those_of_its_stage() -> None:
+    flags = inspect.signature(cli.make_shards).parameters
+    options = make_shards.Options()
+    assert all(flags[name].default == value for name, value in vars(options).items())
+
+
+# ---------------------------------------------------------------- usage errors
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["pretrain-mae"], "RECIPE"),
+        (["pretrain-mae", "demo-teacher", "--sett", "a=1"], "--sett"),
+        (["make-shards", "drawn", "out", "--count", "many"], "many"),
+        (["make-shards", "drawn"], "DST"),
+        (["cache", "inform", "x"], "inform"),
+        (["demo", "surplus"], "surplus"),
+    ],
+)
+def test_usage_errors_exit_2_on_stderr(line: list[str], words: str, run: Run) -> None:
+    code, out, err = run(*line)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and words in err and "hint: tinymim --help" in err
+
+
+def test_a_recipe_of_another_verb_names_the_right_one(run: Run) -> None:
+    code, out, err = run("evaluate", "demo-teacher")
+    assert (code, out) == (2, "")
+    assert "hint: run: tinymim pretrain-mae demo-teacher" in err
+
+
+# ---------------------------------------------------------------- data on stdout
+
+
+def test_recipes_are_listed_with_their_headline_and_printed_as_they_are(run: Run) -> None:
+    _, listing, _ = run("recipes")
+    lines = listing.splitlines()
+    assert [line.split()[0] for line in lines] == shipped_recipes()
+    assert all(len(line.split()) > 4 for line in lines), "every recipe begins with a comment that says what it is"
+    for name in shipped_recipes():
+        code, out, _ = run("recipes", name)
+        file = Path(cli.__file__).parent / "configs" / f"{name}.yaml"
+        assert code == 0 and out == file.read_text()
+    code, out, err = run("recipes", "nothing")
+    assert (code, out) == (2, "") and "demo-teacher" in err
+
+
+def test_make_shards_prints_counts(run: Run, tmp_path: Path) -> None:
+    line = ["make-shards", "drawn", str(tmp_path / "s"), "--count", "5", "--images-per-shard", "2", "--prefix", "p"]
+    code, out, err = run(*line)
+    assert code == 0 and json.loads(out) == {"num_samples": 5, "shards": 3, "unreadable": 0}
+    assert "5 images in 3 shards" in err
+    assert (tmp_path / "s" / "p-000002.tar").is_file()
+    code, out, err = run(*line)
+    assert (code, out) == (2, "") and "not empty" in err and "  hint: " in err
+
+
+def test_cache_info_prints_text_or_json(run: Run) -> None:
+    code, text, _ = run("cache", "info", str(COMMITTED_CACHE))
+    assert code == 0 and "spec " in text
+    code, out, _ = run("cache", "info", str(COMMITTED_CACHE), "--json")
+    assert code == 0 and json.loads(out)["spec_id"] in text
+    assert run("cache", "info", str(COMMITTED_CACHE / "units"))[0] == 2
+
+
+def test_evaluate_prints_its_result_and_set_reaches_the_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinymim.stages import evaluate
+
+    seen: list[Any] = []
+
+    def stage_run(recipe: object) -> dict[str, float]:
+        seen.append(recipe)
+        return {"knn": 0.5}
+
+    monkeypatch.setattr(evaluate, "run", stage_run)
+    code, out, _ = run(
+        "evaluate", "tinyimagenet40-eval", "--set", "weights=random", "--set=knn.k=7", "--set", "knn.k=9"
+    )
+    assert code == 0 and json.loads(out) == {"knn": 0.5}
+    assert (seen[0].weights, seen[0].knn.k) == ("random", 9)
+
+
+@pytest.mark.parametrize("stage", ["pretrain_mae", "cache_teacher", "train_student"])
+def test_training_verbs_run_their_stage(stage: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    seen: list[Any] = []
+    monkeypatch.setattr(importlib.import_module(f"tinymim.stages.{stage}"), "run", seen.append)
+    verb = stage.replace("_", "-")
+    name = next(name for name in shipped_recipes() if f"stage: {verb}" in run("recipes", name)[1])
+    assert run(verb, name) == (0, "", "")
+    assert isinstance(seen[0], RECIPES[verb])
+
+
+# ---------------------------------------------------------------- errors of a stage
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage_run(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(make_shards, "run", stage_run)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            SourceError("no images", got=0, expected="some", hint="look elsewhere"),
+            2,
+            "error: no images\n  got: 0\n  expected: some\n  hint: look elsewhere\n",
+        ),
+        (InternalError("a bug"), 1, "error: a bug\n"),
+        (Interrupted("state of step 3 saved"), 130, "interrupted: state of step 3 saved\n"),
+        (KeyboardInterrupt(), 130, "interrupted: stopped at once"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: Permission denied: /x\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device"),
+        (ZeroDivisionError("by zero"), 1, "internal error: ZeroDivisionError: by zero\n  hint: "),
+        (BrokenPipeError(errno.EPIPE, "a worker has died"), 1, "internal error: BrokenPipeError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_error_of_a_stage_becomes_a_message_and_an_exit_code(
+    error: BaseException, code: int, message: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(error, monkeypatch)
+    got, out, err = run("make-shards", "a", "b")
+    assert (got, out) == (code, "")
+    assert err.startswith(message) and "Traceback" not in err
+    if code in (1, 2):
+        for line in (["--debug", "make-shards", "a", "b"], ["make-shards", "a", "b", "--debug"]):
+            got, out, debugged = run(*line)
+            assert (got, out) == (code, "")
+            assert debugged.startswith("Traceback") and debugged.endswith(err)
+
+
+def test_main_exits_with_the_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["tinymim", "recipes", "nothing"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2 and "nothing" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""Every command that README and the shipped recipes show can be typed as it stands."""
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tinymim.configs.load import load_recipe, shipped_recipes
+from tinymim.configs.schema import RECIPES
+
+ROOT = Path(__file__).parent.parent
+OTHER_VERBS = {"make-shards", "cache", "recipes", "demo"}
+
+
+def commands() -> list[list[str]]:
+    texts = [ROOT / "README.md", *(ROOT / "configs").glob("*.yaml")]
+    lines = [line for text in texts for line in re.findall(r"^(?:    |#   )(tinymim .*)$", text.read_text(), re.M)]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_a_shown_command_names_a_verb_and_a_recipe_that_exist(command: list[str]) -> None:
+    verb, *rest = command
+    if verb in OTHER_VERBS:
+        return
+    assert verb in RECIPES
+    overrides = [value for flag, value in pairwise(rest) if flag == "--set"]
+    if rest[0].endswith(".yaml"):  # a copy of a shipped recipe that README makes two lines above
+        rest[0] = "imagenet-mae-l-cache"
+    load_recipe(Path(rest[0]), verb, overrides)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(name: str) -> None:
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    stage = re.search(r"^stage: (\S+)$", text, re.M)
+    assert stage is not None
+    load_recipe(Path(name), stage[1])
+    assert f"tinymim {stage[1]} {name}" in text
+
+
+def test_local_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
