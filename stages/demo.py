@@ -317,7 +317,7 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
         f"a sketch of its token relations for every view. From that one cache two students of different size learnt, "
         f"{student.optim.steps:,} steps of {student.optim.batch_size} views each, without the teacher. To see what the "
         "cache is worth, the same two networks were also trained alone, as masked autoencoders on the same images for "
-        "the same number of steps, and left untrained. All labels were kept for the measurement."
+        "the same number of steps, and left untrained. Labels serve the measurement alone."
     )
     caveat = (
         f"Frozen features (mean of the patch tokens), {size.train_images:,} labelled images to {size.val_images:,} "

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from tinymim.storage.atomic import write_bytes_atomic
 
@@ -22,6 +24,7 @@ RELATIONS_NAME = "relations.png"
 _INK, _FAINT = "#1f2430", "#8a90a0"
 _COLOURS = ("#3b6fb6", "#d1793b", "#4d9a6a", "#9a5ea8")
 SKETCH = "in the cache"  # whose map has a colour scale of its own
+_DASHES = ("-", "--", ":", "-.")
 _RELATION_TITLES = {"qk": "query-key: what this patch looks for", "vv": "value-value: what is like this patch"}
 
 
@@ -149,13 +152,16 @@ def curves_figure(report: Report) -> Figure:
     figure = Figure(figsize=(9.6, 3.4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, (name, lines) in zip(_COLOURS, report.student_curves.items(), strict=False):
-        for style, relation in zip(("-", "--", ":", "-."), _relations_of(lines), strict=False):
+        for style, relation in zip(_DASHES, _relations_of(lines), strict=False):
             values = [line[f"kl_{relation}"] for line in lines]
             left.plot([line["step"] for line in lines], values, style, color=colour, label=f"{name}, {relation}")
     left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     _dress(left, "students: KL to the cached sketches", "nats per row")
-    for colour, (name, lines) in zip(_COLOURS, report.mae_curves.items(), strict=False):
-        right.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=colour, label=name)
+    for colour, style, (name, lines) in zip(_COLOURS, _DASHES, report.mae_curves.items(), strict=False):
+        right.plot([line["step"] for line in lines], [line["loss"] for line in lines], style, color=colour, label=name)
     _dress(right, "the same networks as masked autoencoders", "squared error of masked patches")
     return figure
 
@@ -293,14 +299,14 @@ td:first-child, th:first-child { padding-left: 0.6rem; }
 figure { margin: 1rem 0; }
 figure img { display: block; max-width: 100%; height: auto;
   background: #fff; border-radius: 6px; border: 1px solid var(--line); }
-.k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
+code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
 .k td { overflow-wrap: anywhere; }
 """
 
 
 def page(report: Report, relations_png: bytes, curves_png: bytes) -> str:
     """The whole page; every text is escaped, every picture embedded."""
-    text = {field: html.escape(getattr(report, field)) for field in ("lesson", "teacher", "caveat")}
+    text = {field: _prose(getattr(report, field)) for field in ("lesson", "teacher", "caveat")}
     taught = frozenset(i for i, arm in enumerate(report.arms) if arm.how_trained.startswith("distilled"))
     identity = _html_table([("what", "value"), *report.provenance.items()], frozenset())
     return f"""<!DOCTYPE html>
@@ -347,6 +353,11 @@ kept is recomputed from the view&#39;s identity and costs nothing.</p>
 """
 
 
+def _prose(text: str) -> str:
+    """Escaped, `words in backticks` as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def _figure(picture: bytes, caption: str) -> str:
     data = base64.b64encode(picture).decode("ascii")
     return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
@@ -356,7 +367,7 @@ def _byte_rows(report: Report) -> list[tuple[str, str, str]]:
     total = sum(report.bytes_per_view.values())
     rows = [("component", "bytes per view", "share")]
     for name, count in sorted(report.bytes_per_view.items(), key=lambda item: -item[1]):
-        rows.append((name, f"{count:,.0f}", f"{count / total:.1%}"))
+        rows.append((name, f"{count:,.0f}" if count >= 100 else f"{count:.1f}", f"{count / total:.1%}"))
     rows.append(("all of it", f"{total:,.0f}", "100.0%"))
     rows.append(("dense maps in fp16", f"{report.dense_bytes:,}", f"{report.dense_bytes / total:.0f} x"))
     return rows
