@@ -259,11 +259,11 @@ def demo(*, folder: Path = Path("runs/demo"), seed: int = 0) -> None:
     folder
         Where everything goes.
     seed
-        Seed of images, students and training.
+        Seed of views, sketches, students and training; images and teacher stay.
     """
     from tinymim.stages import demo as stage
 
-    _print(str(stage.run(folder, seed)))
+    stage.run(folder, seed)
 
 
 # ---------------------------------------------------------------- output and errors

@@ -158,7 +158,7 @@ class JitterConfig(Section):
 class VerifyConfig(Section):
     """How many replayed views have their pixel digest compared with the stored one (I2)."""
 
-    first: Annotated[int, Field(ge=0)] = 4096  # all of the first so many samples of a run
+    first: Annotated[int, Field(ge=0)] = 4096  # all of the first so many samples after a start or resume
     every: Annotated[int, Field(ge=0)] = 16  # then one in so many; 0: none
 
 

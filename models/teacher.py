@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, first_line
-from tinymim.configs.schema import TeacherConfig
+from tinymim.configs.schema import ModelConfig, TeacherConfig
 from tinymim.models.checkpoints import load_weights, tensors_sha256
 from tinymim.models.taps import CutTeacher, Projections, count_tokens
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_model, size_overrides
@@ -76,9 +76,10 @@ def _with_weights(config: TeacherConfig) -> nn.Module:
     return build_pretrained(config)
 
 
-def build_pretrained(config: Any) -> nn.Module:
+def build_pretrained(config: ModelConfig) -> nn.Module:
     """timm's pretrained weights of `config.name`. Raises CheckpointError where they cannot be fetched."""
-    if "." not in config.name and not timm.models.is_model_pretrained(config.name):
+    # "name.tag" and "hf-hub:owner/name" (or "local-dir:folder") say themselves which weights are meant.
+    if not {".", ":"} & set(config.name) and not timm.models.is_model_pretrained(config.name):
         raise CheckpointError(f"timm has no pretrained weights for '{config.name}'", hint="set weights to a file")
     try:
         return build_model(config, pretrained=True)

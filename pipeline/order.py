@@ -73,9 +73,12 @@ def training_batches(
 def numbered_batches(
     counts: Sequence[int], order: OrderConfig, batch_size: int, num_views: int, first_step: int, last_step: int
 ) -> Iterator[Items]:
-    """As `training_batches`, with the running number of every item in the run as a fourth column [batch_size, 4]."""
+    """As `training_batches`, with a running number as a fourth column [batch_size, 4].
+
+    Numbers start from 0 at `first_step`: a run that resumes elsewhere checks its first views as thoroughly as a new one.
+    """
     plan = training_batches(counts, order, batch_size, num_views, first_step, last_step)
-    for step, items in enumerate(plan, first_step):
+    for step, items in enumerate(plan):
         numbers = np.arange(step * batch_size, (step + 1) * batch_size)
         yield np.concatenate([items, numbers[:, None]], axis=1)
 

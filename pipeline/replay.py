@@ -90,7 +90,7 @@ class ReplayedViews:
     """Batches of cached views: pixels rendered from the stored boxes, and the codec's arrays beside them.
 
     Item samples number the *cached* images of a shard (unreadable ones have no record). Digests are checked for
-    the first `verify.first` items of a run and then for one in `verify.every`.
+    the first `verify.first` items after a start or resume and then for one in `verify.every`.
 
     Args:
         reader: the cache.
@@ -114,7 +114,7 @@ class ReplayedViews:
         self._positions: dict[str, dict[str, int]] = {}
 
     def batch(self, numbered: Items) -> ViewBatch:
-        """The batch of `numbered` items, int64 [B, 4]: shard, cached image, view, running number in the run.
+        """The batch of `numbered` items, int64 [B, 4]: shard, cached image, view, running number since the start.
 
         Raises:
             ViewMismatch: pixels differ from those the teacher saw.

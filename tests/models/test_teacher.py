@@ -1,0 +1,78 @@
+"""Teachers come from timm's hub, from files and from the package, and say what they are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from tinymim.configs.errors import CheckpointError, RecipeError
+from tinymim.configs.schema import TeacherConfig
+from tinymim.models.teacher import Teacher
+
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+PIXELS = torch.arange(2 * 3 * 32 * 32).remainder(251).to(torch.uint8).reshape(2, 3, 32, 32)
+
+
+def small_vit(**kwargs: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZES, **kwargs)
+
+
+def test_hub_weights_load_with_the_normalisation_and_licence_that_timm_states(tmp_path: Path) -> None:
+    model = small_vit()
+    stated = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "license": "cc-by-nc-4.0"}
+    model.pretrained_cfg = {**model.pretrained_cfg, **stated}  # type: ignore[dict-item]
+    save_for_hf(model, str(tmp_path / "hub"), model_args=SIZES)
+    config = TeacherConfig(name=f"local-dir:{tmp_path / 'hub'}", weights="hub", block=2, img_size=32)
+    teacher = Teacher(config)
+    described = teacher.describe()
+    assert described["mean"] == [0.1, 0.2, 0.3] and described["std"] == [0.4, 0.5, 0.6]
+    assert described["license"] == "cc-by-nc-4.0"
+    assert (described["tokens"], described["heads"], described["head_dim"]) == (17, 3, 8)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    from_file = TeacherConfig(
+        name="vit_tiny_patch16_224",
+        weights=str(tmp_path / "w.safetensors"),
+        block=2,
+        mean=stated["mean"],
+        std=stated["std"],
+        **SIZES,
+    )
+    for ours, theirs in zip(Teacher(from_file)(PIXELS), teacher(PIXELS), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_name_without_hub_weights_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="no pretrained weights"):
+        Teacher(TeacherConfig(name="vit_wee_patch16_reg1_gap_25", weights="hub", block=1))
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    with pytest.raises(CheckpointError, match="cannot be fetched") as caught:
+        Teacher(TeacherConfig(name="vit_small_patch16_224.dino", weights="hub", block=1))
+    assert caught.value.hint is not None
+
+
+def test_an_unknown_name_is_refused_with_names_like_it(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").touch()
+    with pytest.raises(RecipeError, match="cannot build") as caught:
+        Teacher(TeacherConfig(name="vit_tiny_patch61_224", weights=str(tmp_path / "w.safetensors"), block=1))
+    assert "vit_tiny_patch16_224" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_fp32(tmp_path: Path, precision: str) -> None:
+    save_file(small_vit().state_dict(), tmp_path / "w.safetensors")
+    weights = str(tmp_path / "w.safetensors")
+    fields: dict[str, Any] = {"name": "vit_tiny_patch16_224", "weights": weights, "block": 3, **SIZES}
+    exact = Teacher(TeacherConfig(**fields))(PIXELS)
+    for half, full in zip(Teacher(TeacherConfig(**fields, precision=precision))(PIXELS), exact, strict=True):
+        torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
