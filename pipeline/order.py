@@ -75,7 +75,7 @@ def numbered_batches(
 ) -> Iterator[Items]:
     """As `training_batches`, with a running number as a fourth column [batch_size, 4].
 
-    Numbers start from 0 at `first_step`: a run that resumes elsewhere checks its first views as thoroughly as a new one.
+    Numbers start from 0 at `first_step`: a run that resumes elsewhere checks its first views like a new one.
     """
     plan = training_batches(counts, order, batch_size, num_views, first_step, last_step)
     for step, items in enumerate(plan):

@@ -24,8 +24,9 @@ def small_vit(**kwargs: Any) -> torch.nn.Module:
 
 def test_hub_weights_load_with_the_normalisation_and_licence_that_timm_states(tmp_path: Path) -> None:
     model = small_vit()
-    stated = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "license": "cc-by-nc-4.0"}
-    model.pretrained_cfg = {**model.pretrained_cfg, **stated}  # type: ignore[dict-item]
+    stated: dict[str, Any] = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "license": "cc-by-nc-4.0"}
+    cfg: Any = model.pretrained_cfg
+    cfg.update(stated)
     save_for_hf(model, str(tmp_path / "hub"), model_args=SIZES)
     config = TeacherConfig(name=f"local-dir:{tmp_path / 'hub'}", weights="hub", block=2, img_size=32)
     teacher = Teacher(config)
@@ -74,5 +75,6 @@ def test_half_precision_stays_near_fp32(tmp_path: Path, precision: str) -> None:
     weights = str(tmp_path / "w.safetensors")
     fields: dict[str, Any] = {"name": "vit_tiny_patch16_224", "weights": weights, "block": 3, **SIZES}
     exact = Teacher(TeacherConfig(**fields))(PIXELS)
-    for half, full in zip(Teacher(TeacherConfig(**fields, precision=precision))(PIXELS), exact, strict=True):
+    fields["precision"] = precision
+    for half, full in zip(Teacher(TeacherConfig(**fields))(PIXELS), exact, strict=True):
         torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
