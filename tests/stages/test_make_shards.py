@@ -141,6 +141,30 @@ def test_keys_with_dots_spaces_and_unicode(tmp_path: Path) -> None:
     }
 
 
+def test_tars_that_share_keys_are_packed_with_keys_of_their_own(tmp_path: Path) -> None:
+    for number in (1, 2):
+        make(fill(tmp_path / f"in{number}", {"000.jpg": picture(number)}), tmp_path / "tars" / f"{number}")
+        (tmp_path / "tars" / f"{number}" / "shard-000000.tar").rename(tmp_path / "tars" / f"{number}.tar")
+    make(tmp_path / "tars", tmp_path / "out")
+    assert {key: data for key, (data, _) in contents(tmp_path / "out").items()} == {
+        "000": picture(1),
+        "000-2": picture(2),
+    }
+
+
+def test_a_name_that_is_not_unicode_becomes_a_key_that_is(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", {"a.jpg": picture(1)})
+    (source / "a.jpg").rename(os.fsdecode(os.fsencode(source) + b"/\xff.jpg"))
+    make(source, tmp_path / "out")
+    assert list(contents(tmp_path / "out")) == ["\N{REPLACEMENT CHARACTER}"]
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no image can be read"):
+        make(fill(tmp_path / "in", {"a.jpg": b"no image"}), tmp_path / "out")
+    assert not (tmp_path / "out" / INDEX_NAME).exists()
+
+
 def test_the_extension_follows_the_bytes(tmp_path: Path) -> None:
     files = {"a.jpg": picture(1, "PNG"), "b.png": picture(2), "c.jpg": picture(3, "WEBP")}
     make(fill(tmp_path / "src", files), tmp_path / "dst")
