@@ -329,4 +329,7 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 def main() -> None:
     """The entry point of the `tinymim` command."""
+    # Threads of an operation that wait for one another sleep instead of spinning: on cores shared with loader workers
+    # or other work, spinning cost 3.5x the CPU time (docs/log.md). Must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run_command(sys.argv[1:]))
