@@ -10,39 +10,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError, UserError
 from tinymim.configs.load import load_recipe, recipe_digest
 from tinymim.configs.schema import (
     RECIPES,
     CacheTeacherRecipe,
-    CodecConfig,
     EvaluateRecipe,
     ModelConfig,
     PretrainMaeRecipe,
     TrainStudentRecipe,
-    VerifyConfig,
 )
 from tinymim.models.checkpoints import read_metadata, tensors_sha256, weights_path
-from tinymim.models.taps import StudentWithTap
-from tinymim.models.teacher import Teacher
-from tinymim.models.vit import Normalise, build_vit, count_parameters
+from tinymim.models.vit import count_parameters
 from tinymim.pipeline.decode import environment
-from tinymim.pipeline.replay import ReplayedViews, join
-from tinymim.pipeline.shards import INDEX_NAME, open_shards, read_index
+from tinymim.pipeline.shards import INDEX_NAME, read_index
 from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student
+from tinymim.stages.demo_examples import relation_examples
 from tinymim.stages.progress import say
-from tinymim.stages.report import SKETCH, Arm, Example, Report, text_table, write_report
+from tinymim.stages.report import Arm, Report, text_table, write_report
 from tinymim.stages.runfolder import read_metrics
-from tinymim.stages.training import load_state, state_identity
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.target import RowTarget
 
 RESULTS_NAME = "results.json"
 TEACHER = "package:demo-teacher"
@@ -50,8 +38,6 @@ TEACHER_IMAGES, TEACHER_IMAGE_SEED = 10_000, 1  # what configs/demo-teacher.yaml
 STUDENTS = ("wide", "narrow")
 # Not the teacher's; and 101 held the images on which the demo's recipes were tuned.
 TRAIN_IMAGE_SEED, VAL_IMAGE_SEED = 100, 102
-EXAMPLE_IMAGES = (0, 3, 5, 8)  # of the first shard: stripes, rings, bricks, waves
-QUERIES_PER_IMAGE = 2
 
 
 _R = TypeVar("_R", CacheTeacherRecipe, TrainStudentRecipe, PretrainMaeRecipe)
@@ -332,7 +318,7 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
         caveat=caveat,
         student_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.students.items()},
         mae_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.autoencoders.items()},
-        examples=list(relation_examples(recipes, reader)),
+        examples=list(relation_examples(recipes.cache, recipes.students, reader)),
         bytes_per_view={name: count / num_records for name, count in reader.bytes_by_component().items()},
         dense_bytes=len(codec.relations) * heads * tokens * tokens * 2,
         provenance={
@@ -346,59 +332,3 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
             "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         },
     )
-
-
-@torch.no_grad()
-def relation_examples(recipes: Recipes, reader: CacheReader) -> Iterator[Example]:
-    """Relation rows of some cached views by teacher, sketch and students, for queries whose sketch is in the cache."""
-    # ---- the views, exactly as the students got them
-    manifest = reader.manifest
-    heads, tokens, prefix = (int(manifest.teacher[key]) for key in ("heads", "tokens", "prefix_tokens"))
-    grid = tuple(manifest.teacher["grid"])
-    source = join(open_shards(recipes.cache.source), reader)
-    codec = make_codec(CodecConfig.model_validate(manifest.codec["parameters"]))
-    arrays = [spec.name for spec in codec.arrays(heads, tokens)]
-    images = sorted({image % source.counts[0] for image in EXAMPLE_IMAGES})
-    views = ReplayedViews(reader, source, arrays, VerifyConfig(), resident_units=1)
-    batch = views.batch(np.array([[0, image, 0, number] for number, image in enumerate(images)], dtype=np.int64))
-    sketches = codec.decode(batch.records, batch.view_keys, tokens)
-
-    # ---- what teacher and students make of them (the tap is in the training state, not in the export)
-    content = [manifest.spec_id, *(shard.content_hash for shard in source.shards)]
-    said = {"teacher": QKV(*Teacher(recipes.cache.teacher)(batch.pixels))}
-    for name, recipe in recipes.students.items():
-        student = StudentWithTap(build_vit(recipe.student)).eval()
-        load_state(recipe.run.folder, state_identity(recipe, content), {"student": student}, torch.device("cpu"))
-        said[name] = QKV(*student(Normalise()(batch.pixels))).resplit(heads)
-    exact = {r: {who: relation_probs(qkv, r) for who, qkv in said.items()} for r in recipes.cache.codec.relations}
-
-    # ---- the most selective queries of every view
-    entropy = torch.stack([torch.special.entr(maps["teacher"]).sum(-1) for maps in exact.values()]).sum(0)
-    for view, key in enumerate(batch.keys):
-        for head, query in _queries(entropy[view], [sketch.rows for sketch in sketches.values()], view, prefix):
-            maps: dict[str, dict[str, Any]] = {}
-            for relation, by_whom in exact.items():
-                rows = {who: probs[view, head, query] for who, probs in by_whom.items()}
-                teacher_row, *student_rows = rows.items()
-                rows = dict([teacher_row, (SKETCH, _sketched(sketches[relation], view, head, query)), *student_rows])
-                maps[str(relation)] = {who: row[prefix:].reshape(grid).numpy() for who, row in rows.items()}
-            place = divmod(query - prefix, grid[1])
-            yield Example(key, batch.pixels[view].permute(1, 2, 0).numpy(), head + 1, place, maps)
-
-
-def _queries(entropy: Tensor, sampled: Sequence[Tensor | None], view: int, prefix: int) -> list[tuple[int, int]]:
-    """(head, query) pairs of one view, the lowest entropy [H, T] of each head first, that every relation sampled."""
-    held = torch.ones_like(entropy, dtype=torch.bool)
-    held[:, :prefix] = False
-    for rows in sampled:
-        if rows is not None:
-            held &= torch.zeros_like(held).scatter(1, rows[view], True)
-    least, query = entropy.masked_fill(~held, torch.inf).min(dim=1)
-    order = [head for head in least.argsort().tolist() if least[head] < torch.inf]
-    return [(head, int(query[head])) for head in order[:QUERIES_PER_IMAGE]]
-
-
-def _sketched(target: RowTarget, view: int, head: int, query: int) -> Tensor:
-    """The stored row of `query`, written out [T]."""
-    place = query if target.rows is None else int((target.rows[view, head] == query).nonzero())
-    return target.dense()[view, head, place]
