@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 
-import pytest
-
 from tinymim.configs.load import shipped_recipes
 from tinymim.configs.schema import RECIPES, Section
 
@@ -143,7 +141,6 @@ def test_every_schema_field_is_read() -> None:
     assert not unread, f"remove these fields, or read each as an attribute where it acts: {' '.join(unread)}"
 
 
-@pytest.mark.slow  # seconds, but it needs setuptools to run; guards pyproject.toml, which seldom changes
 def test_the_wheel_holds_every_module_recipe_and_weight(tmp_path: Path) -> None:
     # From a copy: setuptools leaves build/ behind and would pack stale files from it the next time.
     source = tmp_path / "anything"

@@ -101,7 +101,7 @@ def test_heads_are_drawn_independently() -> None:
     assert abs(torch.corrcoef(hit.T)[0, 1]) < 5 / n**0.5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda_gives_the_same_bits() -> None:
     keys = torch.randint(-(1 << 62), 1 << 62, (64,), generator=torch.Generator().manual_seed(0))
     assert torch.equal(uniforms(keys.cuda(), 3, (16, 197)).cpu(), uniforms(keys, 3, (16, 197)))
