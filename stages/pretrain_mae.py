@@ -95,7 +95,7 @@ def run(recipe: PretrainMaeRecipe) -> None:
             save = stop.requested or last or step % recipe.checkpoint.every_steps == 0
             log_due = last or (step - 1) % recipe.run.log_every == 0
             if save or log_due:
-                value = require_finite(loss, step - 1)  # before saving: a broken state is never kept
+                value = require_finite(loss, step - 1)
                 meter.note = f"loss {value:.4f}"
             if log_due:
                 log.log(step - 1, loss=value, lr=lr, images_per_s=meter.rate * recipe.optim.batch_size)

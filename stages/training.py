@@ -146,7 +146,17 @@ def state_identity(recipe: PretrainMaeRecipe | TrainStudentRecipe, content: Sequ
 
 
 def save_state(folder: Path, step: int, identity: str, parts: dict[str, Any]) -> None:
-    """Write `state.pt` (atomic, with its own digest): the state after `step` steps of the recipe."""
+    """Write `state.pt` (atomic, with its own digest): the state after `step` steps of the recipe.
+
+    Raises:
+        UserError: a parameter is not finite (a finite loss can still have had an infinite gradient).
+    """
+    for part in parts.values():
+        if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
+            raise UserError(
+                f"the parameters are not finite after step {step}",
+                hint="lower optim.base_lr, set optim.clip_norm, or train in fp32; the last saved state is intact",
+            )
     buffer = io.BytesIO()
     states = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"step": step, "identity": identity, "parts": states}, buffer)

@@ -1,6 +1,7 @@
 """Schedule, parameter groups and the small tools that both training stages share."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tinymim.stages.training import (
     optimiser_step,
     pick_device,
     require_finite,
+    save_state,
     seeded,
     step_seed,
 )
@@ -127,3 +129,14 @@ def test_cuda_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto") == torch.device("cpu")
     with pytest.raises(RecipeError, match=r"run\.device"):
         pick_device("cuda:1")
+
+
+def test_a_state_with_a_broken_parameter_does_not_replace_the_last_one(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    save_state(tmp_path, 1, "id", {"model": model})
+    before = (tmp_path / "state.pt").read_bytes()
+    with torch.no_grad():
+        model.weight[0, 0] = torch.inf
+    with pytest.raises(UserError, match="after step 2"):
+        save_state(tmp_path, 2, "id", {"model": model})
+    assert (tmp_path / "state.pt").read_bytes() == before
