@@ -204,30 +204,49 @@ def _check_stage(data: dict[Any, Any], path: Path, stage: str) -> None:
 
 def _problem(recipe: type[Section], error: ErrorDetails) -> str:
     """One line: dotted name, message, value."""
-    *parents, key = error["loc"] or ("recipe",)
-    name = ".".join(map(str, error["loc"])) or "recipe"
+    section, names = _walk(recipe, error["loc"])
+    name = ".".join(map(str, names)) or "recipe"
     got = _short.repr(error["input"])
     match error["type"]:
         case "missing":
             return f"{name}: missing, and it has no default"
         case "value_error":  # from a validator of the schema, which states the values itself
             return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+        case "union_tag_invalid":
+            tags = error["ctx"]["expected_tags"]
+            return f"{name}.name: got {error['ctx']['tag']!r}; expected one of {tags}"
         case "extra_forbidden":
-            fields = _section(recipe, parents).model_fields
-            near = _did_you_mean(str(key), fields) or f"known here: {', '.join(fields)}"
+            fields = section.model_fields
+            near = _did_you_mean(str(names[-1]), fields) or f"known here: {', '.join(fields)}"
             return f"{name}: unknown key (value {got}); {near}"
         case _:
             return f"{name}: got {got}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _section(recipe: type[Section], names: Iterable[int | str]) -> type[Section]:
-    """The section class at a path of field names; positions in lists are passed over."""
-    for name in names:
-        if isinstance(name, str):
-            annotation = recipe.model_fields[name].annotation
-            inner = (annotation, *get_args(annotation))
-            recipe = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, Section))
-    return recipe
+def _walk(recipe: type[Section], loc: Sequence[int | str]) -> tuple[type[Section], list[int | str]]:
+    """The innermost section on the way along `loc`, and `loc` without the tags that pydantic adds for unions."""
+    section: type[Section] = recipe
+    choices: dict[str, type[Section]] = {}  # the sections that the last field may be, by tag
+    names: list[int | str] = []
+    for part in loc:
+        if isinstance(part, str) and len(choices) > 1 and part in choices:
+            section, choices = choices[part], {}
+            continue
+        names.append(part)
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        if field is not None:
+            kinds = _sections_in(field.annotation)
+            unions = kinds if len(kinds) > 1 else []  # each member of a union has a literal name, its tag
+            choices = {get_args(kind.model_fields["name"].annotation)[0]: kind for kind in unions}
+            section = kinds[0] if len(kinds) == 1 else section
+    return section, names
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The section classes that an annotation names, in order."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in _sections_in(inner)]
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str | None:

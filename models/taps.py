@@ -14,25 +14,26 @@ from torch.overrides import TorchFunctionMode
 from tinymim.configs.errors import RecipeError
 
 Projections = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, H, T, D]
+TappedBlock = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, and the input [B, T, C] of their projection
 
 
 class _Tapped(Exception):
     """Leaves the forward pass once q, k and v are at hand."""
 
-    def __init__(self, projections: Projections) -> None:
-        self.projections = projections
+    def __init__(self, projections: Projections, x: Tensor) -> None:
+        self.block: TappedBlock = (*projections, x)
 
 
 class _AttentionTap(TorchFunctionMode):
-    """Raises `_Tapped` at the first attention call while armed."""
+    """Raises `_Tapped` at the first attention call once it has the attention layer's input."""
 
-    armed = False
+    x: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self.armed and func is nn.functional.scaled_dot_product_attention:
-            raise _Tapped((args[0], args[1], args[2]))
+        if self.x is not None and func is nn.functional.scaled_dot_product_attention:
+            raise _Tapped((args[0], args[1], args[2]), self.x)
         return func(*args, **(kwargs or {}))
 
 
@@ -68,15 +69,15 @@ class CutTeacher(nn.Module):
         self.attention.fused_attn = True  # the unfused path makes no call to tap
         del blocks[block:]  # type: ignore[operator]
 
-    def forward(self, images: Tensor) -> Projections:
-        """q, k, v of the block, each [B, H, T, D], for normalised images [B, 3, S, S]."""
+    def forward(self, images: Tensor) -> TappedBlock:
+        """q, k, v of the block, each [B, H, T, D], and its normed input [B, T, C], for normalised [B, 3, S, S]."""
         tap = _AttentionTap()
-        arm = self.attention.register_forward_pre_hook(lambda _module, _args: setattr(tap, "armed", True))
+        arm = self.attention.register_forward_pre_hook(lambda _module, args: setattr(tap, "x", args[0]))
         try:
             with tap:
                 self.model.forward_features(images)  # type: ignore[operator]
         except _Tapped as tapped:
-            return tapped.projections
+            return tapped.block
         finally:
             arm.remove()
         raise RecipeError(

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from tinymim.configs.errors import CheckpointError, first_line
 from tinymim.configs.schema import ModelConfig, TeacherConfig
 from tinymim.models.checkpoints import load_weights, tensors_sha256
-from tinymim.models.taps import CutTeacher, Projections, count_tokens
+from tinymim.models.taps import CutTeacher, TappedBlock, count_tokens
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_model, size_overrides
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module):
-    """uint8 views [B, 3, S, S] -> q, k, v of the tapped block, each [B, H, T, D], without gradient.
+    """uint8 views [B, 3, S, S] -> q, k, v of the tapped block, each [B, H, T, D], and its input [B, T, C].
 
     Raises:
         RecipeError: timm cannot build the model, or it has no such block.
@@ -39,7 +39,7 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor) -> Projections:
+    def forward(self, pixels: Tensor) -> TappedBlock:
         images = self.normalise(pixels).to(_DTYPES[self.config.precision])
         return self.cut(images)  # type: ignore[no-any-return]
 
@@ -48,7 +48,7 @@ class Teacher(nn.Module):
         """The manifest's teacher section: everything about the teacher that changes a number."""
         device = self.normalise.mean.device
         size = self.config.img_size
-        q, _, _ = self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+        q, _, _, _ = self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
         config = self.config
         return {
             "name": config.name,

@@ -65,7 +65,7 @@ def component_of(array: str) -> str:
         return "digests"
     if array == "overhead":
         return "overhead"
-    return "indices" if array.endswith("_index") else "values"
+    return "indices" if array.endswith(("_gap", "_index")) else "values"
 
 
 def _fidelity(reader: CacheReader) -> dict[str, float]:

@@ -24,7 +24,8 @@ from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, SourceShard
 from tinymim.storage.writer import CacheWriter
 from tinymim.targets.audit import Audit
-from tinymim.targets.codecs import Codec, make_codec
+from tinymim.targets.codecs import make_codec
+from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
 
 

@@ -18,6 +18,7 @@ from tinymim.configs.schema import (
     EvaluateRecipe,
     ModelConfig,
     PretrainMaeRecipe,
+    SketchCodec,
     TrainStudentRecipe,
 )
 from tinymim.models.checkpoints import read_metadata, tensors_sha256, weights_path
@@ -295,6 +296,7 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
     """Everything that the page shows, read back from cache and run folders."""
     reader = CacheReader(recipes.cache.cache)
     manifest, codec = reader.manifest, recipes.cache.codec
+    assert isinstance(codec, SketchCodec)
     num_records = reader.coverage().num_records
     heads, tokens = int(manifest.teacher["heads"]), int(manifest.teacher["tokens"])
     one_error = 100 * 0.5 / size.val_images**0.5

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinymim.configs.schema import CacheTeacherRecipe, CodecConfig, TrainStudentRecipe, VerifyConfig
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe, VerifyConfig
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
@@ -16,7 +16,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.stages.report import SKETCH, Example
 from tinymim.stages.training import load_state, state_identity
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.codecs import make_codec
+from tinymim.targets.codecs import stored_codec
 from tinymim.targets.relations import QKV, relation_probs
 from tinymim.targets.target import RowTarget
 
@@ -34,7 +34,7 @@ def relation_examples(
     heads, tokens, prefix = (int(manifest.teacher[key]) for key in ("heads", "tokens", "prefix_tokens"))
     grid = tuple(manifest.teacher["grid"])
     source = join(open_shards(cache.source), reader)
-    codec = make_codec(CodecConfig.model_validate(manifest.codec["parameters"]))
+    codec = stored_codec(manifest.codec)
     arrays = [spec.name for spec in codec.arrays(heads, tokens)]
     images = sorted({image % source.counts[0] for image in EXAMPLE_IMAGES})
     views = ReplayedViews(reader, source, arrays, VerifyConfig(), resident_units=1)
@@ -47,8 +47,8 @@ def relation_examples(
     for name, recipe in students.items():
         student = StudentWithTap(build_vit(recipe.student)).eval()
         load_state(recipe.run.folder, state_identity(recipe, content), {"student": student}, torch.device("cpu"))
-        said[name] = QKV(*student(Normalise()(batch.pixels))).resplit(heads)
-    exact = {r: {who: relation_probs(qkv, r) for who, qkv in said.items()} for r in cache.codec.relations}
+        said[name] = QKV(*student(Normalise()(batch.pixels))).resplit(codec.relation_heads(heads))
+    exact = {r: {who: relation_probs(qkv, r) for who, qkv in said.items()} for r in sketches}
 
     # ---- the most selective queries of every view
     entropy = torch.stack([torch.special.entr(maps["teacher"]).sum(-1) for maps in exact.values()]).sum(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import CodecConfig, TrainStudentRecipe
+from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import StudentWithTap, count_tokens
 from tinymim.models.vit import Normalise, build_model, build_vit, count_parameters
@@ -38,7 +38,7 @@ from tinymim.stages.training import (
 )
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.codecs import make_codec
+from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
 from tinymim.targets.relations import QKV
 
@@ -62,8 +62,9 @@ def run(recipe: TrainStudentRecipe) -> None:
     reader = CacheReader(recipe.cache)
     manifest = reader.manifest
     source = join(open_shards(recipe.source), reader)
-    codec = make_codec(CodecConfig.model_validate(manifest.codec["parameters"]))
+    codec = stored_codec(manifest.codec, recipe.targets)
     heads, tokens = int(manifest.teacher["heads"]), int(manifest.teacher["tokens"])
+    relation_heads = codec.relation_heads(heads)
     for skipped in source.skipped[:5]:
         say(f"train-student: shard {skipped} is not in the cache (yet) and is left out")
     views = ReplayedViews(
@@ -76,7 +77,7 @@ def run(recipe: TrainStudentRecipe) -> None:
 
     # ---- student, optimiser
     torch.manual_seed(recipe.run.seed)
-    check_student_fits(recipe, manifest.teacher, manifest.views)
+    check_student_fits(recipe, manifest.teacher, manifest.views, relation_heads)
     student = StudentWithTap(build_vit(recipe.student, drop_path=recipe.drop_path)).to(device)
     normalise = Normalise().to(device)
     optimiser = make_optimiser(student, recipe.optim)
@@ -112,7 +113,7 @@ def run(recipe: TrainStudentRecipe) -> None:
             target = codec.decode(records, batch.view_keys.to(device), tokens)
             images = normalise(jitter(pixels, recipe.jitter, seeded(device, recipe.run.seed, step)))
             with step_seed(recipe.run.seed, step), autocast(device, recipe.precision):
-                losses = relation_loss(QKV(*student(images)).resplit(heads), target)
+                losses = relation_loss(QKV(*student(images)).resplit(relation_heads), target)
                 loss = torch.stack(list(losses.values())).sum()
             lr = schedule.lr(step)
             optimiser_step(loss, student, optimiser, scaler, lr, recipe.optim.clip_norm)
@@ -155,8 +156,10 @@ def run(recipe: TrainStudentRecipe) -> None:
         say(f"train-student: warning: still at their initial values: {', '.join(report['never_updated'])}")
 
 
-def check_student_fits(recipe: TrainStudentRecipe, teacher: Mapping[str, Any], views: Mapping[str, Any]) -> None:
-    """Compare the student's input and tokens with the teacher's.
+def check_student_fits(
+    recipe: TrainStudentRecipe, teacher: Mapping[str, Any], views: Mapping[str, Any], heads: int
+) -> None:
+    """Compare the student's input and tokens with the teacher's; `heads` is the number of relation heads.
 
     Raises:
         CacheMismatch: names the field that differs.
@@ -171,10 +174,10 @@ def check_student_fits(recipe: TrainStudentRecipe, teacher: Mapping[str, Any], v
         )
     with torch.device("meta"):
         model = build_model(recipe.student)
-    width, heads = int(model.embed_dim), int(teacher["heads"])  # type: ignore[arg-type]
+    width = int(model.embed_dim)  # type: ignore[arg-type]
     if width % heads:
         raise RecipeError(
-            f"a student of width {width} cannot be split into the teacher's {heads} heads",
+            f"a student of width {width} cannot be split into {heads} relation heads",
             got=f"student.embed_dim {width}",
             expected=f"a multiple of {heads}",
             hint=f"the nearest are {width // heads * heads or heads} and {(width // heads + 1) * heads}",

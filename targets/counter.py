@@ -4,7 +4,7 @@ The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorando
 2014; finaliser: Stafford's variant 13) in wrapping int64 operations: CPU and CUDA give identical bits. A view
 key is a 64-bit hash of (seed, sample key, view index); its bits are read as a signed integer.
 
-All of it is part of cache format version 1: a change here changes which rows a stored record is about.
+All of it is part of the sketch codec's version: a change here changes which rows a stored record is about.
 
 Shapes: B view, H head, Q query row, T token.
 """
@@ -61,22 +61,30 @@ def uniforms(keys: Int64[Tensor, " B"], stream: int, shape: tuple[int, ...]) -> 
 def sample_rows(
     keys: Int64[Tensor, " B"], relation: Relation, heads: int, tokens: int, rows: int
 ) -> Int64[Tensor, "B H Q"]:
-    """The query rows that a record is about: per view and head, a uniform subset without replacement.
+    """The query rows that a record is about: per view and head a stratified sample, spread over the image.
+
+    The T tokens, on a ring, are cut into Q runs of T/Q (rounded) and one token is drawn from each; then the ring
+    is turned by a uniform number of tokens. A token lies in run j with probability s_j / T (s_j the length of
+    the run, over the turns) and is then drawn with 1 / s_j: each is in the sample with probability
+    sum over j of 1 / T = Q / T, exactly, so means over the rows are unbiased. Neighbouring rows say nearly the
+    same, so a spread sample has less variance than a simple random one (docs/decisions/006-sketch.md).
 
     Args:
         keys: int64 [B], one key a view.
-        relation: each relation has its own subset.
-        heads, tokens: H and T of the teacher.
+        relation: each relation has its own sample.
+        heads, tokens: H and T of the teacher; each head has its own sample.
         rows: how many rows; `tokens` or more gives all of them.
 
     Returns:
-        int64 [B, H, Q], Q = min(rows, tokens), ascending along Q.
+        int64 [B, H, Q], Q = min(rows, tokens), distinct and ascending along Q.
     """
     if rows >= tokens:
         return torch.arange(tokens, device=keys.device).expand(len(keys), heads, tokens)
-    priority = uniforms(keys, stream_of("rows", relation), (heads, tokens))
-    # Stable, so that a tie (one in 2^53) also falls the same way on every device.
-    return priority.argsort(dim=-1, stable=True)[..., :rows].sort(dim=-1).values
+    uniform = uniforms(keys, stream_of("rows", relation), (heads, rows + 1))
+    edges = torch.arange(rows + 1, device=keys.device) * tokens // rows
+    inside = (uniform[..., :rows] * edges.diff()).long()
+    turn = (uniform[..., rows:] * tokens).long()
+    return ((edges[:-1] + inside + turn) % tokens).sort(dim=-1).values
 
 
 def _mix(state: Tensor) -> Tensor:

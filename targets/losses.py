@@ -3,14 +3,15 @@
 Source: the relation loss of Ren et al., "TinyMIM", CVPR 2023. Written as cross entropy minus the teacher's
 entropy it is linear in the teacher's row: an unbiased sketch of rows gives unbiased loss and gradients (I4).
 
-Shapes: B view, H head, Q query row, T token.
+Shapes: B view, H head, Q query row, K kept entry, T token.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tinymim.targets.relations import QKV, relation_logits
-from tinymim.targets.target import Target
+from tinymim.targets.target import DenseRows, RowTarget, Target
 
 
 def relation_loss(student: QKV, target: Target) -> dict[str, Float[Tensor, ""]]:
@@ -31,6 +32,25 @@ def relation_loss(student: QKV, target: Target) -> dict[str, Float[Tensor, ""]]:
         logits = relation_logits(student, relation, teacher.rows)
         # gather would accept a student with more views, heads or tokens
         assert logits.shape == teacher.shape, f"student {logits.shape}, teacher {teacher.shape}"
-        cross_entropy = -teacher.expect(logits.log_softmax(dim=-1)).mean()
-        losses[relation] = cross_entropy - teacher.entropy.mean()
+        losses[relation] = reference_cross_entropy(logits, teacher).mean() - teacher.entropy.mean()
     return losses
+
+
+def reference_cross_entropy(logits: Float[Tensor, "B H Q T"], teacher: RowTarget) -> Float[Tensor, "B H Q"]:
+    """-sum over tokens of teacher x log student, per row, by the textbook from student logits.
+
+    With a ghost tail the tokens that were not kept are one bucket on both sides.
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    if isinstance(teacher, DenseRows):
+        return -(log_probs * teacher.probs.to(logits.dtype)).sum(-1)
+    weight = teacher.weight.to(logits.dtype)
+    cross_entropy = -(log_probs.gather(-1, teacher.index) * weight).sum(-1)
+    if teacher.tail == "none":
+        return cross_entropy
+    left = 1.0 - weight.sum(-1)
+    others = log_probs.scatter(-1, teacher.index, -torch.inf)
+    if teacher.tail == "ghost":
+        return cross_entropy - left * others.logsumexp(-1)
+    share = left / (teacher.tokens - teacher.index.shape[-1])
+    return cross_entropy - share * others.masked_fill(others == -torch.inf, 0.0).sum(-1)

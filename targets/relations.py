@@ -19,11 +19,12 @@ from tinymim.configs.schema import Relation
 
 @dataclass(frozen=True)
 class QKV:
-    """Queries, keys and values of one block, each float [B, H, T, D]."""
+    """Queries, keys and values of one block, each float [B, H, T, D], and of a teacher what they were made from."""
 
     q: Float[Tensor, "B H T D"]
     k: Float[Tensor, "B H T D"]
     v: Float[Tensor, "B H T D"]
+    x: Float[Tensor, "B T C"] | None = None  # input of the qkv projection, after the block's first norm
 
     def resplit(self, heads: int) -> "QKV":
         """The same channels in another number of heads: [B, H, T, D] to [B, heads, T, H x D / heads].
@@ -37,12 +38,12 @@ class QKV:
         if width % heads:
             below = width // heads * heads
             raise RecipeError(
-                f"a student of width {width} cannot be split into the teacher's {heads} heads",
+                f"a width of {width} cannot be split into {heads} relation heads",
                 got=f"width {width} ({old_heads} heads x {self.q.shape[3]})",
                 expected=f"a multiple of {heads}",
-                hint=f"set student.embed_dim to {below or heads} or {below + heads}",
+                hint=f"set student.embed_dim to {below or heads} or {below + heads} (or change codec.relation_heads)",
             )
-        return QKV(_resplit(self.q, heads), _resplit(self.k, heads), _resplit(self.v, heads))
+        return QKV(_resplit(self.q, heads), _resplit(self.k, heads), _resplit(self.v, heads), self.x)
 
     def pair(self, relation: Relation) -> tuple[Tensor, Tensor]:
         """The (rows, columns) sides of a relation: "qk" is (q, k), "vv" is (v, v), ..."""

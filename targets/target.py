@@ -4,12 +4,16 @@ Shapes: B view, H head, Q query row, K kept entry, T token.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tinymim.configs.schema import Relation
+
+# What the mass 1 - sum of weights of a row means: there is none; it lies evenly on the tokens that were not kept; it
+# is one more bucket, compared with the student's own mass on the tokens that were not kept.
+Tail = Literal["none", "uniform", "ghost"]
 
 
 @dataclass(frozen=True)
@@ -17,43 +21,42 @@ class SparseRows:
     """Some query rows of one relation, each a few weighted tokens."""
 
     rows: Int64[Tensor, "B H Q"] | None  # None: all T rows in order
-    index: Int64[Tensor, "B H Q K"]  # tokens, unordered, may repeat
-    weight: Float[Tensor, "B H Q K"]  # sums to one over K; a sketch may hold small negative ones
-    entropy: Float[Tensor, " B"]  # nats, mean over H and Q of the teacher's exact rows
+    index: Int64[Tensor, "B H Q K"]  # tokens, unordered; may repeat where tail is "none"
+    weight: Float[Tensor, "B H Q K"]  # a sketch may hold small negative ones; sums to one where tail is "none"
+    entropy: Float[Tensor, " B"]  # nats, mean over H and Q: of the exact rows, with a tail of the rows as they are here
     tokens: int
+    tail: Tail = "none"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(B, H, Q, T)."""
         return (*self.index.shape[:3], self.tokens)
 
-    def expect(self, values: Float[Tensor, "B H Q T"]) -> Float[Tensor, "B H Q"]:
-        """The mean of `values` under every row, in the dtype of `values`."""
-        return (values.gather(-1, self.index) * self.weight.to(values.dtype)).sum(-1)
-
     def dense(self) -> Float[Tensor, "B H Q T"]:
-        """The rows written out, zeros where nothing was kept."""
-        return self.weight.new_zeros(self.shape).scatter_add(-1, self.index, self.weight)
+        """The rows written out; what was not kept is zero, with a uniform tail its even share.
+
+        A ghost tail says nothing of single tokens, so its rows do not sum to one.
+        """
+        if self.tail != "uniform":
+            return self.weight.new_zeros(self.shape).scatter_add(-1, self.index, self.weight)
+        share = (1.0 - self.weight.sum(-1, keepdim=True)) / (self.tokens - self.index.shape[-1])
+        return share.expand(self.shape).scatter(-1, self.index, self.weight)
 
 
 @dataclass(frozen=True)
 class DenseRows:
-    """All query rows of one relation, written out."""
+    """Query rows of one relation, written out."""
 
-    probs: Float[Tensor, "B H T T"]
-    entropy: Float[Tensor, " B"]  # nats, mean over H and T of the teacher's exact rows
-    rows: ClassVar[None] = None
+    rows: Int64[Tensor, "B H Q"] | None  # None: all T rows in order
+    probs: Float[Tensor, "B H Q T"]
+    entropy: Float[Tensor, " B"]  # nats, mean over H and Q of the teacher's exact rows
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(B, H, T, T)."""
+        """(B, H, Q, T)."""
         return tuple(self.probs.shape)
 
-    def expect(self, values: Float[Tensor, "B H T T"]) -> Float[Tensor, "B H T"]:
-        """The mean of `values` under every row, in the dtype of `values`."""
-        return (values * self.probs.to(values.dtype)).sum(-1)
-
-    def dense(self) -> Float[Tensor, "B H T T"]:
+    def dense(self) -> Float[Tensor, "B H Q T"]:
         """The rows themselves."""
         return self.probs
 

@@ -68,7 +68,7 @@ def test_nothing_behind_the_tap_is_kept_or_run() -> None:
     tapped: Any = model.blocks[1]
     tapped.attn.proj = _Bomb()
     model.norm = _Bomb()
-    q, k, v = CutTeacher(model, 2)(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    q, k, v, _ = CutTeacher(model, 2)(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
     assert len(model.blocks) == 2
     assert q.shape == k.shape == v.shape == (1, 3, 17, 8)
 

@@ -276,11 +276,11 @@ def _odd(home: Path) -> Path:
 
 
 def test_a_flipped_byte_in_the_cache_is_named(home: Path) -> None:
-    payload = next(p for p in (home / "cache" / "units").rglob("qk_tail_index/c/**/*") if p.is_file())
+    payload = next(p for p in (home / "cache" / "units").rglob("qk_tail_gap/c/**/*") if p.is_file())
     data = bytearray(payload.read_bytes())
     data[len(data) // 2] ^= 0x10
     payload.write_bytes(data)
-    with pytest.raises(CacheCorrupt, match="qk_tail_index"):
+    with pytest.raises(CacheCorrupt, match="qk_tail_gap"):
         train_student.run(student_recipe(home))
 
 

@@ -65,8 +65,8 @@ def test_every_byte_of_the_cache_is_counted_once(partial: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "component"),
     [
-        ("qk_head_index", "indices"),
-        ("vv_tail_index", "indices"),
+        ("qk_head_gap", "indices"),
+        ("vv_tail_gap", "indices"),
         ("qk_head_code", "values"),
         ("qk_entropy", "values"),
         ("qk_probs", "values"),

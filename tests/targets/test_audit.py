@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tinymim.configs.schema import CodecConfig
+from tinymim.configs.schema import CodecConfig, codec_config
 from tinymim.targets.audit import Audit
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.relations import QKV, relation_probs
@@ -28,7 +28,7 @@ def audited(config: CodecConfig, views: int = 6, most: int = 4) -> dict[str, Any
 
 
 def test_dense_keeps_everything_and_states_the_entropy() -> None:
-    summary = audited(CodecConfig(name="dense"))
+    summary = audited(codec_config(name="dense"))
     rows = relation_probs(random_qkv(6), "qk")[:4]
     entropy = torch.special.entr(rows).sum(-1).mean(dim=(0, 2))
     assert summary["views"] == 4
@@ -37,6 +37,6 @@ def test_dense_keeps_everything_and_states_the_entropy() -> None:
 
 
 def test_top_k_keeps_the_mass_of_the_largest_entries() -> None:
-    summary = audited(CodecConfig(rows=9, head_k=2, tail="renormalise"))
+    summary = audited(codec_config(rows=9, head_k=2, tail="renormalise"))
     largest = relation_probs(random_qkv(6), "vv")[:4].topk(2).values.sum(-1).mean(dim=(0, 2))
     torch.testing.assert_close(torch.tensor(summary["vv"]["kept_mass"]), largest, rtol=0, atol=1e-5)

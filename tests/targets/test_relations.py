@@ -64,6 +64,6 @@ def test_resplit_keeps_channels_in_order(make_qkv: MakeQKV) -> None:
 
 
 def test_resplit_refuses_a_width_that_does_not_divide(make_qkv: MakeQKV) -> None:
-    with pytest.raises(RecipeError, match=r"width 24.*16 heads") as caught:
+    with pytest.raises(RecipeError, match=r"width of 24 .*16 relation heads") as caught:
         make_qkv(2, 3, 7, 8).resplit(16)
-    assert caught.value.hint == "set student.embed_dim to 16 or 32"
+    assert caught.value.hint == "set student.embed_dim to 16 or 32 (or change codec.relation_heads)"

@@ -1,0 +1,1 @@
+"""The hot loops of the science: fused, chunked, and the same numbers on every device."""

@@ -1,0 +1,178 @@
+"""The sketch: a few weighted tokens of some query rows, unbiased (I4).
+
+Shapes: B view, H head, Q query row, K kept entry, T token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from tinymim.configs.schema import Relation, SketchCodec
+from tinymim.targets.counter import sample_rows, stream_of, uniforms
+from tinymim.targets.record import (
+    ArraySpec,
+    check_head_k,
+    from_gaps,
+    index_dtype,
+    mean_entropy,
+    specs_of,
+    stored,
+    to_gaps,
+)
+from tinymim.targets.relations import QKV, relation_probs
+from tinymim.targets.sparsify import dequantise, quantise, systematic_draws, top_entries
+from tinymim.targets.target import SparseRows, Target
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Per sampled row: the `head_k` largest entries, rounded to 8 bits, and `tail_k` systematic draws.
+
+    A row decodes to the head entries with weight q_j (the rounded value) and the draws with weight
+    w = (1 - sum of q over the head) / tail_k each, so it sums to one by construction. It is unbiased,
+    E[weight at j] = p_j for every j: in the head E[q_j] = p_j (`quantise`); outside, j is drawn N_j times,
+    N_j is independent of the rounding (another stream), and with m the mass outside the head
+
+        E[w N_j] = E[w] E[N_j] = (1 - sum of p over the head) / tail_k x tail_k p_j / m = p_j.
+
+    Every row is in the sample with the same probability (`sample_rows`), so the mean over the sampled rows has
+    the mean over all rows as expectation. Rows and draws are independent, and the loss is linear in the weights:
+    expected loss and gradient are those of the dense maps. (w is slightly negative where the head holds nearly
+    everything and was rounded up; clamping it would be a bias.)
+
+    Bytes: the rows are recomputed from the view key, the draws need no values, and sorted indices are stored as
+    gaps, which zstd packs to within 2 % of their entropy (benchmarks/bench_packing.py).
+    """
+
+    config: SketchCodec
+    name: ClassVar[str] = "sketch"
+    version: ClassVar[int] = 2
+
+    def arrays(self, heads: int, tokens: int) -> tuple[ArraySpec, ...]:
+        """See `Codec`; head_k + 1 tokens are the least that leave a tail to draw from."""
+        heads = self.relation_heads(heads)
+        head_k, tail_k, rows = self.config.head_k, self.config.tail_k, min(self.config.rows, tokens)
+        check_head_k(head_k, tokens - 1)
+        fields = {
+            "head_gap": (index_dtype(tokens), (heads, rows, head_k)),
+            "head_code": ("uint8", (heads, rows, head_k)),
+            "tail_gap": (index_dtype(tokens), (heads, rows, tail_k)),
+            "entropy": ("float32", ()),
+        }
+        return specs_of(self.config.relations, fields)
+
+    def relation_heads(self, heads: int) -> int:
+        """See `Codec`."""
+        return self.config.relation_heads or heads
+
+    @torch.no_grad()
+    def encode(self, qkv: QKV, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
+        """See `Codec`."""
+        fields: dict[str, Tensor] = {}
+        specs = self.arrays(*qkv.q.shape[1:3])
+        qkv = qkv.resplit(self.relation_heads(qkv.q.shape[1]))
+        for relation in self.config.relations:
+            probs = relation_probs(qkv, relation, sampled_rows(self.config, relation, view_keys, *qkv.q.shape[1:3]))
+            head_index, head = top_entries(probs, self.config.head_k)
+            u_head = uniforms(view_keys, stream_of("rounding", relation), tuple(head.shape[1:]))
+            u_tail = uniforms(view_keys, stream_of("tail", relation), tuple(probs.shape[1:3]))
+            fields[f"{relation}_entropy"] = mean_entropy(probs, relation)
+            fields[f"{relation}_head_gap"] = to_gaps(head_index)
+            fields[f"{relation}_head_code"] = quantise(head, u_head)
+            fields[f"{relation}_tail_gap"] = to_gaps(systematic_draws(probs, head_index, u_tail, self.config.tail_k))
+        return stored(fields, specs)
+
+    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
+        """See `Codec`; every relation is a `SparseRows` with K = head_k + tail_k."""
+        target: Target = {}
+        for relation in self.config.relations:
+            index = from_gaps(arrays[f"{relation}_tail_gap"])
+            tail_mass = torch.ones(index.shape[:3], device=index.device)
+            weights = []
+            if self.config.head_k:
+                head = dequantise(arrays[f"{relation}_head_code"])
+                tail_mass = tail_mass - head.sum(-1)
+                index = torch.cat([from_gaps(arrays[f"{relation}_head_gap"]), index], dim=-1)
+                weights.append(head)
+            tail = (tail_mass / self.config.tail_k)[..., None].expand(-1, -1, -1, self.config.tail_k)
+            weight = torch.cat([*weights, tail], dim=-1)
+            rows = sampled_rows(self.config, relation, view_keys, index.shape[1], tokens)
+            target[relation] = SparseRows(rows, index, weight, arrays[f"{relation}_entropy"], tokens)
+        return target
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Published top-k: per sampled row the `head_k` largest entries in fp16, and a rule for what is left.
+
+    **Biased**: the expected gradient is another one than that of the dense maps, and no number of steps averages
+    that out. For comparison, and for rows so narrow that the head holds nearly all. `tail` is
+
+    - `renormalise`: the kept entries are scaled up to sum to one;
+    - `uniform`: the mass left, m, is spread evenly over the other tokens (Wu et al., TinyViT, ECCV 2022);
+    - `ghost`: m is compared with the student's own mass outside the kept entries, as one more bucket
+      (Anshumann et al., "Sparse Logit Sampling", ACL 2025).
+
+    The entropy is that of the row as decoded, so the loss is the KL of the published method.
+    """
+
+    config: SketchCodec
+    name: ClassVar[str] = "topk"
+    version: ClassVar[int] = 2
+
+    def arrays(self, heads: int, tokens: int) -> tuple[ArraySpec, ...]:
+        """See `Codec`; `renormalise` may keep whole rows."""
+        check_head_k(self.config.head_k, tokens - (self.config.tail != "renormalise"))
+        shape = (self.relation_heads(heads), min(self.config.rows, tokens), self.config.head_k)
+        fields = {"head_gap": (index_dtype(tokens), shape), "head_value": ("float16", shape)}
+        return specs_of(self.config.relations, fields)
+
+    def relation_heads(self, heads: int) -> int:
+        """See `Codec`."""
+        return self.config.relation_heads or heads
+
+    @torch.no_grad()
+    def encode(self, qkv: QKV, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
+        """See `Codec`."""
+        fields: dict[str, Tensor] = {}
+        specs = self.arrays(*qkv.q.shape[1:3])
+        qkv = qkv.resplit(self.relation_heads(qkv.q.shape[1]))
+        for relation in self.config.relations:
+            probs = relation_probs(qkv, relation, sampled_rows(self.config, relation, view_keys, *qkv.q.shape[1:3]))
+            mean_entropy(probs, relation)  # refuses a teacher that overflowed
+            index, fields[f"{relation}_head_value"] = top_entries(probs, self.config.head_k)
+            fields[f"{relation}_head_gap"] = to_gaps(index)
+        return stored(fields, specs)
+
+    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
+        """See `Codec`; every relation is a `SparseRows` with K = head_k."""
+        target: Target = {}
+        tail = self.config.tail
+        assert tail != "sampled"
+        for relation in self.config.relations:
+            index = from_gaps(arrays[f"{relation}_head_gap"])
+            weight = arrays[f"{relation}_head_value"].float()
+            rows = sampled_rows(self.config, relation, view_keys, index.shape[1], tokens)
+            if tail == "renormalise":
+                weight = weight / weight.sum(-1, keepdim=True)
+                entropy = torch.special.entr(weight).sum(-1)
+                target[relation] = SparseRows(rows, index, weight, entropy.mean((1, 2)), tokens)
+                continue
+            left = (1.0 - weight.sum(-1)).clamp(min=0.0)  # fp16 may round the kept mass above one
+            buckets = 1 if tail == "ghost" else tokens - self.config.head_k
+            entropy = torch.special.entr(weight).sum(-1) + buckets * torch.special.entr(left / buckets)
+            target[relation] = SparseRows(rows, index, weight, entropy.mean((1, 2)), tokens, tail=tail)
+        return target
+
+
+def sampled_rows(
+    config: SketchCodec, relation: Relation, view_keys: Tensor, heads: int, tokens: int
+) -> Int64[Tensor, "B H Q"] | None:
+    """The query rows of a record; None where that is all of them."""
+    if config.rows >= tokens:
+        return None
+    return sample_rows(view_keys, relation, heads, tokens, config.rows)
