@@ -15,7 +15,13 @@ from cyclopts import App, CycloptsError, Parameter
 from tinymim import __version__
 from tinymim.configs.errors import TinymimError
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, EvaluateRecipe, PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.configs.schema import (
+    CacheTeacherRecipe,
+    EvaluateRecipe,
+    FidelityRecipe,
+    PretrainMaeRecipe,
+    TrainStudentRecipe,
+)
 from tinymim.stages import recipes
 from tinymim.stages.interrupt import Interrupted
 
@@ -37,6 +43,7 @@ In order of use:
   tinymim cache-teacher RECIPE           2. the teacher over every view, once
   tinymim train-student RECIPE           3. as many students as you like
   tinymim evaluate RECIPE                4. k-NN and linear probe
+  tinymim fidelity RECIPE                   which codec, before you cache
 
 RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""",
     help_format="plaintext",
@@ -44,7 +51,7 @@ RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
-cache_app = App(name="cache", help="Look at a cache: `tinymim cache info PATH`.", sort_key=7)
+cache_app = App(name="cache", help="Look at a cache: `tinymim cache info PATH`.", sort_key=8)
 app.command(cache_app)
 
 RecipeArgument = Annotated[Path, Parameter(help="A YAML file, or the name of a shipped recipe.")]
@@ -199,6 +206,33 @@ def evaluate(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
     _print_json(stage.run(loaded))
 
 
+@app.command(
+    name="fidelity",
+    sort_key=6,
+    help=_help(
+        """Compare codecs: what each does to a student's gradient, and what it costs.
+
+Runs the teacher over some views, encodes them with every codec in `codecs`, and
+compares the gradient of the student (at its start, and of the run folder
+`student_state` if given) with the one under the dense relation maps: bias with
+its standard error, noise ratio (added / image-to-image variance), angle, norm;
+bytes per view, time to encode and decode. Choose what you cache by it.
+Reads the shards of `source` and the teacher's weights.
+Writes run.folder with fidelity.json (per relation and head) and frontier.png, and
+prints the tables.
+
+Example: tinymim fidelity imagenet-sample-fidelity --set num_images=16""",
+        "fidelity",
+    ),
+)
+def fidelity(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
+    loaded = load_recipe(recipe, "fidelity", overrides or ())
+    assert isinstance(loaded, FidelityRecipe)
+    from tinymim.stages import fidelity as stage
+
+    _print(stage.run(loaded))
+
+
 @cache_app.command(name="info")
 def cache_info(
     path: Annotated[Path, Parameter(name="PATH")],
@@ -228,7 +262,7 @@ def cache_info(
         _print(stage.format_info(info))
 
 
-@app.command(name="recipes", sort_key=6)
+@app.command(name="recipes", sort_key=7)
 def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) -> None:
     """List the shipped recipes, or print one of them.
 

@@ -268,6 +268,7 @@ class CacheTeacherRecipe(Section):
     cache: Path
     batch_size: Positive = 64  # images; each carries num_views views through the teacher
     max_unreadable: Fraction = 0.01  # share of unreadable images above which the run stops
+    audit_views: Annotated[int, Field(ge=0)] = 16  # views per unit whose records are compared with the dense maps (I5)
     loader: LoaderConfig = LoaderConfig()
     run: RunConfig
 
@@ -325,10 +326,35 @@ class EvaluateRecipe(Section):
     run: RunConfig
 
 
-Recipe = PretrainMaeRecipe | CacheTeacherRecipe | TrainStudentRecipe | EvaluateRecipe
+class FidelityRecipe(Section):
+    """`tinymim fidelity`: compare codecs by the gradients that they give a student, on the same views."""
+
+    stage: Literal["fidelity"]
+    source: SourceConfig
+    views: ViewConfig = ViewConfig()
+    teacher: TeacherConfig
+    codecs: dict[str, CodecConfig]  # by a name of your choice
+    targets: TargetsConfig = TargetsConfig()  # what a hidden codec is asked for
+    student: ModelConfig
+    student_state: Path | None = None  # run folder of train-student: judge by that student too, not only at its start
+    num_images: Annotated[int, Field(ge=4)] = 64  # one view of each
+    draws: Positive = 2  # independent encodings of every view by a codec that draws
+    batch_size: Positive = 16  # views that the teacher sees at a time
+    loader: LoaderConfig = LoaderConfig()
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _some_codec(self) -> "FidelityRecipe":
+        if not self.codecs:
+            raise ValueError("codecs is empty: name at least one")
+        return self
+
+
+Recipe = PretrainMaeRecipe | CacheTeacherRecipe | TrainStudentRecipe | EvaluateRecipe | FidelityRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "pretrain-mae": PretrainMaeRecipe,
     "cache-teacher": CacheTeacherRecipe,
     "train-student": TrainStudentRecipe,
     "evaluate": EvaluateRecipe,
+    "fidelity": FidelityRecipe,
 }

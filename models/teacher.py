@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.errors import CheckpointError, first_line
+from tinymim.configs.errors import CheckpointError, RecipeError, first_line
 from tinymim.configs.schema import ModelConfig, TeacherConfig
 from tinymim.models.checkpoints import load_weights, tensors_sha256
 from tinymim.models.taps import CutTeacher, TappedBlock, count_tokens
@@ -42,6 +42,29 @@ class Teacher(nn.Module):
     def forward(self, pixels: Tensor) -> TappedBlock:
         images = self.normalise(pixels).to(_DTYPES[self.config.precision])
         return self.cut(images)  # type: ignore[no-any-return]
+
+    def qkv_projection(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [W, C] and bias [W] (or None) of the tapped block's qkv layer, float32; rows q, k, v, each by head.
+
+        What happens to q and k behind that layer (norms, rotary embeddings) is not in it.
+
+        Raises:
+            RecipeError: the block has no single qkv layer.
+        """
+        attention = self.cut.attention
+        layer = getattr(attention, "qkv", None)
+        if not isinstance(layer, nn.Linear):
+            raise RecipeError(
+                f"the attention layer {type(attention).__name__} has no single qkv layer",
+                got=type(layer).__name__,
+                expected="Linear",
+                hint="use codec.name: sketch, which stores relations as they are",
+            )
+        bias: Tensor | None = layer.bias
+        apart = [getattr(attention, f"{side}_bias", None) for side in "qkv"]  # BEiT and EVA keep biases of their own
+        if bias is None and all(isinstance(part, Tensor) for part in apart):
+            bias = torch.cat(apart)  # type: ignore[arg-type]
+        return layer.weight.detach().float(), None if bias is None else bias.detach().float()
 
     @torch.no_grad()
     def describe(self) -> dict[str, Any]:

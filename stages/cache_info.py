@@ -8,7 +8,7 @@ from typing import Any
 from tinymim.storage.layout import KEY_ARRAYS
 from tinymim.storage.reader import CacheReader
 
-COMPONENTS = ("indices", "values", "boxes", "digests", "keys", "overhead")
+COMPONENTS = ("indices", "values", "boxes", "digests", "keys", "overhead")  # and "constants" where there are any
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -23,10 +23,11 @@ def describe(path: Path) -> dict[str, Any]:
     manifest, coverage = reader.manifest, reader.coverage()
     total = dict.fromkeys(COMPONENTS, 0)
     for array, size_bytes in reader.bytes_by_component().items():
-        total[component_of(array)] += size_bytes
+        total[component_of(array)] = total.get(component_of(array), 0) + size_bytes
     total_bytes, records = sum(total.values()), coverage.num_records
     num_images = sum(shard.num_samples for shard in manifest.source)
-    per_view = total_bytes / records if records else 0.0
+    # Constants are there once, however many views are.
+    further_view = (total_bytes - total.get("constants", 0)) / records if records else 0.0
     return {
         "path": str(path),
         "format_version": manifest.format_version,
@@ -47,24 +48,24 @@ def describe(path: Path) -> dict[str, Any]:
         },
         "total_bytes": total_bytes,
         "bytes_by_component": total,
-        "bytes_per_view": per_view,
-        "bytes_to_complete": round(per_view * (coverage.num_views - coverage.covered_views)),
-        "bytes_per_further_view_of_all_images": round(per_view * num_images),
+        "bytes_per_view": total_bytes / records if records else 0.0,
+        "bytes_to_complete": round(further_view * (coverage.num_views - coverage.covered_views)),
+        "bytes_per_further_view_of_all_images": round(further_view * num_images),
         "fidelity": _fidelity(reader),
         "environment": dict(manifest.environment),
     }
 
 
 def component_of(array: str) -> str:
-    """The line of the size table that an array of a unit belongs to."""
+    """The line of the size table that an array of a unit belongs to, or what else is counted."""
     if array in KEY_ARRAYS:
         return "keys"
     if array in ("box", "flip"):
         return "boxes"
     if array == "digest":
         return "digests"
-    if array == "overhead":
-        return "overhead"
+    if array in ("overhead", "constants"):
+        return array
     return "indices" if array.endswith(("_gap", "_index")) else "values"
 
 

@@ -16,6 +16,9 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
+from tinymim.stages.audit import Audit
+from tinymim.stages.calibrate import require_rebuildable, settle_constants
+from tinymim.stages.gradients import GradientProbe, reference_student
 from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.progress import Meter, say
 from tinymim.stages.runfolder import RunFolder
@@ -23,7 +26,6 @@ from tinymim.stages.training import pick_device, require_view_size
 from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, SourceShard
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.audit import Audit
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
@@ -48,12 +50,8 @@ def run(recipe: CacheTeacherRecipe) -> None:
     codec = make_codec(recipe.codec)
     manifest = make_manifest(recipe, source, teacher, codec)
     heads, tokens = manifest.teacher["heads"], manifest.teacher["tokens"]
-    record_bytes = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape)) for spec in codec.arrays(heads, tokens))
-    say(
-        f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB = "
-        f"{source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
-        f"spec {manifest.spec_id}"
-    )
+    codec.arrays(heads, tokens)  # refuses a codec that does not fit the teacher before anything is written
+    require_rebuildable(recipe, teacher)
 
     # ---- what is missing
     with (
@@ -63,6 +61,14 @@ def run(recipe: CacheTeacherRecipe) -> None:
     ):
         for difference in writer.environment_differences:
             say(f"cache-teacher: warning: {difference}")
+        codec = make_codec(recipe.codec, constants=settle_constants(writer, recipe, source, teacher))
+        specs = codec.arrays(heads, tokens)
+        record_bytes = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape)) for spec in specs)
+        say(
+            f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB "
+            f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
+            f"spec {manifest.spec_id}"
+        )
         todo = missing_units(source, writer.committed(), recipe.num_views)
         if not todo:
             say("cache-teacher: nothing to do, the cache is complete")
@@ -81,10 +87,12 @@ def run(recipe: CacheTeacherRecipe) -> None:
         total = sum(len(items) for _, items in plan)
 
         # ---- teacher over every batch; a unit is written when its last batch is encoded
+        reference = reference_student(recipe.teacher, teacher.grid, teacher.prefix_tokens, codec.relation_heads(heads))
+        probe = GradientProbe(reference.to(device), codec.relation_heads(heads))
         views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
         stream = batches(views, [items for _, items in plan], recipe.loader, pin_memory=device.type == "cuda")
         with Meter("cache-teacher", total, "views") as meter:
-            draft = _Draft()
+            draft = _Draft(Audit(probe, recipe.audit_views))
             for step, ((unit, items), batch) in enumerate(zip(plan, stream, strict=True)):
                 if stop.requested:
                     raise Interrupted("committed units are safe; the same command continues")
@@ -94,7 +102,7 @@ def run(recipe: CacheTeacherRecipe) -> None:
                     _refuse_too_many_unreadable(recipe, unit, draft, source)
                     info = writer.write_unit(unit, draft.keys(unit), draft.arrays(), draft.statistics())
                     log.log(len(writer.committed()), records=info.num_records, views_per_s=meter.rate)
-                    draft = _Draft()
+                    draft = _Draft(Audit(probe, recipe.audit_views))
     say(f"cache-teacher: {recipe.cache} is complete; `tinymim cache info {recipe.cache}` describes it")
 
 
@@ -128,19 +136,24 @@ def _encode(
     """The codec's arrays for the views of a batch, on the CPU."""
     if not batch.keys:
         return {}
-    qkv = QKV(*teacher(batch.pixels.to(device, non_blocking=True)))
+    pixels = batch.pixels.to(device, non_blocking=True)
+    block = QKV(*teacher(pixels))
     view_keys = batch.view_keys.to(device)
-    encoded = codec.encode(qkv, view_keys)
+    encoded = codec.encode(block, view_keys)
     if audit.wants_more:
-        audit.add(qkv, codec.decode(encoded, view_keys, qkv.q.shape[2]))
+        # One view an image: views of the same image are too alike to say how gradients vary.
+        first = np.flatnonzero(batch.items[:, 2] == batch.items[0, 2])[: audit.most]
+        some = torch.from_numpy(first).to(device)
+        records = {name: array[some] for name, array in encoded.items()}
+        audit.add(block.pick(some), pixels[some], codec.decode(records, view_keys[some], block.q.shape[2]))
     return {name: array.cpu().numpy() for name, array in encoded.items()}
 
 
 class _Draft:
     """One unit being filled: keys, boxes, digests, encoded arrays and counts, batch by batch in tar order."""
 
-    def __init__(self) -> None:
-        self.audit = Audit()
+    def __init__(self, audit: Audit) -> None:
+        self.audit = audit
         self.unreadable: list[tuple[str, str]] = []
         self._keys: list[str] = []
         self._parts: list[dict[str, npt.NDArray[Any]]] = []

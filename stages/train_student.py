@@ -19,6 +19,7 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import numbered_batches, steps_per_epoch
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
+from tinymim.stages.calibrate import stored_constants
 from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.progress import Meter, say
 from tinymim.stages.runfolder import RunFolder
@@ -62,7 +63,8 @@ def run(recipe: TrainStudentRecipe) -> None:
     reader = CacheReader(recipe.cache)
     manifest = reader.manifest
     source = join(open_shards(recipe.source), reader)
-    codec = stored_codec(manifest.codec, recipe.targets)
+    constants = stored_constants(reader.path, manifest, device)
+    codec = stored_codec(manifest.codec, recipe.targets, constants)
     heads, tokens = int(manifest.teacher["heads"]), int(manifest.teacher["tokens"])
     relation_heads = codec.relation_heads(heads)
     for skipped in source.skipped[:5]:

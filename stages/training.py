@@ -173,10 +173,7 @@ def load_state(folder: Path, identity: str, parts: dict[str, Any], device: torch
     path = folder / STATE_NAME
     if not path.exists():
         return 0
-    raw = path.read_bytes()
-    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
-        raise CheckpointError(f"{path} is damaged (its digest differs)", hint="remove it to start from step 0")
-    state = torch.load(io.BytesIO(raw[32:]), map_location=device, weights_only=True)
+    state = read_state(folder, device)
     if state["identity"] != identity:
         raise CheckpointError(
             f"{path} belongs to another recipe or other data",
@@ -187,3 +184,19 @@ def load_state(folder: Path, identity: str, parts: dict[str, Any], device: torch
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     return int(state["step"])
+
+
+def read_state(folder: Path, device: torch.device) -> dict[str, Any]:
+    """A run folder's state as it was saved: {"step", "identity", "parts": {name: state dict}}.
+
+    Raises:
+        CheckpointError: there is none, or the file is damaged.
+    """
+    path = folder / STATE_NAME
+    if not path.exists():
+        raise CheckpointError("there is no training state", got=path, hint="name a run folder of train-student")
+    raw = path.read_bytes()
+    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+        raise CheckpointError(f"{path} is damaged (its digest differs)", hint="remove it to start from step 0")
+    state: dict[str, Any] = torch.load(io.BytesIO(raw[32:]), map_location=device, weights_only=True)
+    return state

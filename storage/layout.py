@@ -98,6 +98,16 @@ def commit_file(root: Path, unit: UnitId) -> Path:
     return commits_folder(root) / f"{shard_stem(unit.shard)}.{unit.view_range}.json"
 
 
+def constants_folder(root: Path) -> Path:
+    """The zarr group that holds what the codec needs once per cache."""
+    return root / "constants"
+
+
+def constants_file(root: Path) -> Path:
+    """The record that makes the constants visible."""
+    return root / "constants.json"
+
+
 def lock_file(root: Path) -> Path:
     """The file on which the one writer holds its lock."""
     return root / ".lock"
@@ -167,17 +177,17 @@ def leftovers(root: Path, committed: Iterable[UnitId]) -> Iterator[Path]:
             yield from sorted(item for item in shard.iterdir() if item.is_dir() and item not in kept)
 
 
-def write_array(unit_folder: Path, name: str, values: npt.NDArray[Any]) -> None:
+def write_array(group: Path, name: str, values: npt.NDArray[Any], whole: bool = False) -> None:
     """Write `values` as the array `name`: one zarr shard, inner chunks of 64 records, zstd, crc32c.
 
-    Keys and base arrays are small and always read whole: they get one inner chunk.
+    Keys and base arrays are small and always read whole: they get one inner chunk, as do others on demand.
     """
     length = max(len(values), 1)
-    whole = name in KEY_ARRAYS or name in BASE_ARRAYS
+    whole = whole or name in KEY_ARRAYS or name in BASE_ARRAYS
     chunk = length if whole else min(CHUNK_RECORDS, length)
     inner = tuple(max(size, 1) for size in values.shape[1:])
     array = zarr.create_array(
-        store=str(unit_folder),
+        store=str(group),
         name=name,
         shape=values.shape,
         dtype=values.dtype,
@@ -193,7 +203,7 @@ def write_array(unit_folder: Path, name: str, values: npt.NDArray[Any]) -> None:
 
 
 def decode_array(name: str, files: Mapping[str, bytes]) -> npt.NDArray[Any]:
-    """The array `name` from the bytes of its files (paths relative to the unit); zarr's errors pass."""
+    """The array `name` from the bytes of its files (paths relative to its group); zarr's errors pass."""
     store = MemoryStore({path: Buffer.from_bytes(data) for path, data in files.items()}, read_only=True)
     array = zarr.open_array(store, path=name, mode="r")
     if array.size and len(files) < 2:

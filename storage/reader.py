@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from tinymim.configs.errors import CacheCorrupt
 from tinymim.storage import layout
-from tinymim.storage.atomic import digest_hex
-from tinymim.storage.commit import StoredFile, UnitInfo, corrupt_unit, key_digest, read_commits
+from tinymim.storage.commit import UnitInfo, corrupt_unit, key_digest, read_checked, read_commits
+from tinymim.storage.constants import constants_bytes, constants_digest
 from tinymim.storage.layout import UnitId
 
 
@@ -75,13 +75,13 @@ class CacheReader:
     Raises:
         UserError: there is no cache at `path`.
         CacheMismatch: an unknown format version.
-        CacheCorrupt: a damaged manifest or commit record.
+        CacheCorrupt: a damaged manifest or commit record, or a unit made with other constants than are there.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.manifest = layout.read_manifest(self.path)
-        self._units = read_commits(self.path, self.manifest)
+        self._units = read_commits(self.path, self.manifest, constants_digest(self.path, self.manifest))
 
     def units(self) -> list[UnitInfo]:
         """The committed units in source order, then by view; not all need be there, see `coverage`."""
@@ -139,7 +139,7 @@ class CacheReader:
         return records
 
     def bytes_by_component(self) -> dict[str, int]:
-        """Bytes on disk by array name, over all committed units, and "overhead" for metadata and commits."""
+        """Bytes on disk by array name, over all committed units; "overhead" for metadata and commits, "constants"."""
         metadata = [self.path / layout.METADATA, self.path / "units" / layout.METADATA]
         units = [info.unit for info in self._units]
         metadata += {layout.unit_folder(self.path, unit).parent / layout.METADATA for unit in units}
@@ -149,6 +149,8 @@ class CacheReader:
             for name, file in info.files.items():
                 part = layout.component(name)
                 total[part] = total.get(part, 0) + file.size_bytes
+        if size_bytes := constants_bytes(self.path, self.manifest):
+            total["constants"] = size_bytes
         return total
 
     def _read_array(self, info: UnitInfo, name: str, verify: bool) -> npt.NDArray[Any]:
@@ -159,7 +161,7 @@ class CacheReader:
         try:
             # zarr 3.1 reads a lost or empty file as zeros, so it is only given bytes that were checked.
             files = {
-                path: _read_checked(folder / path, file, verify or path.endswith(layout.METADATA))
+                path: read_checked(folder / path, file, verify or path.endswith(layout.METADATA))
                 for path, file in stored.items()
             }
             return layout.decode_array(name, files)
@@ -167,12 +169,3 @@ class CacheReader:
             raise
         except Exception as error:  # whatever zarr and its codecs raise on bytes they cannot decode
             raise corrupt_unit(self.path, info.unit, f"array {name} is damaged: {error}") from error
-
-
-def _read_checked(path: Path, stored: StoredFile, verify: bool) -> bytes:
-    data = path.read_bytes()
-    if len(data) != stored.size_bytes:
-        raise ValueError(f"{path.name} has {len(data)} bytes, committed were {stored.size_bytes}")
-    if verify and digest_hex(data) != stored.blake2b:
-        raise ValueError(f"{path.name} does not have its committed digest")
-    return data

@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from tinymim.configs.errors import InternalError, SourceError, UserError
 from tinymim.storage import layout
-from tinymim.storage.atomic import canonical_json, digest_hex, explained_write_errors, fsync_folder
-from tinymim.storage.commit import StoredFile, UnitInfo, key_digest, read_commits, write_commit
+from tinymim.storage.atomic import canonical_json, explained_write_errors, fsync_folder
+from tinymim.storage.commit import UnitInfo, key_digest, read_commits, sync_and_digest, write_commit
+from tinymim.storage.constants import constants_digest, write_constants
 from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, check_same, grown
 
@@ -40,7 +41,8 @@ class CacheWriter:
         self._lock_fd: int | None = lock_fd
         self.manifest, self.environment_differences = _settle_manifest(path, manifest)
         layout.ensure_folders(path)
-        self._committed = {info.unit: info for info in read_commits(path, self.manifest)}
+        self._constants = constants_digest(path, self.manifest)
+        self._committed = {info.unit: info for info in read_commits(path, self.manifest, self._constants)}
         _remove_leftovers(path, set(self._committed))
 
     @classmethod
@@ -89,6 +91,25 @@ class CacheWriter:
         """The units that are on disk, whole."""
         return set(self._committed)
 
+    def write_constants(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Write what the codec needs once per cache, before the first unit. On return it is durable.
+
+        Every unit written from now on names these constants in its commit record.
+
+        Args:
+            arrays: by name, at least one axis each, of any bool, integer or float dtype in little-endian order.
+
+        Raises:
+            UserError: the disk is full or fails.
+            InternalError: arrays that cannot be stored, or the cache has units already: a bug of the caller.
+        """
+        if self._committed or self._lock_fd is None:
+            raise InternalError("constants are written to an open cache without units")
+        if problems := [problem for name, values in arrays.items() for problem in _problems(name, values)]:
+            raise InternalError(f"constants do not fit: {'; '.join(problems)}")
+        with explained_write_errors(self.path):
+            self._constants = write_constants(self.path, self.manifest.spec_id, arrays)
+
     def write_unit(
         self,
         unit: UnitId,
@@ -136,8 +157,9 @@ class CacheWriter:
                     num_images=len(keys),
                     num_records=len(keys) * unit.num_views,
                     key_digest=key_digest(key_arrays),
-                    files=_sync_and_digest(folder),
+                    files=sync_and_digest(folder, self.path),
                     statistics=statistics,
+                    constants=self._constants,
                 )
                 write_commit(self.path, info)
             except OSError:
@@ -214,11 +236,9 @@ def _check_arrays(unit: UnitId, num_records: int, arrays: Mapping[str, npt.NDArr
     problems = [f"{name} is missing" for name in layout.BASE_ARRAYS if name not in arrays]
     for name, values in arrays.items():
         got = f"{name}: {values.dtype} {list(values.shape)}"
-        if name in layout.KEY_ARRAYS or not (name.isidentifier() and name.isascii()) or name.startswith("__"):
-            problems.append(f"{name!r} is no name for an array")
-        elif values.dtype.kind not in "biuf" or values.dtype != values.dtype.newbyteorder("<"):
-            problems.append(f"{got}, expected plain little-endian numbers")
-        elif values.ndim == 0 or len(values) != num_records:
+        if found := _problems(name, values):
+            problems += found
+        elif len(values) != num_records:
             problems.append(f"{got}, expected {num_records} records")
         elif name in layout.BASE_ARRAYS:
             dtype, inner = layout.BASE_ARRAYS[name]
@@ -228,16 +248,11 @@ def _check_arrays(unit: UnitId, num_records: int, arrays: Mapping[str, npt.NDArr
         raise InternalError(f"arrays of unit {unit} do not fit: {'; '.join(problems)}")
 
 
-def _sync_and_digest(folder: Path) -> dict[str, StoredFile]:
-    """Make all below `folder`, and its way up to the cache, durable; size and digest of every file."""
-    files: dict[str, StoredFile] = {}
-    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
-        with open(path, "rb") as file:
-            data = file.read()
-            os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = StoredFile(len(data), digest_hex(data))
-    for inner in [item for item in folder.rglob("*") if item.is_dir()]:
-        fsync_folder(inner)
-    for outer in (folder, folder.parent, folder.parent.parent, folder.parent.parent.parent):
-        fsync_folder(outer)
-    return files
+def _problems(name: str, values: npt.NDArray[Any]) -> list[str]:
+    """What keeps an array from being stored under a name."""
+    if name in layout.KEY_ARRAYS or not (name.isidentifier() and name.isascii()) or name.startswith("__"):
+        return [f"{name!r} is no name for an array"]
+    got = f"{name}: {values.dtype} {list(values.shape)}"
+    if values.dtype.kind not in "biuf" or values.dtype != values.dtype.newbyteorder("<"):
+        return [f"{got}, expected plain little-endian numbers"]
+    return [] if values.ndim else [f"{got}, expected at least one axis"]

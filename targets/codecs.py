@@ -8,6 +8,8 @@ randomness behind them are fixed by (name, version).
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.schema import (
     CodecConfig,
@@ -18,18 +20,23 @@ from tinymim.configs.schema import (
     codec_config,
 )
 from tinymim.targets.dense import Dense
+from tinymim.targets.hidden import Hidden
 from tinymim.targets.record import Codec
 from tinymim.targets.sketch import Sketch, TopK
 
 _ALL = TargetsConfig()
 
 
-def make_codec(config: CodecConfig, targets: TargetsConfig = _ALL) -> Codec:
+def make_codec(
+    config: CodecConfig, targets: TargetsConfig = _ALL, constants: Mapping[str, Tensor] | None = None
+) -> Codec:
     """The codec that a recipe names.
 
     Args:
         config: how records are stored.
         targets: what of them a student is compared on.
+        constants: what the cache holds beside its records, on the device of the records; `hidden` needs them
+            (`hidden.calibrate`) to encode and decode.
 
     Raises:
         RecipeError: the stored records do not hold what `targets` asks for.
@@ -43,17 +50,19 @@ def make_codec(config: CodecConfig, targets: TargetsConfig = _ALL) -> Codec:
             _refuse_others(targets, relation_heads=config.relation_heads)
             return Dense(config.model_copy(update={"relations": _subset(targets, config)}), targets.rows)
         case HiddenCodec():
-            raise NotImplementedError
+            return Hidden(config, targets, constants or {})
 
 
-def stored_codec(section: Mapping[str, Any], targets: TargetsConfig = _ALL) -> Codec:
-    """The codec that reads a cache, from the codec section of its manifest.
+def stored_codec(
+    section: Mapping[str, Any], targets: TargetsConfig = _ALL, constants: Mapping[str, Tensor] | None = None
+) -> Codec:
+    """The codec that reads a cache, from the codec section of its manifest and its constants.
 
     Raises:
         CacheMismatch: another version of the codec wrote the cache.
         RecipeError: as `make_codec`.
     """
-    codec = make_codec(codec_config(**section["parameters"]), targets)
+    codec = make_codec(codec_config(**section["parameters"]), targets, constants)
     if (codec.name, codec.version) != (section["name"], section["version"]):
         raise CacheMismatch(
             "the cache was written by another codec",

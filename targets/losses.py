@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tinymim.targets.kernels.loss import cross_entropy
 from tinymim.targets.relations import QKV, relation_logits
 from tinymim.targets.target import DenseRows, RowTarget, Target
 
@@ -17,7 +18,8 @@ from tinymim.targets.target import DenseRows, RowTarget, Target
 def relation_loss(student: QKV, target: Target) -> dict[str, Float[Tensor, ""]]:
     """KL(teacher row || student row) in nats per relation, mean over views, heads and the target's rows.
 
-    Only the target's rows are computed, [B, H, Q, T], in fp32 even under autocast (fp64 for fp64 inputs).
+    Only the target's rows are computed, in fp32 even under autocast (fp64 for fp64 inputs); of a sparse target
+    without ever holding all their logits (`tinymim.targets.kernels.loss`).
 
     Args:
         student: float [B, H, T, D] each, already resplit to the teacher's heads (`QKV.resplit`).
@@ -27,13 +29,25 @@ def relation_loss(student: QKV, target: Target) -> dict[str, Float[Tensor, ""]]:
         relation name to scalar; the training loss is their sum. With a sketch a value is an unbiased estimate
         and may be slightly negative.
     """
-    losses: dict[str, Tensor] = {}
+    losses = cross_entropy_per_head(student, target)
+    return {relation: losses[relation].mean() - teacher.entropy.mean() for relation, teacher in target.items()}
+
+
+def cross_entropy_per_head(student: QKV, target: Target) -> dict[str, Float[Tensor, "B H"]]:
+    """Cross entropy of the target's rows with the student's, in nats per relation, view and head: mean over rows.
+
+    Args and dtypes as `relation_loss`, whose value is the mean of these minus the teacher's mean entropy.
+    """
+    found: dict[str, Tensor] = {}
     for relation, teacher in target.items():
-        logits = relation_logits(student, relation, teacher.rows)
-        # gather would accept a student with more views, heads or tokens
-        assert logits.shape == teacher.shape, f"student {logits.shape}, teacher {teacher.shape}"
-        losses[relation] = reference_cross_entropy(logits, teacher).mean() - teacher.entropy.mean()
-    return losses
+        if isinstance(teacher, DenseRows):
+            logits = relation_logits(student, relation, teacher.rows)
+            # gather would accept a student with more views, heads or tokens
+            assert logits.shape == teacher.shape, f"student {logits.shape}, teacher {teacher.shape}"
+            found[relation] = reference_cross_entropy(logits, teacher).mean(-1)
+        else:
+            found[relation] = cross_entropy(*student.pair(relation), teacher)
+    return found
 
 
 def reference_cross_entropy(logits: Float[Tensor, "B H Q T"], teacher: RowTarget) -> Float[Tensor, "B H Q"]:

@@ -45,6 +45,10 @@ class QKV:
             )
         return QKV(_resplit(self.q, heads), _resplit(self.k, heads), _resplit(self.v, heads), self.x)
 
+    def pick(self, views: Int64[Tensor, " N"]) -> "QKV":
+        """Some views, by their place in the batch."""
+        return QKV(self.q[views], self.k[views], self.v[views], None if self.x is None else self.x[views])
+
     def pair(self, relation: Relation) -> tuple[Tensor, Tensor]:
         """The (rows, columns) sides of a relation: "qk" is (q, k), "vv" is (v, v), ..."""
         sides = {"q": self.q, "k": self.k, "v": self.v}

@@ -12,19 +12,20 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from tinymim.configs.schema import Relation, SketchCodec
-from tinymim.targets.counter import sample_rows, stream_of, uniforms
+from tinymim.targets.counter import sample_rows
+from tinymim.targets.kernels.encode import sketch_rows, top_rows
 from tinymim.targets.record import (
     ArraySpec,
     check_head_k,
     from_gaps,
     index_dtype,
-    mean_entropy,
+    require_finite_teacher,
     specs_of,
     stored,
     to_gaps,
 )
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.sparsify import dequantise, quantise, systematic_draws, top_entries
+from tinymim.targets.relations import QKV
+from tinymim.targets.sparsify import dequantise
 from tinymim.targets.target import SparseRows, Target
 
 
@@ -76,14 +77,13 @@ class Sketch:
         specs = self.arrays(*qkv.q.shape[1:3])
         qkv = qkv.resplit(self.relation_heads(qkv.q.shape[1]))
         for relation in self.config.relations:
-            probs = relation_probs(qkv, relation, sampled_rows(self.config, relation, view_keys, *qkv.q.shape[1:3]))
-            head_index, head = top_entries(probs, self.config.head_k)
-            u_head = uniforms(view_keys, stream_of("rounding", relation), tuple(head.shape[1:]))
-            u_tail = uniforms(view_keys, stream_of("tail", relation), tuple(probs.shape[1:3]))
-            fields[f"{relation}_entropy"] = mean_entropy(probs, relation)
-            fields[f"{relation}_head_gap"] = to_gaps(head_index)
-            fields[f"{relation}_head_code"] = quantise(head, u_head)
-            fields[f"{relation}_tail_gap"] = to_gaps(systematic_draws(probs, head_index, u_tail, self.config.tail_k))
+            rows = sampled_rows(self.config, relation, view_keys, *qkv.q.shape[1:3])
+            sketch = sketch_rows(qkv, relation, rows, view_keys, self.config.head_k, self.config.tail_k)
+            require_finite_teacher(sketch.entropy, relation)
+            fields[f"{relation}_entropy"] = sketch.entropy
+            fields[f"{relation}_head_gap"] = to_gaps(sketch.head_index)
+            fields[f"{relation}_head_code"] = sketch.head_code
+            fields[f"{relation}_tail_gap"] = to_gaps(sketch.tail_index)
         return stored(fields, specs)
 
     def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
@@ -142,9 +142,9 @@ class TopK:
         specs = self.arrays(*qkv.q.shape[1:3])
         qkv = qkv.resplit(self.relation_heads(qkv.q.shape[1]))
         for relation in self.config.relations:
-            probs = relation_probs(qkv, relation, sampled_rows(self.config, relation, view_keys, *qkv.q.shape[1:3]))
-            mean_entropy(probs, relation)  # refuses a teacher that overflowed
-            index, fields[f"{relation}_head_value"] = top_entries(probs, self.config.head_k)
+            rows = sampled_rows(self.config, relation, view_keys, *qkv.q.shape[1:3])
+            index, fields[f"{relation}_head_value"], entropy = top_rows(qkv, relation, rows, self.config.head_k)
+            require_finite_teacher(entropy, relation)
             fields[f"{relation}_head_gap"] = to_gaps(index)
         return stored(fields, specs)
 

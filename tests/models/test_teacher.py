@@ -78,3 +78,21 @@ def test_half_precision_stays_near_fp32(tmp_path: Path, precision: str) -> None:
     fields["precision"] = precision
     for half, full in zip(Teacher(TeacherConfig(**fields))(PIXELS), exact, strict=True):
         torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+def test_the_qkv_projection_makes_q_k_and_v_of_the_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, num_classes=0, **SIZES)  # BEiT keeps its biases beside the layer
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    monkeypatch.setattr("tinymim.models.teacher._with_weights", lambda config: model)
+    teacher = Teacher(TeacherConfig(name=name, weights="here", block=2, **SIZES))
+    weight, bias = teacher.qkv_projection()
+    assert weight.shape == (72, 24) and bias is not None and bias.shape == (72,)
+    q, k, v, x = teacher(PIXELS)
+    made = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(made, torch.cat([side.transpose(1, 2).flatten(2) for side in (q, k, v)], dim=-1))
+    teacher.cut.attention.qkv = torch.nn.Identity()
+    with pytest.raises(RecipeError, match="no single qkv layer"):
+        teacher.qkv_projection()

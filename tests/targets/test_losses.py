@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinymim.configs.schema import Relation, codec_config
 from tinymim.targets.codecs import make_codec
-from tinymim.targets.losses import relation_loss
+from tinymim.targets.losses import cross_entropy_per_head, relation_loss
 from tinymim.targets.relations import QKV, relation_probs
 from tinymim.targets.target import DenseRows, SparseRows, Target
 
@@ -70,9 +70,10 @@ def test_a_perfect_student_has_no_loss_and_no_gradient(make_qkv: MakeQKV) -> Non
         assert gradient.abs().max() < 1e-12
 
 
-def test_sparse_loss_is_the_dense_loss_of_its_rows_written_out(make_qkv: MakeQKV) -> None:
+@pytest.mark.parametrize("sampled", [99, 4])
+def test_sparse_loss_is_the_dense_loss_of_its_rows_written_out(sampled: int, make_qkv: MakeQKV) -> None:
     teacher, student, keys = make_qkv(2, 2, 11, 6), make_qkv(2, 2, 11, 6, seed=1), torch.arange(2)
-    codec = make_codec(codec_config(rows=99, head_k=2, tail_k=3))
+    codec = make_codec(codec_config(rows=sampled, head_k=2, tail_k=3))
     target = codec.decode(codec.encode(teacher, keys), keys, 11)
     dense: Target = {relation: DenseRows(rows.rows, rows.dense(), rows.entropy) for relation, rows in target.items()}
     for name, loss in relation_loss(student, target).items():
@@ -90,6 +91,17 @@ def test_gradcheck(fields: dict[str, Any], make_qkv: MakeQKV) -> None:
 
     inputs = tuple(x.requires_grad_() for x in (student.q, student.k, student.v))
     assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_cross_entropy_per_head_averages_to_the_loss(make_qkv: MakeQKV) -> None:
+    teacher, student, keys = make_qkv(3, 2, 11, 6), make_qkv(3, 2, 11, 6, seed=1), torch.arange(3)
+    for fields in ({"rows": 4, "tail_k": 3}, {"name": "dense"}):
+        codec = make_codec(codec_config(**fields))
+        target = codec.decode(codec.encode(teacher, keys), keys, 11)
+        losses, per_head = relation_loss(student, target), cross_entropy_per_head(student, target)
+        for relation, rows in target.items():
+            assert per_head[relation].shape == (3, 2)
+            torch.testing.assert_close(per_head[relation].mean() - rows.entropy.mean(), losses[relation])
 
 
 def test_half_precision_students_are_compared_in_fp32(make_qkv: MakeQKV) -> None:

@@ -82,3 +82,37 @@ def test_top_entries() -> None:
     assert torch.equal(value.flatten(), torch.tensor([0.4, 0.45]))
     assert top_entries(probs, 0)[0].shape == (1, 1, 1, 0)
     assert len(set(top_entries(torch.full((1, 1, 1, 9), 1 / 9), 3)[0].flatten().tolist())) == 3
+
+
+def _row(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+# Every row sums to one exactly, so that what is expected is the row itself.
+ROWS = {
+    "p is 1 and 0": _row(0, 0, 1, 0, 0),
+    "p is 0 within": _row(0.5, 0, 0.375, 0, 0.125),
+    "equal entries": _row(*[0.0625] * 16),
+    "a tie across the head's edge": _row(0.03125, 0.25, 0.25, 0.25, 0.0625, 0.15625),
+    "a tie of two halves": _row(0.5, 0, 0, 0.5),
+    "peaked": _row(2.0**-8, 1 - 2.0**-7, 0, 2.0**-8),
+    "fp16, equal entries": _row(*[0.125] * 8, dtype=torch.float16),
+    "fp16, a tie and a zero": _row(77 / 1024, 0, 300 / 1024, 300 / 1024, 347 / 1024, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("head_k", [0, 1, 2, 3])
+def test_head_and_tail_together_are_unbiased(name: str, head_k: int) -> None:
+    n, tail_k, row = 20_000, 3, ROWS[name]
+    u = torch.rand(n, head_k + 1, generator=torch.Generator().manual_seed(head_k), dtype=torch.float64)
+    probs = row.expand(1, 1, n, -1)
+    index, head = top_entries(probs, head_k)
+    value = dequantise(quantise(head, u[None, None, :, :head_k])).double()
+    draws = systematic_draws(probs, index, u[None, None, :, head_k], tail_k)
+    weight = (1 - value.sum(-1, keepdim=True)) / tail_k
+    decoded = torch.zeros(probs.shape, dtype=torch.float64).scatter(-1, index, value)
+    decoded = decoded.scatter_add(-1, draws, weight.expand(draws.shape))[0, 0]
+    standard_error = decoded.std(0) / n**0.5
+    # An entry without spread must be exact; 5 standard errors fail a correct one once in 9,000 (234 entries).
+    assert ((decoded.mean(0) - row.double()).abs() <= 5 * standard_error + 1e-12).all()

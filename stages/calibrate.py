@@ -1,0 +1,91 @@
+"""The constants of a `hidden` cache: calibrated on some views when the cache is begun, then taken from the cache."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinymim.configs.errors import SourceError
+from tinymim.configs.schema import CacheTeacherRecipe, HiddenCodec, ViewConfig
+from tinymim.models.teacher import Teacher
+from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.shards import ShardSet
+from tinymim.pipeline.views import RandomViews
+from tinymim.stages.progress import say
+from tinymim.storage.constants import read_constants
+from tinymim.storage.manifest import Manifest
+from tinymim.storage.writer import CacheWriter
+from tinymim.targets.hidden import calibrate, check_projection
+from tinymim.targets.relations import QKV
+
+
+def stored_constants(root: Path, manifest: Manifest, device: torch.device) -> dict[str, Tensor] | None:
+    """The constants of a cache on `device`, None where it has none; errors of `storage.constants.read_constants`."""
+    arrays = read_constants(root, manifest)
+    return None if arrays is None else {name: torch.tensor(array, device=device) for name, array in arrays.items()}
+
+
+def require_rebuildable(recipe: CacheTeacherRecipe, teacher: Teacher) -> None:
+    """Refuse, before there is a cache, a teacher whose q, k, v a `hidden` codec could not rebuild.
+
+    Raises:
+        RecipeError: its q, k, v are not a linear layer of the block's input.
+    """
+    if isinstance(recipe.codec, HiddenCodec):
+        size, device = recipe.views.size, teacher.normalise.mean.device
+        black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+        check_projection(QKV(*teacher(black)), *teacher.qkv_projection())
+
+
+def settle_constants(
+    writer: CacheWriter, recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher
+) -> dict[str, Tensor] | None:
+    """The constants that the recipe's codec needs, on the teacher's device; in a new cache they are made and written.
+
+    Returns:
+        None for a codec that needs none.
+
+    Raises:
+        RecipeError: this teacher's q, k, v cannot be rebuilt from the block's input.
+        SourceError: none of the images to calibrate on can be read.
+        CacheCorrupt: the stored ones are damaged.
+    """
+    if not isinstance(recipe.codec, HiddenCodec):
+        return None
+    device = teacher.normalise.mean.device
+    held = stored_constants(writer.path, writer.manifest, device)
+    if held is not None:
+        return held
+    constants = calibrated(recipe.codec, recipe.views, recipe.batch_size, source, teacher)
+    writer.write_constants({name: array.numpy() for name, array in constants.items()})
+    return {name: array.to(device) for name, array in constants.items()}
+
+
+def calibrated(
+    codec: HiddenCodec, law: ViewConfig, batch_size: int, source: ShardSet, teacher: Teacher
+) -> dict[str, Tensor]:
+    """The constants from the first view of the first `codec.calibration_views` images of the source, on the CPU.
+
+    Raises:
+        RecipeError: this teacher's q, k, v cannot be rebuilt from the block's input.
+        SourceError: none of these images can be read.
+    """
+    weight, bias = teacher.qkv_projection()
+    images = ((shard, sample, 0) for shard, held in enumerate(source.shards) for sample in range(held.num_samples))
+    items = np.array(list(itertools.islice(images, codec.calibration_views)), dtype=np.int64)
+    views = ImageViews(source.shards, RandomViews(law), law.seed)
+    inputs, heads = [], 0
+    for start in range(0, len(items), batch_size):
+        batch = views.batch(items[start : start + batch_size])
+        if batch.keys:
+            q, k, v, x = teacher(batch.pixels.to(weight.device))
+            check_projection(QKV(q, k, v, x), weight, bias)
+            inputs.append(x.float().cpu())
+            heads = q.shape[1]
+    if not inputs:
+        raise SourceError("none of the images to calibrate the codec on can be read", got=f"{len(items)} images")
+    x = torch.cat(inputs)
+    say(f"codec {codec.name}: calibrating on {len(x):,} views")
+    return calibrate(codec, x, weight, bias, heads)

@@ -1,0 +1,258 @@
+"""`tinymim fidelity`: what codecs do to the gradient of a student, and what they cost, on the same views."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tinymim.configs.errors import CheckpointError, SourceError
+from tinymim.configs.load import recipe_digest
+from tinymim.configs.schema import CodecConfig, FidelityRecipe, HiddenCodec
+from tinymim.models.taps import StudentWithTap
+from tinymim.models.teacher import Teacher
+from tinymim.models.vit import build_vit
+from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.pipeline.decode import environment
+from tinymim.pipeline.loader import batches
+from tinymim.pipeline.order import Items
+from tinymim.pipeline.shards import ShardSet, open_shards
+from tinymim.pipeline.views import RandomViews
+from tinymim.stages.calibrate import calibrated
+from tinymim.stages.fidelity_page import draw_frontier, format_tables
+from tinymim.stages.gradients import GradientProbe, Judged, target_of
+from tinymim.stages.interrupt import Interrupted, StopFlag
+from tinymim.stages.progress import Meter, say
+from tinymim.stages.runfolder import RunFolder
+from tinymim.stages.training import STATE_NAME, pick_device, read_state, require_view_size
+from tinymim.storage.atomic import write_json_atomic
+from tinymim.storage.layout import METADATA, write_array
+from tinymim.targets.codecs import make_codec
+from tinymim.targets.fidelity import MapMoments, exact_target, merged, rounded
+from tinymim.targets.record import Codec
+from tinymim.targets.relations import QKV
+from tinymim.targets.target import Target
+
+FIDELITY_NAME = "fidelity.json"
+FRONTIER_NAME = "frontier.png"
+
+_NEXT_DRAW = 0x1E3779B97F4A7C15  # added to a view key: other draws, each as good as those of the view itself
+
+
+@dataclass
+class _Tried:
+    """One codec of the list, and what encoding and decoding showed of it."""
+
+    codec: Codec
+    maps: MapMoments = field(default_factory=MapMoments)
+    records: list[dict[str, Tensor]] = field(default_factory=list)
+    encode_ms: list[float] = field(default_factory=list)  # per view
+    decode_ms: list[float] = field(default_factory=list)
+
+
+def run(recipe: FidelityRecipe) -> str:
+    """Write `fidelity.json` and `frontier.png` to `run.folder`.
+
+    Returns:
+        the tables as Markdown, one per student.
+
+    Raises:
+        RecipeError: sizes that do not fit one another.
+        SourceError: bad shards, or too few readable images.
+        CheckpointError: weights or training state that do not exist or fit.
+        Interrupted: stopped by a signal; nothing is written.
+    """
+    # ---- teacher, views, codecs, students
+    device = pick_device(recipe.run.device)
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    require_view_size(recipe.views.size, recipe.teacher, "teacher")
+    require_view_size(recipe.views.size, recipe.student, "student")
+    source = open_shards(recipe.source)
+    teacher = Teacher(recipe.teacher).to(device)
+    made = teacher.describe()
+    students = {name: student.to(device) for name, student in make_students(recipe).items()}
+    codecs = {name: _Tried(_made(recipe, config, source, teacher, device)) for name, config in recipe.codecs.items()}
+    judged = {student: {name: Judged(recipe.num_images) for name in codecs} for student in students}
+    probes: dict[tuple[str, int], GradientProbe] = {}
+
+    # ---- every view: teacher once, every codec, every student
+    views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
+    plan = spread_items(source, recipe.num_images, recipe.batch_size)
+    with (
+        RunFolder(recipe),
+        StopFlag() as stop,
+        Meter("fidelity", recipe.num_images, "views") as meter,
+    ):
+        for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
+            _refuse_unreadable(batch)
+            pixels, view_keys = batch.pixels.to(device), batch.view_keys.to(device)
+            block = QKV(*teacher(pixels))
+            drawn = {name: _draw(tried, block, view_keys, recipe.draws) for name, tried in codecs.items()}
+            for row in range(len(pixels)):
+                if stop.requested:
+                    raise Interrupted("nothing was written")
+                for names in _comparable(drawn):
+                    first = drawn[names[0]][0]
+                    heads = next(iter(first.values())).shape[1]
+                    one = block.pick(torch.tensor([row], device=device)).resplit(heads)
+                    exact = exact_target(one, tuple(first))
+                    for student, model in students.items():
+                        probe = probes.setdefault((student, heads), GradientProbe(model, heads))
+                        targets = [exact, *(target_of(t, row) for name in names for t in drawn[name])]
+                        dense, *found = probe(pixels[row : row + 1], targets)
+                        for name in names:
+                            judged[student][name].add(exact, dense, found[: len(drawn[name])])
+                            found = found[len(drawn[name]) :]
+                meter.advance(1)
+
+    # ---- report
+    result = {
+        "made_by": "tinymim fidelity",
+        "recipe_digest": recipe_digest(recipe),
+        "libraries": environment(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "teacher": made,
+        "num_views": recipe.num_images,
+        "codecs": {name: _described(recipe, name, tried) for name, tried in codecs.items()},
+        "students": {
+            student: {name: merged(codecs[name].maps.summary(), seen.summary()) for name, seen in by_codec.items()}
+            for student, by_codec in judged.items()
+        },
+    }
+    folder = recipe.run.folder
+    write_json_atomic(folder / FIDELITY_NAME, result)
+    draw_frontier(result, folder / FRONTIER_NAME)
+    say(f"fidelity: wrote {folder / FIDELITY_NAME} and {folder / FRONTIER_NAME}")
+    return format_tables(result)
+
+
+def _made(
+    recipe: FidelityRecipe, config: CodecConfig, source: ShardSet, teacher: Teacher, device: torch.device
+) -> Codec:
+    """The codec, calibrated on the source as a cache of it would be where it needs that."""
+    if not isinstance(config, HiddenCodec):
+        return make_codec(config, recipe.targets)
+    constants = calibrated(config, recipe.views, recipe.batch_size, source, teacher)
+    return make_codec(config, recipe.targets, {name: array.to(device) for name, array in constants.items()})
+
+
+def spread_items(source: ShardSet, count: int, batch_size: int) -> list[Items]:
+    """View 0 of `count` images spread evenly over the source, in batches [B, 3].
+
+    Raises:
+        SourceError: the source holds fewer images.
+    """
+    if source.num_samples < count:
+        raise SourceError("the source holds too few images", got=source.num_samples, expected=count)
+    counts = [shard.num_samples for shard in source.shards]
+    places = np.arange(count) * source.num_samples // count
+    ends = np.cumsum(counts)
+    units = np.searchsorted(ends, places, side="right")
+    samples = places - (ends - counts)[units]
+    items = np.stack([units, samples, np.zeros_like(units)], axis=1).astype(np.int64)
+    return [items[start : start + batch_size] for start in range(0, count, batch_size)]
+
+
+def make_students(recipe: FidelityRecipe) -> dict[str, StudentWithTap]:
+    """The student at its initial weights, and as trained where the recipe names a run folder.
+
+    Raises:
+        CheckpointError: there is no training state, or it is of another student.
+    """
+    torch.manual_seed(recipe.run.seed)
+    students = {"initial": StudentWithTap(build_vit(recipe.student))}
+    if recipe.student_state is not None:
+        trained = StudentWithTap(build_vit(recipe.student))
+        state = read_state(recipe.student_state, torch.device("cpu"))
+        try:
+            trained.load_state_dict(state["parts"]["student"], strict=True)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{recipe.student_state / STATE_NAME} does not fit the student",
+                got=error,
+                hint="set student to the sizes it was trained with",
+            ) from error
+        students[f"after {state['step']:,} steps"] = trained
+    return students
+
+
+# ---------------------------------------------------------------- batches and views
+
+
+def _draw(tried: _Tried, block: QKV, keys: Tensor, draws: int) -> list[Target]:
+    """Encode and decode one batch, as often as there is something to draw; keeps the first records, and times."""
+    count, tokens = len(keys), block.q.shape[2]
+    targets: list[Target] = []
+    for draw in range(draws):
+        draw_keys = keys + draw * _NEXT_DRAW
+        began = _now_ms(keys.device)
+        arrays = tried.codec.encode(block, draw_keys)
+        encoded = _now_ms(keys.device)
+        target = tried.codec.decode(arrays, draw_keys, tokens)
+        tried.encode_ms.append((encoded - began) / count)
+        tried.decode_ms.append((_now_ms(keys.device) - encoded) / count)
+        if draw == 0:
+            tried.records.append({name: array.cpu() for name, array in arrays.items()})
+            tried.maps.add(block.resplit(next(iter(target.values())).shape[1]), target)
+        elif all(rows.rows is None for rows in target.values()) and all(
+            torch.equal(array.cpu(), tried.records[-1][name]) for name, array in arrays.items()
+        ):
+            break  # nothing is drawn
+        targets.append(target)
+    return targets
+
+
+def _comparable(drawn: Mapping[str, Sequence[Target]]) -> Iterator[list[str]]:
+    """Names of codecs that are compared on the same relations and number of heads."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, targets in drawn.items():
+        identity = [(relation, rows.shape[1]) for relation, rows in targets[0].items()]
+        groups.setdefault(tuple(identity), []).append(name)
+    yield from groups.values()
+
+
+def _refuse_unreadable(batch: ViewBatch) -> None:
+    if batch.unreadable:
+        key, reason = batch.unreadable[0]
+        raise SourceError(f"image '{key}' is unreadable", got=reason, hint="leave it out with make-shards")
+
+
+def _now_ms(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * time.perf_counter()
+
+
+# ---------------------------------------------------------------- cost
+
+
+def _described(recipe: FidelityRecipe, name: str, tried: _Tried) -> dict[str, Any]:
+    """Parameters, bytes per view as a cache stores them, times per view."""
+    arrays = {key: torch.cat([part[key] for part in tried.records]).numpy() for key in tried.records[0]}
+    by_array = {key: stored_bytes(values) / recipe.num_images for key, values in arrays.items()}
+    return {
+        "name": tried.codec.name,
+        "version": tried.codec.version,
+        "parameters": recipe.codecs[name].model_dump(mode="json"),
+        "bytes_per_view": rounded(sum(by_array.values())),
+        "bytes_by_array": {key: rounded(value) for key, value in by_array.items()},
+        "raw_bytes_per_view": sum(values.nbytes for values in arrays.values()) // recipe.num_images,
+        "encode_ms_per_view": rounded(median(tried.encode_ms)),
+        "decode_ms_per_view": rounded(median(tried.decode_ms)),
+    }
+
+
+def stored_bytes(values: npt.NDArray[Any]) -> int:
+    """Size of an array's payload as a unit stores it (compressed chunks, checksums), without its metadata."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_array(Path(folder), "values", values)
+        files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != METADATA]
+        return sum(path.stat().st_size for path in files)

@@ -1,0 +1,144 @@
+"""What `tinymim fidelity` shows: tables in Markdown and the picture of the frontier."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.figure import Figure
+
+from tinymim.storage.atomic import write_bytes_atomic
+
+NOISE_FLOOR: Final = 1e-4  # where codecs without noise are drawn
+COLOURS: Final = {"sketch": "tab:blue", "hidden": "tab:green", "dense": "tab:grey"}
+
+
+def format_tables(result: Mapping[str, Any]) -> str:
+    """One table per student (all parameters), and one per relation: means over heads."""
+    teacher = result["teacher"]
+    lines = [
+        f"{teacher['name']}, block {teacher['block']}, {teacher['tokens']} tokens; {result['num_views']} views of as "
+        f"many images; {result['device']}",
+    ]
+    for student, by_codec in result["students"].items():
+        rows = [_student_row(name, values, result["codecs"][name]) for name, values in by_codec.items()]
+        header = [
+            "codec",
+            "bytes/view",
+            "bias ± se",
+            "noise ratio",
+            "angle °",
+            "norm",
+            "loss error",
+            "encode ms",
+            "decode ms",
+        ]
+        lines += [
+            "",
+            f"Student {student}: gradient of all its parameters, against dense maps",
+            "",
+            *_table(header, rows),
+        ]
+        lines += ["", f"Student {student}: gradient of the tap, means over heads", ""]
+        header = ["codec", "relation", "entropy", "kept", "KL", "bias ± se", "noise ratio", "angle °", "norm"]
+        lines += _table(header, [row for name, values in by_codec.items() for row in _relation_rows(name, values)])
+    return "\n".join(lines)
+
+
+def is_biased(values: Mapping[str, Any]) -> bool:
+    """Whether the bias of the whole gradient stands out from its standard error."""
+    return bool(values["all"]["biased"][0])
+
+
+def _student_row(name: str, values: Mapping[str, Any], cost: Mapping[str, Any]) -> list[str]:
+    whole = values["all"]
+    error = [v for relation, part in values.items() if relation != "all" for v in part["loss_error_nats"]]
+    mark = " (biased)" if is_biased(values) else ""
+    return [
+        name,
+        f"{cost['bytes_per_view']:,.0f}",
+        f"{whole['bias'][0]:.3f} ± {whole['bias_se'][0]:.3f}{mark}",
+        f"{whole['noise_ratio'][0]:.4f}",
+        f"{whole['angle_deg'][0]:.1f}",
+        f"{whole['norm_ratio'][0]:.3f}",
+        f"{_mean(error):+.3f}",
+        f"{cost['encode_ms_per_view']:.2f}",
+        f"{cost['decode_ms_per_view']:.2f}",
+    ]
+
+
+def _relation_rows(name: str, values: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            name,
+            relation,
+            f"{_mean(part['entropy_nats']):.2f}",
+            f"{_mean(part['kept_mass']):.3f}",
+            f"{_mean(part['kl_nats']):.3f}",
+            f"{_mean(part['bias']):.3f} ± {_mean(part['bias_se']):.3f}",
+            f"{_mean(part['noise_ratio']):.4f}",
+            f"{_mean(part['angle_deg']):.1f}",
+            f"{_mean(part['norm_ratio']):.3f}",
+        ]
+        for relation, part in values.items()
+        if relation != "all"
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = [(cell, width) for cell, width in zip(cells, widths, strict=True)]
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return [line(header), rule, *map(line, rows)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
+    """Bytes per view against noise ratio, a panel per student; biased codecs are hollow, with their bias.
+
+    An exact codec has no noise and cannot stand on a logarithmic axis: it is drawn at the lower edge.
+    """
+    students = result["students"]
+    figure = Figure(figsize=(7.0 * len(students), 5.6), layout="constrained")
+    axes = figure.subplots(1, len(students), squeeze=False, sharey=True)[0]
+    for axis, (student, by_codec) in zip(axes, students.items(), strict=True):
+        points = [
+            (result["codecs"][name]["bytes_per_view"], max(values["all"]["noise_ratio"][0], NOISE_FLOOR), name)
+            for name, values in by_codec.items()
+        ]
+        points.sort()
+        best = [
+            p for p in points if not is_biased(by_codec[p[2]]) and not any(q[0] <= p[0] and q[1] < p[1] for q in points)
+        ]
+        for x, y, name in points:
+            values, kind = by_codec[name]["all"], result["codecs"][name]["name"]
+            biased = is_biased(by_codec[name])
+            colour = "tab:red" if biased else COLOURS.get(kind, "tab:grey")
+            axis.plot(x, y, "o", color=colour, markerfacecolor="none" if biased else colour)
+            left = biased or ((x, y, name) in best and best.index((x, y, name)) % 2 == 1)  # neighbours are close
+            axis.annotate(
+                f"{name} (bias {values['bias'][0]:.2f})" if biased else name,
+                (x, y),
+                xytext=(-6, -7) if left else (6, 2),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=7.5,
+            )
+        axis.set(xscale="log", yscale="log", xlabel="stored bytes per view", title=f"student {student}")
+        axis.grid(visible=True, which="major", alpha=0.3)
+        axis.margins(x=0.12, y=0.08)
+    axes[0].set_ylabel("noise ratio: added / image-to-image gradient variance")
+    figure.suptitle(
+        "What a codec costs and what it adds to the gradient; hollow red: biased, which steps do not average"
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": "tinymim"})
+    write_bytes_atomic(path, buffer.getvalue())

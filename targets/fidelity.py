@@ -1,0 +1,179 @@
+"""How far the gradient under a codec is from the gradient under the dense maps: bias, noise, angle (I5).
+
+With g_i the gradient of view i under dense maps, d_ir the one under draw r of the codec and e_ir = d_ir - g_i:
+
+- noise ratio: variance of e over views and draws / variance of g over views. A minibatch gradient of n views has
+  variance Var(g) / n already; the codec multiplies it by one plus this ratio. Zero for exact maps.
+- bias: |E e| / |E g|. The squared norm of a mean of n noisy vectors is too large by the noise, so it is estimated by
+  the mean over pairs of *different* views of <e_i, e_j> (a U-statistic, unbiased), its standard error by a jackknife
+  over groups of views. `bias` is the root of the estimate (0 where that is negative).
+- angle and norm ratio of the mean gradients over all views.
+
+Shapes: P part (a head, or one for a whole network), N gradient coordinate, G group.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tinymim.configs.schema import Relation
+from tinymim.targets.relations import QKV, relation_probs
+from tinymim.targets.target import DenseRows, SparseRows, Target
+
+Gradients = Mapping[str, Float[Tensor, "P N"]]  # by name: "all", or a relation with a part for each head
+
+SIGNIFICANT_DIGITS: Final = 4  # of what is reported: rounding hides the order in which threads add
+# Bias counts as seen where its estimate is so many standard errors above zero: one-sided, 2.3 % false alarms each.
+STANDARD_ERRORS: Final = 2.0
+
+
+def exact_target(teacher: QKV, relations: Sequence[Relation]) -> Target:
+    """The dense maps themselves, float32 [B, H, T, T] (float64 for float64 inputs), as a target."""
+    probs = {relation: relation_probs(teacher, relation) for relation in relations}
+    return {r: DenseRows(None, p, torch.special.entr(p).sum(-1).mean((1, 2))) for r, p in probs.items()}
+
+
+class GradientMoments:
+    """Sums over views from which the fidelity of one codec is read.
+
+    Args:
+        views: how many views will be added.
+        groups: of views, for the jackknife; at most one per view.
+    """
+
+    def __init__(self, views: int, groups: int = 16) -> None:
+        self.groups = min(views, groups)
+        self.views = 0
+        self._parts: dict[str, _PartMoments] = {}
+
+    def add(self, dense: Gradients, draws: Sequence[Gradients]) -> None:
+        """One view: its gradient under the dense maps and under one or more independent draws of the codec."""
+        group = self.views % self.groups
+        for name, exact in dense.items():
+            if name not in self._parts:
+                self._parts[name] = _PartMoments(self.groups, exact)
+            self._parts[name].add(group, exact, torch.stack([draw[name] for draw in draws]))
+        self.views += 1
+
+    def summary(self) -> dict[str, dict[str, list[float]]]:
+        """By name: lists over parts of bias, bias_se, biased (0 or 1), noise_ratio, angle_deg and norm_ratio."""
+        return {name: part.summary() for name, part in self._parts.items()}
+
+
+class _PartMoments:
+    def __init__(self, groups: int, like: Float[Tensor, "P N"]) -> None:
+        self.count = torch.zeros(groups, dtype=torch.float64)
+        self.draws = 0
+        self.exact_sum = torch.zeros_like(like)
+        self.error_sum = like.new_zeros(groups, *like.shape)  # of the views' mean errors
+        self.exact_square = torch.zeros(len(like), dtype=torch.float64)
+        self.error_square = torch.zeros(len(like), dtype=torch.float64)  # of single draws
+        self.mean_error_square = torch.zeros(groups, len(like), dtype=torch.float64)
+
+    def add(self, group: int, exact: Float[Tensor, "P N"], draws: Float[Tensor, "R P N"]) -> None:
+        errors = draws - exact
+        mean_error = errors.mean(0)
+        self.count[group] += 1
+        self.draws += len(draws)
+        self.exact_sum += exact
+        self.error_sum[group] += mean_error
+        self.exact_square += _square(exact)
+        self.error_square += _square(errors).sum(0)
+        self.mean_error_square[group] += _square(mean_error)
+
+    def summary(self) -> dict[str, list[float]]:
+        views = float(self.count.sum())
+        exact_mean, error_mean = self.exact_sum / views, self.error_sum.sum(0) / views
+        exact_norm = _square(exact_mean).sqrt()
+        scale = exact_norm.clamp(min=1e-300)  # of a part that has no gradient
+        between_views = (self.exact_square - views * _square(exact_mean)) / max(views - 1, 1)
+        noise = (self.error_square - self.draws * _square(error_mean)).clamp(min=0) / max(self.draws - 1, 1)
+        bias_square, se = self._bias_square()
+        bias = bias_square.clamp(min=0).sqrt()
+        # One standard error up, through the root: near zero the root of the error, far from it error / 2 bias.
+        bias_se = (bias_square.clamp(min=0) + se).sqrt() - bias
+        found = exact_mean + error_mean
+        norm = _square(found).sqrt()
+        cosine = (found.double() * exact_mean.double()).sum(-1) / (norm * exact_norm).clamp(min=1e-300)
+        values = {
+            "bias": bias / scale,
+            "bias_se": bias_se / scale,
+            "biased": (bias_square > STANDARD_ERRORS * se + 1e-12 * exact_norm.square()).double(),
+            "noise_ratio": noise / between_views.clamp(min=1e-300),
+            "angle_deg": cosine.clamp(-1, 1).arccos() * (180 / math.pi),
+            "norm_ratio": norm / scale,
+        }
+        return {name: [rounded(float(v)) for v in value] for name, value in values.items()}
+
+    def _bias_square(self) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+        """Estimate of |E e|^2 and its jackknife standard error."""
+
+        def estimate(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+            pairs = (count * (count - 1)).clamp(min=1)
+            return (_square(total) - squares) / pairs
+
+        count, total, squares = self.count.sum(), self.error_sum.sum(0), self.mean_error_square.sum(0)
+        whole = estimate(count, total, squares)
+        seen = [g for g in range(len(self.count)) if self.count[g]]
+        if len(seen) < 2:
+            return whole, torch.full_like(whole, math.inf)
+        left_out = torch.stack(
+            [
+                estimate(count - self.count[g], total - self.error_sum[g], squares - self.mean_error_square[g])
+                for g in seen
+            ]
+        )
+        spread = (left_out - left_out.mean(0)).square().sum(0) * (len(seen) - 1) / len(seen)
+        return whole, spread.sqrt()
+
+
+class MapMoments:
+    """Means over views, per relation and head, of what the maps themselves say, without a student."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self.views = 0
+
+    def add(self, teacher: QKV, target: Target) -> None:
+        """Some views: the teacher's q, k, v [B, H, T, D], split into the target's heads, and their target."""
+        self.views += len(teacher.q)
+        for relation, rows in target.items():
+            dense = relation_probs(teacher, relation, rows.rows)
+            named = torch.ones_like(dense)
+            if isinstance(rows, SparseRows):
+                named = torch.zeros_like(dense).scatter(-1, rows.index, 1.0)
+            values = {"entropy_nats": torch.special.entr(dense).sum(-1), "kept_mass": (dense * named).sum(-1)}
+            sums = self._sums.setdefault(relation, {})
+            for name, value in values.items():
+                per_head = value.mean(dim=2).sum(dim=0).double().cpu()
+                sums[name] = sums[name] + per_head if name in sums else per_head
+
+    def summary(self) -> dict[str, dict[str, list[float]]]:
+        """By relation: entropy_nats of the teacher's rows and kept_mass, the share on tokens that a record names."""
+        return {
+            relation: {name: [rounded(v) for v in (s / self.views).tolist()] for name, s in sums.items()}
+            for relation, sums in self._sums.items()
+        }
+
+
+def rounded(value: float) -> float:
+    """To the digits that are reported."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+
+
+def merged(*summaries: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+    """Several summaries of the same views, name by name."""
+    result: dict[str, Any] = {}
+    for summary in summaries:
+        for name, values in summary.items():
+            result.setdefault(name, {}).update(values)
+    return result
+
+
+def _square(x: Float[Tensor, "... N"]) -> Tensor:
+    """Squared norms over the last axis, float64."""
+    return x.double().square().sum(-1).cpu()

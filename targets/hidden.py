@@ -1,0 +1,331 @@
+"""`hidden`: the input of the block's qkv projection in few bits; relations are rebuilt from it at read.
+
+All of decoding is one linear layer on unsigned integer codes c: q | k | v = A c + bias, with scales, offsets and (for
+`basis: pca`) the decoding matrix folded into the teacher's qkv weights. A and bias are constants of the cache.
+
+Shapes: B view, N calibration view, T token, C width of the input, W width of q|k|v together, M coded component,
+P calibration token, Y byte of a token, H head, D head width, Q query row.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Final
+
+import torch
+from jaxtyping import Float, Float64, Int64, UInt8
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.schema import HiddenCodec, Relation, TargetsConfig
+from tinymim.targets.counter import RELATIONS, sample_rows
+from tinymim.targets.record import ArraySpec, require_finite_teacher
+from tinymim.targets.relations import QKV, relation_logits
+from tinymim.targets.target import DenseRows, Target
+
+DEFAULT_RELATIONS: Final[tuple[Relation, ...]] = ("qk", "vv")
+MOST_BITS: Final = 8  # of one component: a code spans at most two bytes
+
+# Of the best uniform quantiser of a unit Gaussian with 0..8 bits: step, and mean squared error (Max, "Quantizing for
+# minimum distortion", IRE Trans. Information Theory 1960; 6 to 8 bits continued numerically).
+_STEP: Final = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+_ERROR: Final = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 0.0000869)
+_FIT_STEPS: Final = 12
+_MOST_TOKENS: Final = 16384  # calibration tokens P that second moments and scales are taken from
+# An error in v is in both sides of v v^T and hurts the student's gradient more than its logit error says: measured.
+_VALUE_WEIGHT: Final = 8.0
+
+
+class Packing:
+    """Where the codes of a token lie in its bytes: end to end, the first in the lowest bits of the first byte.
+
+    Args:
+        bits: 1 to 8 for every component. Packing takes place on its device; nothing later waits for that device.
+
+    Attributes:
+        num_bytes: Y; the bits left in the last byte are zero.
+    """
+
+    def __init__(self, bits: UInt8[Tensor, " M"]) -> None:
+        start = bits.long().cumsum(0) - bits.long()
+        self.num_bytes = -(-int(bits.sum()) // 8)
+        self._is_plain = bool((bits == 8).all())
+        self._byte, self._shift = start // 8, (start % 8).int()
+        self._mask = (1 << bits.int()) - 1
+
+    def pack(self, codes: UInt8[Tensor, "*tokens M"]) -> UInt8[Tensor, "*tokens Y"]:
+        """The bytes of tokens from their codes."""
+        if self._is_plain:
+            return codes
+        word = codes.int() << self._shift
+        # One byte more, for the upper halves of codes that end in the last byte: all zero.
+        packed = torch.zeros((*codes.shape[:-1], self.num_bytes + 1), dtype=torch.int32, device=codes.device)
+        # No two codes share a bit, so sums are unions, in any order.
+        packed.index_add_(-1, self._byte, word & 255).index_add_(-1, self._byte + 1, word >> 8)
+        return packed[..., :-1].to(torch.uint8)
+
+    def unpack(self, packed: UInt8[Tensor, "*tokens Y"]) -> UInt8[Tensor, "*tokens M"]:
+        """The inverse of `pack`."""
+        if self._is_plain:
+            return packed
+        above = (self._byte + 1).clamp(max=self.num_bytes - 1)
+        word = packed[..., self._byte].int() | (packed[..., above].int() << 8)
+        return ((word >> self._shift) & self._mask).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Codes of the qkv projection's input, from which q, k and v come back a little wrong.
+
+    **Biased**, in principle: the codes do not depend on chance, so what they get wrong they get wrong every time. How
+    much, on real images (ViT-S, 197 tokens, student at initialisation), as the angle between the mean gradients of 40
+    images over the whole student under decoded and under exact maps (and the norm of their difference over that of the
+    exact one): 8 bits a channel 0.1 degrees (0.002), 4 bits 2.6 (0.045); in principal components 4 bits 0.4 (0.007),
+    3 bits 0.9 (0.015), 2 bits 2.0 (0.036), 1 bit 5.1 (0.093), half a bit 9.2 (0.17).
+
+    Attributes:
+        config: what is stored.
+        targets: which relations, heads and rows are rebuilt.
+        constants: from `calibrate`, on the device of the records; empty before calibration, when only `name`,
+            `version` and `relation_heads` are of use.
+    """
+
+    config: HiddenCodec
+    targets: TargetsConfig
+    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    name: ClassVar[str] = "hidden"
+    version: ClassVar[int] = 1
+
+    def arrays(self, heads: int, tokens: int) -> tuple[ArraySpec, ...]:
+        """See `Codec`: the bits of a token's codes end to end, rounded up to bytes; nothing before calibration."""
+        if not self.constants:
+            return ()
+        return (ArraySpec("code", "uint8", (tokens, self._packing.num_bytes)),)
+
+    def relation_heads(self, heads: int) -> int:
+        """See `Codec`. Raises RecipeError where the teacher's width cannot be split as `targets` asks."""
+        wanted = self.targets.relation_heads or heads
+        if self.constants and (width := len(self.constants["qkv_bias"]) // 3) % wanted:
+            raise RecipeError(
+                f"a teacher of width {width} cannot be split into {wanted} relation heads",
+                got=f"targets.relation_heads {wanted}",
+                expected=f"a divisor of {width}",
+                hint=f"leave targets.relation_heads out for the teacher's own {heads}",
+            )
+        return wanted
+
+    @torch.no_grad()
+    def encode(self, qkv: QKV, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
+        """See `Codec`; `qkv.x` is there, and nothing is drawn."""
+        assert qkv.x is not None and self.constants, "the hidden codec encodes x, with constants"
+        # Any non-finite entry makes the sum inf or nan.
+        require_finite_teacher(qkv.x.double().sum((1, 2)), "qkv")
+        return {"code": self._packing.pack(quantised(qkv.x, self.constants))}
+
+    @torch.no_grad()
+    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
+        """See `Codec`; every relation is a `DenseRows`, float32."""
+        constants, target = self.constants, Target()
+        with torch.autocast(view_keys.device.type, enabled=False):
+            codes = self._packing.unpack(arrays["code"]).float()
+            sides = linear(codes, constants["qkv_weight"], constants["qkv_bias"]).chunk(3, dim=-1)
+        q, k, v = (side.unflatten(-1, (self._heads, -1)).transpose(1, 2) for side in sides)
+        heads = self.relation_heads(self._heads)
+        qkv = QKV(q, k, v).resplit(heads)
+        for relation in self.targets.relations or DEFAULT_RELATIONS:
+            rows = None
+            if self.targets.rows is not None and self.targets.rows < tokens:
+                rows = sample_rows(view_keys, relation, heads, tokens, self.targets.rows)
+            logits = relation_logits(qkv, relation, rows)
+            lost = constants["lost"][RELATIONS[relation]].unflatten(0, (heads, -1)).sum(-1) / math.sqrt(qkv.q.shape[3])
+            own = (torch.arange(tokens, device=codes.device) if rows is None else rows)[..., None]
+            shape = (*logits.shape[:3], 1)
+            logits.scatter_add_(-1, own.expand(shape), lost[:, None, None].expand(shape))
+            probs = logits.softmax(-1)
+            target[relation] = DenseRows(rows, probs, torch.special.entr(probs).sum(-1).mean((1, 2)))
+        return target
+
+    @cached_property
+    def _packing(self) -> Packing:
+        return Packing(self.constants["bits"])
+
+    @cached_property
+    def _heads(self) -> int:
+        return int(self.constants["heads"])
+
+
+@torch.no_grad()
+def calibrate(
+    config: HiddenCodec,
+    x: Float[Tensor, "N T C"],
+    qkv_weight: Float[Tensor, "W C"],
+    qkv_bias: Float[Tensor, " W"] | None,
+    heads: int,
+) -> dict[str, Tensor]:
+    """The constants of a cache, from the inputs of the projection on some views. On the CPU, in float64.
+
+    `basis: channels`: every channel's range over the views in equal steps.
+
+    `basis: pca`: with the block-diagonal metric G = W^T M W, in which the squared length of an error of x is the
+    squared error of the logits that it causes (`_logit_metric`), the principal components of G^1/2 x; a token's
+    bits x C bits go one by one to the component whose error falls most (greedy reverse water-filling); each
+    component has a uniform quantiser of least squared error (`_uniform_quantiser`).
+
+    Args:
+        config: basis and bits.
+        x: input of the projection.
+        qkv_weight, qkv_bias: of the projection, rows q, k, v, each by head.
+        heads: of the teacher.
+
+    Returns:
+        By name: `bits` uint8 [M]; codes are round(encode_weight x + encode_bias), float32 [M, C] (or [M], one for each
+        channel) and [M], cut to 0..2^bits - 1; `qkv_weight` [W, M] and `qkv_bias` [W] are A and bias of the module's
+        docstring; `lost` [4, W/3], for the relations in the order of `counter.RELATIONS` the mean over tokens of
+        the product of both sides' errors, per channel: a token's product with itself comes back smaller by their sum;
+        `heads` int64 [1].
+    """
+    width = x.shape[-1]
+    flat = x.detach().cpu().reshape(-1, width)
+    count = min(len(flat), _MOST_TOKENS)
+    # Multiples of the golden ratio: spread evenly, and in step with no number of tokens.
+    spread = (torch.arange(count, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1.0 * len(flat)).long()
+    tokens = flat[spread].double()
+    weight = qkv_weight.detach().cpu().double()
+    bias = torch.zeros(len(weight), dtype=torch.float64) if qkv_bias is None else qkv_bias.detach().cpu().double()
+    if config.basis == "channels":
+        bits = torch.full((width,), int(config.bits))
+        low, high = flat.amin(0).double(), flat.amax(0).double()
+        step = _positive((high - low) / (2 ** int(config.bits) - 1))
+        encode, encode_bias = 1 / step, -low / step
+        folded, folded_bias = weight * step, bias + weight @ low
+    else:
+        encode, decode, variance = _principal_components(tokens, weight, bias, heads)
+        mean = tokens.mean(0)
+        bits = allocate(variance, max(1, round(config.bits * width)))
+        kept = bits > 0
+        bits, encode, decode = bits[kept], encode[kept], decode[:, kept]
+        step, low = _uniform_quantiser((tokens - mean) @ encode.T, bits)
+        encode, encode_bias = encode / step[:, None], -(encode @ mean + low) / step
+        folded, folded_bias = weight @ decode * step, bias + weight @ (decode @ low + mean)
+    constants = {
+        "bits": bits.to(torch.uint8),
+        "encode_weight": encode.float(),
+        "encode_bias": encode_bias.float(),
+        "qkv_weight": folded.float(),
+        "qkv_bias": folded_bias.float(),
+        "heads": torch.tensor([heads]),
+    }
+    error = linear(tokens, weight, bias) - linear(quantised(tokens, constants).double(), folded, folded_bias)
+    sides = dict(zip("qkv", error.chunk(3, dim=-1), strict=True))
+    constants["lost"] = torch.stack([(sides[a] * sides[b]).mean(0) for a, b in RELATIONS]).float()
+    return constants
+
+
+def check_projection(qkv: QKV, qkv_weight: Float[Tensor, "W C"], qkv_bias: Float[Tensor, " W"] | None) -> None:
+    """Check that q, k and v are what the linear layer makes of x.
+
+    Raises:
+        RecipeError: they differ by more than the rounding of their dtype; nothing can be rebuilt from x then.
+    """
+    assert qkv.x is not None
+    bias = None if qkv_bias is None else qkv_bias.float()
+    made = linear(qkv.x.float(), qkv_weight.float(), bias)
+    tapped = torch.cat([side.transpose(1, 2).flatten(2) for side in (qkv.q, qkv.k, qkv.v)], dim=-1).float()
+    tolerance = math.sqrt(torch.finfo(qkv.q.dtype).eps)
+    if made.shape == tapped.shape:
+        for name, ours, theirs in zip("qkv", made.chunk(3, -1), tapped.chunk(3, -1), strict=True):
+            error, scale = float((ours - theirs).square().mean().sqrt()), float(theirs.square().mean().sqrt())
+            if not error <= tolerance * scale:
+                raise _not_linear(f"{name} differs by {error / scale:.2g} of its size", f"at most {tolerance:.2g}")
+    else:
+        raise _not_linear(f"{list(tapped.shape[1:])} numbers a view", str(list(made.shape[1:])))
+
+
+def _not_linear(got: str, expected: str) -> RecipeError:
+    return RecipeError(
+        "this teacher's q, k and v are not a linear layer of the block's input (q_norm or rotary embeddings?)",
+        got=got,
+        expected=expected,
+        hint="use codec.name: sketch, which stores relations as they are",
+    )
+
+
+# ---- codes
+
+
+def quantised(x: Float[Tensor, "*tokens C"], constants: Mapping[str, Tensor]) -> UInt8[Tensor, "*tokens M"]:
+    """The codes of tokens. In float64: a code does not depend on how a matrix product was cut into blocks."""
+    weight, bias = constants["encode_weight"].double(), constants["encode_bias"].double()
+    levels = x.double() * weight + bias if weight.ndim == 1 else linear(x.double(), weight, bias)
+    most = 2.0 ** constants["bits"].double() - 1
+    return torch.minimum(levels.round().clamp(min=0), most).to(torch.uint8)
+
+
+# ---- calibration
+
+
+def allocate(variance: Float64[Tensor, " M"], total: int) -> Int64[Tensor, " M"]:
+    """Bits of every component, `total` together and at most 8 each, for the least squared error.
+
+    Greedy, so optimal: the error falls by less with every further bit. (Gersho and Gray, "Vector Quantization and
+    Signal Compression", 1992, section 8.3.)
+    """
+    error = variance * torch.tensor(_ERROR, dtype=torch.float64)[:, None]
+    gain = (error[:-1] - error[1:]).flatten()
+    chosen = gain.argsort(descending=True, stable=True)[:total]
+    return torch.bincount(chosen % len(variance), minlength=len(variance))
+
+
+def _principal_components(
+    tokens: Float64[Tensor, "P C"], weight: Float64[Tensor, "W C"], bias: Float64[Tensor, " W"], heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices to components [C, C] and back [C, C], and the components' variances [C], descending."""
+    metric = weight.T @ torch.block_diag(*_logit_metric(linear(tokens, weight, bias), heads)) @ weight
+    size, axes = torch.linalg.eigh(metric)
+    seen = size > size[-1] * 1e-12  # directions that no logit depends on stay out
+    root = axes * torch.where(seen, size, 0).sqrt() @ axes.T
+    inverse = axes * torch.where(seen, size, torch.inf).rsqrt() @ axes.T
+    variance, axes = torch.linalg.eigh(root @ torch.cov(tokens.T) @ root)
+    axes = axes.flip(1)
+    return axes.T @ root, inverse @ axes, variance.flip(0).clamp(min=0)
+
+
+def _logit_metric(qkv: Float64[Tensor, "P W"], heads: int) -> Float64[Tensor, "Z D D"]:
+    """Per side and head (Z = 3H) the matrix M for which e^T M e is the mean squared logit error due to an error e.
+
+    An error in a query moves a row's logits by e.k_j; what all of a row share is gone after the softmax, so the
+    covariance of the keys counts. An error in a key moves one logit of every row by q_i.e: the second moment of
+    the queries. Values are both.
+    """
+    q, k, v = (side.unflatten(-1, (heads, -1)).transpose(0, 1) for side in qkv.chunk(3, dim=-1))
+    spread = [torch.stack([torch.cov(head.T) for head in side]) for side in (k, v)]
+    second = [side.transpose(1, 2) @ side / side.shape[1] for side in (q, v)]
+    metrics = torch.cat([spread[0], second[0], _VALUE_WEIGHT * (spread[1] + second[1])])
+    return metrics / int(q.shape[-1])
+
+
+def _uniform_quantiser(scores: Float64[Tensor, "P M"], bits: Int64[Tensor, " M"]) -> tuple[Tensor, Tensor]:
+    """Step and lowest level of every component, of least squared error among equally spaced levels.
+
+    Lloyd's iteration ("Least squares quantization in PCM", 1982) with the levels kept on a line: the nearest level for
+    every score, then the line through level numbers and scores by least squares. With one bit, the levels are the two
+    conditional means.
+    """
+    most = 2.0**bits - 1
+    mean = scores.mean(0)
+    step = _positive(scores.std(0) * torch.tensor(_STEP, dtype=torch.float64)[bits])
+    low = mean - step * most / 2
+    for _ in range(_FIT_STEPS):
+        level = torch.minimum(((scores - low) / step).round().clamp(min=0), most)
+        centred = level - level.mean(0)
+        slope = (centred * scores).mean(0) / _positive(centred.square().mean(0))
+        step = torch.where(slope > 0, slope, step)
+        low = mean - step * level.mean(0)
+    return step, low
+
+
+def _positive(x: Float64[Tensor, " M"]) -> Tensor:
+    """Zeros, of components that never change, become ones."""
+    return torch.where(x > 0, x, torch.ones_like(x))

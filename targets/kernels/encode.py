@@ -1,0 +1,169 @@
+"""The sketch of some query rows without the relation map: one fused kernel on a GPU, small chunks elsewhere.
+
+Only the wanted rows are computed, q rows x all keys, and of those no more is in memory at once than `_CHUNK_BYTES`
+(the kernel keeps them in registers). Logits, softmax and entropy are fp32 (fp64 for fp64 inputs) whatever the
+autocast dtype; sums along a row, from which tokens are drawn, are fp64.
+
+Shapes: B view, H head, Q query row, K kept entry, T token, D head width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Final
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+from torch import Tensor
+
+from tinymim.configs.schema import Relation
+from tinymim.targets.counter import stream_of, uniforms
+from tinymim.targets.relations import QKV, relation_probs
+from tinymim.targets.sparsify import quantise, top_entries
+
+# Rows of probabilities in work at once, as float32: on a CPU, they and their fp64 sums stay in its cache.
+_CHUNK_BYTES: Final = {"cpu": 2 << 20}
+_CHUNK_BYTES_ELSEWHERE: Final = 256 << 20
+
+MAX_FUSED_TOKENS: Final = 1024
+_FUSED_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class RowSketch:
+    """What `sketch_rows` says about Q rows of every view and head."""
+
+    head_index: Int64[Tensor, "B H Q head_k"]  # the largest entries' tokens, ascending
+    head_code: Int64[Tensor, "B H Q head_k"]  # their probabilities, rounded without bias (`sparsify.quantise`)
+    tail_index: Int64[Tensor, "B H Q tail_k"]  # tokens drawn from the rest, ascending, with repetition
+    entropy: Float32[Tensor, " B"]  # nats, mean over H and Q; not finite where the rows are not
+
+
+def sketch_rows(
+    qkv: QKV,
+    relation: Relation,
+    rows: Int64[Tensor, "B H Q"] | None,
+    view_keys: Int64[Tensor, " B"],
+    head_k: int,
+    tail_k: int,
+) -> RowSketch:
+    """The `head_k` largest entries and `tail_k` systematic draws of every wanted row, and the mean entropy.
+
+    The law is that of `sparsify.top_entries`, `quantise` and `systematic_draws` on `relations.relation_probs`, with
+    the uniforms of `counter.uniforms`; on a CPU the result is theirs to the bit, whatever the batch. A GPU's
+    exponentials may differ in the last bit, and with them a draw in some thousands; of equal entries it takes the
+    first into the head, where `torch.topk` promises no order.
+
+    Args:
+        qkv: the block's projections, of any float dtype and strides; nothing is copied but the wanted rows.
+        relation: which two of them, and which streams of randomness.
+        rows: int64 [B, H, Q] query rows; None for all T in order.
+        view_keys: int64 [B], on the device of `qkv`.
+        head_k: entries kept exactly, fewer than T; may be 0.
+        tail_k: draws a row.
+    """
+    if fused(qkv, relation):
+        from tinymim.targets.kernels.encode_triton import sketch_rows_triton  # only here: triton is not everywhere
+
+        return RowSketch(*sketch_rows_triton(qkv, relation, rows, view_keys, head_k, tail_k))
+    return sketch_rows_torch(qkv, relation, rows, view_keys, head_k, tail_k)
+
+
+def fused(qkv: QKV, relation: Relation) -> bool:
+    """Whether `sketch_rows` takes the Triton kernel: GPU tensors of up to 32 bits, rows that fit into one block."""
+    a, b = qkv.pair(relation)
+    dtypes_fit = a.dtype == b.dtype and a.dtype in _FUSED_DTYPES
+    return a.is_cuda and dtypes_fit and a.shape[2] <= MAX_FUSED_TOKENS and _has_triton()
+
+
+def sketch_rows_torch(
+    qkv: QKV,
+    relation: Relation,
+    rows: Int64[Tensor, "B H Q"] | None,
+    view_keys: Int64[Tensor, " B"],
+    head_k: int,
+    tail_k: int,
+) -> RowSketch:
+    """`sketch_rows` in torch operations, a few views at a time."""
+    batch, heads, tokens, _ = qkv.q.shape
+    queries = tokens if rows is None else rows.shape[2]
+    u_head = uniforms(view_keys, stream_of("rounding", relation), (heads, queries, head_k))
+    u_tail = uniforms(view_keys, stream_of("tail", relation), (heads, queries))
+    head_index = view_keys.new_empty(batch, heads, queries, head_k)
+    head_code = torch.empty_like(head_index)
+    tail_index = view_keys.new_empty(batch, heads, queries, tail_k)
+    row_entropy = []
+    for views, probs in probs_in_chunks(qkv, relation, rows):
+        index, head = top_entries(probs, head_k)
+        head_index[views] = index
+        if head_k:
+            head_code[views] = quantise(head, u_head[views])
+        tail_index[views] = _draws(probs, index, u_tail[views], tail_k)
+        row_entropy.append(torch.special.entr(probs).sum(-1))
+    return RowSketch(head_index, head_code, tail_index, _mean_of_views(row_entropy))
+
+
+def top_rows(
+    qkv: QKV, relation: Relation, rows: Int64[Tensor, "B H Q"] | None, head_k: int
+) -> tuple[Int64[Tensor, "B H Q K"], Float[Tensor, "B H Q K"], Float32[Tensor, " B"]]:
+    """`sparsify.top_entries` of the wanted rows, in the chunks of `sketch_rows_torch`.
+
+    Returns:
+        Ascending int64 tokens and float32 (float64 for float64 inputs) values, each [B, H, Q, head_k]; float32 [B]
+        mean entropies of the exact rows in nats, not finite where the rows are not.
+    """
+    kept, row_entropy = [], []
+    for _, probs in probs_in_chunks(qkv, relation, rows):
+        kept.append(top_entries(probs, head_k))
+        row_entropy.append(torch.special.entr(probs).sum(-1))
+    index, value = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return index, value, _mean_of_views(row_entropy)
+
+
+def probs_in_chunks(
+    qkv: QKV, relation: Relation, rows: Int64[Tensor, "B H Q"] | None
+) -> Iterator[tuple[slice, Float[Tensor, "b H Q T"]]]:
+    """`relation_probs` for as many views at a time as `_CHUNK_BYTES` holds, at least one; an empty batch gives one."""
+    batch, heads, tokens, _ = qkv.q.shape
+    queries = tokens if rows is None else rows.shape[2]
+    budget = _CHUNK_BYTES.get(qkv.q.device.type, _CHUNK_BYTES_ELSEWHERE)
+    step = max(1, budget // (4 * heads * queries * tokens))
+    for start in range(0, max(batch, 1), step):
+        views = slice(start, start + step)
+        part = QKV(qkv.q[views], qkv.k[views], qkv.v[views])
+        yield views, relation_probs(part, relation, None if rows is None else rows[views])
+
+
+def _draws(
+    probs: Float[Tensor, "B H Q T"],
+    head_index: Int64[Tensor, "B H Q K"],
+    uniform: Float64[Tensor, "B H Q"],
+    count: int,
+) -> Int64[Tensor, "B H Q K"]:
+    """`sparsify.systematic_draws`, the same bits in a quarter of the time.
+
+    `cumsum(dtype=float64)` of fp32 rows converts them one by one and is six times slower than conversion and sum
+    apart; without a head there is nothing to take out of a copy of the rows.
+    """
+    cumulative = probs.double()
+    if head_index.shape[-1]:
+        cumulative = cumulative.scatter(-1, head_index, 0.0)
+    cumulative = cumulative.cumsum(-1)
+    total = cumulative[..., -1:]
+    points = (uniform[..., None] + torch.arange(count, device=probs.device)) / count * total
+    points = points.minimum(total.nextafter(torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, points, right=True)
+    free = (head_index == torch.arange(head_index.shape[-1], device=probs.device)).sum(-1, keepdim=True)
+    return torch.where(total > 0, drawn, free)
+
+
+def _mean_of_views(row_entropy: list[Float[Tensor, "b H Q"]]) -> Float32[Tensor, " B"]:
+    """One mean over all chunks at once: a sum's order, and so its last bit, may depend on the shape."""
+    mean: Tensor = torch.cat(row_entropy).mean((1, 2)).float()
+    return mean
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,186 @@
+"""A `hidden` cache through both stages: calibrated once, resumed to the same bytes, read as any relation."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from tinymim.configs.errors import CacheCorrupt, RecipeError, SourceError
+from tinymim.configs.schema import CacheTeacherRecipe, TargetsConfig, TrainStudentRecipe
+from tinymim.models.teacher import Teacher
+from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages.calibrate import stored_constants
+from tinymim.stages.interrupt import Interrupted
+from tinymim.storage.reader import CacheReader
+from tinymim.targets.codecs import stored_codec
+from tinymim.targets.relations import QKV, relation_probs
+from tinymim.tests.stages.test_both_stages import (
+    TEACHER,
+    cache_recipe,
+    losses,
+    stored,
+    student_recipe,
+    tree,
+    write_teacher,
+)
+
+INT8 = {"name": "hidden", "calibration_views": 20}
+PCA = {"name": "hidden", "basis": "pca", "bits": 3.3, "calibration_views": 20}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 24 images in two tars, a random teacher, a finished hidden cache."""
+    root = tmp_path_factory.mktemp("made")
+    make_shards.run("drawn", root / "shards", make_shards.Options(count=24, images_per_shard=12, seed=5))
+    write_teacher(root / "teacher.safetensors")
+    cache_teacher.run(hidden_recipe(root))
+    return root
+
+
+@pytest.fixture
+def home(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "home"))
+
+
+def hidden_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
+    return cache_recipe(root, **({"codec": INT8, "audit_views": 4} | changes))
+
+
+def short(root: Path, **changes: Any) -> TrainStudentRecipe:
+    return student_recipe(root, **({"optim": {"batch_size": 8, "steps": 3}} | changes))
+
+
+def test_decoded_records_are_the_teachers_relations(made: Path) -> None:
+    reader = CacheReader(made / "cache")
+    constants = stored_constants(made / "cache", reader.manifest, CPU)
+    codec = stored_codec(reader.manifest.codec, TargetsConfig(relations=("qk", "kk")), constants)
+    recipe = hidden_recipe(made)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    teacher = Teacher(recipe.teacher)
+    exact = QKV(*teacher(pixels))
+    keys = torch.tensor([1, 2])
+    target = codec.decode(codec.encode(exact, keys), keys, 17)
+    for relation, rows in target.items():
+        torch.testing.assert_close(rows.dense(), relation_probs(exact, relation), rtol=0, atol=5e-3)
+    fidelity = [unit.statistics["fidelity"] for unit in reader.units()]
+    assert all(statistics["views"] for statistics in fidelity)
+
+
+@pytest.mark.parametrize("codec", [INT8, PCA])
+def test_a_resumed_cache_has_the_same_bytes_and_the_same_constants(
+    made: Path, home: Path, codec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if codec == PCA:
+        shutil.rmtree(home / "cache")
+        cache_teacher.run(hidden_recipe(home, codec=codec))
+    whole = stored(home)
+    last = CacheReader(home / "cache").units()[-1]
+    shutil.rmtree(home / "cache" / "units" / last.unit.shard.removesuffix(".tar"))
+    (home / "cache" / "commits" / f"{last.unit.shard.removesuffix('.tar')}.v0-1.json").unlink()
+    # A resumed run does not calibrate: those who changed images since then would get other constants.
+    monkeypatch.setattr("tinymim.stages.calibrate.calibrate", None)
+    cache_teacher.run(hidden_recipe(home, codec=codec))
+    assert stored(home) == whole
+
+
+def test_a_cache_stopped_before_its_first_unit_is_calibrated_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stored(home)
+    shutil.rmtree(home / "cache")
+    encode = cache_teacher._encode
+
+    def interrupt(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return encode(*args)
+
+    monkeypatch.setattr(cache_teacher, "_encode", interrupt)
+    with pytest.raises(Interrupted):
+        cache_teacher.run(hidden_recipe(home))
+    assert CacheReader(home / "cache").units() == [] and (home / "cache" / "constants.json").exists()
+    monkeypatch.setattr(cache_teacher, "_encode", encode)
+    monkeypatch.setattr("tinymim.stages.calibrate.calibrate", None)
+    cache_teacher.run(hidden_recipe(home))
+    assert stored(home) == whole
+
+
+def test_growing_leaves_constants_and_units_as_they_are(home: Path) -> None:
+    before = tree(home / "cache")
+    cache_teacher.run(hidden_recipe(home, num_views=3))
+    after = tree(home / "cache")
+    grown = {name for name in before if before[name] != after[name]}
+    assert grown <= {"zarr.json"} and len({info.constants for info in CacheReader(home / "cache").units()}) == 1
+
+
+def test_students_train_on_any_relation_heads_and_rows_with_any_number_of_workers(home: Path) -> None:
+    train_student.run(short(home))
+    default = losses(home)
+    assert all(np.isfinite(default))
+    targets = {"relations": ["qq", "kk"], "relation_heads": 4, "rows": 6}
+    seen = []
+    for workers in (0, 1):
+        shutil.rmtree(home / "run-student")
+        train_student.run(short(home, targets=targets, loader={"workers": workers}))
+        seen.append(losses(home))
+        lines = [json.loads(line) for line in (home / "run-student" / "metrics.jsonl").read_text().splitlines()]
+        assert {"kl_qq", "kl_kk"} <= lines[0].keys() and "kl_qk" not in lines[0]
+    assert seen[0] == seen[1] != default
+
+
+def test_the_student_sees_what_a_student_of_the_dense_cache_sees(home: Path) -> None:
+    train_student.run(short(home))
+    hidden = losses(home)
+    shutil.rmtree(home / "run-student")
+    cache_teacher.run(hidden_recipe(home, codec={"name": "dense"}, cache=home / "dense"))
+    train_student.run(short(home, cache=home / "dense"))
+    np.testing.assert_allclose(hidden, losses(home), rtol=2e-3)
+
+
+def test_a_flipped_byte_in_the_constants_is_named(home: Path) -> None:
+    path = home / "cache" / "constants" / "qkv_weight" / "c" / "0" / "0"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(CacheCorrupt, match="array qkv_weight"):
+        train_student.run(short(home))
+    with pytest.raises(CacheCorrupt, match="array qkv_weight"):
+        cache_teacher.run(hidden_recipe(home, num_views=3))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_teacher_with_q_norm_is_refused_before_anything_is_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in TEACHER.items() if name != "name"}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, qk_norm=True, **sizes)
+    monkeypatch.setattr("tinymim.models.teacher._with_weights", lambda config: model)
+    with pytest.raises(RecipeError, match="not a linear layer"):
+        cache_teacher.run(hidden_recipe(home, cache=home / "other"))
+    assert not (home / "other").exists()
+    cache_teacher.run(hidden_recipe(home, codec={"rows": 4}, cache=home / "other"))  # a sketch can be stored
+
+
+def test_unreadable_images_do_not_calibrate(home: Path) -> None:
+    shutil.rmtree(home / "cache")
+    for path in (home / "shards").glob("*.tar"):
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"\xff\xd8\xff", b"\x00\x00\x00"))  # no JPEG begins any more
+    (home / "shards" / "index.json").unlink()
+    with pytest.raises(SourceError, match="none of the images to calibrate"):
+        cache_teacher.run(hidden_recipe(home))
+
+
+def test_relation_heads_that_do_not_fit_the_teacher_are_refused_before_training(home: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be split into 3"):
+        train_student.run(short(home, targets={"relation_heads": 3}))
+    assert not (home / "run-student").exists()
