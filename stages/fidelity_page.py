@@ -115,9 +115,8 @@ def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
             for name, values in by_codec.items()
         ]
         points.sort()
-        best = [
-            p for p in points if not is_biased(by_codec[p[2]]) and not any(q[0] <= p[0] and q[1] < p[1] for q in points)
-        ]
+        honest = [point for point in points if not is_biased(by_codec[point[2]])]
+        best = [p for p in honest if not any(q[0] <= p[0] and q[1] < p[1] for q in honest)]
         for x, y, name in points:
             values, kind = by_codec[name]["all"], result["codecs"][name]["name"]
             biased = is_biased(by_codec[name])

@@ -125,6 +125,27 @@ def test_golden_losses_of_twenty_steps(home: Path) -> None:
     assert losses(home)[-1] < 0.9 * losses(home)[0]
 
 
+@pytest.mark.parametrize(
+    "codec",
+    [
+        {"rows": 6, "head_k": 14, "tail": "renormalise"},
+        {"rows": 99, "head_k": 3, "tail": "uniform"},
+        {"rows": 6, "head_k": 3, "tail": "ghost", "relation_heads": 4},
+        {"rows": 6, "relation_heads": 1, "relations": ["vv", "kk"]},
+        {"name": "dense", "relations": ["qq"]},
+    ],
+    ids=str,
+)
+def test_every_codec_teaches(home: Path, codec: dict[str, Any]) -> None:
+    shutil.rmtree(home / "cache")
+    cache_teacher.run(cache_recipe(home, codec=codec, audit_views=4))
+    train_student.run(student_recipe(home))
+    found = losses(home)
+    assert np.mean(found[-4:]) < 0.9 * np.mean(found[:4])
+    fidelity = CacheReader(home / "cache").units()[0].statistics["fidelity"]
+    assert set(fidelity) == {"views", "all", *codec.get("relations", ["qk", "vv"])}
+
+
 def test_golden_records(made: Path) -> None:
     """Boxes, flips and digests are fixed by (seed, key, view) for all time; the teacher's numbers to rounding."""
     reader = CacheReader(made / "cache")
