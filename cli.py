@@ -218,8 +218,8 @@ compares the gradient of the student (at its start, and of the run folder
 its standard error, noise ratio (added / image-to-image variance), angle, norm;
 bytes per view, time to encode and decode. Choose what you cache by it.
 Reads the shards of `source` and the teacher's weights.
-Writes run.folder with fidelity.json (per relation and head) and frontier.png, and
-prints the tables.
+Writes run.folder with fidelity.json (per relation and head) and frontier.png,
+and prints the tables.
 
 Example: tinymim fidelity imagenet-sample-fidelity --set num_images=16""",
         "fidelity",

@@ -131,10 +131,31 @@ def format_info(info: Mapping[str, Any]) -> str:
         *_size_lines(info),
     ]
     if fidelity:
-        lines += ["", "fidelity (mean over heads, units weighted by records)"]
-        lines += [f"  {name:<24}{_plain(value):>12}" for name, value in fidelity.items()]
+        lines += ["", *_fidelity_lines(fidelity)]
     versions = ", ".join(f"{name} {value}" for name, value in info["environment"].items())
     return "\n".join([*lines, "", f"made with {versions}"])
+
+
+def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
+    """One line per number, a column per relation and for all parameters together."""
+    views = fidelity.get("audited_views", 0)
+    lines = [f"fidelity  on {views:,.0f} views, against dense maps; means over heads, units weighted by records"]
+    table: dict[str, dict[str, float]] = {}
+    columns: list[str] = []
+    for name, value in fidelity.items():
+        column, dot, row = name.partition(".")
+        if not dot:
+            column, row = "all", name
+        if name != "audited_views":
+            table.setdefault(row, {})[column] = value
+            columns += [column] if column not in columns else []
+    if not columns:
+        return lines
+    lines.append(" " * 18 + "".join(f"{column:>12}" for column in columns))
+    for row, values in table.items():
+        cells = (_plain(values[column]) if column in values else "" for column in columns)
+        lines.append(f"  {row:<16}" + "".join(f"{cell:>12}" for cell in cells).rstrip())
+    return lines
 
 
 def _size_lines(info: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.report import SKETCH, Example
+from tinymim.stages.train_student import trained_on
 from tinymim.stages.training import load_state, state_identity
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
@@ -42,7 +43,7 @@ def relation_examples(
     sketches = codec.decode(batch.records, batch.view_keys, tokens)
 
     # ---- what teacher and students make of them (the tap is in the training state, not in the export)
-    content = [manifest.spec_id, *(shard.content_hash for shard in source.shards)]
+    content = trained_on(reader, source)
     said = {"teacher": QKV(*Teacher(cache.teacher)(batch.pixels))}
     for name, recipe in students.items():
         student = StudentWithTap(build_vit(recipe.student)).eval()

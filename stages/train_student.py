@@ -17,7 +17,7 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.jitter import jitter
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import numbered_batches, steps_per_epoch
-from tinymim.pipeline.replay import ReplayedViews, join
+from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.calibrate import stored_constants
 from tinymim.stages.interrupt import Interrupted, StopFlag
@@ -38,6 +38,7 @@ from tinymim.stages.training import (
     step_seed,
 )
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
+from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
@@ -88,7 +89,7 @@ def run(recipe: TrainStudentRecipe) -> None:
     schedule = make_schedule(recipe.optim, per_epoch)
 
     # ---- resume
-    identity = state_identity(recipe, [manifest.spec_id, *(shard.content_hash for shard in source.shards)])
+    identity = state_identity(recipe, trained_on(reader, source))
     parts = {"student": student, "optimiser": optimiser, "scaler": scaler}
     folder = recipe.run.folder
     first_step = load_state(folder, identity, parts, device) if recipe.checkpoint.resume else 0
@@ -156,6 +157,13 @@ def run(recipe: TrainStudentRecipe) -> None:
     )
     if report["never_updated"]:
         say(f"train-student: warning: still at their initial values: {', '.join(report['never_updated'])}")
+
+
+def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
+    """What a training state depends on beside the recipe: the cache's spec and constants, the bytes of its images."""
+    constants = constants_digest(reader.path, reader.manifest)
+    hashes = [shard.content_hash for shard in source.shards]
+    return [reader.manifest.spec_id, *([constants] if constants else []), *hashes]
 
 
 def check_student_fits(
