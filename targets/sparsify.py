@@ -74,7 +74,11 @@ def systematic_draws(
     Returns:
         int64 [B, H, Q, count] token indices, ascending, with repetition.
     """
-    cumulative = probs.scatter(-1, head_index, 0.0).cumsum(-1, dtype=torch.float64)
+    # `cumsum(dtype=float64)` of fp32 rows converts them one by one: six times slower than conversion and sum apart.
+    cumulative = probs.double()
+    if head_index.shape[-1]:
+        cumulative = cumulative.scatter(-1, head_index, 0.0)
+    cumulative = cumulative.cumsum(-1)
     total = cumulative[..., -1:]
     points = (uniform[..., None] + torch.arange(count, device=probs.device)) / count * total
     # (u + i) / count may round to 1; the largest point that still lies inside picks the last non-empty entry.

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError, UserError, ViewMismatch
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.pipeline import drawn
 from tinymim.pipeline.decode import decode, environment
 from tinymim.stages import cache_teacher, make_shards, train_student
@@ -27,49 +26,17 @@ from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.runfolder import read_metrics
 from tinymim.stages.training import step_seed
 from tinymim.storage.reader import CacheReader
-
-SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
-TEACHER: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, **SIZES}
-STUDENT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 8, "depth": 2, **SIZES}
-
-Overrides = dict[str, Any]
-
-
-def cache_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
-    fields: dict[str, Any] = {
-        "stage": "cache-teacher",
-        "source": {"shards": root / "shards"},
-        "views": {"size": 32},
-        "num_views": 2,
-        "teacher": TEACHER | {"block": 2, "weights": str(root / "teacher.safetensors")},
-        "codec": {"rows": 6, "head_k": 1, "tail_k": 3},
-        "cache": root / "cache",
-        "batch_size": 8,
-        "loader": {"workers": 0},
-        "run": {"folder": root / "run-cache", "device": "cpu", "threads": 1},
-    }
-    return CacheTeacherRecipe.model_validate(fields | changes)
-
-
-def student_recipe(root: Path, **changes: Any) -> TrainStudentRecipe:
-    fields: dict[str, Any] = {
-        "stage": "train-student",
-        "source": {"shards": root / "shards"},
-        "cache": root / "cache",
-        "student": STUDENT,
-        "optim": {"batch_size": 8, "steps": 20, "base_lr": 0.1, "warmup": 0.2},
-        "order": {"shuffle_units": 2},
-        "verify": {"first": 10**6},
-        "loader": {"workers": 0},
-        "run": {"folder": root / "run-student", "device": "cpu", "threads": 1, "log_every": 1},
-    }
-    return TrainStudentRecipe.model_validate(fields | changes)
-
-
-def write_teacher(path: Path, seed: int = 0) -> None:
-    torch.manual_seed(seed)
-    sizes = {name: value for name, value in TEACHER.items() if name != "name"}
-    save_file(timm.create_model(str(TEACHER["name"]), num_classes=0, **sizes).state_dict(), path)
+from tinymim.tests.stages.tiny import (
+    STUDENT,
+    TEACHER,
+    Overrides,
+    cache_recipe,
+    losses,
+    stored,
+    student_recipe,
+    tree,
+    write_teacher,
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +53,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(made: Path, tmp_path: Path) -> Path:
     """A private copy of `made`."""
     return Path(shutil.copytree(made, tmp_path / "home"))
-
-
-def losses(root: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(root / "run-student")]
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
-
-
-def stored(root: Path) -> dict[str, bytes]:
-    """All of a cache but the manifest, which says in which folder the weights were found."""
-    return {name: data for name, data in tree(root / "cache").items() if name != "zarr.json"}
 
 
 # ---------------------------------------------------------------- exact replay
@@ -123,27 +77,6 @@ def test_golden_losses_of_twenty_steps(home: Path) -> None:
     golden = json.loads((Path(__file__).parent.parent / "data" / "golden_student_losses.json").read_text())
     np.testing.assert_allclose(losses(home), golden, rtol=2e-4, atol=1e-4)
     assert losses(home)[-1] < 0.9 * losses(home)[0]
-
-
-@pytest.mark.parametrize(
-    "codec",
-    [
-        {"rows": 6, "head_k": 14, "tail": "renormalise"},
-        {"rows": 99, "head_k": 3, "tail": "uniform"},
-        {"rows": 6, "head_k": 3, "tail": "ghost", "relation_heads": 4},
-        {"rows": 6, "relation_heads": 1, "relations": ["vv", "kk"]},
-        {"name": "dense", "relations": ["qq"]},
-    ],
-    ids=str,
-)
-def test_every_codec_teaches(home: Path, codec: dict[str, Any]) -> None:
-    shutil.rmtree(home / "cache")
-    cache_teacher.run(cache_recipe(home, codec=codec, audit_views=4))
-    train_student.run(student_recipe(home))
-    found = losses(home)
-    assert np.mean(found[-4:]) < 0.9 * np.mean(found[:4])
-    fidelity = CacheReader(home / "cache").units()[0].statistics["fidelity"]
-    assert set(fidelity) == {"views", "all", *codec.get("relations", ["qk", "vv"])}
 
 
 def test_golden_records(made: Path) -> None:

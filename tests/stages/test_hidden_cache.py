@@ -21,7 +21,7 @@ from tinymim.stages.interrupt import Interrupted
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.relations import QKV, relation_probs
-from tinymim.tests.stages.test_both_stages import (
+from tinymim.tests.stages.tiny import (
     TEACHER,
     cache_recipe,
     losses,

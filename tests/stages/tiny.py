@@ -1,0 +1,67 @@
+"""A set so small that both stages run in a second: recipes of a teacher, a cache and a student, and what they left."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.stages.runfolder import read_metrics
+
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
+TEACHER: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, **SIZES}
+STUDENT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 8, "depth": 2, **SIZES}
+
+Overrides = dict[str, Any]
+
+
+def cache_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
+    fields: dict[str, Any] = {
+        "stage": "cache-teacher",
+        "source": {"shards": root / "shards"},
+        "views": {"size": 32},
+        "num_views": 2,
+        "teacher": TEACHER | {"block": 2, "weights": str(root / "teacher.safetensors")},
+        "codec": {"rows": 6, "head_k": 1, "tail_k": 3},
+        "cache": root / "cache",
+        "batch_size": 8,
+        "loader": {"workers": 0},
+        "run": {"folder": root / "run-cache", "device": "cpu", "threads": 1},
+    }
+    return CacheTeacherRecipe.model_validate(fields | changes)
+
+
+def student_recipe(root: Path, **changes: Any) -> TrainStudentRecipe:
+    fields: dict[str, Any] = {
+        "stage": "train-student",
+        "source": {"shards": root / "shards"},
+        "cache": root / "cache",
+        "student": STUDENT,
+        "optim": {"batch_size": 8, "steps": 20, "base_lr": 0.1, "warmup": 0.2},
+        "order": {"shuffle_units": 2},
+        "verify": {"first": 10**6},
+        "loader": {"workers": 0},
+        "run": {"folder": root / "run-student", "device": "cpu", "threads": 1, "log_every": 1},
+    }
+    return TrainStudentRecipe.model_validate(fields | changes)
+
+
+def write_teacher(path: Path, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    sizes = {name: value for name, value in TEACHER.items() if name != "name"}
+    save_file(timm.create_model(str(TEACHER["name"]), num_classes=0, **sizes).state_dict(), path)
+
+
+def losses(root: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(root / "run-student")]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def stored(root: Path) -> dict[str, bytes]:
+    """All of a cache but the manifest, which says in which folder the weights were found."""
+    return {name: data for name, data in tree(root / "cache").items() if name != "zarr.json"}
