@@ -78,13 +78,16 @@ def make_shards(
     prefix: str = "shard",
     count: int = 2000,
     seed: int = 0,
+    resize_short: int = 0,
+    quality: int = 95,
 ) -> None:
     """Images -> webdataset shards and an index.
 
     Reads SRC: a folder of images (class sub-folders give labels, a flat folder
     none), a folder of tars, or the word `drawn`: textures of ten classes.
     Writes DST: PREFIX-000000.tar, ..., index.json. Image bytes are kept as they
-    are; unreadable images are listed in the index and left out.
+    are, unless --resize-short makes large images smaller: that is another source,
+    with caches of its own. Unreadable images are listed in the index and left out.
     Prints one line of JSON: num_samples, shards, unreadable.
 
     Example: tinymim make-shards photos/train shards/train
@@ -103,10 +106,15 @@ def make_shards(
         Images to draw; for SRC = drawn only.
     seed
         Seed of the drawn set; for SRC = drawn only.
+    resize_short
+        Images with a longer short side are resized to it, in pixels, and encoded
+        as JPEG; 0: none.
+    quality
+        JPEG quality of the resized images, 1 to 100.
     """
     from tinymim.stages import make_shards as stage
 
-    index = stage.run(source, target, stage.Options(images_per_shard, prefix, count, seed))
+    index = stage.run(source, target, stage.Options(images_per_shard, prefix, count, seed, resize_short, quality))
     summary = {
         "num_samples": index["num_samples"],
         "shards": len(index["shards"]),

@@ -26,8 +26,9 @@ def main() -> None:
     else:
         recipe = load_recipe(Path("demo-teacher"), "pretrain-mae")
         assert isinstance(recipe, PretrainMaeRecipe)
-        if not (recipe.source.shards / "index.json").exists():
-            make_shards.run("drawn", recipe.source.shards, make_shards.Options(count=10_000, seed=1))
+        shards = Path(recipe.source.shards)
+        if not (shards / "index.json").exists():
+            make_shards.run("drawn", shards, make_shards.Options(count=10_000, seed=1))
         pretrain_mae.run(recipe)
         encoder = recipe.run.folder / pretrain_mae.ENCODER_NAME
     packed = to_safetensors(read_tensors(encoder), read_metadata(encoder), half=True)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
 
+from tinymim.configs.place import Place
+
 Relation = Literal["qk", "vv", "qq", "kk"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -23,9 +25,9 @@ class Section(BaseModel):
 
 
 class SourceConfig(Section):
-    """Where images come from: a folder of webdataset tars, with the index `make-shards` wrote or without one."""
+    """Where images come from: webdataset tars, with the index `make-shards` wrote or without one."""
 
-    shards: Path
+    shards: Place  # a folder, or the URL of one in an object store
     pattern: str = "*.tar"  # which tars of the folder belong to the set
 
 
@@ -38,6 +40,11 @@ class ViewConfig(Section):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     flip: Fraction = 0.5  # probability of a horizontal flip
     seed: int = 0
+    scaled_decode: bool = True  # JPEGs are decoded at 1/2, 1/4 or 1/8 where the box stays at least `size` long
+
+    def identity(self) -> dict[str, Any]:
+        """The law as a cache's manifest holds it: caches from before scaled decoding lack the field."""
+        return self.model_dump(mode="json", exclude=None if self.scaled_decode else {"scaled_decode"})
 
     @model_validator(mode="after")
     def _ordered(self) -> "ViewConfig":
@@ -188,14 +195,28 @@ class LoaderConfig(Section):
     """Reading and decoding. None of this changes a pixel or the order of samples."""
 
     workers: Annotated[int, Field(ge=0)] = 2
-    prefetch: Positive = 4  # batches per worker
+    prefetch: Positive = 4  # batches per worker; at least the batches of one decode, see order.views_per_decode
 
 
 class OrderConfig(Section):
     """The order of samples: a function of (seed, epoch) alone, whatever the number of workers (I10)."""
 
     seed: int = 0
-    shuffle_units: Positive = 4  # shards whose samples are mixed with one another
+    shuffle_units: Positive = 4  # shards whose samples are mixed with one another, in every lane
+    # Views of an image that one decode serves: its batch and the next ones hold the same images, other views.
+    views_per_decode: Positive = 1
+    views_per_epoch: Positive | Literal["all"] = 1  # views of every image in one epoch, the next ones in the next
+    # Parts into which an epoch's shards are dealt: a multiple of every number of ranks that will train with it.
+    lanes: Positive = 1
+
+    @model_validator(mode="after")
+    def _whole_decodes(self) -> "OrderConfig":
+        if self.views_per_epoch != "all" and self.views_per_epoch % self.views_per_decode:
+            raise ValueError(
+                f"views_per_epoch must be a multiple of views_per_decode, or all; "
+                f"got {self.views_per_epoch} and {self.views_per_decode}"
+            )
+        return self
 
 
 class RunConfig(Section):

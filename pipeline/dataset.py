@@ -1,17 +1,19 @@
 """Batches of views from shards: decode once per image, render every view of it that the batch asks for."""
 
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tinymim.configs.errors import SourceError
-from tinymim.pipeline.decode import decode, pixel_digest, render
+from tinymim.pipeline.decode import decode, jpeg_size, pixel_digest, render
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard
-from tinymim.pipeline.views import View, ViewLaw, view_key
+from tinymim.pipeline.views import View, ViewLaw, reduced, reduction_of, view_key
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,26 @@ class ViewBatch:
         return torch.tensor([pixel_digest(view) for view in self.pixels], dtype=torch.int64)
 
     def pin_memory(self) -> "ViewBatch":
-        """Called by the DataLoader for batches that go to a GPU."""
+        """Called by the DataLoader for batches that go to a GPU: pins all that a training step sends there."""
         return replace(
             self,
             pixels=self.pixels.pin_memory(),
             records={name: array.pin_memory() for name, array in self.records.items()},
+            view_keys=self.view_keys.pin_memory(),
+        )
+
+    def pick(self, rows: npt.NDArray[np.int64]) -> "ViewBatch":
+        """The views at `rows` [B'], in that order, copied; `unreadable` as it is."""
+        index = torch.from_numpy(rows)
+        return replace(
+            self,
+            items=self.items[rows],
+            keys=[self.keys[row] for row in rows.tolist()],
+            pixels=self.pixels[index],
+            labels=self.labels[index],
+            views=[self.views[row] for row in rows.tolist()],
+            records={name: array[index] for name, array in self.records.items()},
+            view_keys=self.view_keys[index] if len(self.view_keys) else self.view_keys,
         )
 
 
@@ -64,8 +81,30 @@ class ImageViews:
         self.shards, self.law, self.seed = shards, law, seed
 
     def batch(self, items: Items) -> ViewBatch:
-        """The views that `items` [B, 3] names."""
-        return render_items(self.shards, items, self.law, self.seed)
+        """The views that `items` [B, 3 or more] names in its first three columns."""
+        return render_items(self.shards, items[:, :3], self.law, self.seed)
+
+
+def _cut(data: bytes, key: str, indices: list[int], law: ViewLaw) -> list[tuple[View, Tensor]]:
+    """The views `indices` of one image, decoded once for every reduction among them, as far down as they reach.
+
+    Raises:
+        SourceError: the image cannot be decoded; for all of the views or for none.
+    """
+    size = jpeg_size(data)
+    whole = decode(data) if size is None else None
+    height, width = size or whole.shape[1:]  # type: ignore[union-attr]  # one of them is there
+    views = [law(key, index, height, width) for index in indices]
+    reductions = [reduction_of(view, law.size) if size and law.scaled_decode else 1 for view in views]
+    images = {}
+    for reduction in set(reductions):
+        rows = max(view.top + view.height for view, k in zip(views, reductions, strict=True) if k == reduction)
+        images[reduction] = decode(data, reduction, rows) if whole is None else whole
+    boxes = [reduced(view, reduction) for view, reduction in zip(views, reductions, strict=True)]
+    return [
+        (view, render(images[reduction], box, law.size, law.interpolation))
+        for view, reduction, box in zip(views, reductions, boxes, strict=True)
+    ]
 
 
 def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: int | None) -> ViewBatch:
@@ -75,23 +114,20 @@ def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: in
     keys: list[str] = []
     views: list[View] = []
     unreadable: list[tuple[str, str]] = []
-    last: tuple[int, int] | None = None
-    image: Tensor | None = None
-    for row, (unit, sample, view_index) in enumerate(items.tolist()):
+    # Adjacent views of one image are cut together.
+    for (unit, sample), group in groupby(enumerate(items.tolist()), key=lambda row: (row[1][0], row[1][1])):
+        rows = list(group)
         key = shards[unit].members().keys[sample]
-        if last != (unit, sample):
-            last, image = (unit, sample), None
-            try:
-                image = decode(shards[unit].read(sample))
-            except SourceError as error:
-                unreadable.append((key, f"{error.what}: {error.got}"))
-        if image is None:
+        try:
+            cut = _cut(shards[unit].read(sample), key, [item[2] for _, item in rows], law)
+        except SourceError as error:
+            unreadable.append((key, f"{error.what}: {error.got}"))
             continue
-        view = law(key, view_index, image.shape[1], image.shape[2])
-        pixels[len(kept)] = render(image, view, law.size, law.interpolation)
-        kept.append(row)
-        keys.append(key)
-        views.append(view)
+        for (row, _), (view, crop) in zip(rows, cut, strict=True):
+            pixels[len(kept)] = crop
+            kept.append(row)
+            keys.append(key)
+            views.append(view)
     items = items[kept]
     labels = [int(shards[unit].members().labels[sample]) for unit, sample, _ in items.tolist()]
     identities = (

@@ -1,8 +1,9 @@
-"""Image bytes to the exact uint8 crop that both stages see, its digest, and what made it (I2).
+"""Image bytes to the exact uint8 crop that both stages see, its digest, and what made it (I2). docs/views.md.
 
-Decoding is Pillow's (JPEG decoding is the same to the bit in all libraries that use libjpeg-turbo), the resize is
-torchvision's on uint8 tensors: bit-stable over threads and CPU features, as a float resize is not. EXIF orientation
-is ignored, as in the ImageNet pipelines of timm and torchvision; every colour mode becomes RGB.
+JPEG is decoded by simplejpeg (libjpeg-turbo), everything else, and every JPEG that simplejpeg objects to, by Pillow:
+the bits are the same, at every DCT scale. The resize is torch's on uint8: bit-stable over threads and CPU features, as
+a float resize is not. EXIF orientation is ignored, as in the ImageNet pipelines of timm and torchvision; every colour
+mode becomes RGB.
 """
 
 import hashlib
@@ -12,9 +13,11 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -22,26 +25,103 @@ from tinymim.configs.errors import SourceError, first_line
 from tinymim.pipeline.views import View
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 _FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include some that run programs (EPS)
+_JPEG_MAGIC = b"\xff\xd8\xff"
+# Colours that simplejpeg converts as Pillow does; its CMYK differs.
+_JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
 # Libraries whose version can change a pixel or a number.
-_LIBRARIES = ("tinymim", "torch", "torchvision", "timm", "numpy", "zarr", "pillow")
+_LIBRARIES = ("tinymim", "torch", "torchvision", "timm", "numpy", "zarr", "pillow", "simplejpeg")
 
 
-def decode(data: bytes) -> Tensor:
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width by the header of a JPEG that simplejpeg decodes as Pillow does; None for every other image.
+
+    Such an image can be decoded smaller, and not further down than needed.
+    """
+    if not data.startswith(_JPEG_MAGIC):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    limit = Image.MAX_IMAGE_PIXELS
+    if colours not in _JPEG_COLOURS or (limit is not None and height * width > limit):
+        return None
+    return int(height), int(width)
+
+
+def decode(data: bytes, reduction: int = 1, rows: int | None = None) -> Tensor:
     """Decode image bytes to RGB uint8 [3, height, width]. Alpha is dropped, 16-bit grey is scaled to 8 bits.
 
     Of animated images the first frame is taken.
 
+    Args:
+        data: a JPEG, PNG or WebP file.
+        reduction: 1, 2, 4 or 8: decode at 1/reduction of the size, each side rounded up, by the scaled inverse DCT.
+            Other than 1 only where `jpeg_size` knows the image.
+        rows: so many rows of the full-size image are needed; None: all. The result may end anywhere below them,
+            and has the same values down to there.
+
     Raises:
         SourceError: the bytes are not an image that can be decoded whole, or a decompression bomb by Pillow's limit.
+            Damage below `rows` goes unseen, but for a missing end.
     """
+    size = jpeg_size(data)
+    if size is not None:
+        height, width = size
+        shortened = None if rows is None else _shortened(data, height, rows, reduction)
+        readable, height = shortened or (data, height)
+        try:
+            # min_factor alone would let it choose a smaller scale. What a shortened file holds below its last row is
+            # "recoverable damage" to the library, and so it is not strict there.
+            array = simplejpeg.decode_jpeg(
+                readable,
+                "RGB",
+                min_height=-(-height // reduction),
+                min_width=-(-width // reduction),
+                min_factor=reduction,
+                strict=shortened is None,
+            )
+            return torch.from_numpy(array).permute(2, 0, 1)
+        except ValueError:
+            pass  # damaged, perhaps harmlessly: Pillow decides, and its messages are better
+    return torch.from_numpy(_decode_by_pillow(data, reduction)).permute(2, 0, 1)
+
+
+def _shortened(data: bytes, height: int, rows: int, reduction: int) -> tuple[bytes, int] | None:
+    """The file with a smaller height in its frame header, so that decoding stops there, and that height.
+
+    None where nothing would be saved or the file is not simple: one sequential Huffman scan, whole to its end marker.
+    """
+    unit = 16 * reduction  # at least half a unit more than is needed: chroma is interpolated from rows beyond
+    shorter = -(-(rows + unit // 2) // unit) * unit
+    if shorter >= height or not data.endswith(b"\xff\xd9"):
+        return None
+    frame, place = 0, 2
+    while place + 10 < len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker in (0xC0, 0xC1):
+            frame = place
+        elif marker == 0xDA:
+            if not frame or data[place + 4] != data[frame + 9]:  # the components of the scan, of the frame
+                return None
+            return data[: frame + 5] + shorter.to_bytes(2, "big") + data[frame + 7 :], shorter
+        elif not (marker in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= marker <= 0xEF):  # tables, comments, applications
+            return None
+        place += 2 + length
+    return None
+
+
+def _decode_by_pillow(data: bytes, reduction: int) -> npt.NDArray[np.uint8]:
+    """uint8 [height, width, 3], writable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF data and the like: the pixels are whole
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                array = _to_rgb(image)
+                if reduction > 1:
+                    image.draft(None, (image.width // reduction, image.height // reduction))
+                return _to_rgb(image)
     except UnidentifiedImageError as error:  # its own message holds a memory address
         kinds = ", ".join(_FORMATS)
         raise SourceError(
@@ -51,7 +131,6 @@ def decode(data: bytes) -> Tensor:
         raise SourceError(
             "image cannot be decoded", got=first_line(error), expected="a JPEG, PNG or WebP image"
         ) from error
-    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -64,9 +143,15 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 def render(image: Tensor, view: View, size: int, interpolation: str) -> Tensor:
     """Crop, resize with antialias and flip: uint8 [3, height, width] -> uint8 [3, size, size]."""
-    pixels: Tensor = F.resized_crop(
-        image, view.top, view.left, view.height, view.width, [size, size], _MODES[interpolation], antialias=True
-    )
+    crop = image[:, view.top : view.top + view.height, view.left : view.left + view.width]
+    if (view.height, view.width) == (size, size):
+        pixels = crop
+    elif interpolation == "bicubic":
+        # torchvision's resize without its detour: packed pixels in, planes out. The same kernel and bits.
+        packed = crop.unsqueeze(0).contiguous(memory_format=torch.channels_last)
+        pixels = interpolate(packed, [size, size], mode="bicubic", antialias=True)[0]
+    else:
+        pixels = F.resize(crop, [size, size], InterpolationMode.BILINEAR, antialias=True)
     return pixels.flip(-1) if view.flip else pixels
 
 

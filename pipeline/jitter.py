@@ -1,4 +1,4 @@
-"""Student-only photometric jitter on the device (I3): batched, seeded by (run seed, step, sample).
+"""Student-only photometric jitter on the device (I3): batched, seeded by (run seed, step, place in the batch).
 
 The law of torchvision's ColorJitter without hue: brightness, contrast and saturation factors uniform in
 [1 - x, 1 + x], applied in an order drawn per sample, each result clamped to the pixel range.
@@ -15,25 +15,39 @@ _ORDERS = tuple(itertools.permutations(range(3)))
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's greyscale weights
 
 
-def jitter(pixels: Tensor, config: JitterConfig, generator: torch.Generator) -> Tensor:
-    """Jitter a batch of views.
+def jitter(
+    pixels: Tensor,
+    config: JitterConfig,
+    generator: torch.Generator,
+    places: Tensor | None = None,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Jitter a batch of views: what a sample gets depends on the generator and its place in the step's batch alone.
 
     Args:
         pixels: uint8 or float [B, 3, S, S] in 0..255.
         config: the three strengths.
-        generator: on the pixels' device; named by (run seed, step).
+        generator: on the CPU, whatever the device of the pixels; named by (run seed, step).
+        places: int64 [B] on the CPU, where these samples stand in the step's whole batch over all ranks; None: they
+            are the whole batch, in order.
+        batch_size: samples of the whole batch; with `places` only.
 
     Returns:
         float32 [B, 3, S, S] in 0..255.
     """
     images = pixels.float()
-    strengths = torch.tensor([config.brightness, config.contrast, config.saturation], device=images.device)
-    if not bool(strengths.any()):
+    strengths = (config.brightness, config.contrast, config.saturation)
+    if not any(strengths):
         return images
-    draws = torch.rand(len(images), 4, device=images.device, generator=generator)
-    factors = 1.0 + strengths * (2.0 * draws[:, :3] - 1.0)
+    # Drawn for the whole batch, and on the CPU: every rank and every device finds the same numbers at a place.
+    draws = torch.rand(batch_size or len(images), 4, generator=generator)
+    if places is not None:
+        draws = draws[places]
+    factors = 1.0 + torch.tensor(strengths) * (2.0 * draws[:, :3] - 1.0)
     orders = (draws[:, 3] * len(_ORDERS)).long().clamp_(max=len(_ORDERS) - 1)
-    return apply_jitter(images, factors, orders)
+    return apply_jitter(
+        images, factors.to(images.device, non_blocking=True), orders.to(images.device, non_blocking=True)
+    )
 
 
 def apply_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,7 +14,7 @@ from tinymim.pipeline.order import Items
 from tinymim.pipeline.workers import prepare_worker, worker_context
 
 
-class _Adapter(Dataset[ViewBatch | TinymimError]):
+class _Adapter(Dataset[list[ViewBatch] | TinymimError]):
     """Hands whole item arrays through torch's map-style fetcher.
 
     Errors of ours come back as values: torch would rebuild them from a traceback text, without got, expected, hint.
@@ -22,38 +23,72 @@ class _Adapter(Dataset[ViewBatch | TinymimError]):
     def __init__(self, source: ViewSource) -> None:
         self.source = source
 
-    def __getitems__(self, items: Items) -> ViewBatch | TinymimError:
+    def __getitems__(self, items: Items) -> list[ViewBatch] | TinymimError:
         try:
-            return self.source.batch(items)
+            return _entry_batches(self.source, items)
         except TinymimError as error:
             return error
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+def _as_is(batches: Any) -> Any:
+    return batches
+
+
+def _entry_batches(source: ViewSource, items: Items) -> list[ViewBatch]:
+    """The batches of one entry of a plan: one of items [B, C], or n of [n, B, C] that share their decodes."""
+    if items.ndim == 2:
+        return [source.batch(items)]
+    if len(items) == 1:
+        return [source.batch(items[0])]
+    # All views of an image next to each other: whoever renders them decodes it once.
+    flat = items.reshape(-1, items.shape[2])
+    by_image = np.lexsort((flat[:, 2], flat[:, 1], flat[:, 0]))
+    wanted = flat[by_image]
+    rendered = source.batch(wanted)
+    places = np.full(len(flat), -1)
+    places[by_image] = np.arange(len(flat)) if not rendered.unreadable else _places(wanted[:, :3], rendered.items)
+    return [rendered.pick(rows[rows >= 0]) for rows in places.reshape(items.shape[:2])]
+
+
+def _places(wanted: Items, found: Items) -> Items:
+    """For every row of `wanted` [n, 3] its place in `found`, which leaves some out; -1 for those. int64 [n]."""
+    place = {tuple(row): number for number, row in enumerate(found.tolist())}
+    return np.array([place.get(tuple(row), -1) for row in wanted.tolist()], dtype=np.int64)
 
 
 def batches(
-    source: ViewSource, plan: Iterable[Items], config: LoaderConfig, pin_memory: bool = False
+    source: ViewSource,
+    plan: Iterable[Items],
+    config: LoaderConfig,
+    pin_memory: bool = False,
+    batches_per_entry: int = 1,
 ) -> Iterator[ViewBatch]:
-    """Yield one ViewBatch per entry of `plan`, in the plan's order whatever the number of workers."""
+    """Yield the batches of `plan` in its order, whatever the number of workers.
+
+    Args:
+        source: makes the batches, in this process or, pickled, in the workers.
+        plan: entries of items [B, C] are one batch; entries [n, B, C] are n batches whose images are decoded once.
+        config: `prefetch` batches, but at least one entry, are made ahead per worker; without workers none.
+        pin_memory: for batches that go to a GPU.
+        batches_per_entry: the largest n of the plan.
+    """
     if config.workers == 0:
         for items in plan:
-            batch = source.batch(items)
-            yield batch.pin_memory() if pin_memory else batch
+            for batch in _entry_batches(source, items):
+                yield batch.pin_memory() if pin_memory else batch
         return
-    loaded: DataLoader[ViewBatch | TinymimError] = DataLoader(
+    loaded: DataLoader[list[ViewBatch] | TinymimError] = DataLoader(
         _Adapter(source),
-        batch_sampler=plan,  # type: ignore[arg-type]  # an array of items is one batch for __getitems__
+        batch_sampler=plan,  # type: ignore[arg-type]  # an array of items is one entry for __getitems__
         num_workers=config.workers,
-        prefetch_factor=config.prefetch,
+        prefetch_factor=-(-config.prefetch // batches_per_entry),
         collate_fn=_as_is,
         multiprocessing_context=worker_context(),
         worker_init_fn=prepare_worker,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
     )
-    for batch in loaded:
-        if isinstance(batch, TinymimError):
-            raise batch
-        yield batch
+    for entry in loaded:
+        if isinstance(entry, TinymimError):
+            raise entry
+        yield from entry

@@ -1,16 +1,20 @@
-"""The order of samples: a function of (seed, epoch) alone, whatever the number of workers (I10).
+"""The order of samples: a function of (seed, epoch) alone, whatever the number of workers and ranks (I10).
 
-Shards are permuted, then cut into groups of `shuffle_units`; the samples of one group are permuted together.
-A reader thus needs the records of a few units at a time and reads each of them front to back (I9).
+Shards are permuted and dealt to lanes; every lane cuts its shards into groups of `shuffle_units` and permutes the
+samples of a group together. A batch takes equally many samples of every lane, and a rank whole lanes: it needs the
+records of a few units at a time and reads each of them front to back (I9). docs/decisions/007-order.md says why.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.schema import OrderConfig
+from tinymim.storage.atomic import canonical_json, digest_hex
 
 Items = npt.NDArray[np.int64]  # [samples, 3]: shard index, sample index within the shard, view index
 
@@ -25,62 +29,207 @@ def _permutation(length: int, *identity: object) -> npt.NDArray[np.int64]:
     return np.argsort(raw, kind="stable")
 
 
-def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, view: int) -> Items:
-    """All samples of one epoch in training order.
+def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, view: int, lane: int = 0) -> Items:
+    """The samples of one pass over the images in training order, as far as they belong to one lane.
+
+    Lanes are cut by samples, so that they are equally long for any shards: at most two lanes share a shard's ends.
 
     Args:
         counts: samples per shard.
-        order: seed and mixing width.
-        epoch: epoch number from 0.
-        view: the view index that this epoch uses.
+        order: seed, mixing width and number of lanes.
+        epoch: number of the pass from 0.
+        view: the view index that this pass uses.
+        lane: one of `order.lanes`.
 
     Returns:
-        int64 [sum(counts), 3].
+        int64 [n, 3]; with one lane n = sum(counts), else the lanes' n differ by one at most.
     """
     units = _permutation(len(counts), "units", order.seed, epoch)
-    groups = []
-    for start in range(0, len(units), order.shuffle_units):
-        group = units[start : start + order.shuffle_units]
+    sizes = np.asarray(counts, dtype=np.int64)[units]
+    begins = np.cumsum(sizes) - sizes
+    low, high = (int(sizes.sum()) * end // order.lanes for end in (lane, lane + 1))
+    first, end = (np.clip(edge - begins, 0, sizes) for edge in (low, high))
+    kept = np.flatnonzero((end > first) | (order.lanes == 1))
+    name: tuple[object, ...] = () if order.lanes == 1 else ("lane", lane)
+    groups = [np.empty((0, 3), dtype=np.int64)]
+    for start in range(0, len(kept), order.shuffle_units):
         rows = np.concatenate(
-            [np.stack([np.full(counts[u], u), np.arange(counts[u]), np.full(counts[u], view)], axis=1) for u in group]
+            [
+                np.stack(np.broadcast_arrays(units[u], np.arange(first[u], end[u]), view), axis=1)
+                for u in kept[start : start + order.shuffle_units]
+            ]
         )
-        groups.append(rows[_permutation(len(rows), "samples", order.seed, epoch, start)])
+        groups.append(rows[_permutation(len(rows), "samples", order.seed, epoch, start, *name)])
     return np.concatenate(groups).astype(np.int64)
 
 
 def steps_per_epoch(counts: Sequence[int], batch_size: int) -> int:
-    """Whole batches of one epoch; the remainder is dropped (it changes from epoch to epoch)."""
+    """Whole batches of one view of every image; the remainder is dropped (it changes from epoch to epoch)."""
     return sum(counts) // batch_size
+
+
+class SampleOrder:
+    """The batches of one rank, step by step; its whole state is the number of steps done.
+
+    An epoch is one or more passes over the images. A pass serves `views_per_decode` views of every image: the
+    images of one batch come again in the next batches with their other views, and then no more in this pass, so
+    that every batch has distinct images. Pass p uses the views (p * k + j) mod `num_views`, j < k =
+    `views_per_decode`. The batches of all ranks together are the same for every number of ranks.
+
+    Args:
+        counts: samples per shard.
+        order: from the recipe.
+        batch_size: samples of a step over all ranks.
+        num_views: views of an image; None: endless, no view comes again.
+        rank: which share of every batch; below `world_size`.
+        world_size: ranks that train together.
+
+    Attributes:
+        step: steps that training has done, to be set by the caller: a loader takes batches ahead of that.
+        steps_per_epoch: whole batches of an epoch.
+
+    Raises:
+        RecipeError: lanes, ranks, views and batch do not divide one another.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        order: OrderConfig,
+        batch_size: int,
+        num_views: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert 0 <= rank < world_size
+        _refuse_misfit(order, batch_size, num_views, world_size)
+        self.counts, self.order, self.batch_size, self.num_views = list(counts), order, batch_size, num_views
+        self.lanes = range(rank, order.lanes, world_size)
+        views = num_views if order.views_per_epoch == "all" else order.views_per_epoch
+        assert views is not None  # refused above
+        self.steps_per_epoch = steps_per_epoch(counts, batch_size) * views
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"step", "identity"}: plain values, the same on every rank."""
+        return {"step": self.step, "identity": self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the steps of `state`, which may come from any number of ranks.
+
+        Raises:
+            CheckpointError: it belongs to another order.
+        """
+        if state["identity"] != self._identity():
+            raise CheckpointError(
+                "the saved order of samples is another one",
+                got=state["identity"],
+                expected=self._identity(),
+                hint="source, cache, batch size and `order` must be those of the run that is continued",
+            )
+        self.step = int(state["step"])
+
+    def plan(self, last_step: int) -> Iterator[Items]:
+        """The steps from `step` to `last_step` (not included), the batches of one decode together.
+
+        Yields:
+            int64 [batches, samples of this rank, 4]: shard, sample, view, and a running number from 0 at the first
+            batch, so that a run that resumes checks its first views like a new one.
+        """
+        first = step = self.step
+        at_once = self.order.views_per_decode
+        per_pass = steps_per_epoch(self.counts, self.batch_size) * at_once
+        while step < last_step:
+            number, offset = divmod(step, per_pass)
+            lanes = [epoch_items(self.counts, self.order, number, 0, lane) for lane in self.lanes]
+            for chunk in range(offset // at_once, per_pass // at_once):
+                done = step - number * per_pass - chunk * at_once  # more than 0 after a stop among its batches
+                views = range(done, min(at_once, done + last_step - step))
+                items = np.stack([self._batch(lanes, number, chunk, view) for view in views])
+                numbers = np.arange(items.shape[0] * items.shape[1]) + (step - first) * items.shape[1]
+                yield np.concatenate([items, numbers.reshape(*items.shape[:2], 1)], axis=2)
+                step += len(items)
+                if step == last_step:
+                    return
+
+    def steps(self, last_step: int) -> Iterator[tuple[int, Items]]:
+        """`plan` batch by batch: the number of the step and its int64 [samples of this rank, 4]."""
+        step = self.step
+        for entry in self.plan(last_step):
+            for items in entry:
+                yield step, items
+                step += 1
+
+    def resident_units(self, units_per_shard: int) -> int:
+        """Units of a cache that a process needs at a time, where a shard has up to so many of them."""
+        return len(self.lanes) * (self.order.shuffle_units + 1) * min(units_per_shard, self.order.views_per_decode)
+
+    def _batch(self, lanes: Sequence[Items], number: int, chunk: int, view: int) -> Items:
+        """View `view` of the chunk's images, int64 [samples of this rank, 3]."""
+        count = self.batch_size // self.order.lanes
+        name = ("batch", self.order.seed, number, chunk, view)
+        parts = [items[chunk * count : (chunk + 1) * count] for items in lanes]
+        if view:
+            parts = [part[_permutation(count, *name, lane)] for lane, part in zip(self.lanes, parts, strict=True)]
+        batch = np.concatenate(parts)
+        index = number * self.order.views_per_decode + view
+        batch[:, 2] = index if self.num_views is None else index % self.num_views
+        return batch
+
+    def _identity(self) -> str:
+        fields = [self.order.model_dump(mode="json"), self.counts, self.batch_size, self.num_views]
+        return digest_hex(canonical_json({"order": fields}))
+
+
+def _refuse_misfit(order: OrderConfig, batch_size: int, num_views: int | None, world_size: int) -> None:
+    """Raises RecipeError where a batch, a lane or an epoch would not come out whole."""
+    if batch_size % order.lanes:
+        raise RecipeError(
+            "order.lanes does not divide optim.batch_size",
+            got=f"{order.lanes} lanes, batches of {batch_size}",
+            hint="every batch takes equally many samples of every lane",
+        )
+    if order.lanes % world_size:
+        raise RecipeError(
+            "the number of ranks does not divide order.lanes",
+            got=f"{world_size} ranks, {order.lanes} lanes",
+            hint="start on a number of ranks that divides order.lanes; it is fixed for the whole run",
+        )
+    if num_views is None:
+        if order.views_per_epoch == "all":
+            raise RecipeError(
+                "order.views_per_epoch is all, but views are drawn without end here",
+                got="all",
+                expected="a number of views",
+            )
+        return
+    for name, used in (("views_per_decode", order.views_per_decode), ("views_per_epoch", order.views_per_epoch)):
+        if used != "all" and used > num_views:
+            raise RecipeError(f"order.{name} is more than the cache holds", got=used, expected=f"at most {num_views}")
+    if order.views_per_epoch == "all" and num_views % order.views_per_decode:
+        raise RecipeError(
+            "order.views_per_decode does not divide the number of cached views",
+            got=f"{order.views_per_decode} of {num_views} views",
+            expected="a divisor, where order.views_per_epoch is all",
+        )
 
 
 def training_batches(
     counts: Sequence[int], order: OrderConfig, batch_size: int, num_views: int | None, first_step: int, last_step: int
 ) -> Iterator[Items]:
-    """The batches of steps [first_step, last_step), each int64 [batch_size, 3].
-
-    Epoch e uses view e mod `num_views`; with `num_views=None` views never repeat (epoch e uses view e).
-    """
-    per_epoch = steps_per_epoch(counts, batch_size)
-    step = first_step
-    while step < last_step:
-        epoch, offset = divmod(step, per_epoch)
-        items = epoch_items(counts, order, epoch, epoch if num_views is None else epoch % num_views)
-        for index in range(offset, min(per_epoch, offset + last_step - step)):
-            yield items[index * batch_size : (index + 1) * batch_size]
-            step += 1
+    """The batches of steps [first_step, last_step) of a run on one rank, each int64 [batch_size, 3]."""
+    for items in numbered_batches(counts, order, batch_size, num_views, first_step, last_step):
+        yield items[:, :3]
 
 
 def numbered_batches(
-    counts: Sequence[int], order: OrderConfig, batch_size: int, num_views: int, first_step: int, last_step: int
+    counts: Sequence[int], order: OrderConfig, batch_size: int, num_views: int | None, first_step: int, last_step: int
 ) -> Iterator[Items]:
-    """As `training_batches`, with a running number as a fourth column [batch_size, 4].
-
-    Numbers start from 0 at `first_step`: a run that resumes elsewhere checks its first views like a new one.
-    """
-    plan = training_batches(counts, order, batch_size, num_views, first_step, last_step)
-    for step, items in enumerate(plan):
-        numbers = np.arange(step * batch_size, (step + 1) * batch_size)
-        yield np.concatenate([items, numbers[:, None]], axis=1)
+    """As `training_batches`, with a running number from 0 at `first_step` as a fourth column [batch_size, 4]."""
+    samples = SampleOrder(counts, order, batch_size, num_views)
+    samples.step = first_step
+    for _, items in samples.steps(last_step):
+        yield items
 
 
 def view_batches(unit: int, num_samples: int, views: Sequence[int], images_per_batch: int) -> Iterator[Items]:

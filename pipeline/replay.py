@@ -4,8 +4,9 @@ Records are read a whole unit at a time (I9) and kept for as long as the order n
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,10 @@ from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import View
 from tinymim.storage.commit import UnitInfo
-from tinymim.storage.reader import CacheReader, UnitRecords
+from tinymim.storage.reader import CacheReader
 
 _BASE_ARRAYS = ("box", "flip", "digest")
+_Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class CachedSource:
     def counts(self) -> list[int]:
         """Cached images per covered shard."""
         return [self.units[shard.name][0].num_images for shard in self.shards]
+
+    @property
+    def units_per_shard(self) -> int:
+        """The largest number of units, each for other views, that one shard has."""
+        return max(len(infos) for infos in self.units.values())
 
 
 def join(source: ShardSet, reader: CacheReader) -> CachedSource:
@@ -86,18 +93,40 @@ def join(source: ShardSet, reader: CacheReader) -> CachedSource:
     return CachedSource(covered, {shard.name: complete[shard.name] for shard in covered}, skipped)
 
 
+@dataclass(frozen=True)
+class ResidentUnit:
+    """What is kept of a unit: the records of some of its I images' V views, in tar order.
+
+    Attributes:
+        views: those V view indices, ascending.
+        positions: int64 [I], every cached image's place in its tar: records are joined by key (I8).
+        arrays: by name, first axis I * V.
+    """
+
+    views: tuple[int, ...]
+    positions: _Index
+    arrays: dict[str, npt.NDArray[Any]]
+
+    def rows(self, images: _Index, views: _Index) -> _Index:
+        """The records of (image, view) pairs, int64 [n]."""
+        return images * len(self.views) + np.searchsorted(self.views, views)
+
+
 class ReplayedViews:
     """Batches of cached views: pixels rendered from the stored boxes, and the codec's arrays beside them.
 
     Item samples number the *cached* images of a shard (unreadable ones have no record). Digests are checked for
     the first `verify.first` items after a start or resume and then for one in `verify.every`.
 
+    Memory per process: `resident_units` times a shard's images times the views in use times a record's bytes, and
+    while a unit is read all of it and its largest array once more.
+
     Args:
         reader: the cache.
         source: from `join`.
         arrays: names of the codec's arrays to hand on.
         verify: how many pixel digests to check.
-        resident_units: units kept in memory per process; the order's mixing width times units per shard.
+        resident_units: units kept in memory per process, never more; `SampleOrder.resident_units` is what it needs.
     """
 
     def __init__(
@@ -110,8 +139,7 @@ class ReplayedViews:
     ) -> None:
         self.reader, self.source, self.arrays, self.verify = reader, source, tuple(arrays), verify
         self.resident_units = resident_units
-        self._resident: OrderedDict[str, UnitRecords] = OrderedDict()
-        self._positions: dict[str, dict[str, int]] = {}
+        self._resident: OrderedDict[str, ResidentUnit] = OrderedDict()
 
     def batch(self, numbered: Items) -> ViewBatch:
         """The batch of `numbered` items, int64 [B, 4]: shard, cached image, view, running number since the start.
@@ -119,57 +147,96 @@ class ReplayedViews:
         Raises:
             ViewMismatch: pixels differ from those the teacher saw.
             SourceError: an image that the cache holds is gone or unreadable.
-            CacheCorrupt: a unit's bytes are damaged.
+            CacheCorrupt: a unit's bytes are damaged, or it holds a key that its shard does not.
         """
-        items, numbers = numbered[:, :3], numbered[:, 3]
-        records = [self._unit(int(unit), int(view)) for unit, _, view in items]
-        rows = [record.unit.row(int(image), int(view)) for record, (_, image, view) in zip(records, items, strict=True)]
-        tar_items = items.copy()
-        tar_items[:, 1] = [
-            self._position(int(item[0]), record.keys[int(item[1])]) for record, item in zip(records, items, strict=True)
-        ]
-        stored = _StoredBoxes(records, rows, self.reader.manifest.views)
+        tar_items, numbers = numbered[:, :3].copy(), numbered[:, 3]
+        keys = [""] * len(numbered)
+        gathered: dict[str, Tensor] = {}
+        for shard, info, at in self._by_unit(numbered):
+            positions = self._gather(shard, info, at, numbered, gathered)
+            members = self.source.shards[shard].members()
+            tar_items[at, 1] = positions
+            for place, position in zip(at.tolist(), positions.tolist(), strict=True):
+                keys[place] = members.keys[position]
+        box, flip, digest = (gathered.pop(name) for name in _BASE_ARRAYS)
+        stored = _StoredBoxes(keys, box, flip, self.reader.manifest.views)
         batch = render_items(self.source.shards, tar_items, stored, int(self.reader.manifest.views["seed"]))
         if batch.unreadable:
             key, reason = batch.unreadable[0]
             raise SourceError(
                 f"image '{key}' is in the cache but can no longer be read", got=reason, hint="restore its shard"
             )
-        self._check(batch, records, rows, numbers)
-        return replace(batch, records={name: _gather(name, records, rows) for name in self.arrays})
+        self._check(batch, digest, numbers)
+        return replace(batch, records=gathered)
 
-    def _unit(self, shard: int, view: int) -> UnitRecords:
-        name = self.source.shards[shard].name
-        info = next(i for i in self.source.units[name] if view in i.unit.views)
-        identity = str(info.unit)
-        if identity not in self._resident:
-            self._resident[identity] = self.reader.read_unit(info, (*_BASE_ARRAYS, *self.arrays))
-            if len(self._resident) > self.resident_units:
+    def _by_unit(self, numbered: Items) -> Iterator[tuple[int, UnitInfo, _Index]]:
+        """Shard, unit and places in the batch of all items of that unit; units in memory come first.
+
+        A batch that passes from one group of shards to the next thus never reads a unit again that it had.
+        """
+        groups: list[tuple[int, UnitInfo, _Index]] = []
+        for shard in np.unique(numbered[:, 0]).tolist():
+            of_shard = np.flatnonzero(numbered[:, 0] == shard)
+            infos = self.source.units[self.source.shards[shard].name]
+            which = np.searchsorted([info.unit.first_view for info in infos], numbered[of_shard, 2], side="right") - 1
+            groups += [(shard, infos[number], of_shard[which == number]) for number in np.unique(which).tolist()]
+        yield from sorted(groups, key=lambda group: str(group[1].unit) not in self._resident)
+
+    def _gather(self, shard: int, info: UnitInfo, at: _Index, numbered: Items, gathered: dict[str, Tensor]) -> _Index:
+        """Copy the records of the items at places `at`, all of one unit, into `gathered` [B, ...]; made where absent.
+
+        Returns:
+            int64 [len(at)], the images' positions in their tar.
+        """
+        images, views = numbered[at, 1], numbered[at, 2]
+        unit = self._unit(shard, info, np.unique(views))
+        rows = unit.rows(images, views)
+        for name, array in unit.arrays.items():
+            if name not in gathered:
+                like = torch.from_numpy(array[:0])
+                gathered[name] = torch.empty((len(numbered), *array.shape[1:]), dtype=like.dtype)
+            gathered[name].numpy()[at] = array[rows]
+        positions: _Index = unit.positions[images]
+        return positions
+
+    def _unit(self, shard: int, info: UnitInfo, views: _Index) -> ResidentUnit:
+        name = str(info.unit)
+        held = self._resident.get(name)
+        if held is None or not np.isin(views, held.views).all():
+            self._resident.pop(name, None)
+            del held  # the memory of what is replaced is free before more is read
+            while len(self._resident) >= self.resident_units:
                 self._resident.popitem(last=False)
-        self._resident.move_to_end(identity)
-        return self._resident[identity]
+            self._resident[name] = self._read(shard, info, views)
+        self._resident.move_to_end(name)
+        return self._resident[name]
 
-    def _position(self, shard: int, key: str) -> int:
-        """The place of `key` in its tar: records are joined by key, never by position (I8)."""
+    def _read(self, shard: int, info: UnitInfo, views: _Index) -> ResidentUnit:
+        """The unit's records of `views`; of its others nothing is kept."""
+        records = self.reader.read_unit(info, (*_BASE_ARRAYS, *self.arrays))
         source = self.source.shards[shard]
-        if source.name not in self._positions:
-            self._positions[source.name] = {k: i for i, k in enumerate(source.members().keys)}
-        position = self._positions[source.name].get(key)
-        if position is None:
-            raise CacheCorrupt(f"key '{key}' of the cache is not in shard {source.name}")
-        return position
+        places = {key: place for place, key in enumerate(source.members().keys)}
+        for key in records.keys:
+            if key not in places:
+                raise CacheCorrupt(f"key '{key}' of the cache is not in shard {source.name}")
+        positions = np.array([places[key] for key in records.keys], dtype=np.int64)
+        arrays = records.arrays
+        # int64 and not uint64, which torch cannot index: as `pixel_digest` gives them.
+        arrays["digest"] = arrays["digest"].view(np.int64)
+        if len(views) < info.unit.num_views:
+            images = np.arange(info.num_images)
+            rows = (images[:, None] * info.unit.num_views + (views - info.unit.first_view)).reshape(-1)
+            for name in list(arrays):
+                arrays[name] = arrays[name][rows]  # one by one: the whole array goes before the next is copied
+        return ResidentUnit(tuple(views.tolist()), positions, arrays)
 
-    def _check(
-        self, batch: ViewBatch, records: Sequence[UnitRecords], rows: Sequence[int], numbers: npt.NDArray[np.int64]
-    ) -> None:
+    def _check(self, batch: ViewBatch, digests: Tensor, numbers: _Index) -> None:
         first, every = self.verify.first, self.verify.every
-        for place, number in enumerate(numbers.tolist()):
-            if not (number < first or (every and number % every == 0)):
-                continue
-            found = pixel_digest(batch.pixels[place]) & (2**64 - 1)
-            wanted = int(records[place].arrays["digest"][rows[place]])
+        due = (numbers < first) | (numbers % every == 0 if every else False)
+        for place in np.flatnonzero(due).tolist():
+            found, wanted = pixel_digest(batch.pixels[place]), int(digests[place])
             if found != wanted:
-                self._refuse(batch, place, found, wanted)
+                self._refuse(batch, place, found & (2**64 - 1), wanted & (2**64 - 1))
 
     def _refuse(self, batch: ViewBatch, place: int, found: int, wanted: int) -> None:
         then, now = self.reader.manifest.environment, environment()
@@ -185,17 +252,26 @@ class ReplayedViews:
 
 
 class _StoredBoxes:
-    """A view law that looks boxes up instead of drawing them: the i-th call is the i-th record."""
+    """A view law that looks boxes up instead of drawing them, for one call per item in the items' order.
 
-    def __init__(self, records: Sequence[UnitRecords], rows: Sequence[int], views: object) -> None:
-        assert isinstance(views, dict)
+    Items of unreadable images are passed over.
+
+    Args:
+        keys: of the B items.
+        box: int32 [B, 4]: top, left, height, width.
+        flip: uint8 [B].
+        views: the manifest's view law.
+    """
+
+    def __init__(self, keys: Sequence[str], box: Tensor, flip: Tensor, views: Mapping[str, Any]) -> None:
         self.size: int = views["size"]
         self.interpolation: str = views["interpolation"]
-        pairs = zip(records, rows, strict=True)
-        self._views = iter([_stored_view(record, row) for record, row in pairs])
+        self.scaled_decode: bool = views.get("scaled_decode", False)  # older caches were made without it
+        columns = (*box.T.tolist(), flip.bool().tolist())
+        self._views = zip(keys, map(View._make, zip(*columns, strict=True)), strict=True)
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View:
-        stored = next(self._views)
+        stored = next(box for name, box in self._views if name == key)
         if stored.top + stored.height > height or stored.left + stored.width > width:
             raise ViewMismatch(
                 f"image '{key}', view {view}: the stored box lies outside the image",
@@ -204,12 +280,3 @@ class _StoredBoxes:
                 hint="the image was replaced since the cache was made",
             )
         return stored
-
-
-def _stored_view(record: UnitRecords, row: int) -> View:
-    top, left, height, width = record.arrays["box"][row].tolist()
-    return View(top, left, height, width, bool(record.arrays["flip"][row]))
-
-
-def _gather(name: str, records: Sequence[UnitRecords], rows: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.stack([record.arrays[name][row] for record, row in zip(records, rows, strict=True)]))

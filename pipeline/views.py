@@ -29,8 +29,29 @@ class ViewLaw(Protocol):
 
     size: int
     interpolation: str
+    scaled_decode: bool  # large boxes are cut from an image decoded smaller: `reduction_of`
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View: ...
+
+
+def reduction_of(view: View, size: int) -> int:
+    """The largest of 8, 4, 2 that leaves both sides of the box at least `size` pixels long; else 1."""
+    short = min(view.height, view.width)
+    return next((reduction for reduction in (8, 4, 2) if short >= reduction * size), 1)
+
+
+def reduced(view: View, reduction: int) -> View:
+    """The box in an image decoded at 1/reduction: each edge goes to the nearest one there, halves away from zero.
+
+    A side that was at least reduction x size long stays at least `size` long, and the box stays inside the image.
+    """
+    if reduction == 1:
+        return view
+    half = reduction // 2
+    top, left = (view.top + half) // reduction, (view.left + half) // reduction
+    bottom = (view.top + view.height + half) // reduction
+    right = (view.left + view.width + half) // reduction
+    return View(top, left, bottom - top, right - left, view.flip)
 
 
 def view_key(seed: int, key: str, view: int) -> int:
@@ -60,6 +81,7 @@ class RandomViews:
         self.config = config
         self.size = config.size
         self.interpolation: str = config.interpolation
+        self.scaled_decode = config.scaled_decode
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View:
         draws = view_rng(self.config.seed, key, view)
@@ -94,6 +116,7 @@ class CentreView:
     """
 
     interpolation: str = "bicubic"
+    scaled_decode: bool = False
 
     def __init__(self, size: int, resize_ratio: float) -> None:
         self.size = size

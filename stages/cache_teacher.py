@@ -113,7 +113,7 @@ def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher
     return Manifest(
         source=shards,
         teacher=teacher.describe(),
-        views=views.model_dump(mode="json"),
+        views=views.identity(),
         num_views=recipe.num_views,
         codec={"name": codec.name, "version": codec.version, "parameters": recipe.codec.model_dump(mode="json")},
         environment=environment(),

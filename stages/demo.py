@@ -184,7 +184,7 @@ def _probe(
     like: CacheTeacherRecipe | TrainStudentRecipe, arm: str, model: Any, weights: str, **more: Any
 ) -> EvaluateRecipe:
     """k-NN and linear probe of one encoder on the demo's images: the whole image, mean over patch tokens."""
-    images = like.source.shards.parent
+    images = Path(like.source.shards).parent
     return EvaluateRecipe.model_validate(
         {
             "stage": "evaluate",

@@ -1,15 +1,20 @@
-"""`tinymim make-shards SRC DST`: images -> webdataset shards + an index. JPEG bytes are kept as they are."""
+"""`tinymim make-shards SRC DST`: images -> webdataset shards + an index. Image bytes are kept as they are, or, with
+`resize_short`, large images are made smaller: other pixels, another source.
+"""
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import webdataset
+from torch import Tensor
 
 from tinymim.configs.errors import SourceError
 from tinymim.configs.schema import SourceConfig
@@ -43,6 +48,8 @@ class Options:
     prefix: str = "shard"
     count: int = 2000
     seed: int = 0
+    resize_short: int = 0  # pixels; 0: every image keeps its bytes
+    quality: int = 95  # of the JPEGs that resize_short makes
 
 
 def run(source: str, target: Path, options: Options) -> dict[str, Any]:
@@ -59,14 +66,19 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
         raise SourceError("target folder is not empty", got=target, hint="give a new folder; nothing was changed")
     if options.images_per_shard < 1:
         raise SourceError("images per shard must be at least 1", got=options.images_per_shard)
+    if options.resize_short < 0:
+        raise SourceError("resize-short must be a number of pixels", got=options.resize_short, expected="0: no resize")
+    if not 1 <= options.quality <= 100:
+        raise SourceError("quality is no JPEG quality", got=options.quality, expected="1 to 100")
     total, classes, images = _find(source, options)
     if total == 0:
         raise SourceError("no images found", got=source, expected=f"files ending in {', '.join(IMAGE_EXTENSIONS)}")
     target.mkdir(parents=True, exist_ok=True)
     unreadable: list[dict[str, str]] = []
+    resized: list[str] = []
     rows: list[dict[str, Any]] = []
     with StopFlag() as stop, Meter("make-shards", total, "images") as meter:
-        readable = _readable(images, unreadable, meter, stop)
+        readable = _readable(images, options, unreadable, resized, meter, stop)
         for number, first in enumerate(readable):
             path = target / f"{options.prefix}-{number:06d}.tar"
             count = _write_shard(path, first, readable, options.images_per_shard)
@@ -88,29 +100,66 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
         "classes": classes,
         "num_samples": sum(row["num_samples"] for row in rows),
         "unreadable": unreadable,
-        "made_by": {"source": source, **(asdict(options) if source == DRAWN else {})},
+        "made_by": {"source": source, **_recorded(source, options, len(resized))},
     }
     write_json_atomic(target / INDEX_NAME, index)
     say(f"make-shards: {index['num_samples']:,} images in {len(rows)} shards, {len(unreadable)} unreadable")
+    if options.resize_short:
+        say(
+            f"make-shards: {len(resized):,} images resized to a short side of {options.resize_short} px and encoded "
+            f"anew: this is another source than {source}, and a cache of one does not fit the other"
+        )
     for row in unreadable[:10]:
         say(f"  unreadable: {row['origin']}: {row['reason']}")
     return index
 
 
+def _recorded(source: str, options: Options, resized: int) -> dict[str, Any]:
+    """The options that decide what is in the images, for the index."""
+    fields = asdict(options)
+    resize = {"resize_short": fields.pop("resize_short"), "quality": fields.pop("quality"), "resized": resized}
+    return (fields if source == DRAWN else {}) | (resize if options.resize_short else {})
+
+
 def _readable(
-    images: Iterator[Image], unreadable: list[dict[str, str]], meter: Meter, stop: StopFlag
+    images: Iterator[Image],
+    options: Options,
+    unreadable: list[dict[str, str]],
+    resized: list[str],
+    meter: Meter,
+    stop: StopFlag,
 ) -> Iterator[Image]:
-    """Images that decode; the others are listed."""
+    """Images that decode, resized where `options` says so; the keys of those and the unreadable ones are listed."""
     for image in images:
         if stop.requested:
             raise Interrupted("no index written; remove the folder and start again")
         meter.advance(1)
         try:
-            decode(image.data)
+            pixels = decode(image.data)
         except SourceError as error:
             unreadable.append({"origin": image.origin, "reason": str(error.got)})
             continue
+        if 0 < options.resize_short < min(pixels.shape[1:]):
+            resized.append(image.key)
+            image = replace(image, extension="jpg", data=shrink(pixels, options.resize_short, options.quality))
         yield image
+
+
+def shrink(pixels: Tensor, short: int, quality: int) -> bytes:
+    """A JPEG whose short side is `short` pixels, by Lanczos; chroma 4:2:0, whose decoding is the fastest; no EXIF.
+
+    Args:
+        pixels: uint8 [3, height, width], both sides longer than `short`.
+        short: pixels.
+        quality: 1 to 100.
+    """
+    height, width = pixels.shape[1:]
+    scale = short / min(height, width)
+    image = PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    smaller = image.resize((round(width * scale), round(height * scale)), PIL.Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    smaller.save(buffer, format="JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
 
 
 def _write_shard(path: Path, first: Image, rest: Iterator[Image], most: int) -> int:

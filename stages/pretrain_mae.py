@@ -12,7 +12,7 @@ from tinymim.models.vit import Normalise, build_vit, count_parameters
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.order import steps_per_epoch, training_batches
+from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.interrupt import Interrupted, StopFlag
@@ -56,33 +56,38 @@ def run(recipe: PretrainMaeRecipe) -> None:
     normalise = Normalise().to(device)
     optimiser = make_optimiser(model, recipe.optim)
     scaler = make_scaler(device, recipe.precision)
-    per_epoch = steps_per_epoch(source.counts, recipe.optim.batch_size)
-    schedule = make_schedule(recipe.optim, per_epoch)
+    order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, num_views=None)
+    schedule = make_schedule(recipe.optim, order.steps_per_epoch)
     num_patches = encoder.patch_embed.num_patches
 
     # ---- resume
     identity = state_identity(recipe, [shard.content_hash for shard in source.shards])
-    parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
+    parts = {"model": model, "optimiser": optimiser, "scaler": scaler, "order": order}
     folder = recipe.run.folder
     first_step = load_state(folder, identity, parts, device) if recipe.checkpoint.resume else 0
     say(
         f"pretrain-mae: {source.num_samples:,} images, {count_parameters(encoder):,} encoder parameters, "
         f"{schedule.total_steps:,} steps of {recipe.optim.batch_size} = "
-        f"{schedule.total_steps / per_epoch:.1f} epochs, peak lr {schedule.peak_lr:.2e}, from step {first_step:,}"
+        f"{schedule.total_steps / order.steps_per_epoch:.1f} epochs, peak lr {schedule.peak_lr:.2e}, "
+        f"from step {first_step:,}"
     )
 
     # ---- train
-    plan = training_batches(
-        source.counts, recipe.order, recipe.optim.batch_size, None, first_step, schedule.total_steps
-    )
     views = ImageViews(source.shards, RandomViews(recipe.views))
+    stream = batches(
+        views,
+        order.plan(schedule.total_steps),
+        recipe.loader,
+        pin_memory=device.type == "cuda",
+        batches_per_entry=recipe.order.views_per_decode,
+    )
     with (
         RunFolder(recipe, first_step) as log,
         StopFlag() as stop,
         Meter("pretrain-mae", schedule.total_steps, "steps", first_step) as meter,
     ):
         step = first_step
-        for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
+        for batch in stream:
             generator = seeded(device, recipe.run.seed, step)
             noise = torch.rand(len(batch.pixels), num_patches, device=device, generator=generator)
             with autocast(device, recipe.precision):
@@ -90,6 +95,7 @@ def run(recipe: PretrainMaeRecipe) -> None:
             lr = schedule.lr(step)
             optimiser_step(loss, model, optimiser, scaler, lr, recipe.optim.clip_norm)
             step += 1
+            order.step = step
             meter.advance(1)
             last = step == schedule.total_steps
             save = stop.requested or last or step % recipe.checkpoint.every_steps == 0

@@ -16,7 +16,7 @@ from tinymim.models.vit import Normalise, build_model, build_vit, count_paramete
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.jitter import jitter
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.order import numbered_batches, steps_per_epoch
+from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.calibrate import stored_constants
@@ -45,6 +45,7 @@ from tinymim.targets.losses import relation_loss
 from tinymim.targets.relations import QKV
 
 STUDENT_NAME = "student.safetensors"
+CPU = torch.device("cpu")
 
 
 def run(recipe: TrainStudentRecipe) -> None:
@@ -70,12 +71,13 @@ def run(recipe: TrainStudentRecipe) -> None:
     relation_heads = codec.relation_heads(heads)
     for skipped in source.skipped[:5]:
         say(f"train-student: shard {skipped} is not in the cache (yet) and is left out")
+    order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, manifest.num_views)
     views = ReplayedViews(
         reader,
         source,
         [spec.name for spec in codec.arrays(heads, tokens)],
         recipe.verify,
-        resident_units=recipe.order.shuffle_units + 1,
+        resident_units=order.resident_units(source.units_per_shard),
     )
 
     # ---- student, optimiser
@@ -85,23 +87,27 @@ def run(recipe: TrainStudentRecipe) -> None:
     normalise = Normalise().to(device)
     optimiser = make_optimiser(student, recipe.optim)
     scaler = make_scaler(device, recipe.precision)
-    per_epoch = steps_per_epoch(source.counts, recipe.optim.batch_size)
-    schedule = make_schedule(recipe.optim, per_epoch)
+    schedule = make_schedule(recipe.optim, order.steps_per_epoch)
 
     # ---- resume
     identity = state_identity(recipe, trained_on(reader, source))
-    parts = {"student": student, "optimiser": optimiser, "scaler": scaler}
+    parts = {"student": student, "optimiser": optimiser, "scaler": scaler, "order": order}
     folder = recipe.run.folder
     first_step = load_state(folder, identity, parts, device) if recipe.checkpoint.resume else 0
     say(
         f"train-student: {sum(source.counts):,} images x {manifest.num_views} views, "
         f"{count_parameters(student.vit):,} parameters, {schedule.total_steps:,} steps of {recipe.optim.batch_size} = "
-        f"{schedule.total_steps / per_epoch:.1f} epochs, peak lr {schedule.peak_lr:.2e}, from step {first_step:,}"
+        f"{schedule.total_steps / order.steps_per_epoch:.1f} epochs, peak lr {schedule.peak_lr:.2e}, "
+        f"from step {first_step:,}"
     )
 
     # ---- train
-    plan = numbered_batches(
-        source.counts, recipe.order, recipe.optim.batch_size, manifest.num_views, first_step, schedule.total_steps
+    stream = batches(
+        views,
+        order.plan(schedule.total_steps),
+        recipe.loader,
+        pin_memory=device.type == "cuda",
+        batches_per_entry=recipe.order.views_per_decode,
     )
     with (
         RunFolder(recipe, first_step) as log,
@@ -110,17 +116,18 @@ def run(recipe: TrainStudentRecipe) -> None:
     ):
         step = first_step
         student.train()
-        for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
+        for batch in stream:
             pixels = batch.pixels.to(device, non_blocking=True)
             records = {name: array.to(device, non_blocking=True) for name, array in batch.records.items()}
-            target = codec.decode(records, batch.view_keys.to(device), tokens)
-            images = normalise(jitter(pixels, recipe.jitter, seeded(device, recipe.run.seed, step)))
+            target = codec.decode(records, batch.view_keys.to(device, non_blocking=True), tokens)
+            images = normalise(jitter(pixels, recipe.jitter, seeded(CPU, recipe.run.seed, step)))
             with step_seed(recipe.run.seed, step), autocast(device, recipe.precision):
                 losses = relation_loss(QKV(*student(images)).resplit(relation_heads), target)
                 loss = torch.stack(list(losses.values())).sum()
             lr = schedule.lr(step)
             optimiser_step(loss, student, optimiser, scaler, lr, recipe.optim.clip_norm)
             step += 1
+            order.step = step
             meter.advance(1)
             last = step == schedule.total_steps
             save = stop.requested or last or step % recipe.checkpoint.every_steps == 0

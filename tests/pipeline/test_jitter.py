@@ -47,3 +47,23 @@ def test_factors_stay_within_their_strength() -> None:
 def test_no_strength_changes_nothing() -> None:
     config = JitterConfig(brightness=0, contrast=0, saturation=0)
     assert torch.equal(jitter(images(), config, torch.Generator()), images().float())
+
+
+def test_a_sample_gets_the_same_jitter_in_any_part_of_its_batch() -> None:
+    def run(pixels: Tensor, places: Tensor | None = None) -> Tensor:
+        return jitter(pixels, JitterConfig(), torch.Generator().manual_seed(5), places, len(images()))
+
+    whole = run(images())
+    for places in (torch.arange(0, 12, 2), torch.arange(1, 12, 2), torch.tensor([11]), torch.tensor([7, 3, 4])):
+        assert torch.equal(run(images()[places], places), whole[places])
+    others = images().clone()
+    others[1:] = 0
+    assert torch.equal(run(others)[0], whole[0])  # nothing of the neighbours goes into it
+
+
+def test_the_drawn_law_is_torchvisions() -> None:
+    """Factors uniform in 1 ± strength, as ColorJitter draws them."""
+    grey = torch.full((6000, 3, 1, 1), 100, dtype=torch.uint8)
+    bright = jitter(grey, JitterConfig(contrast=0, saturation=0), torch.Generator().manual_seed(2))[:, 0, 0, 0] / 100
+    found = torch.histc(bright, 8, 0.6, 1.4) / len(bright)
+    assert float((found - 1 / 8).abs().max()) < 0.02

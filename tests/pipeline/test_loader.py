@@ -84,12 +84,13 @@ def test_boxes_and_identities_are_the_laws(
 def test_one_decode_per_image_when_its_views_are_adjacent(drawn_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def counted(data: bytes) -> torch.Tensor:
+    def counted(data: bytes, *how: int) -> torch.Tensor:
         calls.append(len(data))
-        return decode(data)
+        return decode(data, *how)
 
     monkeypatch.setattr(dataset, "decode", counted)
     views = image_views(drawn_shards)
+    monkeypatch.setattr(views.law, "scaled_decode", False)  # otherwise one per size that is decoded
     [batch] = batches(views, view_batches(2, 10, (0, 1, 2), 10), LoaderConfig(workers=0))
     assert len(batch.keys) == 30 and len(calls) == 10
 
@@ -97,7 +98,7 @@ def test_one_decode_per_image_when_its_views_are_adjacent(drawn_shards: Path, mo
 def test_unreadable_images_are_left_out_and_listed(drawn_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views = image_views(drawn_shards)
     broken = views.shards[2].read(1)
-    monkeypatch.setattr(dataset, "decode", lambda data: decode(b"?" if data == broken else data))
+    monkeypatch.setattr(dataset, "decode", lambda data, *how: decode(b"?" if data == broken else data, *how))
     plan = np.array([[2, 0, 0], [2, 1, 0], [2, 1, 1], [2, 2, 0]])
     batch = views.batch(plan)
     key = views.shards[2].members().keys[1]

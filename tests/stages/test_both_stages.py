@@ -158,8 +158,8 @@ def test_records_are_joined_by_key_and_a_missing_key_is_named(home: Path) -> Non
 
 
 def test_a_changed_pixel_is_refused_and_the_image_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def another_decoder(data: bytes) -> torch.Tensor:
-        image = decode(data)
+    def another_decoder(data: bytes, *how: int) -> torch.Tensor:
+        image = decode(data, *how)
         image[:, image.shape[1] // 2, image.shape[2] // 2] ^= 1
         return image
 
@@ -171,7 +171,7 @@ def test_a_changed_pixel_is_refused_and_the_image_named(home: Path, monkeypatch:
 
 
 def test_another_version_of_a_library_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinymim.pipeline.dataset.decode", lambda data: 255 - decode(data))
+    monkeypatch.setattr("tinymim.pipeline.dataset.decode", lambda data, *how: 255 - decode(data, *how))
     versions = environment() | {"torchvision": "99.0"}
     monkeypatch.setattr("tinymim.pipeline.replay.environment", lambda: versions)
     with pytest.raises(ViewMismatch, match=r"torchvision .* -> 99\.0"):
@@ -297,6 +297,29 @@ def test_a_student_stopped_at_any_step_resumes_to_the_same_losses(home: Path, mo
         train_student.run(student_recipe(home, loader={"workers": 0, "prefetch": 2}))  # loading may change (I10)
         assert losses(home) == whole
         torch.testing.assert_close(load_file(home / "run-student" / "student.safetensors"), weights, rtol=0, atol=0)
+
+
+def test_all_views_of_an_epoch_from_one_decode_resume_in_the_middle_of_a_chunk(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = {"shuffle_units": 1, "lanes": 2, "views_per_decode": 2, "views_per_epoch": "all"}
+    recipe = student_recipe(home, order=order, optim={"batch_size": 8, "epochs": 1, "base_lr": 0.1})
+    train_student.run(recipe)
+    whole = losses(home)
+    assert len(whole) == 36 // 8 * 2
+    shutil.rmtree(home / "run-student")
+
+    def interrupt(seed: int, step: int) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step_seed(seed, step)
+
+    monkeypatch.setattr("tinymim.stages.train_student.step_seed", interrupt)
+    with pytest.raises(Interrupted, match="step 3"):
+        train_student.run(recipe)
+    monkeypatch.setattr("tinymim.stages.train_student.step_seed", step_seed)
+    train_student.run(recipe)
+    assert losses(home) == whole
 
 
 def test_a_state_of_another_recipe_is_refused(home: Path) -> None:

@@ -211,3 +211,64 @@ def test_stopped_runs_leave_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_shards_are_opened_from_the_index_without_a_scan(drawn_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Shard, "members", lambda self: pytest.fail("scanned"))
     assert open_shards(SourceConfig(shards=drawn_shards)).num_samples == 60
+
+
+# ---------------------------------------------------------------- resized images
+
+
+def photograph(width: int, height: int, fmt: str = "JPEG", **options: Any) -> bytes:
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([y * 255 // height, x * 255 // width, (x + y) % 256], axis=-1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=fmt, **options)
+    return buffer.getvalue()
+
+
+def test_large_images_are_resized_and_small_ones_keep_their_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "large.jpg": photograph(300, 200),
+        "tall.png": photograph(101, 250, "PNG"),
+        "turned.jpg": photograph(200, 130, exif=turned),
+        "exact.jpg": photograph(64, 90),
+        "small.webp": photograph(50, 60, "WEBP"),
+        "broken.jpg": b"?",
+    }
+    source = fill(tmp_path / "src", files)
+    index = make(source, tmp_path / "dst", resize_short=64, quality=90)
+    assert index["made_by"] == {"source": str(source), "resize_short": 64, "quality": 90, "resized": 3}
+    assert [row["origin"] for row in index["unreadable"]] == ["broken.jpg"]
+    found = {key: data for key, (data, _) in contents(tmp_path / "dst").items()}
+    assert found["exact"] == files["exact.jpg"] and found["small"] == files["small.webp"]
+    sizes = {"large": (96, 64), "tall": (64, 158), "turned": (98, 64)}  # EXIF orientation is ignored and dropped
+    for key, size in sizes.items():
+        with Image.open(io.BytesIO(found[key])) as image:
+            assert image.format == "JPEG" and image.size == size and not image.getexif()
+    assert "3 images resized" in capsys.readouterr().err
+    make(source, tmp_path / "again", resize_short=64, quality=90)
+    assert everything(tmp_path / "again") == everything(tmp_path / "dst")
+
+
+def test_resized_images_are_another_source(tmp_path: Path) -> None:
+    source = fill(tmp_path / "src", {"a.jpg": photograph(300, 200), "b.jpg": photograph(30, 20)})
+    hashes = {
+        make(source, tmp_path / f"dst-{short}-{quality}", resize_short=short, quality=quality)["shards"][0][
+            "content_hash"
+        ]
+        for short, quality in ((0, 95), (100, 95), (100, 80), (50, 95))
+    }
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"resize_short": -1}, "number of pixels"), ({"quality": 0}, "quality"), ({"quality": 101}, "quality")],
+)
+def test_bad_resize_options_write_nothing(tmp_path: Path, options: dict[str, int], message: str) -> None:
+    source = fill(tmp_path / "src", {"a.jpg": picture(1)})
+    with pytest.raises(SourceError, match=message):
+        make(source, tmp_path / "dst", **options)
+    assert not (tmp_path / "dst").exists()

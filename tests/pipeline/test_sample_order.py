@@ -1,0 +1,207 @@
+"""Lanes, several views of one decode, and the rest of an epoch after a stop: the same for all workers and ranks."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from tinymim.configs.errors import CheckpointError, RecipeError
+from tinymim.configs.schema import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
+from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.loader import batches
+from tinymim.pipeline.order import Items, SampleOrder, epoch_items, training_batches
+from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.views import RandomViews
+
+COUNTS = [7, 1, 12, 5, 9, 0, 14]  # 48
+Sample = tuple[int, int, int]
+
+
+def order_of(ranks: int, rank: int, counts: list[int] = COUNTS, batch_size: int = 8, **config: Any) -> SampleOrder:
+    fields = {"shuffle_units": 2, "lanes": 4, "views_per_decode": 2, "views_per_epoch": "all"} | config
+    return SampleOrder(counts, OrderConfig.model_validate(fields), batch_size, 4, rank, ranks)
+
+
+def samples(batch: Items) -> list[Sample]:
+    return [(int(unit), int(sample), int(view)) for unit, sample, view in batch[:, :3]]
+
+
+def global_steps(ranks: int, state: dict[str, Any] | None, last_step: int, **config: Any) -> list[Counter[Sample]]:
+    """The samples of every remaining step over all ranks, each restored from `state`."""
+    found: list[Counter[Sample]] = []
+    for rank in range(ranks):
+        order = order_of(ranks, rank, **config)
+        if state is not None:
+            order.load_state_dict(state)
+        steps = list(order.steps(last_step))
+        assert [step for step, _ in steps] == list(range(order.step, last_step))
+        found = found or [Counter() for _ in steps]
+        for seen, (_, items) in zip(found, steps, strict=True):
+            assert len(items) == 8 // ranks  # split evenly
+            seen.update(samples(items))
+    return found
+
+
+def every(counts: Iterable[int], views: int) -> Counter[Sample]:
+    return Counter((u, s, v) for u, count in enumerate(counts) for s in range(count) for v in range(views))
+
+
+# ---------------------------------------------------------------- the rest of an epoch
+
+
+@pytest.mark.parametrize("ranks_after", [1, 2, 4])
+@pytest.mark.parametrize("ranks_before", [1, 2, 4])
+def test_stopped_at_every_step_the_rest_is_the_same_for_any_ranks(ranks_before: int, ranks_after: int) -> None:
+    last = order_of(1, 0).steps_per_epoch
+    assert last == 24
+    whole = global_steps(ranks_before, None, last)
+    assert sum(whole, Counter()) == every(COUNTS, 4)  # none twice, none missing
+    for step in range(last + 1):
+        stopped = order_of(ranks_before, 0)
+        stopped.step = step
+        rest = global_steps(ranks_after, stopped.state_dict(), last)
+        assert rest == whole[step:] or (step == last and rest == [])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # fewer cores here
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_an_epoch_continued_with_other_workers_and_ranks_is_the_epoch(
+    workers: int, ranks: int, drawn_shards: Path
+) -> None:
+    source = open_shards(SourceConfig(shards=drawn_shards))
+    views = ImageViews(source.shards, RandomViews(ViewConfig(size=8)))
+    orders = [order_of(ranks, rank, source.counts, 20, views_per_epoch=2) for rank in range(ranks)]
+    last = orders[0].steps_per_epoch
+    whole = [samples(items) for _, items in order_of(1, 0, source.counts, 20, views_per_epoch=2).steps(last)]
+    assert sum(map(Counter, whole), Counter()) == every(source.counts, 2) and last == 6
+    for step in range(last):
+        stopped = order_of(1, 0, source.counts, 20, views_per_epoch=2)
+        stopped.step = step
+        rest: list[Counter[Sample]] = [Counter() for _ in range(step, last)]
+        for order in orders:
+            order.load_state_dict(stopped.state_dict())
+            loader = LoaderConfig(workers=workers, prefetch=1)
+            stream = batches(views, order.plan(last), loader, batches_per_entry=2)
+            for seen, batch in zip(rest, stream, strict=True):
+                seen.update(samples(batch.items))
+        assert rest == [Counter(batch) for batch in whole[step:]]
+
+
+def test_what_a_loader_takes_ahead_is_not_done() -> None:
+    order = order_of(1, 0)
+    plan = order.plan(10)
+    next(plan), next(plan)
+    assert order.state_dict()["step"] == 0
+
+
+@pytest.mark.parametrize("change", [{"lanes": 2}, {"shuffle_units": 3}, {"counts": [48]}, {"batch_size": 4}])
+def test_a_state_of_another_order_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="order of samples"):
+        order_of(1, 0, **change).load_state_dict(order_of(1, 0).state_dict())
+
+
+# ---------------------------------------------------------------- lanes and ranks
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4, 8])
+def test_lanes_are_equally_long_and_hold_every_sample_once(lanes: int) -> None:
+    config = OrderConfig(lanes=lanes, shuffle_units=2)
+    parts = [epoch_items(COUNTS, config, 3, 0, lane) for lane in range(lanes)]
+    assert sum((Counter(samples(part)) for part in parts), Counter()) == every(COUNTS, 1)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_rank_reads_only_the_shards_of_its_lanes() -> None:
+    counts = [10] * 16
+    seen = [
+        {u for _, items in order_of(4, rank, counts, views_per_epoch=2).steps(40) for u, _, _ in samples(items)}
+        for rank in range(4)
+    ]
+    assert [len(units) for units in seen] == [4, 4, 4, 4] and len(set.union(*seen)) == 16
+
+
+def test_numbers_count_a_ranks_own_views() -> None:
+    order = order_of(2, 1)
+    order.step = 5  # in the middle of a chunk
+    numbers = np.concatenate([items[:, 3] for _, items in order.steps(12)])
+    np.testing.assert_array_equal(numbers, np.arange(7 * 4))
+
+
+# ---------------------------------------------------------------- several views of one decode
+
+
+def test_every_batch_has_distinct_images_and_only_the_batches_of_a_chunk_share_them() -> None:
+    steps = [samples(items) for _, items in order_of(1, 0, shuffle_units=8).steps(24)]
+    images = [[(unit, sample) for unit, sample, _ in batch] for batch in steps]
+    assert all(len(set(batch)) == 8 for batch in images)
+    for first in range(0, 24, 2):
+        assert set(images[first]) == set(images[first + 1]) and images[first] != images[first + 1]
+        assert {v for batch in steps[first : first + 2] for _, _, v in batch} == {0, 1} if first < 12 else {2, 3}
+    assert len({image for batch in images[:12:2] for image in batch}) == 48  # a pass shows every image once
+
+
+def test_an_entry_of_the_plan_is_a_chunk_and_a_resumed_one_its_rest() -> None:
+    order = order_of(1, 0)
+    assert [entry.shape for entry in order.plan(5)] == [(2, 8, 4), (2, 8, 4), (1, 8, 4)]
+    whole = np.concatenate(list(order.plan(6)))
+    order.step = 1
+    rest = list(order.plan(6))
+    assert [len(entry) for entry in rest] == [1, 2, 2]
+    np.testing.assert_array_equal(np.concatenate(rest)[:, :, :3], whole[1:, :, :3])
+
+
+def test_a_number_of_views_per_epoch_goes_on_with_the_next_ones() -> None:
+    order = order_of(1, 0, views_per_decode=1, views_per_epoch=3)
+    epochs = [order.steps_per_epoch * e for e in range(4)]
+    views = [{int(v) for v in items[:, 2]} for _, items in order.steps(4 * order.steps_per_epoch)]
+    assert [set.union(*views[start : start + 18]) for start in epochs] == [{0, 1, 2}, {3, 0, 1}, {2, 3, 0}, {1, 2, 3}]
+
+
+def test_endless_views_never_repeat() -> None:
+    order = SampleOrder(COUNTS, OrderConfig(views_per_decode=2, views_per_epoch=2), 8, None)
+    seen = Counter(sample for _, items in order.steps(3 * order.steps_per_epoch) for sample in samples(items))
+    assert max(seen.values()) == 1 and {view for _, _, view in seen} == set(range(6))
+
+
+def test_one_view_and_one_lane_is_the_order_of_old() -> None:
+    plan = list(SampleOrder(COUNTS, OrderConfig(), 8, 2).plan(14))
+    assert {entry.shape for entry in plan} == {(1, 8, 4)}
+    expected = list(training_batches(COUNTS, OrderConfig(), 8, 2, 0, 14))
+    np.testing.assert_array_equal(np.concatenate(plan)[:, :, :3], np.stack(expected))
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("config", "num_views", "ranks", "match"),
+    [
+        ({"lanes": 3}, 4, 1, "lanes does not divide optim.batch_size"),
+        ({"lanes": 4}, 4, 3, "ranks does not divide order.lanes"),
+        ({}, 4, 2, "ranks does not divide order.lanes"),
+        ({"views_per_decode": 8, "views_per_epoch": 8}, 4, 1, "views_per_decode is more than the cache holds"),
+        ({"views_per_epoch": 8}, 4, 1, "views_per_epoch is more than the cache holds"),
+        ({"views_per_decode": 3, "views_per_epoch": "all"}, 4, 1, "does not divide the number of cached views"),
+        ({"views_per_epoch": "all"}, None, 1, "drawn without end"),
+    ],
+)
+def test_what_does_not_divide_is_refused(config: dict[str, Any], num_views: int | None, ranks: int, match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        SampleOrder(COUNTS, OrderConfig.model_validate(config), 8, num_views, 0, ranks)
+
+
+def test_an_epoch_of_half_a_decode_is_refused_by_the_schema() -> None:
+    with pytest.raises(ValidationError, match="multiple of views_per_decode"):
+        OrderConfig(views_per_decode=2)
+
+
+def test_the_units_needed_at_a_time_are_those_of_the_ranks_lanes() -> None:
+    assert SampleOrder(COUNTS, OrderConfig(), 8, 4).resident_units(units_per_shard=4) == 5
+    assert order_of(1, 0).resident_units(units_per_shard=1) == 4 * 3
+    assert order_of(4, 0).resident_units(units_per_shard=1) == 3
+    assert order_of(4, 0).resident_units(units_per_shard=4) == 6

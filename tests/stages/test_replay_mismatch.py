@@ -1,0 +1,159 @@
+"""Stage two sees the teacher's pixels or stops: another decoder, another resize, and images decoded smaller."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tinymim.configs.errors import CacheMismatch, ViewMismatch
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.pipeline.decode import decode, environment, render
+from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages.runfolder import read_metrics
+from tinymim.storage.reader import CacheReader
+
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
+ARCH: dict[str, Any] = {"embed_dim": 16, "depth": 1, **SIZES}
+
+
+def cache_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
+    fields: dict[str, Any] = {
+        "stage": "cache-teacher",
+        "source": {"shards": root / "shards"},
+        "views": {"size": 32},
+        "num_views": 2,
+        "teacher": {"name": "vit_tiny_patch16_224", "block": 1, "weights": str(root / "t.safetensors"), **ARCH},
+        "codec": {"rows": 4, "tail_k": 2},
+        "cache": root / "cache",
+        "loader": {"workers": 0},
+        "audit_views": 0,
+        "run": {"folder": root / "run-cache", "device": "cpu", "threads": 1},
+    }
+    return CacheTeacherRecipe.model_validate(fields | changes)
+
+
+def train(root: Path) -> list[float]:
+    fields: dict[str, Any] = {
+        "stage": "train-student",
+        "source": {"shards": root / "shards"},
+        "cache": root / "cache",
+        "student": {"name": "vit_tiny_patch16_224", **ARCH},
+        "optim": {"batch_size": 6, "steps": 4, "base_lr": 0.1},
+        "loader": {"workers": 0},
+        "run": {"folder": root / "run-student", "device": "cpu", "threads": 1, "log_every": 1},
+    }
+    train_student.run(TrainStudentRecipe.model_validate(fields))
+    return [line["loss"] for line in read_metrics(root / "run-student")]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Twelve photographs-to-be of many sizes, 40 to 700 pixels, some progressive, some PNG; and a random teacher."""
+    source = tmp_path / "images"
+    source.mkdir()
+    for number in range(12):
+        side = 40 + 60 * number
+        y, x = np.mgrid[:side, : side + 13]
+        pixels = np.stack([y * 7 % 256, x * 3 % 256, (x + number) * y % 251], axis=-1).astype(np.uint8)
+        fmt, options = ("PNG", {}) if number % 5 == 4 else ("JPEG", {"progressive": number % 3 == 0})
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format=fmt, **options)
+        (source / f"{number:02d}.{fmt.lower()}").write_bytes(buffer.getvalue())
+    make_shards.run(str(source), tmp_path / "shards", make_shards.Options(images_per_shard=6))
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **ARCH).state_dict(), tmp_path / "t.safetensors")
+    return tmp_path
+
+
+def test_images_decoded_smaller_replay_to_the_same_pixels(home: Path) -> None:
+    cache_teacher.run(cache_recipe(home))
+    assert CacheReader(home / "cache").manifest.views["scaled_decode"] is True
+    assert len(train(home)) == 4  # all digests checked: verify.first is 4096
+
+
+def test_a_cache_from_before_scaled_decoding_replays_and_grows_without_it(home: Path) -> None:
+    full = {"size": 32, "scaled_decode": False}
+    cache_teacher.run(cache_recipe(home, views=full, num_views=1))
+    manifest = CacheReader(home / "cache").manifest
+    assert "scaled_decode" not in manifest.views  # as such a cache is
+    with pytest.raises(CacheMismatch, match=r"views\.scaled_decode"):
+        cache_teacher.run(cache_recipe(home, num_views=2))
+    cache_teacher.run(cache_recipe(home, views=full, num_views=2))
+    assert CacheReader(home / "cache").coverage().complete
+    assert len(train(home)) == 4
+
+
+def test_scaled_decoding_is_another_law(home: Path) -> None:
+    digests = []
+    for name, views in {"cache": {"size": 32}, "full": {"size": 32, "scaled_decode": False}}.items():
+        cache_teacher.run(cache_recipe(home, views=views, cache=home / name, run={"folder": home / f"run-{name}"}))
+        reader = CacheReader(home / name)
+        digests.append(np.concatenate([reader.read_unit(unit).arrays["digest"] for unit in reader.units()]))
+    assert len(digests[0]) == 24 and 0 < int((digests[0] != digests[1]).sum()) < 24
+
+
+def _refused(home: Path) -> ViewMismatch:
+    with pytest.raises(ViewMismatch) as caught:
+        train(home)
+    assert not (home / "run-student" / "student.safetensors").exists()
+    return caught.value
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    monkeypatch.setattr("tinymim.pipeline.replay.environment", lambda: environment() | versions)
+
+
+def test_another_decoder_is_refused_with_all_that_there_is_to_say(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_teacher.run(cache_recipe(home))
+
+    def another(data: bytes, *how: int) -> torch.Tensor:
+        return decode(data, *how) ^ 1  # the last bit, as another inverse DCT would
+
+    monkeypatch.setattr("tinymim.pipeline.dataset.decode", another)
+    _pretend(monkeypatch, simplejpeg="99.0", pillow="98.0")
+    error = _refused(home)
+    text = str(error)
+    key = error.what.split("'")[1]
+    assert any(key in CacheReader(home / "cache").read_unit(unit).keys for unit in CacheReader(home / "cache").units())
+    assert "view 0" in text or "view 1" in text
+    got, expected = str(error.got).removeprefix("digest "), str(error.expected).removeprefix("digest ")
+    assert len(got) == len(expected) == 16 and got != expected
+    stored = {f"{d:016x}" for u in CacheReader(home / "cache").units() for d in _digests(home, u)}
+    assert expected in stored and got not in stored
+    now = environment()
+    assert f"simplejpeg {now['simplejpeg']} -> 99.0" in text and f"pillow {now['pillow']} -> 98.0" in text
+    assert "torchvision" not in text  # only what differs
+
+
+def _digests(home: Path, unit: Any) -> list[int]:
+    digests: list[int] = CacheReader(home / "cache").read_unit(unit).arrays["digest"].tolist()
+    return digests
+
+
+def test_another_resize_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_teacher.run(cache_recipe(home))
+
+    def another(image: torch.Tensor, view: Any, size: int, interpolation: str) -> torch.Tensor:
+        return render(image, view, size, "bilinear")
+
+    monkeypatch.setattr("tinymim.pipeline.dataset.render", another)
+    _pretend(monkeypatch, torch="99.0", canary="0" * 16)
+    assert "torch " in str(_refused(home)) and "canary" in str(_refused(home))
+
+
+def test_the_fallback_decoder_is_no_mismatch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_teacher.run(cache_recipe(home))
+    whole = train(home)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("damaged")
+
+    monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)  # Pillow takes over, at every scale
+    (home / "run-student").rename(home / "before")
+    assert train(home) == whole
