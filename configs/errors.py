@@ -4,6 +4,7 @@ TinymimError
 ├── UserError (exit 2)
 │   ├── RecipeError       the recipe or a flag is wrong
 │   ├── SourceError       the images or shards are wrong
+│   ├── StoreError        an object store refuses, fails, or holds another object than before
 │   ├── CheckpointError   weights do not exist, do not fit or cannot be trusted
 │   ├── CacheMismatch     a cache was made by something else than what is wanted (I6)
 │   ├── CacheCorrupt      bytes of a cache are missing or changed
@@ -73,6 +74,14 @@ class RecipeError(UserError):
 
 class SourceError(UserError):
     """Images or shards are missing, unreadable or inconsistent."""
+
+
+class StoreError(UserError):
+    """An object store refuses, fails, or holds another object than before.
+
+    Not a SourceError: those count as unreadable images and are passed over up to a limit, and a store that is down
+    must never cost a cache its images.
+    """
 
 
 class CheckpointError(UserError):

@@ -24,7 +24,7 @@ from obstore.exceptions import (
 )
 from obstore.store import HTTPStore, from_url
 
-from tinymim.configs.errors import UserError, first_line
+from tinymim.configs.errors import StoreError, first_line
 from tinymim.pipeline.walk import Walk
 
 if TYPE_CHECKING:
@@ -52,14 +52,6 @@ _CREDENTIALS = (
     "check the credentials and the endpoint in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, "
     "AWS_ENDPOINT_URL; AWS_SKIP_SIGNATURE=true for a public bucket)"
 )
-
-
-class StoreError(UserError):
-    """An object store refuses, fails, or holds another object than before.
-
-    Not a SourceError: those count as unreadable images and are passed over up to a limit, and a store that is down
-    must never cost a cache its images.
-    """
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def draw_images(target: Path, count: int, seed: int, images_per_shard: int) -> N
         SourceError: the folder holds something else.
     """
     options = make_shards.Options(images_per_shard=images_per_shard, count=count, seed=seed)
-    wanted = {"source": make_shards.DRAWN, **asdict(options)}
+    wanted = {"source": make_shards.DRAWN, **make_shards.recorded(make_shards.DRAWN, options)}
     if target.exists():
         found = read_index(target)["made_by"] if (target / INDEX_NAME).exists() else "no index"
         if found == wanted:

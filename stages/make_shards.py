@@ -100,7 +100,7 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
         "classes": classes,
         "num_samples": sum(row["num_samples"] for row in rows),
         "unreadable": unreadable,
-        "made_by": {"source": source, **_recorded(source, options, len(resized))},
+        "made_by": {"source": source, **recorded(source, options, len(resized))},
     }
     write_json_atomic(target / INDEX_NAME, index)
     say(f"make-shards: {index['num_samples']:,} images in {len(rows)} shards, {len(unreadable)} unreadable")
@@ -114,7 +114,7 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
     return index
 
 
-def _recorded(source: str, options: Options, resized: int) -> dict[str, Any]:
+def recorded(source: str, options: Options, resized: int = 0) -> dict[str, Any]:
     """The options that decide what is in the images, for the index."""
     fields = asdict(options)
     resize = {"resize_short": fields.pop("resize_short"), "quality": fields.pop("quality"), "resized": resized}

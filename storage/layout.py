@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from numcodecs import Zstd
 from zarr.buffer.cpu import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
@@ -24,6 +25,8 @@ from tinymim.storage.manifest import Manifest
 
 CHUNK_RECORDS = 64
 ZSTD_LEVEL = 1
+CRC_BYTES = 4
+_ZSTD = Zstd()  # decoding needs no level
 ATTRIBUTE = "tinymim"
 METADATA = "zarr.json"
 
@@ -209,6 +212,38 @@ def decode_array(name: str, files: Mapping[str, bytes]) -> npt.NDArray[Any]:
     if array.size and len(files) < 2:
         raise ValueError("no payload file")
     return np.asarray(array[...])
+
+
+def decode_checked_array(name: str, files: Mapping[str, bytes]) -> npt.NDArray[Any]:
+    """As `decode_array`, for files whose digests were compared: chunks are unpacked here, without zarr's event loop.
+
+    zarr-python takes 2 to 3 ms an array, ten times what unpacking takes (docs/log.md); a unit has ten arrays and more.
+
+    Raises:
+        ValueError: the metadata is not what `write_array` writes, or chunks do not fit it.
+    """
+    metadata = json.loads(files[f"{name}/{METADATA}"])
+    [sharding] = metadata["codecs"]
+    inner = sharding["configuration"]
+    chain = [codec["name"] for codec in inner["codecs"]]
+    if (
+        sharding["name"] != "sharding_indexed"
+        or chain != ["bytes", "zstd", "crc32c"]
+        or inner["index_location"] != "end"
+    ):
+        raise ValueError(f"codecs {chain} are not those of format version 1")
+    shape, length = tuple(metadata["shape"]), inner["chunk_shape"][0]
+    dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    [payload] = [memoryview(data) for path, data in files.items() if not path.endswith(METADATA)]
+    chunks = -(-shape[0] // length)
+    # The index, at the end: offset and size of each chunk as uint64, then the index's own crc32c.
+    places = np.frombuffer(payload, "<u8", 2 * chunks, offset=len(payload) - 16 * chunks - CRC_BYTES).reshape(-1, 2)
+    values = np.empty((chunks * length, *shape[1:]), dtype)
+    for number, (offset, size_bytes) in enumerate(places.tolist()):
+        _ZSTD.decode(payload[offset : offset + size_bytes - CRC_BYTES], values[number * length : (number + 1) * length])
+    return values[: shape[0]]
 
 
 def component(relative_path: str) -> str:

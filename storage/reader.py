@@ -164,7 +164,7 @@ class CacheReader:
                 path: read_checked(folder / path, file, verify or path.endswith(layout.METADATA))
                 for path, file in stored.items()
             }
-            return layout.decode_array(name, files)
+            return layout.decode_checked_array(name, files) if verify else layout.decode_array(name, files)
         except CacheCorrupt:
             raise
         except Exception as error:  # whatever zarr and its codecs raise on bytes they cannot decode

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinymim.configs.errors import RecipeError, UserError
+from tinymim.configs.errors import RecipeError, StoreError, UserError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import SourceConfig, ViewConfig
 from tinymim.pipeline import remote, remote_members
 from tinymim.pipeline.dataset import ImageViews
-from tinymim.pipeline.remote import BlockReader, RemoteObject, StoreError
+from tinymim.pipeline.remote import BlockReader, RemoteObject
 from tinymim.pipeline.shards import INDEX_NAME, Shard, ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.tests import s3_server

@@ -10,6 +10,7 @@ import pytest
 import zarr
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch
+from tinymim.storage import layout
 from tinymim.storage.layout import UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter
@@ -187,3 +188,24 @@ def test_large_and_empty_units(tmp_path: Path) -> None:
     assert nothing.arrays["box"].shape == (0, 4)
     array = zarr.open_array(tmp_path / "units/train-000/v0-2/qk_index", mode="r")
     assert (array.chunks, array.shards) == ((64, 3, 4, 2), (320, 3, 4, 2))
+
+
+@pytest.mark.parametrize("shape", [(1,), (64, 3), (65, 2, 3), (130, 4), (0, 5), (7, 0)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "float16", "float32"])
+def test_checked_arrays_are_what_zarr_reads(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    size = int(np.prod(shape))
+    values = (np.arange(size) * 7919 % 251).astype(dtype).reshape(shape)
+    layout.write_array(tmp_path, "values", values)
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in found}
+    got = layout.decode_checked_array("values", files)
+    assert got.dtype == values.dtype and np.array_equal(got, values)
+    assert np.array_equal(layout.decode_array("values", files), values)
+
+
+def test_checked_arrays_of_other_codecs_are_refused(tmp_path: Path) -> None:
+    layout.write_array(tmp_path, "values", np.arange(9, dtype="u1"))
+    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    files["values/zarr.json"] = files["values/zarr.json"].replace(b"zstd", b"gzip")
+    with pytest.raises(ValueError, match="not those of format version 1"):
+        layout.decode_checked_array("values", files)
