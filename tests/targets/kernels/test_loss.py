@@ -179,7 +179,15 @@ def test_the_kernels_compile_without_a_gpu(kernel: str, tmp_path: Path, monkeypa
     function = getattr(loss_triton, kernel)
     names = function.arg_names
     block_q, block_t, warps = loss_triton._HALF.rows if kernel == "_rows_kernel" else loss_triton._HALF.columns
-    constants: dict[str, Any] = {"K": 8, "TAIL": 0, "HAS_ROWS": True, "SPLIT": True, "WITH_GRAD": True}
+    constants: dict[str, Any] = {
+        "K": 8,
+        "TAIL": 0,
+        "HAS_ROWS": True,
+        "SPLIT": True,
+        "WITH_GRAD": True,
+        "Q": 64,
+        "T": 197,
+    }
     constants |= {"BLOCK_Q": block_q, "BLOCK_T": block_t, "BLOCK_D": 64}
     pointers = {"a": "*bf16", "b": "*bf16", "rows": "*i64", "index": "*i64"}
 
