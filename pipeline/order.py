@@ -214,24 +214,6 @@ def _refuse_misfit(order: OrderConfig, batch_size: int, num_views: int | None, w
         )
 
 
-def training_batches(
-    counts: Sequence[int], order: OrderConfig, batch_size: int, num_views: int | None, first_step: int, last_step: int
-) -> Iterator[Items]:
-    """The batches of steps [first_step, last_step) of a run on one rank, each int64 [batch_size, 3]."""
-    for items in numbered_batches(counts, order, batch_size, num_views, first_step, last_step):
-        yield items[:, :3]
-
-
-def numbered_batches(
-    counts: Sequence[int], order: OrderConfig, batch_size: int, num_views: int | None, first_step: int, last_step: int
-) -> Iterator[Items]:
-    """As `training_batches`, with a running number from 0 at `first_step` as a fourth column [batch_size, 4]."""
-    samples = SampleOrder(counts, order, batch_size, num_views)
-    samples.step = first_step
-    for _, items in samples.steps(last_step):
-        yield items
-
-
 def view_batches(unit: int, num_samples: int, views: Sequence[int], images_per_batch: int) -> Iterator[Items]:
     """Every one of `views` of every sample of one shard, in tar order; the views of an image are adjacent.
 

@@ -13,9 +13,10 @@ from tinymim.pipeline import dataset
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, pixel_digest
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.order import Items, training_batches, view_batches
+from tinymim.pipeline.order import Items, view_batches
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews, View, view_key
+from tinymim.tests.pipeline.plans import training_batches
 
 SEED = 3
 

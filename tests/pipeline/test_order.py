@@ -7,11 +7,10 @@ from tinymim.configs.schema import OrderConfig
 from tinymim.pipeline.order import (
     Items,
     epoch_items,
-    numbered_batches,
     steps_per_epoch,
-    training_batches,
     view_batches,
 )
+from tinymim.tests.pipeline.plans import numbered_batches, training_batches
 
 COUNTS = [7, 1, 12, 5, 9]
 

@@ -13,9 +13,10 @@ from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.schema import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.order import Items, SampleOrder, epoch_items, training_batches
+from tinymim.pipeline.order import Items, SampleOrder, epoch_items
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
+from tinymim.tests.pipeline.plans import training_batches
 
 COUNTS = [7, 1, 12, 5, 9, 0, 14]  # 48
 Sample = tuple[int, int, int]
