@@ -39,6 +39,7 @@ from tinymim.stages.training import (
 )
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.constants import constants_digest
+from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
@@ -64,14 +65,20 @@ def run(recipe: TrainStudentRecipe) -> None:
         torch.set_num_threads(recipe.run.threads)
     reader = CacheReader(recipe.cache)
     manifest = reader.manifest
-    source = join(open_shards(recipe.source), reader)
-    constants = stored_constants(reader.path, manifest, device)
+    num_views = views_in_use(recipe, manifest)
+    source = join(open_shards(recipe.source), reader, num_views, recipe.on_missing)
+    constants = stored_constants(reader.store, manifest, device)
     codec = stored_codec(manifest.codec, recipe.targets, constants)
     heads, tokens = int(manifest.teacher["heads"]), int(manifest.teacher["tokens"])
     relation_heads = codec.relation_heads(heads)
     for skipped in source.skipped[:5]:
         say(f"train-student: shard {skipped} is not in the cache (yet) and is left out")
-    order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, manifest.num_views)
+    if source.skipped or source.without_record:
+        say(
+            f"train-student: on_missing: skip leaves out {len(source.skipped):,} shards, and "
+            f"{source.without_record:,} images of the others that the cache holds no record of"
+        )
+    order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, num_views)
     views = ReplayedViews(
         reader,
         source,
@@ -95,7 +102,7 @@ def run(recipe: TrainStudentRecipe) -> None:
     folder = recipe.run.folder
     first_step = load_state(folder, identity, parts, device) if recipe.checkpoint.resume else 0
     say(
-        f"train-student: {sum(source.counts):,} images x {manifest.num_views} views, "
+        f"train-student: {sum(source.counts):,} images x {num_views} views, "
         f"{count_parameters(student.vit):,} parameters, {schedule.total_steps:,} steps of {recipe.optim.batch_size} = "
         f"{schedule.total_steps / order.steps_per_epoch:.1f} epochs, peak lr {schedule.peak_lr:.2e}, "
         f"from step {first_step:,}"
@@ -166,9 +173,21 @@ def run(recipe: TrainStudentRecipe) -> None:
         say(f"train-student: warning: still at their initial values: {', '.join(report['never_updated'])}")
 
 
+def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:
+    """Views of every image that the student is trained on. Raises RecipeError where the cache is for fewer."""
+    if recipe.num_views is not None and recipe.num_views > manifest.num_views:
+        raise RecipeError(
+            "num_views is more than the cache is for",
+            got=recipe.num_views,
+            expected=f"at most {manifest.num_views}",
+            hint="`tinymim cache-teacher` with a larger num_views adds to the cache",
+        )
+    return recipe.num_views or manifest.num_views
+
+
 def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
     """What a training state depends on beside the recipe: the cache's spec and constants, the bytes of its images."""
-    constants = constants_digest(reader.path, reader.manifest)
+    constants = constants_digest(reader.store, reader.manifest)
     hashes = [shard.content_hash for shard in source.shards]
     return [reader.manifest.spec_id, *([constants] if constants else []), *hashes]
 

@@ -1,6 +1,6 @@
 """Reading a cache: committed units only, whole arrays, nothing decoded before it was checked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy.typing as npt
 
-from tinymim.configs.errors import CacheCorrupt
 from tinymim.storage import layout
-from tinymim.storage.commit import UnitInfo, corrupt_unit, key_digest, read_checked, read_commits
+from tinymim.storage.commit import (
+    StoredFile,
+    UnitInfo,
+    corrupt_unit,
+    encode_commit,
+    files_of,
+    key_digest,
+    read_commits,
+    read_files,
+)
 from tinymim.storage.constants import constants_bytes, constants_digest
 from tinymim.storage.layout import UnitId
+from tinymim.storage.store import open_store
 
 
 @dataclass(frozen=True)
@@ -68,20 +77,26 @@ class Coverage:
 class CacheReader:
     """A cache as it is when opened: units committed later are seen by the next reader. Picklable.
 
+    Args:
+        place: the cache's folder, or its URL in an object store.
+
     Attributes:
-        path: the cache's folder.
+        place: the same.
+        store: the cache's files.
         manifest: compare it with `manifest.check_same` before using a record.
 
     Raises:
-        UserError: there is no cache at `path`.
+        UserError: there is no cache at `place`.
+        StoreError: the object store refuses or fails.
         CacheMismatch: an unknown format version.
         CacheCorrupt: a damaged manifest or commit record, or a unit made with other constants than are there.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
-        self.manifest = layout.read_manifest(self.path)
-        self._units = read_commits(self.path, self.manifest, constants_digest(self.path, self.manifest))
+    def __init__(self, place: str | Path) -> None:
+        self.store = open_store(place)
+        self.place = self.store.place
+        self.manifest = layout.read_manifest(self.store)
+        self._units = read_commits(self.store, self.manifest, constants_digest(self.store, self.manifest))
 
     def units(self) -> list[UnitInfo]:
         """The committed units in source order, then by view; not all need be there, see `coverage`."""
@@ -114,58 +129,61 @@ class CacheReader:
             CacheCorrupt: a file is missing or changed, or an array is not in the unit; names unit and array.
         """
         wanted = info.arrays if arrays is None else list(arrays)
-        key_arrays = {name: self._read_array(info, name, verify) for name in layout.KEY_ARRAYS}
+        read = self._read_arrays(info, [*layout.KEY_ARRAYS, *wanted], verify)
+        key_arrays = {name: read.pop(name) for name in layout.KEY_ARRAYS}
         if key_digest(key_arrays) != info.key_digest:
-            raise corrupt_unit(self.path, info.unit, "the keys do not have the committed key_digest")
+            raise corrupt_unit(self.place, info.unit, "the keys do not have the committed key_digest")
         try:
             keys = layout.decode_keys(key_arrays)
         except ValueError as error:
-            raise corrupt_unit(self.path, info.unit, f"array key_bytes cannot be decoded: {error}") from error
-        values = {name: self._read_array(info, name, verify) for name in wanted}
-        records = UnitRecords(info.unit, keys, values)
+            raise corrupt_unit(self.place, info.unit, f"array key_bytes cannot be decoded: {error}") from error
+        records = UnitRecords(info.unit, keys, read)
         if not len(keys) == len(records.index) == info.num_images:
             raise corrupt_unit(
-                self.path, info.unit, "wrong number of keys", got=len(records.index), expected=info.num_images
+                self.place, info.unit, "wrong number of keys", got=len(records.index), expected=info.num_images
             )
-        for name, array in values.items():
-            if len(array) != info.num_records:
-                raise corrupt_unit(
-                    self.path,
-                    info.unit,
-                    f"array {name} has a wrong number of records",
-                    got=len(array),
-                    expected=info.num_records,
-                )
         return records
 
     def bytes_by_component(self) -> dict[str, int]:
         """Bytes on disk by array name, over all committed units; "overhead" for metadata and commits, "constants"."""
-        metadata = [self.path / layout.METADATA, self.path / "units" / layout.METADATA]
-        units = [info.unit for info in self._units]
-        metadata += {layout.unit_folder(self.path, unit).parent / layout.METADATA for unit in units}
-        metadata += [layout.commit_file(self.path, unit) for unit in units]
-        total = {"overhead": sum(path.stat().st_size for path in metadata)}
+        groups = 1 + len({info.unit.shard for info in self._units})
+        overhead = len(layout.root_group(self.manifest)) + groups * len(layout.plain_group())
+        total = {"overhead": overhead + sum(len(encode_commit(info)) for info in self._units)}
         for info in self._units:
             for name, file in info.files.items():
                 part = layout.component(name)
                 total[part] = total.get(part, 0) + file.size_bytes
-        if size_bytes := constants_bytes(self.path, self.manifest):
+        if size_bytes := constants_bytes(self.store, self.manifest):
             total["constants"] = size_bytes
         return total
 
-    def _read_array(self, info: UnitInfo, name: str, verify: bool) -> npt.NDArray[Any]:
-        stored = info.files_of(name)
-        if not stored:
-            raise corrupt_unit(self.path, info.unit, f"there is no array {name}", expected=", ".join(info.arrays))
-        folder = layout.unit_folder(self.path, info.unit)
+    def _read_arrays(self, info: UnitInfo, names: Sequence[str], verify: bool) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of a unit by name. From a distant store all are fetched at once, else one after the other."""
+        folder, stored = layout.unit_folder(info.unit), {name: files_of(info.files, name) for name in names}
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        fetched: dict[str, bytes] = {}
+        if self.store.distant:
+            everything = {path: file for files in stored.values() for path, file in files.items()}
+            fetched = self._read_files(info, "files", folder, everything, verify)
+        for name, files in stored.items():
+            if not files:
+                raise corrupt_unit(self.place, info.unit, f"there is no array {name}", expected=", ".join(info.arrays))
+            if self.store.distant:
+                data = {path: fetched.pop(path) for path in files}
+            else:
+                data = self._read_files(info, f"array {name}", folder, files, verify)
+            try:
+                num_records = None if name in layout.KEY_ARRAYS else info.num_records
+                arrays[name] = layout.decode_array(name, data, num_records, verify)
+            except Exception as error:  # whatever zarr and its codecs raise on bytes they cannot decode
+                raise corrupt_unit(self.place, info.unit, f"array {name} is damaged: {error}") from error
+        return arrays
+
+    def _read_files(
+        self, info: UnitInfo, what: str, folder: str, files: Mapping[str, StoredFile], verify: bool
+    ) -> dict[str, bytes]:
         try:
             # zarr 3.1 reads a lost or empty file as zeros, so it is only given bytes that were checked.
-            files = {
-                path: read_checked(folder / path, file, verify or path.endswith(layout.METADATA))
-                for path, file in stored.items()
-            }
-            return layout.decode_checked_array(name, files) if verify else layout.decode_array(name, files)
-        except CacheCorrupt:
-            raise
-        except Exception as error:  # whatever zarr and its codecs raise on bytes they cannot decode
-            raise corrupt_unit(self.path, info.unit, f"array {name} is damaged: {error}") from error
+            return read_files(self.store, folder, files, verify)
+        except ValueError as error:
+            raise corrupt_unit(self.place, info.unit, f"{what} is damaged: {error}") from error

@@ -10,8 +10,8 @@ import obstore
 import pytest
 
 from tinymim.configs.schema import SourceConfig
-from tinymim.pipeline.remote import open_store
 from tinymim.pipeline.shards import ShardSet, open_shards
+from tinymim.storage.objects import connect
 from tinymim.tests import s3_server
 
 Opened = Callable[..., ShardSet]
@@ -79,7 +79,7 @@ def opened(request: pytest.FixtureRequest, own_cache: Path, monkeypatch: pytest.
     def uploaded(folder: Path, pattern: str = "*.tar") -> ShardSet:
         url = f"s3://{s3_server.BUCKET}/copies/{next(_numbers)}"
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            obstore.put(open_store(url), str(path.relative_to(folder)), path.read_bytes())
+            obstore.put(connect(url), str(path.relative_to(folder)), path.read_bytes())
         return open_shards(SourceConfig(shards=url, pattern=pattern))
 
     if request.param == "s3":
