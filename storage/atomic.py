@@ -1,5 +1,6 @@
 """Files that are either whole or absent, and the one canonical form of JSON."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -14,6 +15,8 @@ from pathlib import Path
 PARTIAL_SUFFIX = ".partial"
 HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 DAY_S = 86_400
+# What file systems without hard links say; on those two processes may both believe that they were first.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _numbers = itertools.count()
 _PARTIAL_NAME = re.compile(rf"\.(?P<host>[0-9a-f]{{8}})-(?P<pid>[0-9]+)-[0-9]+{re.escape(PARTIAL_SUFFIX)}$")
 
@@ -81,10 +84,9 @@ def create_bytes_atomic(path: Path, data: bytes) -> bool:
         os.link(temp, path)
     except FileExistsError:
         return False
-    except OSError:
-        if path.exists() or not temp.exists():
+    except OSError as error:
+        if error.errno not in _NO_LINKS or path.exists():
             raise
-        # A file system without hard links, where two processes may both believe that they were first.
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)

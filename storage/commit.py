@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy.typing as npt
+from google_crc32c import value as crc32c
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinymim.configs.errors import CacheCorrupt
@@ -27,10 +28,11 @@ REPAIR = "`tinymim cache repair RECIPE` computes it again"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Size in bytes and digest (`digest_hex`) of one file of a unit or of the constants."""
+    """Size in bytes, digest (`digest_hex`) and crc32c of one file of a unit or of the constants."""
 
     size_bytes: int
     blake2b: str
+    crc32c: int
 
 
 class _StoredFile(BaseModel):
@@ -38,6 +40,7 @@ class _StoredFile(BaseModel):
 
     size_bytes: Size
     blake2b: Digest
+    crc32c: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class RecordBase(BaseModel):
@@ -51,7 +54,7 @@ class RecordBase(BaseModel):
 
     def stored_files(self) -> dict[str, StoredFile]:
         """`files`, as the rest of storage holds them."""
-        return {path: StoredFile(file.size_bytes, file.blake2b) for path, file in self.files.items()}
+        return {path: StoredFile(**dict(file)) for path, file in self.files.items()}
 
 
 Record = TypeVar("Record", bound=RecordBase)
@@ -119,18 +122,20 @@ def files_of(files: Mapping[str, StoredFile], array: str) -> dict[str, StoredFil
 
 
 def described(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-    """Size and digest of every file."""
-    return {path: StoredFile(len(data), digest_hex(data)) for path, data in files.items()}
+    """Size, digest and checksum of every file."""
+    return {path: StoredFile(len(data), digest_hex(data), crc32c(data)) for path, data in files.items()}
 
 
-def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verify: bool = True) -> dict[str, bytes]:
-    """The bytes of files of `folder`, by path relative to it.
+def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verify: bool) -> dict[str, bytes]:
+    """The bytes of files of `folder`, by path relative to it, their sizes and checksums compared.
+
+    A crc32c of the whole file finds flipped bits and files that took one another's place; it costs a ninth of blake2b.
 
     Args:
         store: of the cache.
         folder: relative to the store.
         files: what is recorded of them.
-        verify: compare the digests of payload, too; sizes and metadata are compared in any case.
+        verify: compare the digests, too, which also somebody who wants to could not forge.
 
     Raises:
         ValueError: a file is missing, or not what is recorded; names the file.
@@ -146,7 +151,9 @@ def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verif
         data = found[f"{folder}/{path}"]
         if len(data) != file.size_bytes:
             raise ValueError(f"{path} has {len(data)} bytes, committed were {file.size_bytes}")
-        if (verify or path.endswith(layout.METADATA)) and digest_hex(data) != file.blake2b:
+        if crc32c(data) != file.crc32c:
+            raise ValueError(f"{path} does not have its committed checksum")
+        if verify and digest_hex(data) != file.blake2b:
             raise ValueError(f"{path} does not have its committed digest")
     return {path: found[f"{folder}/{path}"] for path in files}
 
@@ -253,6 +260,20 @@ def parse_commit(place: Path | str, path: str, data: bytes, manifest: Manifest) 
         statistics=record.statistics,
         constants=record.constants,
     )
+
+
+def read_identity(data: bytes, path: str) -> tuple[str, UnitId, str]:
+    """What a commit record says of itself where there is no manifest to check it against.
+
+    Returns:
+        Its spec_id, its unit, and the content hash of the unit's shard.
+
+    Raises:
+        CacheMismatch: the record has an unknown format version.
+        ValueError: it is damaged; `path` is named.
+    """
+    record, _ = parse_record(data, _CommitRecord, path)
+    return record.spec_id, UnitId(record.shard.name, record.first_view, record.num_views), record.shard.content_hash
 
 
 # ---- records: JSON with a digest of itself

@@ -50,8 +50,8 @@ def read_constants(store: Store, manifest: Manifest) -> dict[str, npt.NDArray[An
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name in array_names(stored):
         try:
-            files = read_files(store, CONSTANTS, files_of(stored, name))
-            arrays[name] = layout.decode_array(name, files, None, checked=True)
+            files = read_files(store, CONSTANTS, files_of(stored, name), verify=True)
+            arrays[name] = layout.decode_array(name, files, None)
         except (ValueError, RuntimeError, KeyError) as error:  # what the decompressor raises, too
             raise _corrupt(store.place, f"array {name} of {store.place}/{CONSTANTS} is damaged: {error}") from error
     return arrays

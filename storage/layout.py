@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -15,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from numcodecs import Zstd
-from zarr.buffer.cpu import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from tinymim.configs.errors import CacheCorrupt, SourceError, UserError
-from tinymim.storage.atomic import canonical_json
-from tinymim.storage.manifest import Manifest
+from tinymim.storage.atomic import canonical_json, digest_hex
+from tinymim.storage.manifest import REPAIR, Manifest
 from tinymim.storage.store import Store
 
 CHUNK_RECORDS = 64
@@ -38,7 +38,8 @@ DTYPES: Mapping[str, str] = MappingProxyType(
     | {f"float{8 * size}": f"<f{size}" for size in (2, 4, 8)}
 )
 
-ATTRIBUTE = "tinymim"
+ATTRIBUTE, DIGEST_ATTRIBUTE = "tinymim", "tinymim_digest"
+_OF_GROUP = {"node_type": "group", "zarr_format": 3}
 METADATA = "zarr.json"
 UNITS, COMMITS = "units", "commits"
 CONSTANTS, CONSTANTS_RECORD = "constants", "constants.json"
@@ -146,18 +147,28 @@ def read_manifest(store: Store) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no cache at {store.place}", hint=hint) from None
     except (ValueError, RecursionError) as error:
-        raise CacheCorrupt(
-            f"{store.place}/{METADATA} is damaged: {error}", hint="`tinymim cache repair` rebuilds it from the recipe"
-        ) from error
+        raise CacheCorrupt(f"{store.place}/{METADATA} is damaged: {error}", hint=REPAIR) from error
     attributes = stored.get("attributes") if isinstance(stored, dict) else None
     if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
-        raise UserError(f"{store.place} is a zarr group but not a tinymim cache", hint=hint)
-    return Manifest.from_json(attributes[ATTRIBUTE])
+        raise UserError(f"{store.place}/{METADATA} is of a zarr group but not of a tinymim cache", hint=hint)
+    manifest = Manifest.from_json(attributes.pop(ATTRIBUTE), f"{store.place}/{METADATA}")
+    # The first caches had no digest of their manifest.
+    rest = {key: value for key, value in stored.items() if key != "attributes"}
+    if attributes not in ({DIGEST_ATTRIBUTE: _manifest_digest(manifest)}, {}) or rest != _OF_GROUP:
+        raise CacheCorrupt(
+            f"{store.place}/{METADATA} is damaged: the manifest does not have its {DIGEST_ATTRIBUTE}",
+            hint=REPAIR,
+        )
+    return manifest
 
 
 def root_group(manifest: Manifest) -> bytes:
-    """The metadata of the root group, which holds the manifest."""
-    return _group({ATTRIBUTE: manifest.to_json()})
+    """The metadata of the root group, which holds the manifest and its digest."""
+    return _group({ATTRIBUTE: manifest.to_json(), DIGEST_ATTRIBUTE: _manifest_digest(manifest)})
+
+
+def _manifest_digest(manifest: Manifest) -> str:
+    return digest_hex(canonical_json(manifest.to_json()))
 
 
 def plain_group() -> bytes:
@@ -192,18 +203,19 @@ def encode_array(name: str, values: npt.NDArray[Any], whole: bool = False) -> di
     return {path: data.to_bytes() for path, data in files.items() if path.startswith(f"{name}/")}
 
 
-def decode_array(name: str, files: Mapping[str, bytes], num_records: int | None, checked: bool) -> npt.NDArray[Any]:
-    """The array `name` from the bytes of its files (paths relative to its group).
+def decode_array(name: str, files: Mapping[str, bytes], num_records: int | None) -> npt.NDArray[Any]:
+    """The array `name` from the bytes of its files (paths relative to its group), whose checksums were compared.
+
+    Chunks are unpacked here: zarr-python's event loop takes 2 to 3 ms an array, ten times what unpacking takes, and it
+    reads a lost or empty file as zeros (3.1).
 
     Args:
         name: of the array.
         files: its metadata and, unless it is empty, its payload.
         num_records: what its first axis must be; None: anything.
-        checked: the digests of the files were compared. Chunks are then unpacked here, without zarr's event loop
-            (zarr-python takes 2 to 3 ms an array, ten times what unpacking takes: docs/log.md) and without crc32c.
 
     Raises:
-        ValueError: the metadata is not what `encode_array` writes, or the payload does not fit it.
+        ValueError, RuntimeError: the metadata is not what `encode_array` writes, or the payload does not fit it.
     """
     shape, dtype, length = _described(name, files[f"{name}/{METADATA}"])
     if num_records is not None and shape[0] != num_records:
@@ -218,9 +230,6 @@ def decode_array(name: str, files: Mapping[str, bytes], num_records: int | None,
     # Before anything is allocated: a few bytes may claim any shape.
     if chunks * length * math.prod(shape[1:]) * dtype.itemsize > len(payload) * ZSTD_MOST:
         raise ValueError(f"{chunks} chunks of {[length, *shape[1:]]} cannot come out of {len(payload)} bytes")
-    if not checked:
-        store = MemoryStore({path: Buffer.from_bytes(data) for path, data in files.items()}, read_only=True)
-        return np.asarray(zarr.open_array(store, path=name, mode="r")[...])
     # The index, at the end: offset and size of each chunk as uint64, then the index's own crc32c.
     places = np.frombuffer(payload, "<u8", 2 * chunks, offset=len(payload) - 16 * chunks - CRC_BYTES).reshape(-1, 2)
     values = np.empty((chunks * length, *shape[1:]), dtype)
@@ -231,6 +240,7 @@ def decode_array(name: str, files: Mapping[str, bytes], num_records: int | None,
     return values[: shape[0]]
 
 
+@lru_cache(maxsize=1024)
 def _described(name: str, metadata: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, dtype and records of an inner chunk; ValueError unless the metadata is what `encode_array` writes."""
     try:
@@ -276,4 +286,4 @@ def decode_keys(arrays: Mapping[str, npt.NDArray[Any]]) -> list[str]:
 
 
 def _group(attributes: dict[str, Any]) -> bytes:
-    return canonical_json({"attributes": attributes, "node_type": "group", "zarr_format": 3})
+    return canonical_json({"attributes": attributes, **_OF_GROUP})

@@ -23,14 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import StoreError
-from tinymim.storage.atomic import canonical_json
-from tinymim.storage.layout import LEASES
-from tinymim.storage.store import Store
+from tinymim.storage.atomic import DAY_S, canonical_json
+from tinymim.storage.layout import LEASES, UNITS, shard_stem
+from tinymim.storage.store import Entry, Store
 
 DEFAULT_LEASE_S = 60.0
 BEATS_PER_LEASE = 5
 LIMIT_BYTES = 4096
 _NAME = re.compile(rf"{LEASES}/(?P<name>.+)\.g(?P<generation>[0-9]{{1,9}})\.json")
+
+
+def shard_lease(shard: str) -> str:
+    """The lease on the units of a source shard. Not one per unit: jobs that want different views must not overlap."""
+    return f"{UNITS}/{shard_stem(shard)}"
 
 
 @dataclass
@@ -132,6 +137,20 @@ class Leases:
         """The leases that exist, of whomever, dead or alive."""
         matches = (_NAME.fullmatch(entry.path) for entry in self.store.list(LEASES))
         return {match["name"] for match in matches if match}
+
+    def living(self) -> dict[str, Holder | None]:
+        """The leases whose owners are not known to be dead, and whose they are as far as it can be read.
+
+        It looks once and writes nothing, so the dead of other machines are only told by a day without a beat.
+        """
+        latest: dict[str, tuple[int, Entry]] = {}
+        for entry in self.store.list(LEASES):
+            if match := _NAME.fullmatch(entry.path):
+                name, generation = match["name"], int(match["generation"])
+                latest[name] = max(latest.get(name, (0, entry)), (generation, entry), key=lambda found: found[0])
+        old = time.time() - DAY_S
+        paths = {name: entry.path for name, (_, entry) in latest.items() if entry.modified.timestamp() > old}
+        return {name: self.holder(name) for name, path in paths.items() if not self._dead(path)}
 
     @contextmanager
     def exclusively(self, name: str) -> Iterator[None]:

@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 SPEC_ID_CHARS = 16
 LISTED_DIFFERENCES = 8
 ABSENT = "(absent)"
+REPAIR = "`tinymim cache repair RECIPE` rebuilds it from the recipe"
 _short = Repr()
 
 Count = Annotated[int, Field(ge=1, lt=2**40)]
@@ -153,32 +154,32 @@ class Manifest:
         return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
 
     @classmethod
-    def from_json(cls, stored: object) -> "Manifest":
-        """The manifest from its stored form.
+    def from_json(cls, stored: object, owner: str) -> "Manifest":
+        """The manifest from its stored form, found in `owner`.
 
         Raises:
             CacheMismatch: its format version is not one this code reads.
             CacheCorrupt: a section or key is missing, unknown or of the wrong type.
         """
         if not isinstance(stored, dict) or "format_version" not in stored:
-            raise CacheCorrupt("the cache manifest has no format_version")
-        require_format_version(stored["format_version"], "the cache")
+            raise CacheCorrupt(f"the manifest in {owner} has no format_version", hint=REPAIR)
+        require_format_version(stored["format_version"], owner)
         expected = set(cls.__dataclass_fields__)
         if stored.keys() != expected:
             raise CacheCorrupt(
-                "the cache manifest has missing or unknown sections",
+                f"the manifest in {owner} has missing or unknown sections",
                 got=", ".join(sorted(stored)),
                 expected=", ".join(sorted(expected)),
+                hint=REPAIR,
             )
         try:
             source = tuple(SourceShard(**shard) for shard in stored["source"])
             return cls(**{**stored, "source": source})
         except ValidationError as error:
-            raise CacheCorrupt(
-                f"the cache manifest is damaged: {'; '.join(invalid_fields('source.', error))}"
-            ) from error
+            problems = "; ".join(invalid_fields("source.", error))
+            raise CacheCorrupt(f"the manifest in {owner} is damaged: {problems}", hint=REPAIR) from error
         except (TypeError, ValueError, RecursionError) as error:
-            raise CacheCorrupt(f"the cache manifest is damaged: {error}") from error
+            raise CacheCorrupt(f"the manifest in {owner} is damaged: {error}", hint=REPAIR) from error
 
 
 def require_format_version(version: object, owner: str) -> None:
@@ -194,8 +195,8 @@ def require_format_version(version: object, owner: str) -> None:
 
 def invalid_fields(prefix: str, error: ValidationError) -> Iterator[str]:
     """What pydantic refuses, a line per field."""
-    for problem in error.errors(include_url=False, include_context=False):
-        place = ".".join(map(str, problem["loc"]))
+    for problem in error.errors(include_url=False, include_context=False)[:LISTED_DIFFERENCES]:
+        place = ".".join(str(part) if str(part).isidentifier() else _short.repr(part) for part in problem["loc"])
         lacks = problem["type"] in ("missing", "missing_argument")
         got = "" if lacks else f", got {_short.repr(problem['input'])}"
         yield f"{prefix}{place}: {problem['msg']}{got}"

@@ -6,18 +6,19 @@ store, so the same code serves a disk, a network file system and S3.
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 
 from tinymim.storage.atomic import (
     PARTIAL_SUFFIX,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 REQUESTS = 16  # at once, to an object store
-WRITE_TIMEOUT_S = 600.0  # for one request of the largest file
+WRITE_TIMEOUT_S = 300.0  # for one request of the largest file
+TIMEOUT_PAUSES_S = (1.0, 5.0)  # before a PUT that was not answered is sent again
 
 
 class TooLarge(ValueError):
@@ -214,7 +216,7 @@ class RemoteStore:
     def _create(self, path: str, data: bytes) -> bool:
         with self._explained(path):
             try:
-                obstore.put(self._objects, path, data, mode="create")
+                self._put(path, data, "create")
             except (AlreadyExistsError, PreconditionError):
                 # Also after an own PUT whose answer was lost and which was repeated: only the content tells.
                 answer = obstore.get(self._objects, path)
@@ -223,7 +225,13 @@ class RemoteStore:
 
     def write(self, path: str, data: bytes) -> None:
         with self._explained(path):
-            obstore.put(self._objects, path, data)
+            self._put(path, data, "overwrite")
+
+    def _put(self, path: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+        _insist(lambda: obstore.put(self._objects, path, data, mode=mode))
+
+    def _delete(self, paths: str | Sequence[str]) -> None:
+        _insist(lambda: obstore.delete(self._objects, paths))
 
     def exists(self, path: str) -> bool:
         try:
@@ -248,7 +256,7 @@ class RemoteStore:
         for path in paths:
             try:
                 with self._explained(path):
-                    obstore.delete(self._objects, path)
+                    self._delete(path)
             except FileNotFoundError:
                 continue
 
@@ -256,7 +264,7 @@ class RemoteStore:
         paths = [entry.path for entry in self.list(prefix)]
         if paths:
             with self._explained(prefix):
-                obstore.delete(self._objects, paths)
+                self._delete(paths)
 
     def remove_dead_writes(self, folders: Iterable[str]) -> None:
         """Nothing: an object is there whole or not at all."""
@@ -269,6 +277,23 @@ class RemoteStore:
             raise FileNotFoundError(f"{self.place}/{path}") from error
         except (BaseError, OSError, NotImplementedError) as error:
             raise store_error(f"{self.place}/{path}".rstrip("/"), error) from error
+
+
+def _insist(request: Callable[[], object]) -> None:
+    """Make a request that changes something, again where no answer came.
+
+    obstore repeats what a server refuses for the moment, but no PUT or DELETE without an answer: it cannot know that
+    ours do no harm twice.
+    """
+    for pause_s in TIMEOUT_PAUSES_S:
+        try:
+            request()
+            return
+        except GenericError as error:
+            if "Timeout" not in str(error):
+                raise
+            time.sleep(pause_s)
+    request()
 
 
 def _refuse_large(path: str, size_bytes: int, limit: int) -> None:

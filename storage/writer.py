@@ -24,7 +24,7 @@ from tinymim.storage.atomic import canonical_json
 from tinymim.storage.commit import UnitInfo, described, encode_commit, key_digest, read_commits
 from tinymim.storage.constants import constants_digest, constants_files, read_constants
 from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS, UnitId
-from tinymim.storage.leases import DEFAULT_LEASE_S, Holder, Leases
+from tinymim.storage.leases import DEFAULT_LEASE_S, Holder, Leases, shard_lease
 from tinymim.storage.manifest import Manifest, check_same, grown
 from tinymim.storage.store import Store, open_store
 
@@ -129,7 +129,7 @@ class CacheWriter:
             return True
         leases = self._open_leases()
         with explained_write_errors(self.store):
-            if not leases.claim(_lease_of(unit.shard)):
+            if not leases.claim(shard_lease(unit.shard)):
                 return False
             committed = self.refresh()
             if _overlapping(unit, committed):
@@ -142,7 +142,7 @@ class CacheWriter:
     def holders(self, units: Iterable[UnitId]) -> list[Holder]:
         """Who is at work on the shards of `units`, as far as that can be told."""
         leases = self._open_leases()
-        found = (leases.holder(_lease_of(shard)) for shard in sorted({unit.shard for unit in units}))
+        found = (leases.holder(shard_lease(shard)) for shard in sorted({unit.shard for unit in units}))
         return sorted({holder for holder in found if holder is not None}, key=str)
 
     @contextmanager
@@ -276,7 +276,7 @@ class CacheWriter:
         """Remove a unit, its commit record first. False where a living writer is at work on its shard."""
         leases = self._open_leases()
         with explained_write_errors(self.store):
-            if not leases.claim(_lease_of(unit.shard)):
+            if not leases.claim(shard_lease(unit.shard)):
                 return False
             self.store.remove([layout.commit_file(unit)])
             self.store.remove_tree(layout.unit_folder(unit))
@@ -294,7 +294,7 @@ class CacheWriter:
                 raise self._taken(unit)
 
     def _require_lease(self, unit: UnitId) -> None:
-        if not self._open_leases().holds(_lease_of(unit.shard)):
+        if not self._open_leases().holds(shard_lease(unit.shard)):
             raise self._taken(unit)
 
     def _taken(self, unit: UnitId) -> UnitTaken:
@@ -303,7 +303,7 @@ class CacheWriter:
 
     def _release(self, unit: UnitId) -> None:
         if not any(other.shard == unit.shard for other in self._claimed):
-            self._open_leases().release(_lease_of(unit.shard))
+            self._open_leases().release(shard_lease(unit.shard))
 
     def _open_leases(self) -> Leases:
         if self._leases is None:
@@ -340,9 +340,9 @@ class CacheWriter:
 
 def is_foreign(store: Store) -> bool:
     """Whether a place holds anything but what a writer that died before its manifest may have left."""
-    if store.exists(METADATA):
-        return False
-    return any(not entry.path.startswith(f"{LEASES}/") and entry.path != ".lock" for entry in store.list())
+    strangers = any(not entry.path.startswith(f"{LEASES}/") and entry.path != ".lock" for entry in store.list())
+    # Looked for last: another writer may be making the cache at this moment, and its manifest comes first.
+    return strangers and not store.exists(METADATA)
 
 
 @contextmanager
@@ -359,11 +359,6 @@ def explained_write_errors(store: Store) -> Iterator[None]:
             if full
             else "check that the folder exists, is writable and is on a healthy disk; committed units are intact",
         ) from error
-
-
-def _lease_of(shard: str) -> str:
-    """Per shard, not per unit: jobs that want different numbers of views must not overlap."""
-    return f"{UNITS}/{layout.shard_stem(shard)}"
 
 
 def _overlapping(unit: UnitId, others: Iterable[UnitId]) -> list[UnitId]:

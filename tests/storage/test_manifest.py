@@ -98,7 +98,7 @@ def test_no_cache_other_zarr_and_cut_json(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cache"):
         CacheReader(tmp_path / "nowhere")
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
-    with pytest.raises(UserError, match="not a tinymim cache"):
+    with pytest.raises(UserError, match="not of a tinymim cache"):
         CacheReader(tmp_path)
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, ')
     with pytest.raises(CacheCorrupt, match=r"zarr\.json"):

@@ -91,7 +91,7 @@ def units_of(manifest: Manifest) -> list[UnitId]:
     return [UnitId(shard.name, 0, manifest.num_views) for shard in manifest.source]
 
 
-def make_tiny_cache(path: Path) -> Manifest:
+def make_tiny_cache(path: Path | str) -> Manifest:
     """The cache that is committed as `tests/data/cache_v1`: three units, the second shard partial."""
     manifest = make_manifest()
     first, second = (shard.name for shard in manifest.source)
