@@ -1,6 +1,8 @@
 """Reading a cache: committed units only, whole arrays, nothing decoded before it was checked."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,6 @@ import numpy.typing as npt
 
 from tinymim.storage import layout
 from tinymim.storage.commit import (
-    StoredFile,
     UnitInfo,
     corrupt_unit,
     encode_commit,
@@ -22,6 +23,8 @@ from tinymim.storage.commit import (
 from tinymim.storage.constants import constants_bytes, constants_digest
 from tinymim.storage.layout import UnitId
 from tinymim.storage.store import open_store
+
+_Fetched = dict[str, dict[str, bytes]]  # by array, then by path relative to the unit's folder
 
 
 @dataclass(frozen=True)
@@ -127,21 +130,29 @@ class CacheReader:
         Raises:
             CacheCorrupt: a file is missing or changed, or an array is not in the unit; names unit and array.
         """
-        wanted = info.arrays if arrays is None else list(arrays)
-        read = self._read_arrays(info, [*layout.KEY_ARRAYS, *wanted], verify)
-        key_arrays = {name: read.pop(name) for name in layout.KEY_ARRAYS}
-        if key_digest(key_arrays) != info.key_digest:
-            raise corrupt_unit(self.place, info.unit, "the keys do not have the committed key_digest")
-        try:
-            keys = layout.decode_keys(key_arrays)
-        except ValueError as error:
-            raise corrupt_unit(self.place, info.unit, f"array key_bytes cannot be decoded: {error}") from error
-        records = UnitRecords(info.unit, keys, read)
-        if not len(keys) == len(records.index) == info.num_images:
-            raise corrupt_unit(
-                self.place, info.unit, "wrong number of keys", got=len(records.index), expected=info.num_images
-            )
-        return records
+        return self._unpack(info, self._fetch(info, arrays, verify))
+
+    def read_units(
+        self, infos: Iterable[UnitInfo] | None = None, arrays: Sequence[str] | None = None, verify: bool = False
+    ) -> Iterator[UnitRecords]:
+        """Read units one after the other; the files of the next one are fetched while one is unpacked and used.
+
+        Two units are in memory at a time, one of them packed.
+
+        Args:
+            infos: which; None: all, in source order.
+            arrays: as for `read_unit`, whose errors it raises.
+            verify: the same.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            ahead: deque[tuple[UnitInfo, Future[_Fetched]]] = deque()
+            for info in self._units if infos is None else infos:
+                ahead.append((info, pool.submit(self._fetch, info, arrays, verify)))
+                if len(ahead) == 2:
+                    before, fetched = ahead.popleft()
+                    yield self._unpack(before, fetched.result())
+            for info, fetched in ahead:
+                yield self._unpack(info, fetched.result())
 
     def bytes_by_component(self) -> dict[str, int]:
         """Bytes on disk by array name, over all committed units; "overhead" for metadata and commits, "constants"."""
@@ -156,32 +167,37 @@ class CacheReader:
             total["constants"] = size_bytes
         return total
 
-    def _read_arrays(self, info: UnitInfo, names: Sequence[str], verify: bool) -> dict[str, npt.NDArray[Any]]:
-        """Arrays of a unit by name. From a distant store all are fetched at once, else one after the other."""
-        folder, stored = layout.unit_folder(info.unit), {name: files_of(info.files, name) for name in names}
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        fetched: dict[str, bytes] = {}
-        if self.store.distant:
-            everything = {path: file for files in stored.values() for path, file in files.items()}
-            fetched = self._read_files(info, "files", folder, everything, verify)
+    def _fetch(self, info: UnitInfo, arrays: Sequence[str] | None, verify: bool) -> _Fetched:
+        """The checked files of arrays and keys, by array."""
+        names = [*layout.KEY_ARRAYS, *(info.arrays if arrays is None else arrays)]
+        stored = {name: files_of(info.files, name) for name in names}
         for name, files in stored.items():
             if not files:
                 raise corrupt_unit(self.place, info.unit, f"there is no array {name}", expected=", ".join(info.arrays))
-            if self.store.distant:
-                data = {path: fetched.pop(path) for path in files}
-            else:
-                data = self._read_files(info, f"array {name}", folder, files, verify)
+        everything = {path: file for files in stored.values() for path, file in files.items()}
+        try:
+            found = read_files(self.store, layout.unit_folder(info.unit), everything, verify)
+        except ValueError as error:
+            raise corrupt_unit(self.place, info.unit, str(error)) from error
+        return {name: {path: found[path] for path in files} for name, files in stored.items()}
+
+    def _unpack(self, info: UnitInfo, fetched: _Fetched) -> UnitRecords:
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name in list(fetched):
             try:
                 num_records = None if name in layout.KEY_ARRAYS else info.num_records
-                arrays[name] = layout.decode_array(name, data, num_records)
+                arrays[name] = layout.decode_array(name, fetched.pop(name), num_records)
             except (ValueError, RuntimeError) as error:  # what the decompressor raises, too
                 raise corrupt_unit(self.place, info.unit, f"array {name} is damaged: {error}") from error
-        return arrays
-
-    def _read_files(
-        self, info: UnitInfo, what: str, folder: str, files: Mapping[str, StoredFile], verify: bool
-    ) -> dict[str, bytes]:
+        key_arrays = {name: arrays.pop(name) for name in layout.KEY_ARRAYS}
+        if key_digest(key_arrays) != info.key_digest:
+            raise corrupt_unit(self.place, info.unit, "the keys do not have the committed key_digest")
         try:
-            return read_files(self.store, folder, files, verify)
+            keys = layout.decode_keys(key_arrays)
         except ValueError as error:
-            raise corrupt_unit(self.place, info.unit, f"{what} is damaged: {error}") from error
+            raise corrupt_unit(self.place, info.unit, f"array key_bytes cannot be decoded: {error}") from error
+        if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+            raise corrupt_unit(self.place, info.unit, f"{len(repeated)} key(s) appear twice", got=repr(repeated[0]))
+        if len(keys) != info.num_images:
+            raise corrupt_unit(self.place, info.unit, "wrong number of keys", got=len(keys), expected=info.num_images)
+        return UnitRecords(info.unit, keys, arrays)

@@ -209,3 +209,17 @@ def test_checked_arrays_of_other_codecs_are_refused() -> None:
     files["values/zarr.json"] = files["values/zarr.json"].replace(b"zstd", b"gzip")
     with pytest.raises(ValueError, match="not those of format version 1"):
         layout.decode_array("values", files, 9)
+
+
+def test_units_in_a_row_are_what_they_are_one_by_one(made_cache: Path, cache: Path) -> None:
+    reader = CacheReader(made_cache)
+    for streamed, info in zip(reader.read_units(arrays=["box", "qk_index"]), reader.units(), strict=True):
+        alone = reader.read_unit(info, ["box", "qk_index"])
+        assert (streamed.unit, streamed.keys, list(streamed.arrays)) == (alone.unit, alone.keys, list(alone.arrays))
+        assert all(np.array_equal(values, alone.arrays[name]) for name, values in streamed.arrays.items())
+    assert [records.unit for records in reader.read_units(reader.units()[1:])] == [i.unit for i in reader.units()[1:]]
+    (cache / "units/train-000/v2-2/flip/c/0").unlink()
+    stream = CacheReader(cache).read_units()
+    assert next(stream).unit.first_view == 0  # what comes before the damage is whole
+    with pytest.raises(CacheCorrupt, match=r"train-000\.tar v2-2.*flip/c/0"):
+        next(stream)
