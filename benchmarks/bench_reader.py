@@ -355,7 +355,7 @@ def part_us(reader: CacheReader, units: Sequence[UnitInfo], rounds: int) -> dict
         "read_unit": (reader.read_unit, units),
         "open and read the files": (Path.read_bytes, paths),
         "crc32c of the files": (google_crc32c.value, data),
-        "zarr.json and zstd": (lambda array: layout.decode_array(*array, None), arrays),
+        "zarr.json and zstd": (lambda array: layout.decode_array(array[0], array[1], None), arrays),
         "keys": (key_parts, keys),
         "with `verify` in addition: blake2b of the files": (digest_hex, data),
     }
