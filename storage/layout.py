@@ -200,7 +200,11 @@ def encode_array(name: str, values: npt.NDArray[Any], whole: bool = False) -> di
         config={"write_empty_chunks": True},
     )
     array[...] = values
-    return {path: data.to_bytes() for path, data in files.items() if path.startswith(f"{name}/")}
+    found = {path: data.to_bytes() for path, data in files.items() if path.startswith(f"{name}/")}
+    # zarr indents its metadata, at twice the size, and not in every version alike.
+    metadata = json.loads(found[f"{name}/{METADATA}"])
+    found[f"{name}/{METADATA}"] = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode("ascii")
+    return found
 
 
 def decode_array(name: str, files: Mapping[str, bytes], num_records: int | None) -> npt.NDArray[Any]:

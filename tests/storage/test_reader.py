@@ -141,7 +141,7 @@ def test_lost_bytes_are_found_and_named(cache: Path, array: str, damage: str) ->
         payload.unlink()
     else:
         text = (folder / "zarr.json").read_text()
-        (folder / "zarr.json").write_text(text.replace('"fill_value": 0', '"fill_value": 1'))
+        (folder / "zarr.json").write_text(text.replace('"fill_value":0', '"fill_value":1'))
     reader = CacheReader(cache)
     with pytest.raises(CacheCorrupt, match=rf"unit train-000.tar v0-1 .*{array}"):
         reader.read_unit(reader.units()[0], verify=False)
