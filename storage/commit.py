@@ -28,11 +28,14 @@ REPAIR = "`tinymim cache repair RECIPE` computes it again"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Size in bytes, digest (`digest_hex`) and crc32c of one file of a unit or of the constants."""
+    """Size in bytes, digest (`digest_hex`) and crc32c of one file of a unit or of the constants.
+
+    The first caches have no crc32c; their digests are compared instead.
+    """
 
     size_bytes: int
     blake2b: str
-    crc32c: int
+    crc32c: int | None = None
 
 
 class _StoredFile(BaseModel):
@@ -40,7 +43,7 @@ class _StoredFile(BaseModel):
 
     size_bytes: Size
     blake2b: Digest
-    crc32c: Annotated[int, Field(ge=0, lt=2**32)]
+    crc32c: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
 
 class RecordBase(BaseModel):
@@ -126,6 +129,13 @@ def described(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
     return {path: StoredFile(len(data), digest_hex(data), crc32c(data)) for path, data in files.items()}
 
 
+def stored_form(files: Mapping[str, StoredFile]) -> dict[str, dict[str, Any]]:
+    """`files` as a record holds them."""
+    return {
+        name: {key: value for key, value in asdict(file).items() if value is not None} for name, file in files.items()
+    }
+
+
 def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verify: bool) -> dict[str, bytes]:
     """The bytes of files of `folder`, by path relative to it, their sizes and checksums compared.
 
@@ -151,9 +161,9 @@ def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verif
         data = found[f"{folder}/{path}"]
         if len(data) != file.size_bytes:
             raise ValueError(f"{path} has {len(data)} bytes, committed were {file.size_bytes}")
-        if crc32c(data) != file.crc32c:
+        if file.crc32c is not None and crc32c(data) != file.crc32c:
             raise ValueError(f"{path} does not have its committed checksum")
-        if verify and digest_hex(data) != file.blake2b:
+        if (verify or file.crc32c is None) and digest_hex(data) != file.blake2b:
             raise ValueError(f"{path} does not have its committed digest")
     return {path: found[f"{folder}/{path}"] for path in files}
 
@@ -176,7 +186,7 @@ def encode_commit(info: UnitInfo) -> bytes:
         "num_images": info.num_images,
         "num_records": info.num_records,
         "key_digest": info.key_digest,
-        "files": {name: asdict(file) for name, file in info.files.items()},
+        "files": stored_form(info.files),
         "statistics": dict(info.statistics),
     }
     if info.constants is not None:

@@ -5,7 +5,6 @@ and only if it does. Every unit names in its commit record the digest of the con
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,16 @@ import numpy.typing as npt
 
 from tinymim.configs.errors import CacheCorrupt
 from tinymim.storage import layout
-from tinymim.storage.commit import RecordBase, array_names, described, files_of, parse_record, read_files, signed
+from tinymim.storage.commit import (
+    RecordBase,
+    array_names,
+    described,
+    files_of,
+    parse_record,
+    read_files,
+    signed,
+    stored_form,
+)
 from tinymim.storage.layout import CONSTANTS, CONSTANTS_RECORD, METADATA
 from tinymim.storage.manifest import FORMAT_VERSION, Manifest
 from tinymim.storage.store import Store
@@ -32,7 +40,7 @@ def constants_files(spec_id: str, arrays: Mapping[str, npt.NDArray[Any]]) -> tup
     files = {METADATA: layout.plain_group()}
     for name, values in arrays.items():
         files |= layout.encode_array(name, values, whole=True)
-    stored = {name: asdict(file) for name, file in described(files).items()}
+    stored = stored_form(described(files))
     return files, signed({"format_version": FORMAT_VERSION, "spec_id": spec_id, "files": stored})
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import pytest
 import timm
 import torch
 
-from tinymim.configs.errors import CacheCorrupt, RecipeError, SourceError
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, TargetsConfig, TrainStudentRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.calibrate import stored_constants
 from tinymim.stages.interrupt import Interrupted
+from tinymim.storage.layout import root_group
 from tinymim.storage.reader import CacheReader
+from tinymim.storage.store import open_store
+from tinymim.storage.writer import CacheWriter
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.relations import QKV, relation_probs
 from tinymim.tests.stages.tiny import (
@@ -155,6 +159,20 @@ def test_a_flipped_byte_in_the_constants_is_named(home: Path) -> None:
 
 
 # ---------------------------------------------------------------- refusals
+
+
+def test_another_order_of_the_shards_is_refused_where_it_decides_something(home: Path) -> None:
+    made = CacheReader(home / "cache").manifest
+    backwards = replace(made, source=made.source[::-1])
+    CacheWriter.open(home / "begun", backwards).close()  # a job that died before it had calibrated
+    with pytest.raises(CacheMismatch, match="another order") as caught:
+        cache_teacher.run(hidden_recipe(home, cache=home / "begun"))
+    assert caught.value.got == f"{made.source[0].name} at place 0"
+    assert CacheReader(home / "begun").units() == []
+    # With its constants there the order decides nothing any more, and no other codec ever cares.
+    open_store(home / "cache").write("zarr.json", root_group(backwards))
+    cache_teacher.run(hidden_recipe(home, num_views=3))
+    assert CacheReader(home / "cache").coverage().complete
 
 
 def test_a_teacher_with_q_norm_is_refused_before_anything_is_written(

@@ -54,9 +54,21 @@ def test_round_trip(made_cache: Path) -> None:
     check_values(made_cache)
 
 
-def test_committed_version_1_cache_stays_readable() -> None:
-    check_values(tiny.COMMITTED_CACHE)
-    assert CacheReader(tiny.COMMITTED_CACHE).manifest == tiny.make_manifest()
+@pytest.mark.parametrize("name", ["cache_v1", "cache_v1_first"])
+def test_committed_version_1_caches_stay_readable(name: str) -> None:
+    """The first ones had no digest of the manifest, no checksums, and zarr's own layout of JSON."""
+    place = tiny.COMMITTED_CACHE.with_name(name)
+    check_values(place)
+    assert CacheReader(place).manifest == tiny.make_manifest()
+
+
+def test_a_flipped_byte_of_a_first_cache_is_found(tmp_path: Path) -> None:
+    place = shutil.copytree(tiny.COMMITTED_CACHE.with_name("cache_v1_first"), tmp_path / "cache")
+    path = place / "units/train-000/v0-1/qk_index/c/0/0/0/0"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    reader = CacheReader(place)
+    with pytest.raises(CacheCorrupt, match="does not have its committed digest"):
+        reader.read_unit(reader.units()[0])
 
 
 @pytest.mark.skipif(zarr.__version__ != tiny.MADE_WITH_ZARR, reason="other zarr versions may order JSON otherwise")
