@@ -1,0 +1,190 @@
+"""One process or many: `workers: N` starts a training N times on this machine, by torch elastic (torchrun's launcher).
+
+The parent trains nothing. It hands signals on, starts all workers again where one was killed or has crashed, and
+raises what they raise, so that a run on many workers ends like a run in one process.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tinymim.configs.errors import InternalError, TinymimError, is_refusal
+from tinymim.configs.schema import TrainingRecipe
+from tinymim.stages.distributed import Ranks, joined, launched
+from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.progress import say
+
+R = TypeVar("R", bound=TrainingRecipe)
+Training = Callable[[R, Ranks], None]
+EXIT_STOPPED = 130
+
+
+def on_ranks(train: Training[R], recipe: R) -> None:
+    """Run `train(recipe, ranks)`: as the rank that this process was started as, here alone, or in `recipe.workers`.
+
+    Args:
+        train: a function of a module, so that workers can import it.
+        recipe: its recipe.
+
+    Raises:
+        TinymimError, Interrupted: those of `train`, wherever it ran.
+        InternalError: workers were killed or crashed more than `recipe.max_restarts` times.
+    """
+    if recipe.workers > 1 and not launched():
+        _launch(train, recipe)
+        return
+    with joined(recipe.run) as ranks:
+        if recipe.workers not in (1, ranks.world_size):
+            say(f"{recipe.stage}: {ranks.world_size} ranks were started, not by this command: workers says nothing")
+        train(recipe, ranks)
+
+
+def _launch(train: Training[R], recipe: R) -> None:
+    with tempfile.TemporaryDirectory(prefix="tinymim-workers-") as folder, _Forwarding() as stop, _torch_silent():
+        for restarts in range(recipe.max_restarts + 1):
+            errors = Path(folder, f"errors-{restarts}")
+            errors.mkdir()
+            try:
+                # Restarts are ours and not elastic's, which cannot tell a crash from an error that comes again. Each
+                # begins with a new rendezvous: no key of the dead workers is left in its store.
+                outcomes = elastic_launch(_config(recipe.workers, folder), _worker)(train, recipe, errors)
+            except ChildFailedError as failed:
+                _raise_what_was_raised(errors)
+                if stop.requested:  # while workers were starting
+                    raise Interrupted("stopped before it had begun", stop.requeue) from None
+                what = "; ".join(_described(rank, failure) for rank, failure in sorted(failed.failures.items()))
+                if restarts == recipe.max_restarts:
+                    raise _given_up(recipe, what) from RuntimeError(_tracebacks(failed))
+                say(f"{recipe.stage}: {what}; restart {restarts + 1} of {recipe.max_restarts} from the last state")
+                continue
+            if outcomes[0] is not None:
+                message, requeue = outcomes[0]
+                raise Interrupted(message, stop.requeue or (requeue and not stop.requested))
+            return
+
+
+def _config(workers: int, folder: str) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=workers,
+        run_id="tinymim",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),  # or it leaves a folder behind in the machine's temporary one
+        signals_to_handle="SIGQUIT",  # the others are `_Forwarding`'s: a worker may take its time to save
+    )
+
+
+def _worker(train: Training[R], recipe: R, errors: Path) -> tuple[str, bool] | None:
+    """One rank, in a process of its own. Returns what a clean stop said, with its `requeue`; None at the end."""
+    rank = os.environ["RANK"]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine; its host name may lead elsewhere
+    try:
+        with joined(recipe.run) as ranks:
+            train(recipe, ranks)
+    except Interrupted as interrupted:
+        parent = multiprocessing.parent_process()
+        if parent is None or not parent.is_alive():  # that is why: nobody waits for what is returned
+            raise SystemExit(EXIT_STOPPED) from None
+        return str(interrupted), interrupted.requeue
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_STOPPED) from None  # torch's wrapper would take it for a success
+    except Exception as error:
+        if not isinstance(error, TinymimError) and not is_refusal(error):
+            raise
+        (errors / f"{rank}.partial").write_bytes(pickle.dumps(error))
+        (errors / f"{rank}.partial").rename(errors / rank)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+    return None
+
+
+def _raise_what_was_raised(errors: Path) -> None:
+    """Raise the error of ours that a worker has left, if any: it would come again at every restart."""
+    for path in sorted(errors.iterdir()):
+        if path.suffix != ".partial":
+            raise pickle.loads(path.read_bytes())  # written by our own worker, in a folder that only we can read
+
+
+def _described(rank: int, failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        return f"worker {rank} was killed by {failure.signal_name()}"
+    message = failure.error_file_data.get("message")
+    text = message["message"] if isinstance(message, dict) else f"exit code {failure.exitcode}"
+    return f"worker {rank} failed: {text.splitlines()[0][:200]}"
+
+
+def _tracebacks(failed: ChildFailedError) -> str:
+    messages = [failure.error_file_data.get("message") for failure in failed.failures.values()]
+    return "".join(message["extraInfo"]["py_callstack"] for message in messages if isinstance(message, dict))
+
+
+def _given_up(recipe: TrainingRecipe, what: str) -> InternalError:
+    return InternalError(
+        f"the workers failed {recipe.max_restarts + 1} times",
+        got=what,
+        hint=f"the last state in {recipe.run.folder} is intact and the same command continues; --debug shows more",
+    )
+
+
+class _Forwarding:
+    """Context manager of the parent: the first SIGINT or SIGTERM goes to the workers, which save; a second kills them.
+
+    A terminal sends its Ctrl-C, and a batch system its SIGTERM, to the workers as well: they count one signal only.
+    """
+
+    def __init__(self) -> None:
+        self.requested = self.requeue = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "_Forwarding":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        # Elastic's workers are spawned; the loader's, if any are left, are not.
+        workers = [child for child in multiprocessing.active_children() if isinstance(child, SpawnProcess)]
+        if self.requested:
+            for worker in workers:
+                worker.kill()
+            raise KeyboardInterrupt
+        self.requested, self.requeue = True, number == signal.SIGTERM
+        say(f"{signal.Signals(number).name} received: finishing the step at hand and saving (again to stop at once)")
+        if not workers:
+            raise Interrupted("stopped before it had begun", self.requeue)
+        for worker in workers:
+            worker.terminate()
+
+
+@contextlib.contextmanager
+def _torch_silent() -> Iterator[None]:
+    """torch reports every failure by tracebacks of its own; what went wrong is said here, once."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
