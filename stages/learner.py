@@ -31,7 +31,7 @@ class Learner:
         recipe: the recipe that trains this model alone.
         part: the name that the model has in a state, e.g. "student".
         module: the model, on its device; in training mode from now on.
-        example: any arguments that its forward pass takes.
+        example: any arguments that its forward pass takes, of two samples: gradients of one have other strides.
         ranks: who trains together.
         order: of the stream.
         content: what the state depends on beside the recipe.

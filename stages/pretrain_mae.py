@@ -59,7 +59,7 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
     normalise = Normalise().to(device)
     num_patches, size = encoder.patch_embed.num_patches, recipe.model.img_size
     about = f"encoder of {count_parameters(encoder):,} parameters"
-    example = (torch.zeros(1, 3, size, size, device=device), torch.zeros(1, num_patches, device=device))
+    example = (torch.zeros(2, 3, size, size, device=device), torch.zeros(2, num_patches, device=device))
     content = [shard.content_hash for shard in source.shards]
     learner = Learner("", about, recipe, "model", model, example, ranks, order, content)
 

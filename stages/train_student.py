@@ -92,7 +92,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         torch.manual_seed(own.run.seed)
         student = StudentWithTap(build_vit(own.student, drop_path=own.drop_path)).to(device)
         about = f"{name or 'student'} of {count_parameters(student.vit):,} parameters"
-        example = (torch.zeros(1, 3, own.student.img_size, own.student.img_size, device=device),)
+        example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
         learner = Learner(name, about, own, "student", student, example, ranks, order, content)
         learners.append((own.jitter, student, learner))
     normalise = Normalise().to(device)
