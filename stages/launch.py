@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.context import SpawnProcess
@@ -22,12 +23,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tinymim.configs.errors import InternalError, TinymimError, is_refusal
-from tinymim.configs.schema import TrainingRecipe
+from tinymim.configs.schema import PretrainMaeRecipe, TrainingRecipe, TrainStudentRecipe
 from tinymim.stages.distributed import Ranks, joined, launched
 from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.progress import say
 
-R = TypeVar("R", bound=TrainingRecipe)
+R = TypeVar("R", PretrainMaeRecipe, TrainStudentRecipe)
 Training = Callable[[R, Ranks], None]
 EXIT_STOPPED = 130
 
@@ -53,6 +54,7 @@ def on_ranks(train: Training[R], recipe: R) -> None:
 
 
 def _launch(train: Training[R], recipe: R) -> None:
+    began_with = _states(recipe)
     with tempfile.TemporaryDirectory(prefix="tinymim-workers-") as folder, _Forwarding() as stop, _torch_silent():
         for restarts in range(recipe.max_restarts + 1):
             errors = Path(folder, f"errors-{restarts}")
@@ -69,11 +71,33 @@ def _launch(train: Training[R], recipe: R) -> None:
                 if restarts == recipe.max_restarts:
                     raise _given_up(recipe, what) from RuntimeError(_tracebacks(failed))
                 say(f"{recipe.stage}: {what}; restart {restarts + 1} of {recipe.max_restarts} from the last state")
+                recipe = resuming(recipe, began_with)
                 continue
             if outcomes[0] is not None:
                 message, requeue = outcomes[0]
                 raise Interrupted(message, stop.requeue or (requeue and not stop.requested))
             return
+
+
+def _states(recipe: TrainingRecipe) -> dict[Path, int]:
+    """The states in the run folder, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in recipe.run.folder.glob("**/state*.pt")}
+
+
+def resuming(recipe: R, began_with: dict[Path, int]) -> R:
+    """The recipe of a restart: also a run that was begun anew goes on from what it has saved itself.
+
+    Args:
+        recipe: of the run.
+        began_with: the states of earlier runs, which go, now that there are newer ones.
+    """
+    found = _states(recipe)
+    if recipe.checkpoint.resume or found.items() <= began_with.items():
+        return recipe
+    for path in began_with:
+        if found.get(path) == began_with[path]:
+            path.unlink()
+    return recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"resume": True})})
 
 
 def _config(workers: int, folder: str) -> LaunchConfig:
@@ -94,7 +118,8 @@ def _config(workers: int, folder: str) -> LaunchConfig:
 def _worker(train: Training[R], recipe: R, errors: Path) -> tuple[str, bool] | None:
     """One rank, in a process of its own. Returns what a clean stop said, with its `requeue`; None at the end."""
     rank = os.environ["RANK"]
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine; its host name may lead elsewhere
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine; its host name may lead elsewhere
     try:
         with joined(recipe.run) as ranks:
             train(recipe, ranks)
