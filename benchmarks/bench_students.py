@@ -167,7 +167,7 @@ def report(args: argparse.Namespace, steps: dict[str, list[float]], own: dict[st
     ).stdout.strip()
     kind = "wall" if args.device == "cuda" else "CPU"
     print(f"# Several students from one stream, {date.today()}\n")
-    print(f"- commit {commit}, command `python benchmarks/bench_students.py {' '.join(sys.argv[1:])}`")
+    print(f"- commit {commit}, command `{' '.join(['python benchmarks/bench_students.py', *sys.argv[1:]])}`")
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, 1 thread"
     print(f"- {device}; Python {platform.python_version()}, torch {torch.__version__}")
     print(f"- batch {args.batch} at {GRID['img_size']} px, {args.precision}, {args.workers} loader workers")
