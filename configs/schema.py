@@ -16,7 +16,8 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
-Workers = Positive  # training processes on this machine, one per GPU, unless torchrun or Ray has started them
+Workers = Positive  # training processes, one per GPU, unless torchrun has started them
+Cluster = Literal["local", "ray"]  # where these are started: on this machine, or by Ray Train on a cluster
 Restarts = Annotated[int, Field(ge=0)]  # times that a killed or crashed worker makes all of them begin again
 
 
@@ -293,6 +294,7 @@ class PretrainMaeRecipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Precision = "fp32"
     workers: Workers = 1
+    cluster: Cluster = "local"
     max_restarts: Restarts = 3
     run: RunConfig
 
@@ -352,6 +354,7 @@ class TrainStudentRecipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Precision = "fp32"
     workers: Workers = 1
+    cluster: Cluster = "local"
     max_restarts: Restarts = 3
     run: RunConfig
 

@@ -121,19 +121,27 @@ def joined(run: RunConfig) -> Iterator[Ranks]:
     if run.threads is None:
         # torch takes every core of the machine for itself, in each of the ranks.
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_world_size))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo")
+    ours = not dist.is_initialized()  # Ray Train has done it, and undoes it
+    if ours:
+        dist.init_process_group(backend_of(with_gpus))
     # After any other error the process ends without leaving: NCCL would wait here for ranks that wait themselves.
     try:
         yield ranks
     except Interrupted:
-        _leave(ranks)
+        _leave(ranks, ours)
         raise
-    _leave(ranks)
+    _leave(ranks, ours)
 
 
-def _leave(ranks: Ranks) -> None:
+def backend_of(with_gpus: bool) -> str:
+    """torch's name of the process group's backend."""
+    return "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
+
+
+def _leave(ranks: Ranks, ours: bool) -> None:
     ranks.least(0)  # rank 0 may still write
-    dist.destroy_process_group()
+    if ours:
+        dist.destroy_process_group()
 
 
 def rank_device(name: str, ranks: Ranks) -> torch.device:

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: finish the step or unit at hand, save, and leave with an exit code of its own."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 from tinymim.stages.progress import say
@@ -26,7 +27,7 @@ class StopFlag:
         insists: False: a second one changes nothing, and nothing is said, for a process whose parent does both.
 
     Attributes:
-        requested: a signal came.
+        requested: a signal came, or `ask_to_stop` was called.
         requeue: and it was SIGTERM.
     """
 
@@ -36,6 +37,9 @@ class StopFlag:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopFlag":
+        _open_flags.append(self)
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Ray's worker: signals are not ours
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -43,6 +47,7 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _open_flags.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
@@ -54,3 +59,13 @@ class StopFlag:
         self.requested, self.requeue = True, number == signal.SIGTERM
         if self._insists:
             say(f"{signal.Signals(number).name} received: finishing what is at hand and saving (again to stop at once)")
+
+
+_open_flags: list[StopFlag] = []
+
+
+def ask_to_stop(requeue: bool) -> bool:
+    """As a first signal would, from a thread of this process; `requeue` as for SIGTERM. False: nobody is listening."""
+    for flag in _open_flags:
+        flag.requested, flag.requeue = True, requeue
+    return bool(_open_flags)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -44,8 +44,13 @@ def on_ranks(train: Training[R], recipe: R) -> None:
         TinymimError, Interrupted: those of `train`, wherever it ran.
         InternalError: workers were killed or crashed more than `recipe.max_restarts` times.
     """
-    if recipe.workers > 1 and not launched():
-        _launch(train, recipe)
+    if not launched() and (recipe.workers > 1 or recipe.cluster == "ray"):
+        if recipe.cluster == "ray":
+            from tinymim.stages.launch_ray import RayStart  # Ray Train is an extra
+
+            _supervised(train, recipe, RayStart(recipe))
+        else:
+            _supervised(train, recipe, LocalStart())
         return
     with joined(recipe.run) as ranks:
         if recipe.workers not in (1, ranks.world_size):
@@ -53,28 +58,49 @@ def on_ranks(train: Training[R], recipe: R) -> None:
         train(recipe, ranks)
 
 
-def _launch(train: Training[R], recipe: R) -> None:
+class WorkersDied(Exception):
+    """Workers were killed or crashed; an error of ours is never the reason. Its text says which and how."""
+
+
+class Start(Protocol):
+    """A way to start all workers, and to reach them."""
+
+    def __call__(self, train: Training[R], recipe: R) -> tuple[str, bool] | None:
+        """Run all workers to their end. Returns what a clean stop said, with its `requeue`; else None.
+
+        Raises:
+            TinymimError: a worker's.
+            WorkersDied: of any other reason.
+        """
+
+    def stop(self, requeue: bool) -> bool:
+        """Ask the workers to save and end; False: there are none."""
+
+    def kill(self) -> None:
+        """End them at once."""
+
+
+def _supervised(train: Training[R], recipe: R, start: Start) -> None:
     began_with = _states(recipe)
-    with tempfile.TemporaryDirectory(prefix="tinymim-workers-") as folder, _Forwarding() as stop, _torch_silent():
+    with _Forwarding(start) as stop:
         for restarts in range(recipe.max_restarts + 1):
-            errors = Path(folder, f"errors-{restarts}")
-            errors.mkdir()
             try:
-                # Restarts are ours and not elastic's, which cannot tell a crash from an error that comes again. Each
-                # begins with a new rendezvous: no key of the dead workers is left in its store.
-                outcomes = elastic_launch(_config(recipe.workers, folder), _worker)(train, recipe, errors)
-            except ChildFailedError as failed:
-                _raise_what_was_raised(errors)
+                stopped = start(train, recipe)
+            except WorkersDied as died:
                 if stop.requested:  # while workers were starting
                     raise Interrupted("stopped before it had begun", stop.requeue) from None
-                what = "; ".join(_described(rank, failure) for rank, failure in sorted(failed.failures.items()))
                 if restarts == recipe.max_restarts:
-                    raise _given_up(recipe, what) from RuntimeError(_tracebacks(failed))
-                say(f"{recipe.stage}: {what}; restart {restarts + 1} of {recipe.max_restarts} from the last state")
+                    raise InternalError(
+                        f"the workers failed {restarts + 1} times",
+                        got=str(died),
+                        hint=f"the last state in {recipe.run.folder} is intact and the same command continues; "
+                        "--debug shows more",
+                    ) from died.__cause__
+                say(f"{recipe.stage}: {died}; restart {restarts + 1} of {recipe.max_restarts} from the last state")
                 recipe = resuming(recipe, began_with)
                 continue
-            if outcomes[0] is not None:
-                message, requeue = outcomes[0]
+            if stopped is not None:
+                message, requeue = stopped
                 raise Interrupted(message, stop.requeue or (requeue and not stop.requested))
             return
 
@@ -100,19 +126,54 @@ def resuming(recipe: R, began_with: dict[Path, int]) -> R:
     return recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"resume": True})})
 
 
-def _config(workers: int, folder: str) -> LaunchConfig:
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id="tinymim",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=folder),  # or it leaves a folder behind in the machine's temporary one
-        signals_to_handle="SIGQUIT",  # the others are `_Forwarding`'s: a worker may take its time to save
-    )
+class LocalStart:
+    """`workers` processes of this machine, by torch elastic."""
+
+    def __call__(self, train: Training[R], recipe: R) -> tuple[str, bool] | None:
+        """As `Start` says."""
+        with tempfile.TemporaryDirectory(prefix="tinymim-workers-") as folder, _torch_silent():
+            errors = Path(folder, "errors")
+            errors.mkdir()
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=recipe.workers,
+                run_id="tinymim",
+                rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0",
+                local_addr="127.0.0.1",
+                # Restarts are ours and not elastic's, which cannot tell a crash from an error that comes again. Each
+                # begins with a new rendezvous: nothing of the dead workers is left in its store.
+                max_restarts=0,
+                logs_specs=DefaultLogsSpecs(
+                    log_dir=folder
+                ),  # or it leaves one behind in the machine's temporary folder
+                signals_to_handle="SIGQUIT",  # the others are `_Forwarding`'s: a worker may take its time to save
+            )
+            try:
+                outcomes: dict[int, tuple[str, bool] | None] = elastic_launch(config, _worker)(train, recipe, errors)
+            except ChildFailedError as failed:
+                _raise_what_was_raised(errors)
+                what = "; ".join(_described(rank, failure) for rank, failure in sorted(failed.failures.items()))
+                raise WorkersDied(what) from RuntimeError(_tracebacks(failed))
+        return outcomes[0]
+
+    def stop(self, requeue: bool) -> bool:
+        """As `Start` says; a worker knows SIGTERM only, what it was that came the parent remembers."""
+        workers = self._workers()
+        for worker in workers:
+            worker.terminate()
+        return bool(workers)
+
+    def kill(self) -> None:
+        """As `Start` says."""
+        for worker in self._workers():
+            worker.kill()
+
+    @staticmethod
+    def _workers() -> list[SpawnProcess]:
+        # Elastic's workers are spawned; a loader's, if any are left, are not.
+        return [child for child in multiprocessing.active_children() if isinstance(child, SpawnProcess)]
 
 
 def _worker(train: Training[R], recipe: R, errors: Path) -> tuple[str, bool] | None:
@@ -159,22 +220,15 @@ def _tracebacks(failed: ChildFailedError) -> str:
     return "".join(message["extraInfo"]["py_callstack"] for message in messages if isinstance(message, dict))
 
 
-def _given_up(recipe: TrainingRecipe, what: str) -> InternalError:
-    return InternalError(
-        f"the workers failed {recipe.max_restarts + 1} times",
-        got=what,
-        hint=f"the last state in {recipe.run.folder} is intact and the same command continues; --debug shows more",
-    )
-
-
 class _Forwarding:
     """Context manager of the parent: the first SIGINT or SIGTERM goes to the workers, which save; a second kills them.
 
     A terminal sends its Ctrl-C, and a batch system its SIGTERM, to the workers as well: they count one signal only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: Start) -> None:
         self.requested = self.requeue = False
+        self._start = start
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "_Forwarding":
@@ -187,18 +241,13 @@ class _Forwarding:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        # Elastic's workers are spawned; the loader's, if any are left, are not.
-        workers = [child for child in multiprocessing.active_children() if isinstance(child, SpawnProcess)]
         if self.requested:
-            for worker in workers:
-                worker.kill()
+            self._start.kill()
             raise KeyboardInterrupt
         self.requested, self.requeue = True, number == signal.SIGTERM
         say(f"{signal.Signals(number).name} received: finishing the step at hand and saving (again to stop at once)")
-        if not workers:
+        if not self._start.stop(self.requeue):
             raise Interrupted("stopped before it had begun", self.requeue)
-        for worker in workers:
-            worker.terminate()
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     stop and resume (I10); the data may move but not change, so it counts by its content hashes.
     """
     free: dict[str, Any] = dict.fromkeys(("loader", "checkpoint", "verify", "source", "cache", "students"), True)
-    free |= {"workers": True, "max_restarts": True, "optim": {"accumulate"}}
+    free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
     free["run"] = {"folder", "device", "threads", "log_every"}
     if recipe.ema is None:
         free["ema"] = True  # states from before there was one have the same identity

@@ -10,7 +10,7 @@ import pytest
 
 from tinymim.stages import launch
 from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.launch import resuming
+from tinymim.stages.launch import LocalStart, resuming
 from tinymim.tests.stages.tiny import student_recipe
 
 
@@ -43,7 +43,7 @@ def test_a_restart_of_a_run_that_resumes_changes_nothing(tmp_path: Path) -> None
 @pytest.mark.parametrize(("number", "requeue"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_signal_before_there_are_workers_ends_at_once(number: int, requeue: bool) -> None:
     before = signal.getsignal(number)
-    with launch._Forwarding() as stop:
+    with launch._Forwarding(LocalStart()) as stop:
         with pytest.raises(Interrupted, match="before it had begun") as caught:
             os.kill(os.getpid(), number)
         assert caught.value.requeue == stop.requeue == requeue
@@ -67,7 +67,7 @@ def test_signals_reach_spawned_workers_once_and_kill_them_the_second_time(monkey
 
     workers: list[Any] = [Worker(), Worker()]
     monkeypatch.setattr("multiprocessing.active_children", lambda: [*workers, object()])
-    with launch._Forwarding() as stop:
+    with launch._Forwarding(LocalStart()) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested and [worker.got for worker in workers] == [["TERM"], ["TERM"]]
         with pytest.raises(KeyboardInterrupt):
