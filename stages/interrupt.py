@@ -37,7 +37,7 @@ class StopFlag:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopFlag":
-        _open_flags.append(self)
+        _open_flags.add(self)
         if threading.current_thread() is not threading.main_thread():
             return self  # Ray's worker: signals are not ours
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -47,7 +47,7 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _open_flags.remove(self)
+        _open_flags.discard(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
@@ -61,7 +61,7 @@ class StopFlag:
             say(f"{signal.Signals(number).name} received: finishing what is at hand and saving (again to stop at once)")
 
 
-_open_flags: list[StopFlag] = []
+_open_flags: set[StopFlag] = set()
 
 
 def ask_to_stop(requeue: bool) -> bool:
