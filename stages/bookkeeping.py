@@ -106,12 +106,14 @@ class Bookkeeping:
         while True:
             broken = [learner.watch.first_broken(wait) for learner in self.learners]
             quiet, stays, *broken = self.ranks.least(not stop.requested, not stop.requeue, *broken)
-            if (first := min(broken)) < NEVER:
-                learner = self.learners[broken.index(first)]
-                learner.refuse_broken(first, step, self.order.whole_batch(first), self.shards)
-            if quiet or wait:
-                return not quiet, not stays
-            wait = True  # a state will be saved: look at the last steps, too
+            first = min(broken)
+            if wait or (quiet and first == NEVER):
+                break
+            wait = True  # to name the first broken step, or to save nothing broken: look at the last steps, too
+        if first < NEVER:
+            learner = self.learners[broken.index(first)]
+            learner.refuse_broken(first, step, self.order.whole_batch(first), self.shards)
+        return not quiet, not stays
 
     def _log(self, step: int, meter: Meter, write: bool) -> None:
         notes = []

@@ -87,13 +87,13 @@ def _supervised(train: Training[R], recipe: R, start: Start) -> None:
             try:
                 stopped = start(train, recipe)
             except WorkersDied as died:
-                if stop.requested:  # while workers were starting
-                    raise Interrupted("stopped before it had begun", stop.requeue) from None
+                if stop.requested:  # while workers were starting, say
+                    raise Interrupted("stopped; what was saved before is intact", stop.requeue) from None
                 if restarts == recipe.max_restarts:
                     raise InternalError(
                         f"the workers failed {restarts + 1} times",
                         got=str(died),
-                        hint=f"the last state in {recipe.run.folder} is intact and the same command continues; "
+                        hint=f"what was saved in {recipe.run.folder} is intact and the same command continues; "
                         "--debug shows more",
                     ) from died.__cause__
                 say(f"{recipe.stage}: {died}; restart {restarts + 1} of {recipe.max_restarts} from the last state")

@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinymim.configs.errors import UserError
 from tinymim.configs.schema import OrderConfig, TrainStudentRecipe
 from tinymim.pipeline.order import SampleOrder
+from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.distributed import Ranks
-from tinymim.stages.learner import NEVER, Learner, LossWatch
+from tinymim.stages.interrupt import StopFlag
+from tinymim.stages.learner import NEVER, Learner, LossWatch, _Seen
+from tinymim.stages.progress import Meter
 from tinymim.stages.training import state_identity
 from tinymim.tests.stages.tiny import STUDENT, student_recipe
 
@@ -32,6 +36,35 @@ def test_the_first_broken_loss_is_found_and_stays_found() -> None:
     for step, value in enumerate([1.0, 2.0, float("nan"), float("inf"), 1.0]):
         watch.note(step, torch.tensor(value))
         assert watch.first_broken(wait=False) == (2 if step >= 2 else NEVER)
+
+
+class Late:
+    """The event of a step that a GPU has not come to yet."""
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None: ...
+
+
+def test_a_step_that_the_gpu_has_not_come_to_is_waited_for_only_when_asked() -> None:
+    watch = LossWatch(torch.device("cpu"))
+    watch._seen = [_Seen(3, torch.tensor(False), Late())]
+    assert watch.first_broken(wait=False) == NEVER
+    assert watch.first_broken(wait=True) == 3
+
+
+def test_the_first_broken_step_is_named_though_a_later_one_was_seen_first(tmp_path: Path) -> None:
+    run = {"folder": tmp_path / "run", "device": "cpu", "log_every": 100}
+    seen, late = learner_of(tmp_path, run=run), learner_of(tmp_path / "late", run=run | {"folder": tmp_path / "late"})
+    seen.watch.note(5, torch.tensor(torch.nan))
+    late.watch._seen = [_Seen(4, torch.tensor(False), Late())]
+    books = Bookkeeping(
+        seen.recipe, [seen, late], Ranks(), SampleOrder([16], OrderConfig(), 8, 1), ["s"], "views_per_s"
+    )
+    with pytest.raises(UserError, match="not finite at step 4"):
+        books.close(6, StopFlag(), Meter("", 20, "steps"))
+    assert [path.name for path in (tmp_path / "late").iterdir()] == ["not-finite-00000004.pt"]
 
 
 def test_parts_add_up_to_the_gradient_and_the_losses_of_the_whole(tmp_path: Path) -> None:
