@@ -76,17 +76,26 @@ class Learner:
         """To be called once, after a state was loaded: from now on gradients are means over all ranks."""
         if self.ranks.world_size == 1:
             return
-        devices = [self.device] if self.device.type == "cuda" else None
-        self.model = DistributedDataParallel(self.module, device_ids=devices, gradient_as_bucket_view=True)
-        # After its first backward pass DDP lays gradients out anew, and in what order ranks are summed depends on the
-        # layout: one pass that counts for nothing, and every step is alike, also the first one after a resume.
         self.model.eval()
-        outputs = self.model(*self._example)
-        torch.stack(
-            [out.float().sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
-        ).sum().backward()
+        self._pass_that_counts_for_nothing()
+        unused = any(p.requires_grad and p.grad is None for p in self.module.parameters())
+        self.optimiser.zero_grad(set_to_none=True)
+        self.model = DistributedDataParallel(
+            self.module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=unused,  # such a model trains in one process, and is reported at the end
+        )
+        # After its first backward pass DDP lays gradients out anew, and in what order ranks are summed depends on the
+        # layout: after this pass every step is alike, also the first one after a resume.
+        self._pass_that_counts_for_nothing()
         self.optimiser.zero_grad(set_to_none=True)
         self.model.train()
+
+    def _pass_that_counts_for_nothing(self) -> None:
+        outputs = self.model(*self._example)
+        sums = [out.float().sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        torch.stack(sums).sum().backward()
 
     @contextlib.contextmanager
     def logging(self, first_step: int) -> Iterator[None]:

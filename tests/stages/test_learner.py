@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinymim.configs.errors import UserError
@@ -102,6 +103,36 @@ def test_a_rising_decay_follows_the_weights_at_first(tmp_path: Path) -> None:
     assert learner.ema is not None
     decays = [learner.ema.get_decay(step + 1) for step in range(1000)]
     assert decays[:2] == [0.0, pytest.approx(1 - 2 ** (-2 / 3))] and decays == sorted(decays) and decays[-1] > 0.98
+
+
+class WithUnused(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 1, bias=False)
+        self.never = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Linear(3, 1, bias=False), WithUnused()], ids=lambda module: type(module).__name__
+)
+def test_a_model_with_parameters_that_nothing_uses_trains_on_ranks_too(tmp_path: Path, module: nn.Linear) -> None:
+    nn.init.ones_(module.weight)
+    recipe = student_recipe(tmp_path, optim={"batch_size": 8, "steps": 20, "base_lr": 8, "warmup": 0})
+    order = SampleOrder([16], OrderConfig(), 8, 1)
+    learner = Learner("", "", recipe, "student", module, (torch.zeros(2, 3),), Ranks(0, 2), order, [])
+    alone = learner_of(tmp_path)
+    store = tmp_path / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)  # DDP needs some group
+    try:
+        learner.distribute()
+        assert learner.model is not module and learner.model.training and module.weight.grad is None
+        for step in range(3):
+            for each in (learner, alone):
+                with each.part_of_step(True, True):
+                    each.backward({"loss": squares(each, torch.ones(8, 3))}, 1.0)
+                each.update(step)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(module.weight, alone.module.weight)
 
 
 FREE: list[dict[str, Any]] = [
