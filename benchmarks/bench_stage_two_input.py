@@ -84,6 +84,7 @@ def main() -> int:
         if args.images_per_shard:
             photographs = repacked(photographs, Path(folder, "shards"), args.images_per_shard)
         recipe = make_cache(Path(folder), photographs, args.views_per_unit)
+        assert recipe.cache is not None
         reader = CacheReader(recipe.cache)
         source = join(open_shards(recipe.source), reader)
         header(args, reader, source)

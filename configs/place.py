@@ -27,3 +27,8 @@ def _place(value: object) -> Path | str:
 
 
 Place = Annotated[Path | str, BeforeValidator(_place)]  # str: a URL, without a slash at its end
+
+
+def joined(root: Path | str, name: str) -> Path | str:
+    """The place `name` below `root`."""
+    return root / name if isinstance(root, Path) else f"{root}/{name}"

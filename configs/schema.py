@@ -313,12 +313,21 @@ class CacheTeacherRecipe(Section):
     num_views: Positive = 2
     teacher: TeacherConfig
     codec: CodecConfig = SketchCodec()
-    cache: Path
+    cache: Place | None = None  # where the cache is, or is to be: a folder, or the URL of one in an object store
+    cache_root: Place | None = None  # instead of `cache`: where caches are shared, each below its spec_id
     batch_size: Positive = 64  # images; each carries num_views views through the teacher
     max_unreadable: Fraction = 0.01  # share of unreadable images above which the run stops
     audit_views: Annotated[int, Field(ge=0)] = 16  # views per unit whose records are compared with the dense maps (I5)
+    # Jobs on one cache share its shards; after so many seconds without a sign of life others take over a job's shard.
+    lease_s: Annotated[float, Field(gt=0)] = 60.0
     loader: LoaderConfig = LoaderConfig()
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "CacheTeacherRecipe":
+        if (self.cache is None) == (self.cache_root is None):
+            raise ValueError(f"give cache or cache_root, exactly one; got cache={self.cache}, root={self.cache_root}")
+        return self
 
 
 class StudentConfig(Section):
@@ -340,7 +349,9 @@ class TrainStudentRecipe(Section):
 
     stage: Literal["train-student"]
     source: SourceConfig
-    cache: Path
+    cache: Place  # a cache, or a root that holds just one
+    num_views: Positive | None = None  # use the first so many views of every image; None: as many as the cache is for
+    on_missing: Literal["refuse", "skip"] = "refuse"  # images of the source that the cache holds no record of
     student: ModelConfig | None = None  # either this
     students: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], StudentConfig] | None = None  # or this, by names
     targets: TargetsConfig = TargetsConfig()

@@ -9,49 +9,27 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import obstore
-from obstore.exceptions import (
-    BaseError,
-    NotFoundError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
-from obstore.store import HTTPStore, from_url
+from obstore.exceptions import BaseError, PreconditionError
+from obstore.store import HTTPStore
 
 from tinymim.configs.errors import StoreError, first_line
 from tinymim.pipeline.walk import Walk
+from tinymim.storage.objects import ABSENT, connect, store_error
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 BLOCK_BYTES = 2 * 2**20
 AHEAD_BLOCKS = 4  # fetched beyond the read that a pass over a shard is at
 BUDGET_BYTES = 256 * 2**20  # per process; what is being fetched counts
 REQUESTS = 8  # at once, per process
 RECENT_READS = 256  # shards touched within so many reads are what a shuffled order is mixing
+_HINT = "check source.shards and source.pattern"
 SHORT_TRIES = 3  # of one range whose answer is whole but too short, which obstore takes for success
-
-# Server errors, timeouts and connections lost before or within a body; a refusal (4xx) is never repeated.
-RETRIES: "RetryConfig" = {
-    "max_retries": 15,
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 3},
-    "retry_timeout": timedelta(seconds=120),
-}
-CLIENT: "ClientConfig" = {"timeout": timedelta(seconds=30), "connect_timeout": timedelta(seconds=5)}
-_ABSENT = (NotFoundError, FileNotFoundError)  # obstore raises either
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-
-_CREDENTIALS = (
-    "check the credentials and the endpoint in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, "
-    "AWS_ENDPOINT_URL; AWS_SKIP_SIGNATURE=true for a public bucket)"
-)
 
 
 @dataclass(frozen=True)
@@ -82,7 +60,7 @@ def list_objects(url: str, pattern: str, known: list[str]) -> list[RemoteObject]
     Raises:
         StoreError: the store refuses or fails.
     """
-    store = open_store(url)
+    store = connect(url)
     parts = len(PurePosixPath(pattern).parts)
     try:
         if isinstance(store, HTTPStore):
@@ -92,7 +70,7 @@ def list_objects(url: str, pattern: str, known: list[str]) -> list[RemoteObject]
         else:
             found = list(obstore.list(store).collect())
     except (BaseError, OSError) as error:
-        raise store_error(url, error) from error
+        raise store_error(url, error, _HINT) from error
     paths = {meta["path"]: meta for meta in found}
     chosen = [path for path in paths if len(PurePosixPath(path).parts) == parts and PurePosixPath(path).match(pattern)]
     return [
@@ -104,43 +82,11 @@ def list_objects(url: str, pattern: str, known: list[str]) -> list[RemoteObject]
 def read_text(url: str, name: str) -> str | None:
     """A small object as text, or None where there is none. Raises StoreError where the store refuses or fails."""
     try:
-        return bytes(obstore.get(open_store(url), name).bytes()).decode("utf-8", "replace")
-    except _ABSENT:
+        return bytes(obstore.get(connect(url), name).bytes()).decode("utf-8", "replace")
+    except ABSENT:
         return None
     except (BaseError, OSError) as error:
         raise store_error(f"{url}/{name}", error) from error
-
-
-@lru_cache(maxsize=64)
-def _open(url: str, _pid: int) -> "ObjectStore":
-    try:
-        if url.startswith("file://"):
-            return from_url(url)
-        # Options given here replace what the environment says about clients, AWS_ALLOW_HTTP included.
-        places = [url, *(os.environ.get(name, "") for name in _ENDPOINTS)]
-        plain = any(place.startswith("http://") for place in places)
-        return from_url(url, client_options={**CLIENT, "allow_http": plain}, retry_config=RETRIES)
-    except (BaseError, OSError, ValueError) as error:
-        raise store_error(url, error) from error
-
-
-def open_store(url: str) -> "ObjectStore":
-    """The store of a source, opened once per process. Raises StoreError for a URL that names none."""
-    return _open(url, os.getpid())
-
-
-def store_error(where: object, error: Exception) -> StoreError:
-    """What obstore says about `where`, as an error of ours."""
-    text, got = str(error), first_line(error)
-    if isinstance(error, _ABSENT) or "Unable to canonicalize" in text:
-        return StoreError(f"{where} does not exist", got=got, hint="check source.shards and source.pattern")
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-        return StoreError(f"the store refuses access to {where}", got=got, hint=_CREDENTIALS)
-    hint = "the store kept failing through all retries; start the command again when it answers"
-    # Without keys in the environment obstore asks the machine's metadata service, which few machines have.
-    if any(word in text.lower() for word in ("credential", "must be specified", "169.254.169.254", "metadata")):
-        hint = _CREDENTIALS
-    return StoreError(f"{where} cannot be read", got=got, hint=hint)
 
 
 def _version(meta: "ObjectMeta") -> str:
@@ -263,7 +209,7 @@ class BlockReader:
 
 def _fetch(source: RemoteObject, start: int, end: int) -> memoryview:
     """Bytes [start, end) of an object in one request, checked against what was listed."""
-    store = open_store(source.url)
+    store = connect(source.url)
     got = 0
     for _ in range(SHORT_TRIES):
         try:
@@ -273,7 +219,7 @@ def _fetch(source: RemoteObject, start: int, end: int) -> memoryview:
         except PreconditionError as error:  # it changed between two parts of one answer
             raise _changed(source, first_line(error)) from error
         except (BaseError, OSError) as error:
-            raise store_error(source, error) from error
+            raise store_error(source, error, _HINT) from error
         if len(data) == end - start:
             return data
         got = len(data)

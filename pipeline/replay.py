@@ -6,7 +6,7 @@ Records are read a whole unit at a time (I9) and kept for as long as the order n
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,13 @@ class CachedSource:
         shards: covered shards in source order; item arrays index into this.
         units: by shard name, the committed units, ascending by view.
         skipped: names of source shards that the cache does not cover.
+        without_record: images of the covered shards that the cache holds no record of, beside unreadable ones.
     """
 
     shards: tuple[Shard, ...]
     units: dict[str, tuple[UnitInfo, ...]]
     skipped: tuple[str, ...]
+    without_record: int = 0
 
     @property
     def counts(self) -> list[int]:
@@ -52,12 +54,24 @@ class CachedSource:
         return max(len(infos) for infos in self.units.values())
 
 
-def join(source: ShardSet, reader: CacheReader) -> CachedSource:
+def join(
+    source: ShardSet,
+    reader: CacheReader,
+    num_views: int | None = None,
+    on_missing: Literal["refuse", "skip"] = "refuse",
+) -> CachedSource:
     """Match source shards with committed units by name and content.
+
+    Args:
+        source: the images.
+        reader: the cache.
+        num_views: the first so many views of every image are wanted; None: all that the cache is for.
+        on_missing: whether images without a record are left out, or an error. Images that the teacher's job found
+            unreadable are left out in either case.
 
     Raises:
         CacheMismatch: a shard's bytes differ from those the teacher saw.
-        UserError: the cache covers nothing of this source.
+        UserError: the cache covers nothing of this source, or not all of it.
     """
     known = reader.manifest.shards
     for shard in source.shards:
@@ -72,13 +86,17 @@ def join(source: ShardSet, reader: CacheReader) -> CachedSource:
     units: dict[str, list[UnitInfo]] = {}
     for info in reader.units():
         units.setdefault(info.unit.shard, []).append(info)
-    wanted = reader.manifest.num_views
-    complete = {name: tuple(infos) for name, infos in units.items() if sum(i.unit.num_views for i in infos) == wanted}
-    for name, infos in complete.items():
-        if len({info.key_digest for info in infos}) > 1:
+    wanted = range(num_views or reader.manifest.num_views)
+    complete: dict[str, tuple[UnitInfo, ...]] = {}
+    for name, infos in units.items():
+        useful = tuple(info for info in infos if info.unit.first_view < len(wanted))
+        if set(wanted) <= {view for info in useful for view in info.unit.views}:
+            complete[name] = useful
+    for name, useful in complete.items():
+        if len({info.key_digest for info in useful}) > 1:
             raise CacheMismatch(
                 f"the units of shard {name} hold different images",
-                got=", ".join(f"{info.unit.view_range}: {info.num_images}" for info in infos),
+                got=", ".join(f"{info.unit.view_range}: {info.num_images}" for info in useful),
                 expected="the same sample keys in every unit of a shard",
                 hint="another decoder could read other images; cache all views of the shard anew",
             )
@@ -90,7 +108,40 @@ def join(source: ShardSet, reader: CacheReader) -> CachedSource:
             hint="run `tinymim cache-teacher` to the end of at least one shard, with the same source",
         )
     skipped = tuple(shard.name for shard in source.shards if shard.name not in complete)
-    return CachedSource(covered, {shard.name: complete[shard.name] for shard in covered}, skipped)
+    if skipped and on_missing == "refuse":
+        raise UserError(
+            f"the cache {reader.place} lacks {len(skipped)} of {len(source.shards)} shards of this source, "
+            f"the first is {skipped[0]}",
+            got=str(reader.coverage()),
+            hint="run `tinymim cache-teacher` to its end, or set on_missing: skip to train on what is there",
+        )
+    without_record = {shard.name: _without_record(shard, complete[shard.name][0]) for shard in covered}
+    if on_missing == "refuse":
+        for shard in covered:
+            if without_record[shard.name]:
+                _refuse_missing(shard, complete[shard.name][0], reader)
+    return CachedSource(
+        covered, {shard.name: complete[shard.name] for shard in covered}, skipped, sum(without_record.values())
+    )
+
+
+def _without_record(shard: Shard, info: UnitInfo) -> int:
+    """Images of a shard that a unit holds no record of, although nobody found them unreadable."""
+    unreadable = info.statistics.get("unreadable", ())
+    return shard.num_samples - info.num_images - (len(unreadable) if isinstance(unreadable, list) else 0)
+
+
+def _refuse_missing(shard: Shard, info: UnitInfo, reader: CacheReader) -> None:
+    """Raises CacheMismatch with the keys of a shard that a unit lacks."""
+    held = set(reader.read_unit(info, ()).keys)
+    unreadable = {str(key) for key, _ in info.statistics.get("unreadable", ())}
+    lost = [key for key in shard.members().keys if key not in held | unreadable]
+    raise CacheMismatch(
+        f"the cache {reader.place} holds no record of {len(lost)} image(s) of shard {shard.name}",
+        got=f"no record of {', '.join(map(repr, lost[:3]))}{', ...' if len(lost) > 3 else ''}",
+        expected="a record of every image",
+        hint="`tinymim cache repair` computes the unit again, or set on_missing: skip to leave these images out",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`tinymim cache-teacher`: run the teacher once over every view and store the sketches of its relations."""
 
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,12 +8,12 @@ import numpy.typing as npt
 import torch
 
 from tinymim.configs.errors import SourceError
+from tinymim.configs.place import joined
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.audit import Audit
@@ -22,17 +22,18 @@ from tinymim.stages.gradients import GradientProbe, reference_student
 from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.progress import Meter, say
 from tinymim.stages.runfolder import RunFolder
+from tinymim.stages.shared_work import SharedWork
 from tinymim.stages.training import pick_device, require_view_size
 from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, SourceShard
-from tinymim.storage.writer import CacheWriter
+from tinymim.storage.writer import CacheWriter, UnitTaken
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
 
 
 def run(recipe: CacheTeacherRecipe) -> None:
-    """Write or complete the cache at `recipe.cache`; a stopped run continues where it was.
+    """Write or complete the recipe's cache, beside any other jobs that do; a stopped run continues where it was.
 
     Raises:
         RecipeError: sizes that do not fit one another.
@@ -53,10 +54,11 @@ def run(recipe: CacheTeacherRecipe) -> None:
     codec.arrays(heads, tokens)  # refuses a codec that does not fit the teacher before anything is written
     require_rebuildable(recipe, teacher)
 
-    # ---- what is missing
+    # ---- join the jobs that write this cache
+    place = cache_place(recipe, manifest)
     with (
-        CacheWriter.open(recipe.cache, manifest) as writer,
-        RunFolder(recipe, len(writer.committed()) + 1) as log,  # a metric line per committed unit
+        CacheWriter.open(place, manifest, recipe.lease_s) as writer,
+        RunFolder(recipe, None) as log,  # a metric line per committed unit, of every job
         StopFlag() as stop,
     ):
         for difference in writer.environment_differences:
@@ -69,41 +71,38 @@ def run(recipe: CacheTeacherRecipe) -> None:
             f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
             f"spec {manifest.spec_id}"
         )
-        todo = missing_units(source, writer.committed(), recipe.num_views)
-        if not todo:
-            say("cache-teacher: nothing to do, the cache is complete")
+        work = SharedWork(writer, source, recipe.num_views, recipe.batch_size, stop)
+        if not work.missing():
+            say(f"cache-teacher: nothing to do, {place} is complete")
             return
-        shard_number = {shard.name: number for number, shard in enumerate(source.shards)}
-        plan = [
-            (unit, items)
-            for unit in todo
-            for items in view_batches(
-                shard_number[unit.shard],
-                source.shards[shard_number[unit.shard]].num_samples,
-                unit.views,
-                recipe.batch_size,
-            )
-        ]
-        total = sum(len(items) for _, items in plan)
 
         # ---- teacher over every batch; a unit is written when its last batch is encoded
         reference = reference_student(recipe.teacher, teacher.grid, teacher.prefix_tokens, codec.relation_heads(heads))
         probe = GradientProbe(reference.to(device), codec.relation_heads(heads))
         views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
-        stream = batches(views, [items for _, items in plan], recipe.loader, pin_memory=device.type == "cuda")
-        with Meter("cache-teacher", total, "views") as meter:
-            draft = _Draft(Audit(probe, recipe.audit_views))
-            for step, ((unit, items), batch) in enumerate(zip(plan, stream, strict=True)):
-                if stop.requested:
-                    raise Interrupted("committed units are safe; the same command continues")
-                draft.add(batch, _encode(teacher, codec, batch, draft.audit, device))
-                meter.advance(len(items))
-                if step + 1 == len(plan) or plan[step + 1][0] != unit:
-                    _refuse_too_many_unreadable(recipe, unit, draft, source)
-                    info = writer.write_unit(unit, draft.keys(unit), draft.arrays(), draft.statistics())
-                    log.log(len(writer.committed()), records=info.num_records, views_per_s=meter.rate)
-                    draft = _Draft(Audit(probe, recipe.audit_views))
-    say(f"cache-teacher: {recipe.cache} is complete; `tinymim cache info {recipe.cache}` describes it")
+        with Meter("cache-teacher", work.missing_views(), "views") as meter:
+            for plan in work.rounds():
+                draft = _Draft(Audit(probe, recipe.audit_views))
+                for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
+                    if stop.requested:
+                        raise Interrupted("committed units are safe; the same command continues")
+                    piece = work.next_piece()
+                    draft.add(batch, _encode(teacher, codec, batch, draft.audit, device))
+                    meter.advance(len(piece.items))
+                    if piece.last:
+                        _refuse_too_many_unreadable(recipe, piece.unit, draft, source)
+                        _write(writer, piece.unit, draft, log, meter)
+                        meter.total = meter.done + work.missing_views()  # others may have committed theirs
+                        draft = _Draft(Audit(probe, recipe.audit_views))
+    say(f"cache-teacher: {place} is complete; `tinymim cache info {place}` describes it")
+
+
+def cache_place(recipe: CacheTeacherRecipe, manifest: Manifest) -> Path | str:
+    """Where the recipe's cache is: named, or in a root that holds one cache per spec."""
+    if recipe.cache is not None:
+        return recipe.cache
+    assert recipe.cache_root is not None  # the schema wants one of both
+    return joined(recipe.cache_root, manifest.spec_id)
 
 
 def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher, codec: Codec) -> Manifest:
@@ -120,14 +119,14 @@ def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher
     )
 
 
-def missing_units(source: ShardSet, committed: set[UnitId], num_views: int) -> list[UnitId]:
-    """The units to compute: per shard, every maximal run of views that no committed unit holds."""
-    todo = []
-    for shard in source.shards:
-        held = {view for unit in committed if unit.shard == shard.name for view in unit.views}
-        edges = [-1, *sorted(view for view in held if view < num_views), num_views]
-        todo += [UnitId(shard.name, a + 1, b - a - 1) for a, b in pairwise(edges) if b - a > 1]
-    return todo
+def _write(writer: CacheWriter, unit: UnitId, draft: "_Draft", log: RunFolder, meter: Meter) -> None:
+    """Commit a unit, unless another job did because it believed this one dead."""
+    try:
+        info = writer.write_unit(unit, draft.keys(unit), draft.arrays(), draft.statistics())
+    except UnitTaken as taken:
+        say(f"cache-teacher: {taken.what} now ({taken.got}); what was computed of it is dropped")
+    else:
+        log.log(len(writer.committed()), records=info.num_records, views_per_s=meter.rate)
 
 
 def _encode(

@@ -1,13 +1,14 @@
 """The constants of a `hidden` cache: calibrated on some views when the cache is begun, then taken from the cache."""
 
 import itertools
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinymim.configs.errors import SourceError
+from tinymim.configs.errors import CacheMismatch, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, HiddenCodec, ViewConfig
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
@@ -16,15 +17,15 @@ from tinymim.pipeline.views import RandomViews
 from tinymim.stages.progress import say
 from tinymim.storage.constants import read_constants
 from tinymim.storage.manifest import Manifest
+from tinymim.storage.store import Store
 from tinymim.storage.writer import CacheWriter
 from tinymim.targets.hidden import calibrate, check_projection
 from tinymim.targets.relations import QKV
 
 
-def stored_constants(root: Path, manifest: Manifest, device: torch.device) -> dict[str, Tensor] | None:
+def stored_constants(store: Store, manifest: Manifest, device: torch.device) -> dict[str, Tensor] | None:
     """The constants of a cache on `device`, None where it has none; errors of `storage.constants.read_constants`."""
-    arrays = read_constants(root, manifest)
-    return None if arrays is None else {name: torch.tensor(array, device=device) for name, array in arrays.items()}
+    return _on_device(read_constants(store, manifest), device)
 
 
 def require_rebuildable(recipe: CacheTeacherRecipe, teacher: Teacher) -> None:
@@ -44,23 +45,48 @@ def settle_constants(
 ) -> dict[str, Tensor] | None:
     """The constants that the recipe's codec needs, on the teacher's device; in a new cache they are made and written.
 
+    Of several jobs that begin a cache one makes them and the others wait.
+
     Returns:
         None for a codec that needs none.
 
     Raises:
         RecipeError: this teacher's q, k, v cannot be rebuilt from the block's input.
         SourceError: none of the images to calibrate on can be read.
+        CacheMismatch: the source has its shards in another order than the job that began the cache.
         CacheCorrupt: the stored ones are damaged.
     """
     if not isinstance(recipe.codec, HiddenCodec):
         return None
     device = teacher.normalise.mean.device
-    held = stored_constants(writer.path, writer.manifest, device)
+    held = _on_device(writer.constants(), device)
     if held is not None:
         return held
-    constants = calibrated(recipe.codec, recipe.views, recipe.batch_size, source, teacher)
-    writer.write_constants({name: array.numpy() for name, array in constants.items()})
+    with writer.exclusively_constants():
+        held = _on_device(writer.constants(), device)
+        if held is not None:
+            return held
+        _require_same_order(writer, source)
+        constants = calibrated(recipe.codec, recipe.views, recipe.batch_size, source, teacher)
+        writer.write_constants({name: array.numpy() for name, array in constants.items()})
     return {name: array.to(device) for name, array in constants.items()}
+
+
+def _require_same_order(writer: CacheWriter, source: ShardSet) -> None:
+    """Calibration takes the first images of the source: the one thing of a cache that the order of shards decides."""
+    stored, wanted = [shard.name for shard in writer.manifest.source], [shard.name for shard in source.shards]
+    if stored[: len(wanted)] != wanted:
+        first = next(place for place, name in enumerate(wanted) if stored[place] != name)
+        raise CacheMismatch(
+            f"the shards of this source have another order than those that {writer.place} was begun with",
+            got=f"{wanted[first]} at place {first}",
+            expected=f"{stored[first]}, because a codec is calibrated on the first images",
+            hint="restore the order of the source, or begin another cache",
+        )
+
+
+def _on_device(arrays: dict[str, npt.NDArray[Any]] | None, device: torch.device) -> dict[str, Tensor] | None:
+    return None if arrays is None else {name: torch.tensor(array, device=device) for name, array in arrays.items()}
 
 
 def calibrated(

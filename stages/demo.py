@@ -295,6 +295,7 @@ def describe_teacher(recipe: CacheTeacherRecipe, teacher: Arm) -> str:
 
 def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize) -> Report:
     """Everything that the page shows, read back from cache and run folders."""
+    assert recipes.cache.cache is not None  # `make_recipes` names it
     reader = CacheReader(recipes.cache.cache)
     manifest, codec = reader.manifest, recipes.cache.codec
     assert isinstance(codec, SketchCodec)

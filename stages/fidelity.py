@@ -1,10 +1,8 @@
 """`tinymim fidelity`: what codecs do to the gradient of a student, and what they cost, on the same views."""
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -34,7 +32,7 @@ from tinymim.stages.progress import Meter, say
 from tinymim.stages.runfolder import RunFolder
 from tinymim.stages.training import pick_device, require_view_size
 from tinymim.storage.atomic import write_json_atomic
-from tinymim.storage.layout import METADATA, write_array
+from tinymim.storage.layout import METADATA, encode_array
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.fidelity import MapMoments, exact_target, merged, rounded
 from tinymim.targets.record import Codec
@@ -253,7 +251,5 @@ def _described(recipe: FidelityRecipe, name: str, tried: _Tried) -> dict[str, An
 
 def stored_bytes(values: npt.NDArray[Any]) -> int:
     """Size of an array's payload as a unit stores it (compressed chunks, checksums), without its metadata."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_array(Path(folder), "values", values)
-        files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != METADATA]
-        return sum(path.stat().st_size for path in files)
+    files = encode_array("values", values)
+    return sum(len(data) for path, data in files.items() if not path.endswith(METADATA))

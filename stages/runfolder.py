@@ -19,14 +19,16 @@ from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 class RunFolder:
     """Open a run folder for one recipe: writes `recipe.yaml` and `versions.json` before anything else.
 
-    Metrics of steps at or after `first_step` are dropped first, so that a resumed run's log has each step once.
+    Metrics of steps at or after `first_step` are dropped first, so that a resumed run's log has each step once. With
+    None nothing is dropped: several processes may then log into one folder.
     """
 
-    def __init__(self, recipe: Recipe, first_step: int = 0) -> None:
+    def __init__(self, recipe: Recipe, first_step: int | None = 0) -> None:
         self.path: Path = recipe.run.folder
         write_provenance(recipe)
         metrics = self.path / "metrics.jsonl"
-        _drop_from(metrics, first_step)
+        if first_step is not None:
+            _drop_from(metrics, first_step)
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step or None)
 

@@ -30,6 +30,7 @@ from tinymim.stages.runfolder import write_provenance
 from tinymim.stages.training import autocast, parts_of, seeded
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.constants import constants_digest
+from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
@@ -65,16 +66,22 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         torch.set_num_threads(recipe.run.threads)
     reader = CacheReader(recipe.cache)
     manifest = reader.manifest
-    source = join(open_shards(recipe.source), reader)
-    constants = stored_constants(reader.path, manifest, device)
+    num_views = views_in_use(recipe, manifest)
+    source = join(open_shards(recipe.source), reader, num_views, recipe.on_missing)
+    constants = stored_constants(reader.store, manifest, device)
     codec = stored_codec(manifest.codec, recipe.targets, constants)
     heads, tokens = int(manifest.teacher["heads"]), int(manifest.teacher["tokens"])
     relation_heads = codec.relation_heads(heads)
     for skipped in source.skipped[:5]:
         say(f"train-student: shard {skipped} is not in the cache (yet) and is left out")
+    if source.skipped or source.without_record:
+        say(
+            f"train-student: on_missing: skip leaves out {len(source.skipped):,} shards, and "
+            f"{source.without_record:,} images of the others that the cache holds no record of"
+        )
     batch_size = recipe.optim.batch_size
     require_equal_parts(batch_size, ranks, recipe.optim.accumulate)
-    order = SampleOrder(source.counts, recipe.order, batch_size, manifest.num_views, ranks.rank, ranks.world_size)
+    order = SampleOrder(source.counts, recipe.order, batch_size, num_views, ranks.rank, ranks.world_size)
     views = ReplayedViews(
         reader,
         source,
@@ -101,7 +108,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     names = [shard.name for shard in source.shards]
     books = Bookkeeping(recipe, [each for *_, each in learners], ranks, order, names, "views_per_s")
     books.resume()
-    books.describe(f"{sum(source.counts):,} images x {manifest.num_views} views")
+    books.describe(f"{sum(source.counts):,} images x {num_views} views")
     if recipe.students and ranks.first:
         write_provenance(recipe)
 
@@ -173,9 +180,21 @@ def _export(student: StudentWithTap, learner: Learner, metadata: dict[str, str])
         say(f"{label}: warning: still at their initial values: {', '.join(report['never_updated'])}")
 
 
+def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:
+    """Views of every image that the student is trained on. Raises RecipeError where the cache is for fewer."""
+    if recipe.num_views is not None and recipe.num_views > manifest.num_views:
+        raise RecipeError(
+            "num_views is more than the cache is for",
+            got=recipe.num_views,
+            expected=f"at most {manifest.num_views}",
+            hint="`tinymim cache-teacher` with a larger num_views adds to the cache",
+        )
+    return recipe.num_views or manifest.num_views
+
+
 def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
     """What a training state depends on beside the recipe: the cache's spec and constants, the bytes of its images."""
-    constants = constants_digest(reader.path, reader.manifest)
+    constants = constants_digest(reader.store, reader.manifest)
     hashes = [shard.content_hash for shard in source.shards]
     return [reader.manifest.spec_id, *([constants] if constants else []), *hashes]
 

@@ -150,6 +150,9 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     """
     free: dict[str, Any] = dict.fromkeys(("loader", "checkpoint", "verify", "source", "cache", "students"), True)
     free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
+    # The order of samples has an identity of its own, with the images and the views that are really used: a cache may
+    # grow under a student that then names the number of views it began with.
+    free |= {"num_views": True, "on_missing": True}
     free["run"] = {"folder", "device", "threads", "log_every"}
     if recipe.ema is None:
         free["ema"] = True  # states from before there was one have the same identity

@@ -2,15 +2,23 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from tinymim.configs.errors import UserError
-
 PARTIAL_SUFFIX = ".partial"
+HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+DAY_S = 86_400
+# What file systems without hard links say; on those two processes may both believe that they were first.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_numbers = itertools.count()
+_PARTIAL_NAME = re.compile(rf"\.(?P<host>[0-9a-f]{{8}})-(?P<pid>[0-9]+)-[0-9]+{re.escape(PARTIAL_SUFFIX)}$")
 
 
 def canonical_json(obj: object) -> bytes:
@@ -48,12 +56,8 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: the file cannot be written; the temporary file is removed and `path` is as before.
     """
-    temp = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    temp = _write_partial(path, data)
     try:
-        with open(temp, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temp, path)
     except OSError:
         temp.unlink(missing_ok=True)
@@ -66,17 +70,68 @@ def write_json_atomic(path: Path, obj: object) -> None:
     write_bytes_atomic(path, canonical_json(obj))
 
 
-@contextmanager
-def explained_write_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write below `path` into a `UserError` with a remedy."""
+def create_bytes_atomic(path: Path, data: bytes) -> bool:
+    """As `write_bytes_atomic`, but where `path` exists it is left alone, and the answer is False.
+
+    Of several processes that create one file, one gets True. The name itself is made durable by the caller
+    (`fsync_folder`), once for many files.
+
+    Raises:
+        OSError: the file cannot be written; the temporary file is removed.
+    """
+    temp = _write_partial(path, data)
     try:
-        yield
+        os.link(temp, path)
+    except FileExistsError:
+        return False
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(
-            f"cannot write the cache {path}: {error.strerror or error}",
-            got=error.filename,
-            hint="free some space and run the same command again; committed units are intact"
-            if full
-            else "check that the folder exists, is writable and is on a healthy disk",
-        ) from error
+        if error.errno not in _NO_LINKS or path.exists():
+            raise
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+    return True
+
+
+def make_folders(folder: Path) -> set[Path]:
+    """Make `folder` and those above it; the folders in which names were added, for `fsync_folder`."""
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return {path.parent for path in missing}
+
+
+def remove_dead_partials(folders: Iterable[Path]) -> None:
+    """Remove from `folders` what writes left that will never end: of dead processes of this machine, or a day old."""
+    for path in [path for folder in folders for path in folder.glob(f"*{PARTIAL_SUFFIX}")]:
+        with suppress(FileNotFoundError):  # the write ended meanwhile
+            of = _PARTIAL_NAME.search(path.name)
+            dead = of is not None and of["host"] == HOST and not process_exists(int(of["pid"]))
+            if dead or time.time() - path.stat().st_mtime > DAY_S:
+                path.unlink()
+
+
+def process_exists(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _write_partial(path: Path, data: bytes) -> Path:
+    """A durable temporary file with `data` beside `path`; its name says whose it is."""
+    temp = path.with_name(f"{path.name}.{HOST}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}")
+    try:
+        with open(temp, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+        raise
+    return temp

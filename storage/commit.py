@@ -2,27 +2,81 @@
 
 import itertools
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy.typing as npt
+from google_crc32c import value as crc32c
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinymim.configs.errors import CacheCorrupt
 from tinymim.storage import layout
-from tinymim.storage.atomic import canonical_json, digest_hex, fsync_folder, write_json_atomic
+from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.layout import UnitId
-from tinymim.storage.manifest import FORMAT_VERSION, Manifest, require_format_version
+from tinymim.storage.manifest import FORMAT_VERSION, Manifest, Size, invalid_fields, require_format_version
+from tinymim.storage.store import Store
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+View = Annotated[int, Field(ge=0, lt=2**31)]
+# A file of a group, relative to it: its metadata, or an array's metadata or payload. Nothing that could lead outside.
+FilePath = Annotated[str, Field(pattern=r"^(zarr\.json|[A-Za-z][A-Za-z0-9_]*/(zarr\.json|c(/0)+))$")]
+
+REPAIR = "`tinymim cache repair RECIPE` computes it again"
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Size in bytes and digest (`digest_hex`) of one file of a unit or of the constants."""
+    """Size in bytes, digest (`digest_hex`) and crc32c of one file of a unit or of the constants."""
 
     size_bytes: int
     blake2b: str
+    crc32c: int
+
+
+class _StoredFile(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    size_bytes: Size
+    blake2b: Digest
+    crc32c: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class RecordBase(BaseModel):
+    """The fields that every record has (without `record_digest`); strict, so that a reader may rely on them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format_version: int
+    spec_id: str
+    files: dict[FilePath, _StoredFile]
+
+    def stored_files(self) -> dict[str, StoredFile]:
+        """`files`, as the rest of storage holds them."""
+        return {path: StoredFile(file.size_bytes, file.blake2b, file.crc32c) for path, file in self.files.items()}
+
+
+Record = TypeVar("Record", bound=RecordBase)
+
+
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    content_hash: str
+
+
+class _CommitRecord(RecordBase):
+    shard: _Shard
+    unit: str
+    first_view: View
+    num_views: Annotated[int, Field(ge=1, lt=2**31)]
+    num_images: Size
+    num_records: Size
+    key_digest: Digest
+    statistics: dict[str, Any]
+    constants: Digest | None = None
 
 
 @dataclass(frozen=True)
@@ -50,15 +104,15 @@ class UnitInfo:
     statistics: Mapping[str, Any]
     constants: str | None = None
 
-    def files_of(self, array: str) -> dict[str, StoredFile]:
-        """The files of one array, metadata first."""
-        return files_of(self.files, array)
-
     @property
     def arrays(self) -> list[str]:
         """The names of the record arrays (keys apart), sorted."""
-        names = {name.partition("/")[0] for name in self.files if "/" in name}
-        return sorted(names.difference(layout.KEY_ARRAYS))
+        return sorted(set(array_names(self.files)).difference(layout.KEY_ARRAYS))
+
+
+def array_names(files: Iterable[str]) -> list[str]:
+    """The arrays that a group's files belong to, sorted."""
+    return sorted({name.partition("/")[0] for name in files if "/" in name})
 
 
 def files_of(files: Mapping[str, StoredFile], array: str) -> dict[str, StoredFile]:
@@ -67,31 +121,41 @@ def files_of(files: Mapping[str, StoredFile], array: str) -> dict[str, StoredFil
     return {name: files[name] for name in names}
 
 
-def sync_and_digest(folder: Path, root: Path) -> dict[str, StoredFile]:
-    """Make all below `folder`, and its way up to `root`, durable; size and digest of every file."""
-    files: dict[str, StoredFile] = {}
-    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
-        with open(path, "rb") as file:
-            data = file.read()
-            os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = StoredFile(len(data), digest_hex(data))
-    for inner in [item for item in folder.rglob("*") if item.is_dir()]:
-        fsync_folder(inner)
-    outer = folder
-    while outer != root.parent:
-        fsync_folder(outer)
-        outer = outer.parent
-    return files
+def described(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+    """Size, digest and checksum of every file."""
+    return {path: StoredFile(len(data), digest_hex(data), crc32c(data)) for path, data in files.items()}
 
 
-def read_checked(path: Path, stored: StoredFile, verify: bool = True) -> bytes:
-    """The bytes of a file, with ValueError if its size or (with `verify`) its digest are not the recorded ones."""
-    data = path.read_bytes()
-    if len(data) != stored.size_bytes:
-        raise ValueError(f"{path.name} has {len(data)} bytes, committed were {stored.size_bytes}")
-    if verify and digest_hex(data) != stored.blake2b:
-        raise ValueError(f"{path.name} does not have its committed digest")
-    return data
+def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verify: bool) -> dict[str, bytes]:
+    """The bytes of files of `folder`, by path relative to it, their sizes and checksums compared.
+
+    A crc32c of the whole file finds flipped bits and files that took one another's place; it costs a ninth of blake2b.
+
+    Args:
+        store: of the cache.
+        folder: relative to the store.
+        files: what is recorded of them.
+        verify: compare the digests, too, which also somebody who wants to could not forge.
+
+    Raises:
+        ValueError: a file is missing, or not what is recorded; names the file.
+        StoreError: the object store refuses or fails.
+    """
+    try:
+        found = store.read_all({f"{folder}/{path}": file.size_bytes for path, file in files.items()})
+    except FileNotFoundError as error:
+        raise ValueError(f"a file is missing: {error.filename or error}") from error
+    except OSError as error:
+        raise ValueError(f"a file cannot be read: {error}") from error
+    for path, file in files.items():
+        data = found[f"{folder}/{path}"]
+        if len(data) != file.size_bytes:
+            raise ValueError(f"{path} has {len(data)} bytes, committed were {file.size_bytes}")
+        if crc32c(data) != file.crc32c:
+            raise ValueError(f"{path} does not have its committed checksum")
+        if verify and digest_hex(data) != file.blake2b:
+            raise ValueError(f"{path} does not have its committed digest")
+    return {path: found[f"{folder}/{path}"] for path in files}
 
 
 def key_digest(key_arrays: Mapping[str, npt.NDArray[Any]]) -> str:
@@ -99,14 +163,14 @@ def key_digest(key_arrays: Mapping[str, npt.NDArray[Any]]) -> str:
     return digest_hex(key_arrays["key_ends"].tobytes() + key_arrays["key_bytes"].tobytes())
 
 
-def write_commit(root: Path, info: UnitInfo) -> None:
-    """Write the record, atomically: the moment in which the unit comes to be."""
+def encode_commit(info: UnitInfo) -> bytes:
+    """The record as it is stored."""
     unit = info.unit
     record = {
         "format_version": FORMAT_VERSION,
         "spec_id": info.spec_id,
         "shard": {"name": unit.shard, "content_hash": info.content_hash},
-        "unit": layout.unit_folder(root, unit).relative_to(root).as_posix(),
+        "unit": layout.unit_folder(unit),
         "first_view": unit.first_view,
         "num_views": unit.num_views,
         "num_images": info.num_images,
@@ -117,14 +181,14 @@ def write_commit(root: Path, info: UnitInfo) -> None:
     }
     if info.constants is not None:
         record["constants"] = info.constants
-    write_json_atomic(layout.commit_file(root, unit), record | {"record_digest": record_digest(record)})
+    return signed(record)
 
 
-def read_commits(root: Path, manifest: Manifest, constants: str | None) -> list[UnitInfo]:
+def read_commits(store: Store, manifest: Manifest, constants: str | None) -> list[UnitInfo]:
     """All committed units, in the order of the source shards, then of views.
 
     Args:
-        root: the cache's folder.
+        store: of the cache.
         manifest: of the cache.
         constants: digest of its constants, None if it has none.
 
@@ -133,64 +197,118 @@ def read_commits(root: Path, manifest: Manifest, constants: str | None) -> list[
         CacheCorrupt: a record is damaged or belongs to another cache; two units share views; a unit was made with
             other constants than the cache's.
     """
+    paths = {entry.path for entry in store.list(layout.COMMITS) if entry.path.endswith(".json")}
+    found = store.read_all(dict.fromkeys(sorted(paths), layout.COMMIT_LIMIT_BYTES))
+    infos = [parse_commit(store.place, path, data, manifest) for path, data in found.items()]
+    return checked_commits(store.place, infos, constants, manifest)
+
+
+def checked_commits(
+    place: Path | str, infos: Iterable[UnitInfo], constants: str | None, manifest: Manifest
+) -> list[UnitInfo]:
+    """The units in order, if they may stand in one cache; arguments and errors of `read_commits`."""
     order = {shard.name: position for position, shard in enumerate(manifest.source)}
-    paths = sorted(layout.commits_folder(root).glob("*.json"))
-    infos = [_read_commit(root, path, manifest) for path in paths]
-    for info in infos:
+    units = sorted(infos, key=lambda info: (order[info.unit.shard], info.unit.first_view))
+    for info in units:
         if info.constants != constants:
             raise CacheCorrupt(
-                f"unit {info.unit} of {root} was made with other constants than those of the cache",
-                got=f"constants {constants}" if constants else f"no {layout.constants_file(root)}",
+                f"unit {info.unit} of {place} was made with other constants than those of the cache",
+                got=f"constants {constants}" if constants else f"no {layout.CONSTANTS_RECORD}",
                 expected=f"constants {info.constants}" if info.constants else "none",
-                hint="restore constants.json and the folder constants/ from a copy, or write the cache anew",
+                hint="restore constants.json and the folder constants/ from a copy, or by `tinymim cache repair`",
             )
-    infos.sort(key=lambda info: (order[info.unit.shard], info.unit.first_view))
-    for before, after in itertools.pairwise(infos):
+    for before, after in itertools.pairwise(units):
         if before.unit.shard == after.unit.shard and after.unit.first_view in before.unit.views:
-            raise CacheCorrupt(
-                f"units {before.unit} and {after.unit} share views",
-                hint=f"delete {layout.commit_file(root, after.unit)}",
-            )
-    return infos
+            raise CacheCorrupt(f"units {before.unit} and {after.unit} of {place} share views", hint=REPAIR)
+    return units
 
 
-def corrupt_unit(root: Path, unit: UnitId, what: str, got: object = None, expected: object = None) -> CacheCorrupt:
+def corrupt_unit(
+    place: Path | str, unit: UnitId, what: str, got: object = None, expected: object = None
+) -> CacheCorrupt:
     """The error for damage in `unit`, with the way to have it computed again."""
-    hint = f"delete {layout.commit_file(root, unit)} and run cache-teacher again: it recomputes the unit"
-    return CacheCorrupt(f"unit {unit} of {root}: {what}", got=got, expected=expected, hint=hint)
+    return CacheCorrupt(f"unit {unit} of {place}: {what}", got=got, expected=expected, hint=REPAIR)
 
 
-def _read_commit(root: Path, path: Path, manifest: Manifest) -> UnitInfo:
+def parse_commit(place: Path | str, path: str, data: bytes, manifest: Manifest) -> UnitInfo:
+    """The unit that the record `data`, stored at `path`, is about.
+
+    Raises:
+        CacheMismatch: the record has an unknown format version.
+        CacheCorrupt: it is damaged, or does not belong to the manifest or to its name.
+    """
     try:
-        record = json.loads(path.read_bytes())
-        require_format_version(record["format_version"], str(path))
-        digest = record.pop("record_digest")
-        if digest != record_digest(record):
-            raise ValueError("its content does not have its record_digest")
-        info = UnitInfo(
-            unit=UnitId(record["shard"]["name"], record["first_view"], record["num_views"]),
-            spec_id=record["spec_id"],
-            content_hash=record["shard"]["content_hash"],
-            num_images=record["num_images"],
-            num_records=record["num_records"],
-            key_digest=record["key_digest"],
-            files={name: StoredFile(**file) for name, file in record["files"].items()},
-            statistics=record["statistics"],
-            constants=record.get("constants"),
-        )
-        if layout.commit_file(root, info.unit) != path:
-            raise ValueError(f"it is about {info.unit}")
-        shard = manifest.shards.get(info.unit.shard)
-        if info.spec_id != manifest.spec_id or shard is None or shard.content_hash != info.content_hash:
+        record, _ = parse_record(data, _CommitRecord, f"{place}/{path}")
+        unit = UnitId(record.shard.name, record.first_view, record.num_views)
+        shard = manifest.shards.get(unit.shard)
+        if record.spec_id != manifest.spec_id or shard is None or shard.content_hash != record.shard.content_hash:
             raise ValueError("it does not belong to the cache's manifest")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheCorrupt(
-            f"commit record {path} is damaged: {error}",
-            hint="delete it and run cache-teacher again: it recomputes the unit",
-        ) from error
-    return info
+        if layout.commit_file(unit) != path or layout.unit_folder(unit) != record.unit:
+            raise ValueError(f"it is about {unit}")
+        if record.num_images > shard.num_samples or record.num_records != record.num_images * record.num_views:
+            raise ValueError(f"{record.num_images} images, {record.num_records} records of {shard.num_samples} images")
+    except ValueError as error:
+        raise CacheCorrupt(f"commit record {place}/{path} is damaged: {error}", hint=REPAIR) from error
+    return UnitInfo(
+        unit=unit,
+        spec_id=record.spec_id,
+        content_hash=record.shard.content_hash,
+        num_images=record.num_images,
+        num_records=record.num_records,
+        key_digest=record.key_digest,
+        files=record.stored_files(),
+        statistics=record.statistics,
+        constants=record.constants,
+    )
+
+
+def read_identity(data: bytes, path: str) -> tuple[str, UnitId, str]:
+    """What a commit record says of itself where there is no manifest to check it against.
+
+    Returns:
+        Its spec_id, its unit, and the content hash of the unit's shard.
+
+    Raises:
+        CacheMismatch: the record has an unknown format version.
+        ValueError: it is damaged; `path` is named.
+    """
+    record, _ = parse_record(data, _CommitRecord, path)
+    return record.spec_id, UnitId(record.shard.name, record.first_view, record.num_views), record.shard.content_hash
+
+
+# ---- records: JSON with a digest of itself
+
+
+def signed(record: Mapping[str, Any]) -> bytes:
+    """A record as it is stored: canonical JSON, `record_digest` among its fields."""
+    return canonical_json({**record, "record_digest": record_digest(record)})
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
     """Digest of a record without its `record_digest`, over its canonical JSON."""
     return digest_hex(canonical_json(record))
+
+
+def parse_record(data: bytes, kind: type[Record], owner: str) -> tuple[Record, str]:
+    """A stored record and its digest.
+
+    Raises:
+        CacheMismatch: its format version is unknown; `owner` is named.
+        ValueError: it is damaged.
+    """
+    try:
+        record = json.loads(data)
+        if not isinstance(record, dict) or "format_version" not in record:
+            raise ValueError("there is no format_version")
+        require_format_version(record["format_version"], owner)
+        digest = str(record.pop("record_digest", None))
+        # What is stored is canonical, so its own bytes without that line are what the digest was taken of: to write the
+        # record again in order to see that takes ten times as long, and a cache has thousands.
+        line = f' "record_digest": "{digest}",\n'.encode("utf-8", "replace")
+        if digest_hex(data.replace(line, b"", 1)) != digest:
+            raise ValueError("its content does not have its record_digest")
+        return kind.model_validate(record), digest
+    except ValidationError as error:
+        raise ValueError("; ".join(invalid_fields("", error))) from error
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error

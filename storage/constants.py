@@ -4,10 +4,8 @@ One zarr array per name in the group `constants/`, and the record `constants.jso
 and only if it does. Every unit names in its commit record the digest of the constants that it was made with.
 """
 
-import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,106 +13,82 @@ import numpy.typing as npt
 
 from tinymim.configs.errors import CacheCorrupt
 from tinymim.storage import layout
-from tinymim.storage.atomic import fsync_folder, write_json_atomic
-from tinymim.storage.commit import StoredFile, files_of, read_checked, record_digest, sync_and_digest
-from tinymim.storage.manifest import FORMAT_VERSION, Manifest, require_format_version
+from tinymim.storage.commit import RecordBase, array_names, described, files_of, parse_record, read_files, signed
+from tinymim.storage.layout import CONSTANTS, CONSTANTS_RECORD, METADATA
+from tinymim.storage.manifest import FORMAT_VERSION, Manifest
+from tinymim.storage.store import Store
 
 
-@dataclass(frozen=True)
-class _Record:
-    """`constants.json`: every file of the group by its path relative to it, and the digest over all of that."""
-
-    files: Mapping[str, StoredFile]
-    digest: str
-
-
-def write_constants(root: Path, spec_id: str, arrays: Mapping[str, npt.NDArray[Any]]) -> str:
-    """Write the constants of the cache at `root` in place of any there; on return they are durable.
-
-    Use `CacheWriter.write_constants`, which holds the cache's lock.
+def constants_files(spec_id: str, arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, bytes], bytes]:
+    """What the constants of a cache are on disk.
 
     Args:
-        root: the cache's folder; its manifest is written.
         spec_id: of the manifest.
         arrays: by name, each with at least one axis.
 
     Returns:
-        Their digest: that of the record.
+        The files of the group by path relative to it, and the record that makes them visible.
     """
-    folder, path = layout.constants_folder(root), layout.constants_file(root)
-    if path.exists():  # goes before what it describes
-        path.unlink()
-        fsync_folder(root)
-    if folder.exists():
-        shutil.rmtree(folder)
-    layout.write_group(folder)
+    files = {METADATA: layout.plain_group()}
     for name, values in arrays.items():
-        layout.write_array(folder, name, values, whole=True)
-    files = {name: asdict(file) for name, file in sync_and_digest(folder, root).items()}
-    record = {"format_version": FORMAT_VERSION, "spec_id": spec_id, "files": files}
-    digest = record_digest(record)
-    write_json_atomic(path, record | {"record_digest": digest})
-    return digest
+        files |= layout.encode_array(name, values, whole=True)
+    stored = {name: asdict(file) for name, file in described(files).items()}
+    return files, signed({"format_version": FORMAT_VERSION, "spec_id": spec_id, "files": stored})
 
 
-def read_constants(root: Path, manifest: Manifest) -> dict[str, npt.NDArray[Any]] | None:
+def read_constants(store: Store, manifest: Manifest) -> dict[str, npt.NDArray[Any]] | None:
     """The constants of a cache by name, every byte checked; None where it has none.
 
     Raises:
         CacheMismatch: the record has an unknown format version.
         CacheCorrupt: the record is damaged or of another cache; a file is missing or changed, and named.
     """
-    record = _read_record(root, manifest)
+    record, _ = read_record(store, manifest)
     if record is None:
         return None
-    folder = layout.constants_folder(root)
-    names = sorted({name.partition("/")[0] for name in record.files if "/" in name})
+    stored = record.stored_files()
     arrays: dict[str, npt.NDArray[Any]] = {}
-    for name in names:
+    for name in array_names(stored):
         try:
-            files = {path: read_checked(folder / path, file) for path, file in files_of(record.files, name).items()}
-            arrays[name] = layout.decode_array(name, files)
-        except Exception as error:  # whatever zarr and its codecs raise on bytes they cannot decode
-            raise _corrupt(f"array {name} of {folder} is damaged: {error}", root) from error
+            files = read_files(store, CONSTANTS, files_of(stored, name), verify=True)
+            arrays[name] = layout.decode_array(name, files, None)
+        except (ValueError, RuntimeError, KeyError) as error:  # what the decompressor raises, too
+            raise _corrupt(store.place, f"array {name} of {store.place}/{CONSTANTS} is damaged: {error}") from error
     return arrays
 
 
-def constants_digest(root: Path, manifest: Manifest) -> str | None:
+def constants_digest(store: Store, manifest: Manifest) -> str | None:
     """The digest of a cache's constants, None where it has none; errors of `read_constants` about the record."""
-    record = _read_record(root, manifest)
-    return None if record is None else record.digest
+    return read_record(store, manifest)[1]
 
 
-def constants_bytes(root: Path, manifest: Manifest) -> int:
+def constants_bytes(store: Store, manifest: Manifest) -> int:
     """Bytes on disk of the constants and their record, 0 where there are none; errors as `constants_digest`."""
-    record = _read_record(root, manifest)
+    record, _ = read_record(store, manifest)
     if record is None:
         return 0
-    return layout.constants_file(root).stat().st_size + sum(file.size_bytes for file in record.files.values())
+    data = store.read(CONSTANTS_RECORD, layout.COMMIT_LIMIT_BYTES)
+    return len(data) + sum(file.size_bytes for file in record.files.values())
 
 
-def _read_record(root: Path, manifest: Manifest) -> _Record | None:
-    path = layout.constants_file(root)
+def read_record(store: Store, manifest: Manifest) -> tuple[RecordBase | None, str | None]:
+    """The constants' record and its digest, both None where there are none; errors as `constants_digest`."""
     try:
-        data = path.read_bytes()
+        data = store.read(CONSTANTS_RECORD, layout.COMMIT_LIMIT_BYTES)
     except FileNotFoundError:
-        return None
+        return None, None
     try:
-        record = json.loads(data)
-        require_format_version(record["format_version"], str(path))
-        digest = record.pop("record_digest")
-        if digest != record_digest(record):
-            raise ValueError("its content does not have its record_digest")
-        if record["spec_id"] != manifest.spec_id:
+        record, digest = parse_record(data, RecordBase, f"{store.place}/{CONSTANTS_RECORD}")
+        if record.spec_id != manifest.spec_id:
             raise ValueError("it does not belong to the cache's manifest")
-        return _Record({name: StoredFile(**file) for name, file in record["files"].items()}, digest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _corrupt(f"{path} is damaged: {error}", root) from error
+    except ValueError as error:
+        raise _corrupt(store.place, f"{store.place}/{CONSTANTS_RECORD} is damaged: {error}") from error
+    return record, digest
 
 
-def _corrupt(what: str, root: Path) -> CacheCorrupt:
+def _corrupt(place: Path | str, what: str) -> CacheCorrupt:
     return CacheCorrupt(
         what,
-        hint="restore constants.json and the folder constants/ from a copy; without one, "
-        f"delete {root} and run cache-teacher again",
+        hint="`tinymim cache repair RECIPE` makes the constants again if the images are the same; or restore "
+        f"constants.json and the folder constants/ of {place} from a copy",
     )

@@ -4,10 +4,11 @@ Legend: I images of a unit, V its views, R = I * V records, K total bytes of its
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -15,20 +16,37 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from numcodecs import Zstd
-from zarr.buffer.cpu import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from tinymim.configs.errors import CacheCorrupt, SourceError, UserError
-from tinymim.storage.atomic import PARTIAL_SUFFIX, write_json_atomic
-from tinymim.storage.manifest import Manifest
+from tinymim.storage.atomic import canonical_json, digest_hex
+from tinymim.storage.manifest import REPAIR, Manifest
+from tinymim.storage.store import Store
 
 CHUNK_RECORDS = 64
 ZSTD_LEVEL = 1
 CRC_BYTES = 4
 _ZSTD = Zstd()  # decoding needs no level
-ATTRIBUTE = "tinymim"
+# A block of a zstd frame holds at most 128 KiB and takes at least 4 bytes (RFC 8878, 3.1.1.2).
+ZSTD_MOST = 2**17 // 4
+# Sharding, its inner chain and its index's chain, and where the index lies.
+CODECS = ("sharding_indexed", [["bytes", "zstd", "crc32c"], ["bytes", "crc32c"]], "end")
+DTYPES: Mapping[str, str] = MappingProxyType(
+    {"bool": "?"}
+    | {f"{sign}int{8 * size}": f"<{sign or 'i'}{size}" for sign in ("", "u") for size in (1, 2, 4, 8)}
+    | {f"float{8 * size}": f"<f{size}" for size in (2, 4, 8)}
+)
+
+ATTRIBUTE, DIGEST_ATTRIBUTE = "tinymim", "tinymim_digest"
+_OF_GROUP = {"node_type": "group", "zarr_format": 3}
 METADATA = "zarr.json"
+UNITS, COMMITS = "units", "commits"
+CONSTANTS, CONSTANTS_RECORD = "constants", "constants.json"
+LEASES = "leases"  # of writers at work; no part of what a reader sees
+MANIFEST_LIMIT_BYTES = 2**28
+COMMIT_LIMIT_BYTES = 2**26
+_COMMIT_NAME = re.compile(rf"{COMMITS}/(?P<stem>[A-Za-z0-9_-]+)\.v(?P<first>[0-9]{{1,9}})-(?P<last>[0-9]{{1,9}})\.json")
 
 KEY_ARRAYS = ("key_bytes", "key_ends")
 # Arrays every unit has besides the keys: dtype and shape after the record axis.
@@ -86,102 +104,80 @@ def check_stems(shards: Iterable[str]) -> None:
             )
 
 
-def unit_folder(root: Path, unit: UnitId) -> Path:
+def unit_folder(unit: UnitId) -> str:
     """The zarr group that holds the arrays of `unit`."""
-    return root / "units" / shard_stem(unit.shard) / unit.view_range
+    return f"{shard_folder(unit.shard)}/{unit.view_range}"
 
 
-def commits_folder(root: Path) -> Path:
-    """The folder of the commit records."""
-    return root / "commits"
+def shard_folder(shard: str) -> str:
+    """The zarr group that holds the units of one source shard."""
+    return f"{UNITS}/{shard_stem(shard)}"
 
 
-def commit_file(root: Path, unit: UnitId) -> Path:
+def commit_file(unit: UnitId) -> str:
     """The commit record that makes `unit` visible."""
-    return commits_folder(root) / f"{shard_stem(unit.shard)}.{unit.view_range}.json"
+    return f"{COMMITS}/{shard_stem(unit.shard)}.{unit.view_range}.json"
 
 
-def constants_folder(root: Path) -> Path:
-    """The zarr group that holds what the codec needs once per cache."""
-    return root / "constants"
+def parse_commit_file(path: str, shards: Mapping[str, str]) -> UnitId | None:
+    """The unit that a commit record of this name would be about; None where no unit has it.
+
+    Args:
+        path: relative to the cache.
+        shards: names of the source shards by `shard_stem`.
+    """
+    match = _COMMIT_NAME.fullmatch(path)
+    if match is None or match["stem"] not in shards:
+        return None
+    first, last = int(match["first"]), int(match["last"])
+    return UnitId(shards[match["stem"]], first, last - first + 1) if last >= first else None
 
 
-def constants_file(root: Path) -> Path:
-    """The record that makes the constants visible."""
-    return root / "constants.json"
-
-
-def lock_file(root: Path) -> Path:
-    """The file on which the one writer holds its lock."""
-    return root / ".lock"
-
-
-def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write or replace the root group with `manifest` among its attributes, atomically."""
-    write_json_atomic(root / METADATA, _group({ATTRIBUTE: manifest.to_json()}))
-
-
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of the cache at `root`.
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of the cache in `store`.
 
     Raises:
         UserError: there is no cache.
         CacheMismatch: its format version is unknown.
         CacheCorrupt: it is there but damaged.
     """
-    hint = "name the folder that `tinymim cache-teacher` wrote"
+    hint = "name the cache that `tinymim cache-teacher` wrote"
     try:
-        stored = json.loads((root / METADATA).read_bytes())
+        stored = json.loads(store.read(METADATA, MANIFEST_LIMIT_BYTES))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no cache at {root}", hint=hint) from None
-    except ValueError as error:
-        raise CacheCorrupt(f"{root / METADATA} is damaged: {error}") from error
+        raise UserError(f"there is no cache at {store.place}", hint=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise CacheCorrupt(f"{store.place}/{METADATA} is damaged: {error}", hint=REPAIR) from error
     attributes = stored.get("attributes") if isinstance(stored, dict) else None
     if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
-        raise UserError(f"{root} is a zarr folder but not a tinymim cache", hint=hint)
-    return Manifest.from_json(attributes[ATTRIBUTE])
+        raise UserError(f"{store.place}/{METADATA} is of a zarr group but not of a tinymim cache", hint=hint)
+    manifest = Manifest.from_json(attributes.pop(ATTRIBUTE), f"{store.place}/{METADATA}")
+    # The first caches had no digest of their manifest.
+    rest = {key: value for key, value in stored.items() if key != "attributes"}
+    if attributes not in ({DIGEST_ATTRIBUTE: _manifest_digest(manifest)}, {}) or rest != _OF_GROUP:
+        raise CacheCorrupt(
+            f"{store.place}/{METADATA} is damaged: the manifest does not have its {DIGEST_ATTRIBUTE}",
+            hint=REPAIR,
+        )
+    return manifest
 
 
-def is_foreign(root: Path) -> bool:
-    """Whether `root` holds anything but what a writer that died before its manifest may have left."""
-    if (root / METADATA).exists() or not root.exists():
-        return False
-    own = lock_file(root).name
-    return any(item.name != own and item.suffix != PARTIAL_SUFFIX for item in root.iterdir())
+def root_group(manifest: Manifest) -> bytes:
+    """The metadata of the root group, which holds the manifest and its digest."""
+    return _group({ATTRIBUTE: manifest.to_json(), DIGEST_ATTRIBUTE: _manifest_digest(manifest)})
 
 
-def ensure_folders(root: Path, unit: UnitId | None = None) -> None:
-    """Make the fixed folders of a cache and, of `unit`, the folder above its own; keep what is there."""
-    commits_folder(root).mkdir(exist_ok=True)
-    groups = [root / "units"]
-    if unit is not None:
-        groups.append(unit_folder(root, unit).parent)
-    for group in groups:
-        if not (group / METADATA).exists():
-            write_group(group)
+def _manifest_digest(manifest: Manifest) -> str:
+    return digest_hex(canonical_json(manifest.to_json()))
 
 
-def write_group(folder: Path) -> None:
-    """Make `folder` an empty zarr group."""
-    folder.mkdir(exist_ok=True)
-    write_json_atomic(folder / METADATA, _group({}))
+def plain_group() -> bytes:
+    """The metadata of every other group."""
+    return _group({})
 
 
-def leftovers(root: Path, committed: Iterable[UnitId]) -> Iterator[Path]:
-    """Folders and files that a dead writer left: units without a commit record, `*.partial`."""
-    kept = {unit_folder(root, unit) for unit in committed}
-    parents = {folder.parent for folder in kept}
-    for folder in (root, commits_folder(root), root / "units", *sorted(parents)):
-        yield from sorted(folder.glob(f"*{PARTIAL_SUFFIX}"))
-    for shard in sorted(item for item in (root / "units").iterdir() if item.is_dir()):
-        if shard not in parents:
-            yield shard
-        else:
-            yield from sorted(item for item in shard.iterdir() if item.is_dir() and item not in kept)
-
-
-def write_array(group: Path, name: str, values: npt.NDArray[Any], whole: bool = False) -> None:
-    """Write `values` as the array `name`: one zarr shard, inner chunks of 64 records, zstd, crc32c.
+def encode_array(name: str, values: npt.NDArray[Any], whole: bool = False) -> dict[str, bytes]:
+    """The files of the array `name`, by path relative to its group: one zarr shard, inner chunks, zstd, crc32c.
 
     Keys and base arrays are small and always read whole: they get one inner chunk, as do others on demand.
     """
@@ -189,8 +185,9 @@ def write_array(group: Path, name: str, values: npt.NDArray[Any], whole: bool = 
     whole = whole or name in KEY_ARRAYS or name in BASE_ARRAYS
     chunk = length if whole else min(CHUNK_RECORDS, length)
     inner = tuple(max(size, 1) for size in values.shape[1:])
+    files: dict[str, Any] = {}  # of zarr's buffers
     array = zarr.create_array(
-        store=str(group),
+        store=MemoryStore(files),
         name=name,
         shape=values.shape,
         dtype=values.dtype,
@@ -203,47 +200,71 @@ def write_array(group: Path, name: str, values: npt.NDArray[Any], whole: bool = 
         config={"write_empty_chunks": True},
     )
     array[...] = values
+    found = {path: data.to_bytes() for path, data in files.items() if path.startswith(f"{name}/")}
+    # zarr indents its metadata, at twice the size, and not in every version alike.
+    metadata = json.loads(found[f"{name}/{METADATA}"])
+    found[f"{name}/{METADATA}"] = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode("ascii")
+    return found
 
 
-def decode_array(name: str, files: Mapping[str, bytes]) -> npt.NDArray[Any]:
-    """The array `name` from the bytes of its files (paths relative to its group); zarr's errors pass."""
-    store = MemoryStore({path: Buffer.from_bytes(data) for path, data in files.items()}, read_only=True)
-    array = zarr.open_array(store, path=name, mode="r")
-    if array.size and len(files) < 2:
-        raise ValueError("no payload file")
-    return np.asarray(array[...])
+def decode_array(name: str, files: Mapping[str, bytes], num_records: int | None) -> npt.NDArray[Any]:
+    """The array `name` from the bytes of its files (paths relative to its group), whose checksums were compared.
 
+    Chunks are unpacked here: zarr-python's event loop takes 2 to 3 ms an array, ten times what unpacking takes, and it
+    reads a lost or empty file as zeros (3.1).
 
-def decode_checked_array(name: str, files: Mapping[str, bytes]) -> npt.NDArray[Any]:
-    """As `decode_array`, for files whose digests were compared: chunks are unpacked here, without zarr's event loop.
-
-    zarr-python takes 2 to 3 ms an array, ten times what unpacking takes (docs/log.md); a unit has ten arrays and more.
+    Args:
+        name: of the array.
+        files: its metadata and, unless it is empty, its payload.
+        num_records: what its first axis must be; None: anything.
 
     Raises:
-        ValueError: the metadata is not what `write_array` writes, or chunks do not fit it.
+        ValueError, RuntimeError: the metadata is not what `encode_array` writes, or the payload does not fit it.
     """
-    metadata = json.loads(files[f"{name}/{METADATA}"])
-    [sharding] = metadata["codecs"]
-    inner = sharding["configuration"]
-    chain = [codec["name"] for codec in inner["codecs"]]
-    if (
-        sharding["name"] != "sharding_indexed"
-        or chain != ["bytes", "zstd", "crc32c"]
-        or inner["index_location"] != "end"
-    ):
-        raise ValueError(f"codecs {chain} are not those of format version 1")
-    shape, length = tuple(metadata["shape"]), inner["chunk_shape"][0]
-    dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
+    shape, dtype, length = _described(name, files[f"{name}/{METADATA}"])
+    if num_records is not None and shape[0] != num_records:
+        raise ValueError(f"it has {shape[0]} records, expected {num_records}")
     if 0 in shape:
         return np.empty(shape, dtype)
-    [payload] = [memoryview(data) for path, data in files.items() if not path.endswith(METADATA)]
+    payloads = [memoryview(data) for path, data in files.items() if not path.endswith(f"/{METADATA}")]
+    if len(payloads) != 1:
+        raise ValueError(f"it has {len(payloads)} payload files, expected 1")
+    [payload] = payloads
     chunks = -(-shape[0] // length)
+    # Before anything is allocated: a few bytes may claim any shape.
+    if chunks * length * math.prod(shape[1:]) * dtype.itemsize > len(payload) * ZSTD_MOST:
+        raise ValueError(f"{chunks} chunks of {[length, *shape[1:]]} cannot come out of {len(payload)} bytes")
     # The index, at the end: offset and size of each chunk as uint64, then the index's own crc32c.
     places = np.frombuffer(payload, "<u8", 2 * chunks, offset=len(payload) - 16 * chunks - CRC_BYTES).reshape(-1, 2)
     values = np.empty((chunks * length, *shape[1:]), dtype)
     for number, (offset, size_bytes) in enumerate(places.tolist()):
+        if offset + size_bytes > len(payload) or size_bytes < CRC_BYTES:
+            raise ValueError("a chunk lies outside its file")
         _ZSTD.decode(payload[offset : offset + size_bytes - CRC_BYTES], values[number * length : (number + 1) * length])
     return values[: shape[0]]
+
+
+@lru_cache(maxsize=1024)
+def _described(name: str, metadata: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, dtype and records of an inner chunk; ValueError unless the metadata is what `encode_array` writes."""
+    try:
+        stored = json.loads(metadata)
+        shape, kind = tuple(stored["shape"]), stored["data_type"]
+        [sharding] = stored["codecs"]
+        inner = sharding["configuration"]
+        length, *rest = inner["chunk_shape"]
+        chains = [[codec["name"] for codec in inner[key]] for key in ("codecs", "index_codecs")]
+        order = inner["codecs"][0].get("configuration", {}).get("endian", "little")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name}/{METADATA} is damaged: {error!r}") from error
+    if any(type(size) is not int or not 0 <= size < 2**62 for size in (*shape, length)) or length < 1 or not shape:
+        raise ValueError(f"shape {shape} in chunks of {length}")
+    if kind not in DTYPES or order != "little":
+        raise ValueError(f"data type {kind!r}, {order}")
+    codecs = (sharding["name"], chains, inner["index_location"])
+    if codecs != CODECS or rest != [max(size, 1) for size in shape[1:]]:
+        raise ValueError(f"codecs {codecs}, chunks {[length, *rest]}: not those of format version 1")
+    return shape, np.dtype(DTYPES[kind]), length
 
 
 def component(relative_path: str) -> str:
@@ -268,5 +289,5 @@ def decode_keys(arrays: Mapping[str, npt.NDArray[Any]]) -> list[str]:
     return [data[start:end].decode() for start, end in zip(starts, ends, strict=False)]
 
 
-def _group(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {"attributes": attributes, "node_type": "group", "zarr_format": 3}
+def _group(attributes: dict[str, Any]) -> bytes:
+    return canonical_json({"attributes": attributes, **_OF_GROUP})

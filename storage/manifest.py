@@ -4,8 +4,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from reprlib import Repr
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch
 from tinymim.storage.atomic import canonical_json, digest_hex
@@ -14,55 +18,78 @@ FORMAT_VERSION = 1
 SPEC_ID_CHARS = 16
 LISTED_DIFFERENCES = 8
 ABSENT = "(absent)"
+REPAIR = "`tinymim cache repair RECIPE` rebuilds it from the recipe"
+_short = Repr()
 
-# Keys that must be there. A section may hold more: these are stored, compared and hashed like the rest.
-REQUIRED_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "teacher": frozenset(
-            (
-                "name",
-                "arch",
-                "weights_sha256",
-                "weights_origin",
-                "license",
-                "block",
-                "heads",
-                "head_dim",
-                "tokens",
-                "prefix_tokens",
-                "grid",
-                "precision",
-                "mean",
-                "std",
-            )
-        ),
-        "views": frozenset(("size", "scale", "ratio", "interpolation", "flip", "seed")),
-        "codec": frozenset(("name", "version", "parameters")),
-        "environment": frozenset(("tinymim", "canary")),
-    }
+Count = Annotated[int, Field(ge=1, lt=2**40)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
+PerChannel = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class _Section(BaseModel):
+    """What a section must hold. It may hold more: that is stored, compared and hashed like the rest."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+
+class _Teacher(_Section):
+    name: str
+    arch: dict[str, Any]
+    weights_sha256: str
+    weights_origin: str | None
+    license: str | None
+    block: Count
+    heads: Count
+    head_dim: Count
+    tokens: Count
+    prefix_tokens: Size
+    grid: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    precision: str
+    mean: PerChannel
+    std: PerChannel
+
+
+class _Views(_Section):
+    size: Count
+    scale: Pair
+    ratio: Pair
+    interpolation: str
+    flip: float
+    seed: int
+
+
+class _Codec(_Section):
+    name: str
+    version: Count
+    parameters: dict[str, Any]
+
+
+class _Environment(_Section):
+    tinymim: str
+    canary: str
+
+
+_SECTIONS: Mapping[str, type[_Section]] = MappingProxyType(
+    {"teacher": _Teacher, "views": _Views, "codec": _Codec, "environment": _Environment}
 )
 # Where weights were found and under which terms does not change a number: `weights_sha256` is their identity.
 PROVENANCE_KEYS = frozenset({"weights_origin", "license"})
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True))
 class SourceShard:
-    """Identity of one source shard: a tar of `num_samples` images, `size_bytes` long."""
+    """Identity of one source shard: a tar of `num_samples` images, `size_bytes` long. Raises ValueError."""
 
     name: str
-    size_bytes: int
-    num_samples: int
+    size_bytes: Size
+    num_samples: Annotated[int, Field(ge=0, lt=2**40)]
     content_hash: str
-
-    def __post_init__(self) -> None:
-        numbers, texts = (self.size_bytes, self.num_samples), (self.name, self.content_hash)
-        if any(type(value) is not int for value in numbers) or any(type(value) is not str for value in texts):
-            raise TypeError(f"not a source shard: {self}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that identifies a cache. Sections are plain JSON mappings with the keys of `REQUIRED_KEYS`.
+    """Everything that identifies a cache. Sections are plain JSON mappings with the keys of the classes above.
 
     Attributes:
         source: the shards in order; a cache grows by appending.
@@ -73,7 +100,7 @@ class Manifest:
         environment: library versions, and `canary`, a digest of one decoded and resized image.
 
     Raises:
-        ValueError: a required key is missing, or two shards have one name.
+        ValueError: a required key is missing or holds something else, or two shards have one name.
         TypeError: a section holds something that JSON has no form for.
     """
 
@@ -86,14 +113,16 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for section, required in REQUIRED_KEYS.items():
+        for section, kind in _SECTIONS.items():
             # Through JSON and back, so that a manifest in memory equals the same manifest read from disk.
             values = json.loads(canonical_json(dict(getattr(self, section))))
-            if missing := sorted(required - values.keys()):
-                raise ValueError(f"manifest section {section} lacks {', '.join(missing)}")
+            try:
+                kind.model_validate(values)
+            except ValidationError as error:
+                raise ValueError("; ".join(invalid_fields(f"{section}.", error))) from error
             object.__setattr__(self, section, values)
-        if type(self.num_views) is not int or self.num_views < 1:
-            raise ValueError(f"manifest num_views is {self.num_views!r}, expected an integer of at least 1")
+        if type(self.num_views) is not int or not 1 <= self.num_views < 2**31:
+            raise ValueError(f"num_views is {self.num_views!r}, expected an integer of at least 1")
         if len(self.shards) != len(self.source):
             raise ValueError("manifest source names a shard twice")
 
@@ -125,28 +154,32 @@ class Manifest:
         return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
 
     @classmethod
-    def from_json(cls, stored: object) -> "Manifest":
-        """The manifest from its stored form.
+    def from_json(cls, stored: object, owner: str) -> "Manifest":
+        """The manifest from its stored form, found in `owner`.
 
         Raises:
             CacheMismatch: its format version is not one this code reads.
             CacheCorrupt: a section or key is missing, unknown or of the wrong type.
         """
         if not isinstance(stored, dict) or "format_version" not in stored:
-            raise CacheCorrupt("the cache manifest has no format_version")
-        require_format_version(stored["format_version"], "the cache")
+            raise CacheCorrupt(f"the manifest in {owner} has no format_version", hint=REPAIR)
+        require_format_version(stored["format_version"], owner)
         expected = set(cls.__dataclass_fields__)
         if stored.keys() != expected:
             raise CacheCorrupt(
-                "the cache manifest has missing or unknown sections",
+                f"the manifest in {owner} has missing or unknown sections",
                 got=", ".join(sorted(stored)),
                 expected=", ".join(sorted(expected)),
+                hint=REPAIR,
             )
         try:
             source = tuple(SourceShard(**shard) for shard in stored["source"])
             return cls(**{**stored, "source": source})
-        except (TypeError, ValueError) as error:
-            raise CacheCorrupt(f"the cache manifest is damaged: {error}") from error
+        except ValidationError as error:
+            problems = "; ".join(invalid_fields("source.", error))
+            raise CacheCorrupt(f"the manifest in {owner} is damaged: {problems}", hint=REPAIR) from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CacheCorrupt(f"the manifest in {owner} is damaged: {error}", hint=REPAIR) from error
 
 
 def require_format_version(version: object, owner: str) -> None:
@@ -158,6 +191,15 @@ def require_format_version(version: object, owner: str) -> None:
             expected=FORMAT_VERSION,
             hint="read it with the tinymim that wrote it, or upgrade tinymim",
         )
+
+
+def invalid_fields(prefix: str, error: ValidationError) -> Iterator[str]:
+    """What pydantic refuses, a line per field."""
+    for problem in error.errors(include_url=False, include_context=False)[:LISTED_DIFFERENCES]:
+        place = ".".join(str(part) if str(part).isidentifier() else _short.repr(part) for part in problem["loc"])
+        lacks = problem["type"] in ("missing", "missing_argument")
+        got = "" if lacks else f", got {_short.repr(problem['input'])}"
+        yield f"{prefix}{place}: {problem['msg']}{got}"
 
 
 def check_same(stored: Manifest, wanted: Manifest) -> list[str]:

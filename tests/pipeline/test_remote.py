@@ -20,6 +20,7 @@ from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.remote import BlockReader, RemoteObject
 from tinymim.pipeline.shards import INDEX_NAME, Shard, ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
+from tinymim.storage import objects
 from tinymim.tests import s3_server
 from tinymim.tests.s3_server import Log
 
@@ -253,17 +254,17 @@ def test_refusals_are_errors_at_once(s3: Log, source: ShardSet, fault: str, mess
     assert source.shards[0].read(0)  # the failed block is not kept
 
 
-@pytest.mark.parametrize(("fault", "message"), [("503", "cannot be read"), ("cut", "cannot be read"), ("short", "few")])
+@pytest.mark.parametrize(("fault", "message"), [("503", "be reached"), ("cut", "be reached"), ("short", "few")])
 def test_lasting_faults_end_in_an_error(
     s3: Log, source: ShardSet, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
 ) -> None:
-    monkeypatch.setitem(remote.RETRIES, "max_retries", 2)
-    remote._open.cache_clear()
+    monkeypatch.setitem(objects.RETRIES, "max_retries", 2)
+    objects._connect.cache_clear()
     s3.fault = lambda number, get: fault
     with pytest.raises(StoreError, match=message) as caught:
         BlockReader(BLOCK, 0).read(place(source.shards[0]), 0, 100)
     assert caught.value.hint and len(s3.gets) == 3
-    remote._open.cache_clear()
+    objects._connect.cache_clear()
 
 
 def test_a_store_that_fails_is_not_an_unreadable_image(s3: Log, source: ShardSet) -> None:
@@ -295,10 +296,10 @@ def test_an_object_that_was_replaced_is_refused(drawn_shards: Path, tmp_path: Pa
 def test_no_store_there(monkeypatch: pytest.MonkeyPatch, drawn_shards: Path, s3: Log) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_shards(SourceConfig(shards="file:///nowhere/at/all"))
-    with pytest.raises(UserError, match=r"cannot be read|does not exist|no shards match"):
+    with pytest.raises(UserError, match=r"cannot be reached|does not exist|no shards match"):
         open_shards(SourceConfig(shards=f"s3://no-such-bucket{drawn_shards}"))
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
-    with pytest.raises(StoreError, match="cannot be read") as caught:
+    with pytest.raises(StoreError, match="cannot be reached") as caught:
         open_shards(SourceConfig(shards="az://container/prefix"))
     assert caught.value.hint and "environment" in caught.value.hint
 

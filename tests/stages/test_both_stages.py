@@ -262,7 +262,9 @@ def test_a_cache_without_its_source_says_so(home: Path) -> None:
         train_student.run(student_recipe(home))
 
 
-def test_a_cache_grows_by_views_and_by_shards_and_a_partial_one_trains(home: Path) -> None:
+def test_a_cache_grows_by_views_and_by_shards_and_a_partial_one_trains(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(home / "cache")
     first = {"shards": home / "shards", "pattern": "shard-00000[01].tar"}
     cache_teacher.run(cache_recipe(home, source=first, num_views=1))
@@ -273,7 +275,11 @@ def test_a_cache_grows_by_views_and_by_shards_and_a_partial_one_trains(home: Pat
     assert CacheReader(home / "cache").coverage().complete
     shutil.rmtree(home / "cache")
     cache_teacher.run(cache_recipe(home, source=first))
-    train_student.run(student_recipe(home, optim={"batch_size": 8, "steps": 4}))  # the third shard is left out
+    few = {"batch_size": 8, "steps": 4}
+    with pytest.raises(UserError, match=r"lacks 1 of 3 shards .* shard-000002\.tar[\s\S]*on_missing: skip"):
+        train_student.run(student_recipe(home, optim=few))
+    train_student.run(student_recipe(home, optim=few, on_missing="skip"))  # the third shard is left out
+    assert "leaves out 1 shards" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- resume

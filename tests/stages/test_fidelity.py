@@ -170,4 +170,4 @@ def test_an_audit_may_be_left_out_and_few_views_say_nothing(root: Path) -> None:
     for views, wanted in ((0, {"views": 0}), (3, {"views": 3})):
         recipe = cache(root, cache=root / f"few-{views}", audit_views=views)
         cache_teacher.run(recipe)
-        assert all(unit.statistics["fidelity"] == wanted for unit in CacheReader(recipe.cache).units())
+        assert all(unit.statistics["fidelity"] == wanted for unit in CacheReader(root / f"few-{views}").units())

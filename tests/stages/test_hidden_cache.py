@@ -61,7 +61,7 @@ def short(root: Path, **changes: Any) -> TrainStudentRecipe:
 
 def test_decoded_records_are_the_teachers_relations(made: Path) -> None:
     reader = CacheReader(made / "cache")
-    constants = stored_constants(made / "cache", reader.manifest, CPU)
+    constants = stored_constants(reader.store, reader.manifest, CPU)
     codec = stored_codec(reader.manifest.codec, TargetsConfig(relations=("qk", "kk")), constants)
     recipe = hidden_recipe(made)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

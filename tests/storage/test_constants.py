@@ -16,9 +16,10 @@ from tinymim.stages.cache_info import describe, format_info
 from tinymim.storage import layout
 from tinymim.storage.atomic import canonical_json
 from tinymim.storage.commit import record_digest
-from tinymim.storage.constants import constants_digest, read_constants, write_constants
+from tinymim.storage.constants import constants_digest, constants_files, read_constants
 from tinymim.storage.layout import UnitId
 from tinymim.storage.reader import CacheReader
+from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny
 
@@ -55,7 +56,7 @@ def rewrite_record(path: Path, **changes: Any) -> None:
 
 
 def test_constants_come_back_and_plain_zarr_reads_them(cache: Path) -> None:
-    stored = read_constants(cache, MANIFEST)
+    stored = read_constants(open_store(cache), MANIFEST)
     assert stored is not None and list(stored) == ["bits", "heads", "weight"]
     group = zarr.open_group(cache, mode="r")
     for name, values in constants().items():
@@ -63,14 +64,14 @@ def test_constants_come_back_and_plain_zarr_reads_them(cache: Path) -> None:
         assert stored[name].dtype == values.dtype
         np.testing.assert_array_equal(group[f"constants/{name}"][...], values)  # type: ignore[index]
     (unit,) = CacheReader(cache).units()
-    assert unit.constants == constants_digest(cache, MANIFEST)
+    assert unit.constants == constants_digest(open_store(cache), MANIFEST)
 
 
 def test_caches_without_constants_are_as_they_were(tmp_path: Path) -> None:
     tiny.make_tiny_cache(tmp_path / "cache")
-    assert read_constants(tmp_path / "cache", MANIFEST) is None
+    assert read_constants(open_store(tmp_path / "cache"), MANIFEST) is None
     assert all(info.constants is None for info in CacheReader(tmp_path / "cache").units())
-    assert "constants" not in json.loads(layout.commit_file(tmp_path / "cache", UNIT).read_bytes())
+    assert "constants" not in json.loads((tmp_path / "cache" / layout.commit_file(UNIT)).read_bytes())
     assert "constants" not in describe(tmp_path / "cache")["bytes_by_component"]
 
 
@@ -90,6 +91,7 @@ def test_death_at_any_step_leaves_constants_absent_or_whole(
     class Killed(BaseException):
         pass
 
+    tiny.bury_the_dead(monkeypatch)
     whole, real_fsync = tiny.tree(make_cache(tmp_path / "whole")), os.fsync
     for die_at in range(100):
         path = tmp_path / f"killed-{die_at}"
@@ -111,7 +113,7 @@ def test_death_at_any_step_leaves_constants_absent_or_whole(
         except Killed:
             finished = False
         monkeypatch.setattr(os, "fsync", real_fsync)
-        stored = read_constants(path, MANIFEST)
+        stored = read_constants(open_store(path), MANIFEST)
         assert stored is None or stored["weight"][1, 0] in (10, 15)
         with CacheWriter.open(path, MANIFEST) as writer:
             writer.write_constants(constants())
@@ -133,7 +135,7 @@ def test_damage_is_refused_and_the_file_named(cache: Path, name: str, damage: st
     else:
         path.write_bytes(data if damage == "flip" else data[:-1])
     with pytest.raises(CacheCorrupt, match=f"array {name.partition('/')[0]} of .*constants") as caught:
-        read_constants(cache, MANIFEST)
+        read_constants(open_store(cache), MANIFEST)
     assert path.name in str(caught.value.what) and caught.value.hint
 
 
@@ -160,7 +162,7 @@ def test_units_made_with_other_constants_are_refused(cache: Path, tmp_path: Path
         source, goal = other / name, cache / name
         shutil.rmtree(goal) if goal.is_dir() else goal.unlink()
         shutil.copytree(source, goal) if source.is_dir() else shutil.copy(source, goal)
-    assert read_constants(cache, MANIFEST) is not None  # whole in themselves
+    assert read_constants(open_store(cache), MANIFEST) is not None  # whole in themselves
     for refuses in (lambda: CacheReader(cache), lambda: CacheWriter.open(cache, MANIFEST)):
         with pytest.raises(CacheCorrupt, match=r"train-000\.tar v0-1 .* other constants"):
             refuses()
@@ -175,7 +177,8 @@ def test_units_without_their_constants_are_refused(cache: Path) -> None:
 
 def test_units_of_a_cache_that_had_none_are_not_taken_for_others(tmp_path: Path) -> None:
     tiny.make_tiny_cache(tmp_path / "cache")
-    write_constants(tmp_path / "cache", MANIFEST.spec_id, constants())
+    with CacheWriter.open(tmp_path / "cache", MANIFEST) as writer:
+        writer.put_constants(*constants_files(MANIFEST.spec_id, constants()))
     with pytest.raises(CacheCorrupt, match="other constants") as caught:
         CacheReader(tmp_path / "cache")
     assert caught.value.expected == "none"

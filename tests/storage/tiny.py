@@ -1,14 +1,20 @@
 """Tiny deterministic caches for the storage tests, and a writer process to kill."""
 
+import itertools
+import json
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
+from tinymim.storage import atomic, leases
+from tinymim.storage.atomic import canonical_json
 from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, SourceShard
+from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
 
 COMMITTED_CACHE = Path(__file__).parents[1] / "data" / "cache_v1"
@@ -85,20 +91,38 @@ def units_of(manifest: Manifest) -> list[UnitId]:
     return [UnitId(shard.name, 0, manifest.num_views) for shard in manifest.source]
 
 
-def make_tiny_cache(path: Path) -> Manifest:
+def make_tiny_cache(path: Path | str) -> Manifest:
     """The cache that is committed as `tests/data/cache_v1`: three units, the second shard partial."""
     manifest = make_manifest()
     first, second = (shard.name for shard in manifest.source)
     with CacheWriter.open(path, manifest) as writer:
         write_units(writer, [UnitId(first, 0, 2), UnitId(second, 0, 2), UnitId(first, 2, 1)])
-    (path / ".lock").unlink()
     return manifest
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file below `path` but the lock, by relative path."""
-    files = (item for item in path.rglob("*") if item.is_file() and item.name != ".lock")
+    """Every file below `path`, by relative path."""
+    files = (item for item in path.rglob("*") if item.is_file())
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def bury_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let writers that an exception ended in this process count as dead processes, as after a real death."""
+    numbers = itertools.count()
+    monkeypatch.setattr(leases, "_started", lambda pid: str(next(numbers)))
+    monkeypatch.setattr(atomic, "process_exists", lambda pid: False)
+
+
+def lease_of_the_dead(cache: Path, name: str) -> Path:
+    """The lease that a process of this machine left which is no more."""
+    store = open_store(cache)
+    dead = leases.Leases(store)
+    assert dead.claim(name)
+    dead._stop.set()
+    [path] = dead._generations(name).values()
+    owner = json.loads(store.read(path, leases.LIMIT_BYTES))
+    store.write(path, canonical_json(owner | {"started": "0"}))
+    return cache / path
 
 
 def write_and_be_killed(path: Path, manifest: Manifest, opened: Connection) -> None:

@@ -1,0 +1,311 @@
+"""Where the files of a cache lie: a folder, or a prefix of an object store. The rest of storage sees only this.
+
+A file is written whole or not at all, and `create` lets one of several writers win: nothing else is asked of a
+store, so the same code serves a disk, a network file system and S3.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
+
+from tinymim.storage.atomic import (
+    PARTIAL_SUFFIX,
+    create_bytes_atomic,
+    fsync_folder,
+    make_folders,
+    remove_dead_partials,
+    write_bytes_atomic,
+)
+from tinymim.storage.objects import ABSENT, connect, store_error
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+REQUESTS = 16  # at once, to an object store
+WRITE_TIMEOUT_S = 300.0  # for one request of the largest file
+TIMEOUT_PAUSES_S = (1.0, 5.0)  # before a PUT that was not answered is sent again
+
+
+class TooLarge(ValueError):
+    """A file has more bytes than its reader is willing to hold."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a listing."""
+
+    path: str  # relative to the store
+    size_bytes: int
+    modified: datetime
+    owner: str | None = None  # of the file, where the store knows
+
+
+class Store(Protocol):
+    """Named files below one place. Paths are relative, with slashes; folders exist by their files alone.
+
+    A missing file is FileNotFoundError. Other failures are OSError from a folder and StoreError from an object store.
+    """
+
+    # Whether several requests are best made side by side: the answers take long to come.
+    distant: ClassVar[bool]
+
+    @property
+    def place(self) -> Path | str:
+        """The folder, or the URL without a slash at its end."""
+
+    def read(self, path: str, limit: int) -> bytes:
+        """A whole file. Raises TooLarge, before anything is allocated, if it has more than `limit` bytes."""
+
+    def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
+        """Several files, side by side where that is faster; errors of `read`."""
+
+    def create_all(self, files: Mapping[str, bytes]) -> list[str]:
+        """Write files that are not there yet. On return they are durable.
+
+        Returns:
+            The paths of those that were there before with other content, which were left alone.
+        """
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write or replace a file. On return it is durable."""
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All files in the folder `prefix` and below, in no order; unfinished writes are left out."""
+
+    def folders(self, prefix: str = "") -> set[str]:
+        """The names of the folders directly in the folder `prefix`."""
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Remove files, in this order; those that are not there are passed over."""
+
+    def remove_tree(self, prefix: str) -> None:
+        """Remove the folder `prefix` with all that is in it, unfinished writes included."""
+
+    def remove_dead_writes(self, folders: Iterable[str]) -> None:
+        """Remove what processes that died while writing left directly in `folders`."""
+
+
+def open_store(place: str | Path) -> Store:
+    """The store at a folder or URL; nothing is made or looked at. Raises StoreError for a URL that names none."""
+    if isinstance(place, str) and "://" in place:
+        if place.startswith("file://"):
+            return LocalStore(Path(unquote(urlsplit(place).path)))
+        return RemoteStore(place.rstrip("/"))
+    return LocalStore(Path(place).absolute())
+
+
+class LocalStore:
+    """A folder. Writes are temporary files, made durable and then given their name."""
+
+    distant: ClassVar[bool] = False
+
+    def __init__(self, folder: Path) -> None:
+        self.place: Path = folder
+
+    def read(self, path: str, limit: int) -> bytes:
+        with open(self.place / path, "rb") as file:
+            _refuse_large(path, os.fstat(file.fileno()).st_size, limit)
+            return file.read()
+
+    def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
+        return {path: self.read(path, limit) for path, limit in limits.items()}
+
+    def create_all(self, files: Mapping[str, bytes]) -> list[str]:
+        changed: set[Path] = set()
+        others = []
+        for path, data in files.items():
+            full = self.place / path
+            changed |= make_folders(full.parent)
+            if not create_bytes_atomic(full, data) and full.read_bytes() != data:
+                others.append(path)
+            changed.add(full.parent)
+        for folder in sorted(changed, reverse=True):  # a name is durable before those above it
+            fsync_folder(folder)
+        return others
+
+    def write(self, path: str, data: bytes) -> None:
+        full = self.place / path
+        for folder in sorted(make_folders(full.parent), reverse=True):
+            fsync_folder(folder)
+        write_bytes_atomic(full, data)
+
+    def exists(self, path: str) -> bool:
+        return (self.place / path).is_file()
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        for folder, _, names in os.walk(self.place / prefix):
+            for name in names:
+                full = Path(folder, name)
+                if name.endswith(PARTIAL_SUFFIX):
+                    continue
+                try:
+                    stat = full.stat()
+                except FileNotFoundError:
+                    continue  # removed meanwhile
+                modified = datetime.fromtimestamp(stat.st_mtime, UTC)
+                yield Entry(full.relative_to(self.place).as_posix(), stat.st_size, modified, _user(stat.st_uid))
+
+    def folders(self, prefix: str = "") -> set[str]:
+        try:
+            return {entry.name for entry in os.scandir(self.place / prefix) if entry.is_dir()}
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    def remove(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            full = self.place / path
+            try:
+                full.unlink()
+                fsync_folder(full.parent)
+            except FileNotFoundError:
+                continue
+
+    def remove_tree(self, prefix: str) -> None:
+        folder = self.place / prefix
+        if folder.exists():
+            shutil.rmtree(folder)
+            fsync_folder(folder.parent)
+
+    def remove_dead_writes(self, folders: Iterable[str]) -> None:
+        remove_dead_partials(self.place / folder for folder in folders)
+
+
+class RemoteStore:
+    """A prefix of an object store. A PUT is atomic and durable; creating needs conditional PUTs (If-None-Match)."""
+
+    distant: ClassVar[bool] = True
+
+    def __init__(self, url: str) -> None:
+        self.place: str = url
+        _ = self._objects  # a URL that names no store is refused now
+
+    @property
+    def _objects(self) -> "ObjectStore":
+        return connect(self.place, WRITE_TIMEOUT_S)
+
+    def read(self, path: str, limit: int) -> bytes:
+        with self._explained(path):
+            answer = obstore.get(self._objects, path)
+            _refuse_large(path, answer.meta["size"], limit)
+            return bytes(answer.bytes())
+
+    def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return dict(zip(limits, pool.map(self.read, limits.keys(), limits.values()), strict=True))
+
+    def create_all(self, files: Mapping[str, bytes]) -> list[str]:
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            created = list(pool.map(self._create, files.keys(), files.values()))
+        return [path for path, done in zip(files, created, strict=True) if not done]
+
+    def _create(self, path: str, data: bytes) -> bool:
+        with self._explained(path):
+            try:
+                self._put(path, data, "create")
+            except (AlreadyExistsError, PreconditionError):
+                # Also after an own PUT whose answer was lost and which was repeated: only the content tells.
+                answer = obstore.get(self._objects, path)
+                return answer.meta["size"] == len(data) and bytes(answer.bytes()) == data
+        return True
+
+    def write(self, path: str, data: bytes) -> None:
+        with self._explained(path):
+            self._put(path, data, "overwrite")
+
+    def _put(self, path: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+        _insist(lambda: obstore.put(self._objects, path, data, mode=mode))
+
+    def _delete(self, paths: str | Sequence[str]) -> None:
+        _insist(lambda: obstore.delete(self._objects, paths))
+
+    def exists(self, path: str) -> bool:
+        try:
+            with self._explained(path):
+                obstore.head(self._objects, path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        with self._explained(prefix):
+            for page in obstore.list(self._objects, prefix or None):
+                for meta in page:
+                    yield Entry(meta["path"], meta["size"], meta["last_modified"])
+
+    def folders(self, prefix: str = "") -> set[str]:
+        with self._explained(prefix):
+            below = obstore.list_with_delimiter(self._objects, prefix or None)["common_prefixes"]
+        return {path.rstrip("/").rpartition("/")[2] for path in below}
+
+    def remove(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            try:
+                with self._explained(path):
+                    self._delete(path)
+            except FileNotFoundError:
+                continue
+
+    def remove_tree(self, prefix: str) -> None:
+        paths = [entry.path for entry in self.list(prefix)]
+        if paths:
+            with self._explained(prefix):
+                self._delete(paths)
+
+    def remove_dead_writes(self, folders: Iterable[str]) -> None:
+        """Nothing: an object is there whole or not at all."""
+
+    @contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except ABSENT as error:
+            raise FileNotFoundError(f"{self.place}/{path}") from error
+        except (BaseError, OSError, NotImplementedError) as error:
+            raise store_error(f"{self.place}/{path}".rstrip("/"), error) from error
+
+
+def _insist(request: Callable[[], object]) -> None:
+    """Make a request that changes something, again where no answer came.
+
+    obstore repeats what a server refuses for the moment, but no PUT or DELETE without an answer: it cannot know that
+    ours do no harm twice.
+    """
+    for pause_s in TIMEOUT_PAUSES_S:
+        try:
+            request()
+            return
+        except GenericError as error:
+            if "Timeout" not in str(error):
+                raise
+            time.sleep(pause_s)
+    request()
+
+
+def _refuse_large(path: str, size_bytes: int, limit: int) -> None:
+    if size_bytes > limit:
+        raise TooLarge(f"{path} has {size_bytes} bytes, expected at most {limit}")
+
+
+@cache
+def _user(uid: int) -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    except (ImportError, KeyError):
+        return str(uid)

@@ -1,0 +1,56 @@
+"""Jobs of `cache-teacher` in processes of their own, to share a cache, to be killed and to come back."""
+
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.stages import cache_teacher
+from tinymim.storage.layout import UnitId
+from tinymim.storage.writer import CacheWriter
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tinymim.tests.stages.jobs"])  # import torch once, not for every job
+
+
+def start(recipe: CacheTeacherRecipe) -> tuple[BaseProcess, Connection]:
+    """Run a recipe; the connection tells "open", then ("claimed", unit) and ("committed", unit)."""
+    here, there = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=_run, args=(dict(os.environ), recipe.model_dump(mode="json"), there))
+    process.start()
+    there.close()
+    return process, here
+
+
+def said(connection: Connection, to_the_end: bool = False) -> list[Any]:
+    """What a job has said by now, or all that it will ever say."""
+    found: list[Any] = []
+    try:
+        while to_the_end or connection.poll():
+            found.append(connection.recv())
+    except EOFError:
+        pass
+    return found
+
+
+def _run(environment: dict[str, str], fields: dict[str, Any], connection: Connection) -> None:
+    os.environ.update(environment)
+    claim, put_unit = CacheWriter.claim, CacheWriter.put_unit
+
+    def claimed(self: CacheWriter, unit: UnitId) -> bool:
+        new = unit not in self._claimed
+        done = claim(self, unit)
+        if done and new:
+            connection.send(("claimed", unit))
+        return done
+
+    def committed(self: CacheWriter, info: Any, parts: Any) -> Any:
+        result = put_unit(self, info, parts)
+        connection.send(("committed", info.unit))
+        return result
+
+    CacheWriter.claim, CacheWriter.put_unit = claimed, committed  # type: ignore[method-assign]
+    connection.send("open")
+    cache_teacher.run(CacheTeacherRecipe.model_validate(fields))

@@ -1,0 +1,68 @@
+"""Whole lives of writer processes, for tests that start, kill and race them. Importable by forkserver children."""
+
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tinymim.storage.layout import UnitId
+from tinymim.storage.leases import Leases
+from tinymim.storage.manifest import Manifest
+from tinymim.storage.store import open_store
+from tinymim.storage.writer import CacheWriter, UnitTaken
+from tinymim.tests.storage import tiny
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tinymim.tests.storage.workers"])  # import zarr once, not for every process
+
+
+def start(function: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
+    """Run `function(*arguments, connection)` in a process that has this one's environment."""
+    here, there = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=_run, args=(dict(os.environ), function, *arguments, there))
+    process.start()
+    there.close()
+    return process, here
+
+
+def _run(environment: dict[str, str], function: Any, *arguments: Any) -> None:
+    os.environ.update(environment)
+    function(*arguments)
+
+
+def write_all(place: Path | str, manifest: Manifest, lease_s: float, connection: Connection) -> None:
+    """Write what is missing, saying "open", then each unit claimed and each written; at the end "done"."""
+    with CacheWriter.open(place, manifest, lease_s) as writer:
+        connection.send("open")
+        while todo := [unit for unit in tiny.units_of(manifest) if unit not in writer.refresh()]:
+            for unit in todo:
+                if writer.claim(unit):
+                    connection.send(("claimed", unit))
+                    try:
+                        tiny.write_units(writer, [unit])
+                        connection.send(("written", unit))
+                    except UnitTaken:
+                        connection.send(("taken", unit))
+        connection.send("done")
+
+
+def claim_and_hang(place: Path | str, manifest: Manifest, unit: UnitId, lease_s: float, connection: Connection) -> None:
+    """Claim a unit, write some of it, say so, and then do nothing but live."""
+    with CacheWriter.open(place, manifest, lease_s) as writer:
+        assert writer.claim(unit)
+        writer.store.create_all({f"units/{unit.shard[:-4]}/{unit.view_range}/box/zarr.json": b"half of it"})
+        connection.send("claimed")
+        connection.poll(None)
+
+
+def race_for(place: Path | str, names: list[str], content: bytes, connection: Connection) -> None:
+    """Create files, and claim a lease, at the same moment as others; say which were won."""
+    store, leases = open_store(place), Leases(open_store(place))
+    connection.send("ready")
+    connection.recv()
+    won = [name for name in names if not store.create_all({name: content})]
+    connection.send((won, leases.claim("prize")))
+    connection.recv()
+    leases.close()
