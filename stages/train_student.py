@@ -29,6 +29,7 @@ from tinymim.stages.progress import say
 from tinymim.stages.runfolder import write_provenance
 from tinymim.stages.training import autocast, parts_of, seeded
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
+from tinymim.storage.catalog import resolve
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
@@ -64,7 +65,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     device = rank_device(recipe.run.device, ranks)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    reader = CacheReader(recipe.cache)
+    reader = CacheReader(resolve(recipe.cache))
     manifest = reader.manifest
     num_views = views_in_use(recipe, manifest)
     source = join(open_shards(recipe.source), reader, num_views, recipe.on_missing)

@@ -8,7 +8,6 @@ byte-identical to any other one.
 
 import errno
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,11 +17,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from tinymim.configs.errors import InternalError, SourceError, StoreError, UserError
+from tinymim.configs.errors import InternalError, StoreError, UserError
 from tinymim.storage import layout
 from tinymim.storage.atomic import canonical_json
 from tinymim.storage.commit import UnitInfo, described, encode_commit, key_digest, read_commits
 from tinymim.storage.constants import constants_digest, constants_files, read_constants
+from tinymim.storage.fitness import check_arrays, check_keys, problems_of
 from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS, UnitId
 from tinymim.storage.leases import DEFAULT_LEASE_S, Holder, Leases, shard_lease
 from tinymim.storage.manifest import Manifest, check_same, grown
@@ -173,7 +173,7 @@ class CacheWriter:
         """
         if self._committed or self._leases is None:
             raise InternalError("constants are written to an open cache without units")
-        if problems := [problem for name, values in arrays.items() for problem in _problems(name, values)]:
+        if problems := [problem for name, values in arrays.items() for problem in problems_of(name, values)]:
             raise InternalError(f"constants do not fit: {'; '.join(problems)}")
         self.put_constants(*constants_files(self.manifest.spec_id, arrays))
 
@@ -211,8 +211,8 @@ class CacheWriter:
             InternalError: arguments that do not fit together: a bug of the caller.
         """
         self._check_unit(unit)
-        _check_keys(unit, keys)
-        _check_arrays(unit, len(keys) * unit.num_views, arrays)
+        check_keys(unit, keys)
+        check_arrays(unit, len(keys) * unit.num_views, arrays)
         try:
             statistics = json.loads(canonical_json(dict(statistics)))
         except (TypeError, ValueError) as error:
@@ -259,7 +259,9 @@ class CacheWriter:
                 self._require_lease(unit)
                 if self.store.create_all({layout.commit_file(unit): encode_commit(info)}):
                     raise self._taken(unit)
-            except (OSError, StoreError):
+            except UnitTaken:
+                raise
+            except Exception:
                 with suppress(OSError, StoreError):  # what cannot be removed now is, by the next who claims the shard
                     self._require_lease(unit)
                     self.store.remove([layout.commit_file(unit)])
@@ -386,44 +388,3 @@ def _after_growth(stored: Manifest, wanted: Manifest) -> Manifest:
     result = grown(stored, wanted)
     layout.check_stems(shard.name for shard in result.source)
     return result
-
-
-def _check_keys(unit: UnitId, keys: Sequence[str]) -> None:
-    repeated = [key for key, count in Counter(keys).items() if count > 1]
-    if repeated:
-        raise SourceError(
-            f"{len(repeated)} sample key(s) appear more than once in shard {unit.shard}",
-            got=repr(repeated[0]),
-            hint="rename the samples: a record is found by its key",
-        )
-    for key in keys:
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            raise SourceError(f"a sample key in shard {unit.shard} is not Unicode", got=repr(key)) from None
-
-
-def _check_arrays(unit: UnitId, num_records: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    problems = [f"{name} is missing" for name in layout.BASE_ARRAYS if name not in arrays]
-    for name, values in arrays.items():
-        got = f"{name}: {values.dtype} {list(values.shape)}"
-        if found := _problems(name, values):
-            problems += found
-        elif len(values) != num_records:
-            problems.append(f"{got}, expected {num_records} records")
-        elif name in layout.BASE_ARRAYS:
-            dtype, inner = layout.BASE_ARRAYS[name]
-            if values.dtype != dtype or values.shape[1:] != inner:
-                problems.append(f"{got}, expected {dtype} {[num_records, *inner]}")
-    if problems:
-        raise InternalError(f"arrays of unit {unit} do not fit: {'; '.join(problems)}")
-
-
-def _problems(name: str, values: npt.NDArray[Any]) -> list[str]:
-    """What keeps an array from being stored under a name."""
-    if name in layout.KEY_ARRAYS or not (name.isidentifier() and name.isascii()) or name.startswith("_"):
-        return [f"{name!r} is no name for an array"]
-    got = f"{name}: {values.dtype} {list(values.shape)}"
-    if values.dtype.kind not in "biuf" or values.dtype != values.dtype.newbyteorder("<"):
-        return [f"{got}, expected plain little-endian numbers"]
-    return [] if values.ndim else [f"{got}, expected at least one axis"]

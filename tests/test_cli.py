@@ -22,7 +22,7 @@ from tinymim.stages.interrupt import Interrupted
 
 COMMITTED_CACHE = Path(__file__).parent / "data" / "cache_v1"
 VERBS = [["make-shards"], ["pretrain-mae"], ["cache-teacher"], ["train-student"], ["evaluate"], ["recipes"], ["demo"]]
-VERBS.append(["cache", "info"])
+VERBS += [["cache", verb] for verb in ("list", "info", "verify", "repair", "copy", "remove")]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -65,8 +65,11 @@ def test_help_imports_no_torch(tmp_path: Path) -> None:
     code = """
 import sys
 from tinymim import cli
-for line in (["--help"], ["train-student", "--help"], ["recipes"], ["cache", "info", "nowhere"]):
+for line in (["--help"], ["train-student", "--help"], ["recipes"], ["cache", "--help"]):
     cli.run_command(line)
+for verb in ("list", "info", "verify", "remove"):
+    cli.run_command(["cache", verb, "nowhere"])
+cli.run_command(["cache", "copy", "nowhere", "elsewhere"])
 heavy = {"torch", "timm", "torchvision", "numpy", "matplotlib", "ray"} & sys.modules.keys()
 assert heavy <= {"numpy"}, heavy  # reading a cache needs zarr
 """

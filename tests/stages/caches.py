@@ -1,0 +1,28 @@
+"""What the tests of `tinymim cache` share: recipes of two caches, and damage."""
+
+from pathlib import Path
+from typing import Any
+
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.stages import cache_repair
+from tinymim.tests.stages.tiny import cache_recipe
+
+HIDDEN: dict[str, Any] = {"name": "hidden", "calibration_views": 8}
+
+
+def recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
+    return cache_recipe(root, **({"num_views": 3, "audit_views": 4} | changes))
+
+
+def hidden(root: Path, **changes: Any) -> CacheTeacherRecipe:
+    return recipe(root, **({"codec": HIDDEN, "num_views": 2, "cache": root / "hidden"} | changes))
+
+
+def flip(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x20
+    path.write_bytes(data)
+
+
+def repaired(root: Path, made: Path, **changes: Any) -> dict[str, Any]:
+    return cache_repair.run(recipe(made, **({"cache": root / "cache", "run": {"folder": root / "run"}} | changes)))
