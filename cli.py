@@ -1,7 +1,6 @@
 """Commands, flags and error printing; no logic. Stages are imported by the command that runs them: help is instant."""
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 from tinymim import __version__
 from tinymim.cli_cache import cache_app
 from tinymim.cli_shared import RecipeArgument, SetOption, StdoutClosed, print_json, print_text
-from tinymim.configs.errors import TinymimError
+from tinymim.configs.errors import TinymimError, is_refusal
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (
     CacheTeacherRecipe,
@@ -29,9 +28,8 @@ from tinymim.stages.interrupt import Interrupted
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM with all saved, the same command continues
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-# The machine's refusals: no bug of ours, and the message of the system says all there is to say.
-_SYSTEM_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 app = App(
     name="tinymim",
@@ -127,8 +125,8 @@ def make_shards(
 
 Reads the shards of `source`.
 Writes run.folder: encoder.safetensors (a timm ViT without head), metrics.jsonl,
-TensorBoard, the resolved recipe and versions, and state.pt, from which the same
-command continues.
+TensorBoard, the resolved recipe and versions, and state-STEP.pt, from which the
+same command continues. On several GPUs with --set workers=N.
 
 Example: tinymim pretrain-mae demo-teacher --set optim.steps=200""",
         "pretrain-mae",
@@ -169,12 +167,13 @@ def cache_teacher(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> 
     name="train-student",
     sort_key=4,
     help=_help(
-        """Train one student from a cache and its images; no teacher needed.
+        """Train one student, or several, from a cache and its images; no teacher needed.
 
 Reads `cache` and the shards of `source`.
 Writes run.folder: student.safetensors (loads into timm with strict=True),
 trained.json (which tensors were trained), metrics.jsonl, TensorBoard, the
-resolved recipe and versions, and state.pt, from which the same command continues.
+resolved recipe and versions, and state-STEP.pt, from which the same command
+continues; of `students` into a folder each. On several GPUs with --set workers=N.
 
 Example: tinymim train-student imagenet-sample-student --set optim.steps=600""",
         "train-student",
@@ -295,7 +294,7 @@ def run_command(arguments: Sequence[str]) -> int:
         return EXIT_BROKEN_PIPE
     except Interrupted as interrupted:
         _say(f"interrupted: {interrupted}")
-        return EXIT_INTERRUPTED
+        return EXIT_REQUEUE if interrupted.requeue else EXIT_INTERRUPTED
     except KeyboardInterrupt:
         _say("interrupted: stopped at once; the last saved state is intact")
         return EXIT_INTERRUPTED
@@ -314,7 +313,7 @@ def _explained(error: Exception) -> tuple[str, int]:
     """Message and exit code of an error."""
     if isinstance(error, TinymimError):
         return f"error: {error}", error.exit_code
-    if isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS:
+    if isinstance(error, OSError) and is_refusal(error):
         return f"error: {error.strerror}: {error.filename or 'a file of the run'}", EXIT_USAGE
     hint = "run the same command with --debug for the traceback, and report it"
     return f"internal error: {type(error).__name__}: {error}\n  hint: {hint}", 1

@@ -12,7 +12,11 @@ TinymimError
 └── InternalError (exit 1)
 """
 
+import errno
 from typing import ClassVar
+
+# The machine's refusals: no bug of ours, and the message of the system says all there is to say.
+_SYSTEM_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class TinymimError(Exception):
@@ -51,6 +55,11 @@ class TinymimError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (loader workers); the default would drop the keyword arguments.
         return _rebuild, (type(self), self.what, self.got, self.expected, self.hint)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the machine refused something that the user can mend: a permission, space on a disk."""
+    return isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS
 
 
 def first_line(error: BaseException) -> str:

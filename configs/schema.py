@@ -16,6 +16,9 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Workers = Positive  # training processes, one per GPU, unless torchrun has started them
+Cluster = Literal["local", "ray"]  # where these are started: on this machine, or by Ray Train on a cluster
+Restarts = Annotated[int, Field(ge=0)]  # times that a killed or crashed worker makes all of them begin again
 
 
 class Section(BaseModel):
@@ -183,6 +186,7 @@ class OptimConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.05  # none on biases and 1-D parameters
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    accumulate: Positive = 1  # parts into which a rank cuts its share of a batch, one after the other in memory
 
     @model_validator(mode="after")
     def _one_length(self) -> "OptimConfig":
@@ -254,11 +258,25 @@ class VerifyConfig(Section):
     every: Annotated[int, Field(ge=0)] = 16  # then one in so many; 0: none
 
 
+class EmaConfig(Section):
+    """Exponential moving average of the weights (timm's ModelEmaV3), exported beside the weights themselves."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    warmup: bool = True  # the decay begins at 0 and rises as 1 - (1 + step)^(-2/3), up to `decay`
+
+
 class CheckpointConfig(Section):
-    """Training state for resume; one state is kept, replaced atomically."""
+    """Training states for resume, each written atomically."""
 
     every_steps: Positive = 1000
-    resume: bool = True  # continue from the run folder's state if there is one
+    keep: Positive = 2  # newest states kept; the one before is used where the newest is damaged
+    resume: bool = True  # continue from the run folder's newest state if there is one
+
+
+def _require_whole_shares(workers: int, order: OrderConfig, optim: OptimConfig) -> None:
+    for name, value in (("order.lanes", order.lanes), ("optim.batch_size", optim.batch_size)):
+        if value % workers:
+            raise ValueError(f"workers must divide {name}; got {workers} workers, {name} {value}")
 
 
 class PretrainMaeRecipe(Section):
@@ -270,11 +288,20 @@ class PretrainMaeRecipe(Section):
     model: ModelConfig
     mae: MaeConfig = MaeConfig()
     optim: OptimConfig
+    ema: EmaConfig | None = None
     order: OrderConfig = OrderConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Precision = "fp32"
+    workers: Workers = 1
+    cluster: Cluster = "local"
+    max_restarts: Restarts = 3
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _whole_shares(self) -> "PretrainMaeRecipe":
+        _require_whole_shares(self.workers, self.order, self.optim)
+        return self
 
 
 class CacheTeacherRecipe(Section):
@@ -303,25 +330,92 @@ class CacheTeacherRecipe(Section):
         return self
 
 
+class StudentConfig(Section):
+    """One of several students of a run. What it leaves out, also within `optim`, is as the recipe has it."""
+
+    model: ModelConfig
+    optim: OptimConfig
+    drop_path: Fraction
+    jitter: JitterConfig
+    ema: EmaConfig | None
+
+
+_OWN = ("optim", "drop_path", "jitter", "ema")  # what a student may have for itself
+_OF_THE_STREAM = ("batch_size", "epochs", "steps", "accumulate")  # of `optim`: the same for all students
+
+
 class TrainStudentRecipe(Section):
-    """`tinymim train-student`: stream the cache joined with the same views into one student."""
+    """`tinymim train-student`: stream the cache joined with the same views into one student, or into several."""
 
     stage: Literal["train-student"]
     source: SourceConfig
     cache: Place  # a cache, or a root that holds just one
     num_views: Positive | None = None  # use the first so many views of every image; None: as many as the cache is for
     on_missing: Literal["refuse", "skip"] = "refuse"  # images of the source that the cache holds no record of
-    student: ModelConfig
+    student: ModelConfig | None = None  # either this
+    students: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], StudentConfig] | None = None  # or this, by names
     targets: TargetsConfig = TargetsConfig()
     drop_path: Fraction = 0.1
     jitter: JitterConfig = JitterConfig()
     optim: OptimConfig
+    ema: EmaConfig | None = None
     order: OrderConfig = OrderConfig()
     verify: VerifyConfig = VerifyConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Precision = "fp32"
+    workers: Workers = 1
+    cluster: Cluster = "local"
+    max_restarts: Restarts = 3
     run: RunConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, data: Any) -> Any:
+        """Write into every student what it has from the recipe; problems are left to the fields' own checks."""
+        if not isinstance(data, dict) or not isinstance(data.get("students"), dict):
+            return data
+        shared = {name: data.get(name, cls.model_fields[name].get_default()) for name in _OWN}
+        optim = data.get("optim")
+        optim = optim.model_dump(exclude_unset=True) if isinstance(optim, Section) else optim
+        students = {}
+        for name, own in data["students"].items():
+            students[name] = shared | own if isinstance(own, dict) else own
+            if isinstance(own, dict) and isinstance(own.get("optim"), dict) and isinstance(optim, dict):
+                students[name]["optim"] = optim | own["optim"]
+        return data | {"students": students}
+
+    @model_validator(mode="after")
+    def _one_stream(self) -> "TrainStudentRecipe":
+        _require_whole_shares(self.workers, self.order, self.optim)
+        if (self.student is None) == (not self.students):
+            raise ValueError("give student, or students with at least one name in it, and not both")
+        for name, student in (self.students or {}).items():
+            for field in _OF_THE_STREAM:
+                own, shared = getattr(student.optim, field), getattr(self.optim, field)
+                if own != shared:
+                    what = f"students.{name}.optim.{field} must be the recipe's: the students share one stream"
+                    raise ValueError(f"{what}; got {own} and {shared}")
+        return self
+
+    def each(self) -> dict[str, "TrainStudentRecipe"]:
+        """By name, the recipe that trains each student alone, into `<run.folder>/<name>`; that of `student` is ""."""
+        if self.students is None:
+            return {"": self}
+        return {
+            name: self.model_copy(
+                update={
+                    "students": None,
+                    "student": own.model,
+                    "run": self.run.model_copy(update={"folder": self.run.folder / name}),
+                }
+                | {field: getattr(own, field) for field in _OWN}
+            )
+            for name, own in self.students.items()
+        }
+
+
+TrainingRecipe = PretrainMaeRecipe | TrainStudentRecipe
 
 
 class KnnConfig(Section):

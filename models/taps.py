@@ -7,11 +7,13 @@ embeddings, for fused, split and biased qkv layers alike, without a copy of any 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tinymim.configs.errors import RecipeError
+from tinymim.models.drop_path import hand_out, take_over
 
 Projections = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, H, T, D]
 TappedBlock = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, and the input [B, T, C] of their projection
@@ -111,9 +113,14 @@ class StudentWithTap(nn.Module):
         super().__init__()
         self.vit = vit
         self.heads: int = vit.blocks[-1].attn.num_heads  # type: ignore[union-attr, assignment]
+        self.drop_paths = take_over(vit)
         self.tap = nn.Linear(vit.embed_dim, 3 * vit.embed_dim)
         nn.init.xavier_uniform_(self.tap.weight)
         nn.init.zeros_(self.tap.bias)
+
+    def draw(self, generator: torch.Generator, places: Tensor, batch_size: int) -> None:
+        """Draw the stochastic depth of the next forward pass in training; arguments as in `drop_path.hand_out`."""
+        hand_out(self.drop_paths, generator, places, batch_size, self.tap.weight.device)
 
     def forward(self, images: Tensor) -> Projections:
         """q, k, v in the student's own heads, each [B, H, T, D], for normalised images [B, 3, S, S]."""

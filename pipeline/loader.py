@@ -1,6 +1,6 @@
 """Run a view source over a list of batches, in worker processes or in this one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from tinymim.configs.errors import TinymimError
 from tinymim.configs.schema import LoaderConfig
 from tinymim.pipeline.dataset import ViewBatch, ViewSource
 from tinymim.pipeline.order import Items
-from tinymim.pipeline.workers import prepare_worker, worker_context
+from tinymim.pipeline.workers import prepare_loader, worker_context
 
 
 class _Adapter(Dataset[list[ViewBatch] | TinymimError]):
@@ -62,7 +62,7 @@ def batches(
     config: LoaderConfig,
     pin_memory: bool = False,
     batches_per_entry: int = 1,
-) -> Iterator[ViewBatch]:
+) -> Generator[ViewBatch]:
     """Yield the batches of `plan` in its order, whatever the number of workers.
 
     Args:
@@ -84,7 +84,7 @@ def batches(
         prefetch_factor=-(-config.prefetch // batches_per_entry),
         collate_fn=_as_is,
         multiprocessing_context=worker_context(),
-        worker_init_fn=prepare_worker,
+        worker_init_fn=prepare_loader,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
     )

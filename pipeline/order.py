@@ -87,6 +87,8 @@ class SampleOrder:
     Attributes:
         step: steps that training has done, to be set by the caller: a loader takes batches ahead of that.
         steps_per_epoch: whole batches of an epoch.
+        places: int64 [samples of this rank], where each of a rank's samples stands in the batch of a single rank:
+            what is drawn by that place is the same for every number of ranks.
 
     Raises:
         RecipeError: lanes, ranks, views and batch do not divide one another.
@@ -105,6 +107,10 @@ class SampleOrder:
         _refuse_misfit(order, batch_size, num_views, world_size)
         self.counts, self.order, self.batch_size, self.num_views = list(counts), order, batch_size, num_views
         self.lanes = range(rank, order.lanes, world_size)
+        of_a_lane = batch_size // order.lanes
+        self.places: npt.NDArray[np.int64] = np.concatenate(
+            [np.arange(lane * of_a_lane, (lane + 1) * of_a_lane) for lane in self.lanes]
+        )
         views = num_views if order.views_per_epoch == "all" else order.views_per_epoch
         assert views is not None  # refused above
         self.steps_per_epoch = steps_per_epoch(counts, batch_size) * views
@@ -159,6 +165,12 @@ class SampleOrder:
             for items in entry:
                 yield step, items
                 step += 1
+
+    def whole_batch(self, step: int) -> Items:
+        """The samples of one step over all ranks, int64 [batch_size, 3], as a single rank has them."""
+        order = SampleOrder(self.counts, self.order, self.batch_size, self.num_views)
+        order.step = step
+        return next(order.plan(step + 1))[0, :, :3]
 
     def resident_units(self, units_per_shard: int) -> int:
         """Units of a cache that a process needs at a time, where a shard has up to so many of them."""

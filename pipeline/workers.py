@@ -6,6 +6,8 @@ from multiprocessing.context import BaseContext
 
 import torch
 
+_GRACE_S = 30
+
 
 def worker_context() -> BaseContext:
     """forkserver: fork hangs once a thread of the parent holds a lock (zarr's and torch's do).
@@ -15,6 +17,14 @@ def worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tinymim.pipeline.replay", "tinymim.pipeline.drawn"])
     return context
+
+
+def prepare_loader(worker: int) -> None:
+    """Run first in every worker of a loader."""
+    prepare_worker(worker)
+    # A batch system sends its SIGTERM to all processes, and the training still takes a batch until it has saved. A
+    # loader that is done ends its workers by other means; SIGTERM is its last resort.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 
 def prepare_worker(_worker: int = 0) -> None:

@@ -158,6 +158,7 @@ def load_recipes(root: Path, seed: int, size: DemoSize, teacher_weights: str) ->
     pixels = {"mean": teacher.mean, "std": teacher.std}
     probes = {"teacher": _probe(cache, "teacher", sizes, teacher.weights, block=teacher.block, **pixels)}
     for name, student in students.items():
+        assert student.student is not None  # the demo's recipes have one each
         arms = {
             name: str(student.run.folder / train_student.STUDENT_NAME),
             f"{name}-mae": str(autoencoders[name].run.folder / pretrain_mae.ENCODER_NAME),

@@ -13,9 +13,10 @@ from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
+from tinymim.stages.checkpoints import load_states
 from tinymim.stages.report import SKETCH, Example
 from tinymim.stages.train_student import trained_on
-from tinymim.stages.training import load_state, state_identity
+from tinymim.stages.training import state_identity
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.relations import QKV, relation_probs
@@ -46,8 +47,9 @@ def relation_examples(
     content = trained_on(reader, source)
     said = {"teacher": QKV(*Teacher(cache.teacher)(batch.pixels))}
     for name, recipe in students.items():
+        assert recipe.student is not None  # the demo's recipes have one each
         student = StudentWithTap(build_vit(recipe.student)).eval()
-        load_state(recipe.run.folder, state_identity(recipe, content), {"student": student}, torch.device("cpu"))
+        load_states([recipe.run.folder], [state_identity(recipe, content)], [{"student": student}])
         said[name] = QKV(*student(Normalise()(batch.pixels))).resplit(codec.relation_heads(heads))
     exact = {r: {who: relation_probs(qkv, r) for who, qkv in said.items()} for r in sketches}
 

@@ -24,12 +24,13 @@ from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.calibrate import calibrated
+from tinymim.stages.checkpoints import read_state
 from tinymim.stages.fidelity_page import draw_frontier, format_tables
 from tinymim.stages.gradients import GradientProbe, Judged, target_of
 from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.progress import Meter, say
 from tinymim.stages.runfolder import RunFolder
-from tinymim.stages.training import STATE_NAME, pick_device, read_state, require_view_size
+from tinymim.stages.training import pick_device, require_view_size
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.layout import METADATA, encode_array
 from tinymim.targets.codecs import make_codec
@@ -169,12 +170,12 @@ def make_students(recipe: FidelityRecipe) -> dict[str, StudentWithTap]:
     students = {"initial": StudentWithTap(build_vit(recipe.student))}
     if recipe.student_state is not None:
         trained = StudentWithTap(build_vit(recipe.student))
-        state = read_state(recipe.student_state, torch.device("cpu"))
+        state = read_state(recipe.student_state)
         try:
             trained.load_state_dict(state["parts"]["student"], strict=True)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"{recipe.student_state / STATE_NAME} does not fit the student",
+                f"the state in {recipe.student_state} does not fit the student",
                 got=error,
                 hint="set student to the sizes it was trained with",
             ) from error

@@ -1,23 +1,45 @@
-"""Ctrl-C and SIGTERM: finish the step or unit at hand, save, and leave with exit code 130."""
+"""Ctrl-C and SIGTERM: finish the step or unit at hand, save, and leave with an exit code of its own."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 from tinymim.stages.progress import say
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has stopped cleanly; what was done is saved."""
+    """The run was asked to stop and has stopped cleanly; what was done is saved.
+
+    Args:
+        message: what was saved.
+        requeue: a batch system wants the machine back (SIGTERM) and is to start the same command again.
+    """
+
+    def __init__(self, message: str, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.requeue = requeue
 
 
 class StopFlag:
-    """Context manager that turns the first SIGINT or SIGTERM into `flag.requested`; a second one raises at once."""
+    """Context manager that turns the first SIGINT or SIGTERM into `flag.requested`; a second one raises at once.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Args:
+        insists: False: a second one changes nothing, and nothing is said, for a process whose parent does both.
+
+    Attributes:
+        requested: a signal came, or `ask_to_stop` was called.
+        requeue: and it was SIGTERM.
+    """
+
+    def __init__(self, insists: bool = True) -> None:
+        self.requested = self.requeue = False
+        self._insists = insists
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopFlag":
+        _open_flags.add(self)
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Ray's worker: signals are not ours
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -25,11 +47,25 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _open_flags.discard(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        say(f"{signal.Signals(number).name} received: finishing what is at hand and saving (again to stop at once)")
+            if self._insists:
+                raise KeyboardInterrupt
+            return
+        self.requested, self.requeue = True, number == signal.SIGTERM
+        if self._insists:
+            say(f"{signal.Signals(number).name} received: finishing what is at hand and saving (again to stop at once)")
+
+
+_open_flags: set[StopFlag] = set()
+
+
+def ask_to_stop(requeue: bool) -> bool:
+    """As a first signal would, from a thread of this process; `requeue` as for SIGTERM. False: nobody is listening."""
+    for flag in _open_flags:
+        flag.requested, flag.requeue = True, requeue
+    return bool(_open_flags)

@@ -1,9 +1,11 @@
 """`tinymim pretrain-mae`: masked autoencoder pre-training, so that a teacher can be made from any images."""
 
+import contextlib
 import json
 
 import torch
 
+from tinymim.configs.errors import SourceError
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
 from tinymim.models.checkpoints import to_safetensors
@@ -15,108 +17,96 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.interrupt import Interrupted, StopFlag
-from tinymim.stages.progress import Meter, say
-from tinymim.stages.runfolder import RunFolder
-from tinymim.stages.training import (
-    autocast,
-    load_state,
-    make_optimiser,
-    make_scaler,
-    make_schedule,
-    optimiser_step,
-    pick_device,
-    require_finite,
-    require_view_size,
-    save_state,
-    seeded,
-    state_identity,
-)
+from tinymim.stages.bookkeeping import Bookkeeping
+from tinymim.stages.distributed import Ranks, rank_device, require_equal_parts
+from tinymim.stages.launch import on_ranks
+from tinymim.stages.learner import Learner
+from tinymim.stages.progress import say
+from tinymim.stages.training import autocast, parts_of, require_view_size, seeded
 from tinymim.storage.atomic import write_bytes_atomic
 
 ENCODER_NAME = "encoder.safetensors"
+EMA_NAME = "encoder-ema.safetensors"
 
 
 def run(recipe: PretrainMaeRecipe) -> None:
-    """Train and write `<run.folder>/encoder.safetensors` (a timm ViT without head), metrics and resumable state.
+    """Train and write `<run.folder>/encoder.safetensors` (a timm ViT without head), metrics and resumable states.
+
+    With `workers` the training runs in so many processes, or as the rank that the environment names.
 
     Raises:
         UserError: bad source, sizes or weights; a loss that is not finite.
+        InternalError: workers died more often than the recipe allows.
         Interrupted: stopped by a signal after saving its state.
     """
+    on_ranks(train, recipe)
+
+
+def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
+    """`run` as one of the ranks."""
     # ---- source, model, optimiser
-    device = pick_device(recipe.run.device)
+    device = rank_device(recipe.run.device, ranks)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     require_view_size(recipe.views.size, recipe.model, "model")
+    batch_size = recipe.optim.batch_size
+    require_equal_parts(batch_size, ranks, recipe.optim.accumulate)
     source = open_shards(recipe.source)
+    order = SampleOrder(source.counts, recipe.order, batch_size, None, ranks.rank, ranks.world_size)
     torch.manual_seed(recipe.run.seed)
     encoder = build_vit(recipe.model)
     model = MaskedAutoencoder(encoder, recipe.mae).to(device)
     normalise = Normalise().to(device)
-    optimiser = make_optimiser(model, recipe.optim)
-    scaler = make_scaler(device, recipe.precision)
-    order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, num_views=None)
-    schedule = make_schedule(recipe.optim, order.steps_per_epoch)
-    num_patches = encoder.patch_embed.num_patches
+    num_patches, size = encoder.patch_embed.num_patches, recipe.model.img_size
+    about = f"encoder of {count_parameters(encoder):,} parameters"
+    example = (torch.zeros(2, 3, size, size, device=device), torch.zeros(2, num_patches, device=device))
+    content = [shard.content_hash for shard in source.shards]
+    learner = Learner("", about, recipe, "model", model, example, ranks, order, content)
 
     # ---- resume
-    identity = state_identity(recipe, [shard.content_hash for shard in source.shards])
-    parts = {"model": model, "optimiser": optimiser, "scaler": scaler, "order": order}
-    folder = recipe.run.folder
-    first_step = load_state(folder, identity, parts, device) if recipe.checkpoint.resume else 0
-    say(
-        f"pretrain-mae: {source.num_samples:,} images, {count_parameters(encoder):,} encoder parameters, "
-        f"{schedule.total_steps:,} steps of {recipe.optim.batch_size} = "
-        f"{schedule.total_steps / order.steps_per_epoch:.1f} epochs, peak lr {schedule.peak_lr:.2e}, "
-        f"from step {first_step:,}"
-    )
+    books = Bookkeeping(recipe, [learner], ranks, order, [shard.name for shard in source.shards], "images_per_s")
+    books.resume()
+    books.describe(f"{source.num_samples:,} images")
 
     # ---- train
     views = ImageViews(source.shards, RandomViews(recipe.views))
     stream = batches(
         views,
-        order.plan(schedule.total_steps),
+        order.plan(books.total_steps),
         recipe.loader,
         pin_memory=device.type == "cuda",
         batches_per_entry=recipe.order.views_per_decode,
     )
-    with (
-        RunFolder(recipe, first_step) as log,
-        StopFlag() as stop,
-        Meter("pretrain-mae", schedule.total_steps, "steps", first_step) as meter,
-    ):
-        step = first_step
-        for batch in stream:
+    places = torch.from_numpy(order.places)
+    with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
+        for step, batch in enumerate(stream, start=books.first_step):
+            if not batch.keys:
+                raise SourceError(f"no image of step {step} can be read", got=batch.unreadable[0])
+            pixels = batch.pixels.to(device, non_blocking=True)
+            # Drawn for the whole batch over all ranks: every rank finds the same numbers at a place.
             generator = seeded(device, recipe.run.seed, step)
-            noise = torch.rand(len(batch.pixels), num_patches, device=device, generator=generator)
-            with autocast(device, recipe.precision):
-                loss = model(normalise(batch.pixels.to(device, non_blocking=True)), noise)
-            lr = schedule.lr(step)
-            optimiser_step(loss, model, optimiser, scaler, lr, recipe.optim.clip_norm)
-            step += 1
-            order.step = step
-            meter.advance(1)
-            last = step == schedule.total_steps
-            save = stop.requested or last or step % recipe.checkpoint.every_steps == 0
-            log_due = last or (step - 1) % recipe.run.log_every == 0
-            if save or log_due:
-                value = require_finite(loss, step - 1)
-                meter.note = f"loss {value:.4f}"
-            if log_due:
-                log.log(step - 1, loss=value, lr=lr, images_per_s=meter.rate * recipe.optim.batch_size)
-            if save:
-                save_state(folder, step, identity, parts)
-            if stop.requested and not last:
-                raise Interrupted(f"state of step {step:,} saved; the same command continues")
+            noise = torch.rand(batch_size, num_patches, device=device, generator=generator)[places.to(device)]
+            for part in parts_of(len(places), recipe.optim.accumulate, present=len(pixels)):
+                with learner.part_of_step(part.first, part.last):
+                    with autocast(device, recipe.precision):
+                        loss = learner.model(normalise(pixels[part.rows]), noise[part.rows])
+                    learner.backward({"loss": loss}, part.share)
+            learner.update(step)
+            books.close(step + 1, stop, meter)
 
     # ---- export
+    if not ranks.first:
+        return
     metadata = {
         "made_by": "tinymim pretrain-mae",
         "recipe": dump_recipe(recipe),
         "source": json.dumps({shard.name: shard.content_hash for shard in source.shards}),
         "libraries": json.dumps(environment()),
-        "steps": str(step),
+        "steps": str(books.total_steps),
     }
-    write_bytes_atomic(folder / ENCODER_NAME, to_safetensors(encoder.state_dict(), metadata))
-    say(f"pretrain-mae: wrote {folder / ENCODER_NAME}")
+    write_bytes_atomic(recipe.run.folder / ENCODER_NAME, to_safetensors(encoder.state_dict(), metadata))
+    if learner.ema is not None:
+        averaged = learner.ema.module.encoder.state_dict()
+        metadata |= {"ema": str(learner.ema.decay)}
+        write_bytes_atomic(recipe.run.folder / EMA_NAME, to_safetensors(averaged, metadata))
+    say(f"pretrain-mae: wrote {recipe.run.folder / ENCODER_NAME}")

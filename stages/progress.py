@@ -8,11 +8,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _PLAIN_EVERY_S = 10.0
+_silent = False
+
+
+def silence() -> None:
+    """From now on this process says nothing: of many ranks one is to be heard."""
+    global _silent
+    _silent = True
 
 
 def say(message: str) -> None:
     """Print one line of log to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if not _silent:
+        print(message, file=sys.stderr, flush=True)
 
 
 class Meter:
@@ -33,7 +41,7 @@ class Meter:
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Meter":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

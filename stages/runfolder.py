@@ -25,9 +25,7 @@ class RunFolder:
 
     def __init__(self, recipe: Recipe, first_step: int | None = 0) -> None:
         self.path: Path = recipe.run.folder
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(self.path / "recipe.yaml", dump_recipe(recipe).encode())
-        write_json_atomic(self.path / "versions.json", provenance(recipe))
+        write_provenance(recipe)
         metrics = self.path / "metrics.jsonl"
         if first_step is not None:
             _drop_from(metrics, first_step)
@@ -49,6 +47,14 @@ class RunFolder:
         self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+
+def write_provenance(recipe: Recipe) -> None:
+    """Make the run folder and write into it the resolved recipe, and what makes its results."""
+    folder: Path = recipe.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(folder / "recipe.yaml", dump_recipe(recipe).encode())
+    write_json_atomic(folder / "versions.json", provenance(recipe))
 
 
 def _drop_from(metrics: Path, first_step: int) -> None:

@@ -1,5 +1,6 @@
-"""`tinymim train-student`: stream the cache joined with the same views into one student; the teacher is not needed."""
+"""`tinymim train-student`: stream the cache joined with the same views into students; the teacher is not needed."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema import JitterConfig, ModelConfig, TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import StudentWithTap, count_tokens
 from tinymim.models.vit import Normalise, build_model, build_vit, count_parameters
@@ -19,24 +20,14 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
+from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.calibrate import stored_constants
-from tinymim.stages.interrupt import Interrupted, StopFlag
-from tinymim.stages.progress import Meter, say
-from tinymim.stages.runfolder import RunFolder
-from tinymim.stages.training import (
-    autocast,
-    load_state,
-    make_optimiser,
-    make_scaler,
-    make_schedule,
-    optimiser_step,
-    pick_device,
-    require_finite,
-    save_state,
-    seeded,
-    state_identity,
-    step_seed,
-)
+from tinymim.stages.distributed import Ranks, rank_device, require_equal_parts
+from tinymim.stages.launch import on_ranks
+from tinymim.stages.learner import Learner
+from tinymim.stages.progress import say
+from tinymim.stages.runfolder import write_provenance
+from tinymim.stages.training import autocast, parts_of, seeded
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.constants import constants_digest
@@ -47,21 +38,31 @@ from tinymim.targets.losses import relation_loss
 from tinymim.targets.relations import QKV
 
 STUDENT_NAME = "student.safetensors"
+EMA_NAME = "student-ema.safetensors"
 CPU = torch.device("cpu")
 
 
 def run(recipe: TrainStudentRecipe) -> None:
     """Train and write `<run.folder>/student.safetensors`, which loads into the timm model with `strict=True`.
 
+    Of several students each has a folder of its own, `<run.folder>/<name>`. With `workers` the training runs in so
+    many processes, or as the rank that the environment names.
+
     Raises:
-        CacheMismatch: the source or the student does not fit the cache.
+        CacheMismatch: the source or a student does not fit the cache.
         ViewMismatch: replayed pixels differ from those the teacher saw.
         CacheCorrupt: bytes of the cache changed.
         UserError: a bad recipe, or a loss that is not finite.
+        InternalError: workers died more often than the recipe allows.
         Interrupted: stopped by a signal after saving its state.
     """
+    on_ranks(train, recipe)
+
+
+def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
+    """`run` as one of the ranks."""
     # ---- cache joined with its images
-    device = pick_device(recipe.run.device)
+    device = rank_device(recipe.run.device, ranks)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     reader = CacheReader(resolve(recipe.cache))
@@ -79,7 +80,9 @@ def run(recipe: TrainStudentRecipe) -> None:
             f"train-student: on_missing: skip leaves out {len(source.skipped):,} shards, and "
             f"{source.without_record:,} images of the others that the cache holds no record of"
         )
-    order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, num_views)
+    batch_size = recipe.optim.batch_size
+    require_equal_parts(batch_size, ranks, recipe.optim.accumulate)
+    order = SampleOrder(source.counts, recipe.order, batch_size, num_views, ranks.rank, ranks.world_size)
     views = ReplayedViews(
         reader,
         source,
@@ -88,90 +91,94 @@ def run(recipe: TrainStudentRecipe) -> None:
         resident_units=order.resident_units(source.units_per_shard),
     )
 
-    # ---- student, optimiser
-    torch.manual_seed(recipe.run.seed)
-    check_student_fits(recipe, manifest.teacher, manifest.views, relation_heads)
-    student = StudentWithTap(build_vit(recipe.student, drop_path=recipe.drop_path)).to(device)
+    # ---- students, optimisers
+    content = trained_on(reader, source)
+    learners: list[tuple[JitterConfig, StudentWithTap, Learner]] = []
+    for name, own in recipe.each().items():
+        assert own.student is not None  # by TrainStudentRecipe.each
+        check_student_fits(own.student, manifest.teacher, manifest.views, relation_heads)
+        torch.manual_seed(own.run.seed)
+        student = StudentWithTap(build_vit(own.student, drop_path=own.drop_path)).to(device)
+        about = f"{name or 'student'} of {count_parameters(student.vit):,} parameters"
+        example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
+        learner = Learner(name, about, own, "student", student, example, ranks, order, content)
+        learners.append((own.jitter, student, learner))
     normalise = Normalise().to(device)
-    optimiser = make_optimiser(student, recipe.optim)
-    scaler = make_scaler(device, recipe.precision)
-    schedule = make_schedule(recipe.optim, order.steps_per_epoch)
 
     # ---- resume
-    identity = state_identity(recipe, trained_on(reader, source))
-    parts = {"student": student, "optimiser": optimiser, "scaler": scaler, "order": order}
-    folder = recipe.run.folder
-    first_step = load_state(folder, identity, parts, device) if recipe.checkpoint.resume else 0
-    say(
-        f"train-student: {sum(source.counts):,} images x {num_views} views, "
-        f"{count_parameters(student.vit):,} parameters, {schedule.total_steps:,} steps of {recipe.optim.batch_size} = "
-        f"{schedule.total_steps / order.steps_per_epoch:.1f} epochs, peak lr {schedule.peak_lr:.2e}, "
-        f"from step {first_step:,}"
-    )
+    names = [shard.name for shard in source.shards]
+    books = Bookkeeping(recipe, [each for *_, each in learners], ranks, order, names, "views_per_s")
+    books.resume()
+    books.describe(f"{sum(source.counts):,} images x {num_views} views")
+    if recipe.students and ranks.first:
+        write_provenance(recipe)
 
     # ---- train
     stream = batches(
         views,
-        order.plan(schedule.total_steps),
+        order.plan(books.total_steps),
         recipe.loader,
         pin_memory=device.type == "cuda",
         batches_per_entry=recipe.order.views_per_decode,
     )
-    with (
-        RunFolder(recipe, first_step) as log,
-        StopFlag() as stop,
-        Meter("train-student", schedule.total_steps, "steps", first_step) as meter,
-    ):
-        step = first_step
-        student.train()
-        for batch in stream:
+    places = torch.from_numpy(order.places)
+    with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
+        for step, batch in enumerate(stream, start=books.first_step):
             pixels = batch.pixels.to(device, non_blocking=True)
             records = {name: array.to(device, non_blocking=True) for name, array in batch.records.items()}
-            target = codec.decode(records, batch.view_keys.to(device, non_blocking=True), tokens)
-            images = normalise(jitter(pixels, recipe.jitter, seeded(CPU, recipe.run.seed, step)))
-            with step_seed(recipe.run.seed, step), autocast(device, recipe.precision):
-                losses = relation_loss(QKV(*student(images)).resplit(relation_heads), target)
-                loss = torch.stack(list(losses.values())).sum()
-            lr = schedule.lr(step)
-            optimiser_step(loss, student, optimiser, scaler, lr, recipe.optim.clip_norm)
-            step += 1
-            order.step = step
-            meter.advance(1)
-            last = step == schedule.total_steps
-            save = stop.requested or last or step % recipe.checkpoint.every_steps == 0
-            log_due = last or (step - 1) % recipe.run.log_every == 0
-            if save or log_due:
-                value = require_finite(loss, step - 1)
-                meter.note = f"loss {value:.4f}"
-            if log_due:
-                each = {f"kl_{relation}": float(part.detach()) for relation, part in losses.items()}
-                log.log(step - 1, loss=value, **each, lr=lr, views_per_s=meter.rate * recipe.optim.batch_size)
-            if save:
-                save_state(folder, step, identity, parts)
-            if stop.requested and not last:
-                raise Interrupted(f"state of step {step:,} saved; the same command continues")
+            keys = batch.view_keys.to(device, non_blocking=True)
+            for part in parts_of(len(places), recipe.optim.accumulate):
+                # Once for all students: the target, and the images of those with the same jitter.
+                here = places[part.rows]
+                target = codec.decode(
+                    {name: array[part.rows] for name, array in records.items()}, keys[part.rows], tokens
+                )
+                images: dict[JitterConfig, Tensor] = {}
+                for colours, student, learner in learners:
+                    if colours not in images:
+                        generator = seeded(CPU, recipe.run.seed, step)
+                        images[colours] = normalise(jitter(pixels[part.rows], colours, generator, here, batch_size))
+                    student.draw(seeded(CPU, recipe.run.seed, step), here, batch_size)
+                    with learner.part_of_step(part.first, part.last):
+                        with autocast(device, recipe.precision):
+                            losses = relation_loss(QKV(*learner.model(images[colours])).resplit(relation_heads), target)
+                            loss = torch.stack(list(losses.values())).sum()
+                        learner.backward({"loss": loss} | {f"kl_{name}": kl for name, kl in losses.items()}, part.share)
+            for *_, learner in learners:
+                learner.update(step)
+            books.close(step + 1, stop, meter)
 
     # ---- export
-    metadata = {
-        "made_by": "tinymim train-student",
-        "recipe": dump_recipe(recipe),
-        "cache_spec_id": manifest.spec_id,
-        "libraries": json.dumps(environment()),
-        "steps": str(step),
-    }
-    report = trained_report(student, optimiser)
-    write_bytes_atomic(
-        folder / STUDENT_NAME,
-        to_safetensors(student.vit.state_dict(), metadata | {k: json.dumps(v) for k, v in report.items()}),
-    )
+    if not ranks.first:
+        return
+    for _, student, learner in learners:
+        metadata = {
+            "made_by": "tinymim train-student",
+            "recipe": dump_recipe(learner.recipe),
+            "cache_spec_id": manifest.spec_id,
+            "libraries": json.dumps(environment()),
+            "steps": str(books.total_steps),
+        }
+        _export(student, learner, metadata)
+
+
+def _export(student: StudentWithTap, learner: Learner, metadata: dict[str, str]) -> None:
+    """Write a student's weights, their average and the report of what was trained; say so."""
+    folder, label = learner.folder, f"train-student: {learner.name}".removesuffix(": ")
+    report = trained_report(student, learner.optimiser)
+    metadata |= {name: json.dumps(value) for name, value in report.items()}
+    write_bytes_atomic(folder / STUDENT_NAME, to_safetensors(student.vit.state_dict(), metadata))
+    if learner.ema is not None:
+        averaged = learner.ema.module.vit.state_dict()
+        write_bytes_atomic(folder / EMA_NAME, to_safetensors(averaged, metadata | {"ema": str(learner.ema.decay)}))
     write_json_atomic(folder / "trained.json", report)
     say(
-        f"train-student: wrote {folder / STUDENT_NAME}: {len(report['trained'])} tensors trained, "
+        f"{label}: wrote {folder / STUDENT_NAME}: {len(report['trained'])} tensors trained, "
         f"{len(report['fixed'])} fixed ({', '.join(report['fixed']) or 'none'}), "
         f"{len(report['never_updated'])} never updated; the tap's qkv was dropped"
     )
     if report["never_updated"]:
-        say(f"train-student: warning: still at their initial values: {', '.join(report['never_updated'])}")
+        say(f"{label}: warning: still at their initial values: {', '.join(report['never_updated'])}")
 
 
 def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:
@@ -193,24 +200,22 @@ def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
     return [reader.manifest.spec_id, *([constants] if constants else []), *hashes]
 
 
-def check_student_fits(
-    recipe: TrainStudentRecipe, teacher: Mapping[str, Any], views: Mapping[str, Any], heads: int
-) -> None:
+def check_student_fits(student: ModelConfig, teacher: Mapping[str, Any], views: Mapping[str, Any], heads: int) -> None:
     """Compare the student's input and tokens with the teacher's; `heads` is the number of relation heads.
 
     Raises:
         CacheMismatch: names the field that differs.
         RecipeError: the student's width cannot be split into the teacher's heads.
     """
-    if recipe.student.img_size != views["size"]:
+    if student.img_size != views["size"]:
         raise CacheMismatch(
             "student.img_size is not the size of the cached views",
-            got=recipe.student.img_size,
+            got=student.img_size,
             expected=views["size"],
             hint="students train at the size of the teacher's views",
         )
     with torch.device("meta"):
-        model = build_model(recipe.student)
+        model = build_model(student)
     width = int(model.embed_dim)  # type: ignore[arg-type]
     if width % heads:
         raise RecipeError(

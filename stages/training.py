@@ -1,23 +1,20 @@
-"""What both training stages share: device, AdamW with its parameter groups, the schedule, resumable state."""
+"""What both training stages share: device, AdamW with its parameter groups, the schedule, randomness by step."""
 
 import contextlib
 import hashlib
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tinymim.configs.errors import CheckpointError, RecipeError, UserError
-from tinymim.configs.schema import ModelConfig, OptimConfig, PretrainMaeRecipe, TrainStudentRecipe
-from tinymim.storage.atomic import canonical_json, digest_hex, write_bytes_atomic
+from tinymim.configs.errors import RecipeError, UserError
+from tinymim.configs.schema import ModelConfig, OptimConfig, TrainingRecipe
+from tinymim.storage.atomic import canonical_json, digest_hex
 
-STATE_NAME = "state.pt"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,23 +80,55 @@ def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def optimiser_step(
-    loss: Tensor,
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     lr: float,
     clip_norm: float | None,
 ) -> None:
-    """One backward and update at learning rate `lr`; `scaler` is inactive outside fp16."""
+    """Update at rate `lr` by the gradients at hand, scaled by `scaler` (inactive outside fp16), and free them."""
     for group in optimiser.param_groups:
         group["lr"] = lr
-    optimiser.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
     if clip_norm is not None:
         scaler.unscale_(optimiser)
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     scaler.step(optimiser)
     scaler.update()
+    optimiser.zero_grad(set_to_none=True)
+
+
+class Part(NamedTuple):
+    """A part of a rank's share of a batch, computed on its own to save memory.
+
+    Attributes:
+        rows: which samples of the share.
+        share: how many of what there should be.
+        first, last: of the step's parts.
+    """
+
+    rows: slice
+    share: float
+    first: bool
+    last: bool
+
+
+def parts_of(samples: int, accumulate: int, present: int | None = None) -> list[Part]:
+    """Cut a rank's share of a batch into parts.
+
+    Args:
+        samples: of the share.
+        accumulate: number of parts, which divides `samples`.
+        present: samples that are there, where some could not be read. The missing ones count in every part's
+            `share`, so that what a sample weighs depends on no number of ranks or parts.
+    """
+    size = samples // accumulate
+    present = samples if present is None else present
+    starts = range(0, max(present, 1), size)
+    ends = [min(start + size, present) for start in starts]
+    return [
+        Part(slice(start, end), (end - start) / samples, start == 0, start == starts[-1])
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
@@ -113,90 +142,19 @@ def seeded(device: torch.device, *identity: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-@contextlib.contextmanager
-def step_seed(*identity: int) -> Iterator[None]:
-    """Seed torch's global generators for one step (drop path draws from them) and leave the caller's state alone."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seeded(torch.device("cpu"), *identity).initial_seed())
-        yield
+def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
+    """Digest of all that a training state depends on, for a recipe of one model.
 
-
-def require_finite(loss: Tensor, step: int) -> float:
-    """The loss as a float. Raises UserError naming the step where it is not finite."""
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise UserError(
-            f"the loss is not finite at step {step}",
-            got=value,
-            hint="lower optim.base_lr, set optim.clip_norm, or train in fp32; the last saved state is intact",
-        )
-    return value
-
-
-def state_identity(recipe: PretrainMaeRecipe | TrainStudentRecipe, content: Sequence[str]) -> str:
-    """Digest of all that a training state depends on.
-
-    Paths, workers, threads, device and how often to log, check or save may change between stop and resume (I10);
-    the data may move but not change, so it counts by its content hashes.
+    Paths, workers of both kinds, threads, device, accumulation and how often to log, check or save may change between
+    stop and resume (I10); the data may move but not change, so it counts by its content hashes.
     """
-    free = {"loader": True, "checkpoint": True, "verify": True, "source": True, "cache": True}
-    fields = recipe.model_dump(mode="json", exclude=free | {"run": {"folder", "device", "threads", "log_every"}})
+    free: dict[str, Any] = dict.fromkeys(("loader", "checkpoint", "verify", "source", "cache", "students"), True)
+    free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
+    # The order of samples has an identity of its own, with the images and the views that are really used: a cache may
+    # grow under a student that then names the number of views it began with.
+    free |= {"num_views": True, "on_missing": True}
+    free["run"] = {"folder", "device", "threads", "log_every"}
+    if recipe.ema is None:
+        free["ema"] = True  # states from before there was one have the same identity
+    fields = recipe.model_dump(mode="json", exclude=free)
     return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))
-
-
-def save_state(folder: Path, step: int, identity: str, parts: dict[str, Any]) -> None:
-    """Write `state.pt` (atomic, with its own digest): the state after `step` steps of the recipe.
-
-    Raises:
-        UserError: a parameter is not finite (a finite loss can still have had an infinite gradient).
-    """
-    for part in parts.values():
-        if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
-            raise UserError(
-                f"the parameters are not finite after step {step}",
-                hint="lower optim.base_lr, set optim.clip_norm, or train in fp32; the last saved state is intact",
-            )
-    buffer = io.BytesIO()
-    states = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"step": step, "identity": identity, "parts": states}, buffer)
-    payload = buffer.getvalue()
-    write_bytes_atomic(folder / STATE_NAME, hashlib.sha256(payload).digest() + payload)
-
-
-def load_state(folder: Path, identity: str, parts: dict[str, Any], device: torch.device) -> int:
-    """Restore `parts` in place from `state.pt`; returns the number of steps done, 0 where there is no state.
-
-    Raises:
-        CheckpointError: the file is damaged, or belongs to another recipe.
-    """
-    path = folder / STATE_NAME
-    if not path.exists():
-        return 0
-    state = read_state(folder, device)
-    if state["identity"] != identity:
-        raise CheckpointError(
-            f"{path} belongs to another recipe or other data",
-            got=state["identity"],
-            expected=identity,
-            hint="use another run.folder, set checkpoint.resume=false, or restore the recipe",
-        )
-    for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
-    return int(state["step"])
-
-
-def read_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    """A run folder's state as it was saved: {"step", "identity", "parts": {name: state dict}}.
-
-    Raises:
-        CheckpointError: there is none, or the file is damaged.
-    """
-    path = folder / STATE_NAME
-    if not path.exists():
-        raise CheckpointError("there is no training state", got=path, hint="name a run folder of train-student")
-    raw = path.read_bytes()
-    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
-        raise CheckpointError(f"{path} is damaged (its digest differs)", hint="remove it to start from step 0")
-    state: dict[str, Any] = torch.load(io.BytesIO(raw[32:]), map_location=device, weights_only=True)
-    return state

@@ -232,6 +232,7 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (InternalError("a bug"), 1, "error: a bug\n"),
         (Interrupted("state of step 3 saved"), 130, "interrupted: state of step 3 saved\n"),
+        (Interrupted("state of step 3 saved", requeue=True), 75, "interrupted: state of step 3 saved\n"),
         (KeyboardInterrupt(), 130, "interrupted: stopped at once"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: Permission denied: /x\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device"),

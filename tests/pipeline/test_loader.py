@@ -1,6 +1,9 @@
 """The same views for any number of workers and any order, one decode per image, and errors that survive the trip."""
 
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +129,16 @@ def test_workers_leave_the_global_generator_alone(drawn_shards: Path) -> None:
     before = torch.get_rng_state()
     list(batches(views, tar_order(views, 50)[:1], LoaderConfig(workers=1)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sigterm_to_all_processes_costs_no_batch(drawn_shards: Path) -> None:
+    views = image_views(drawn_shards)
+    plan = tar_order(views, 2)
+    stream = batches(views, plan, LoaderConfig(workers=1, prefetch=1))
+    loaded = [next(stream)]
+    (worker,) = [child for child in multiprocessing.active_children() if child.daemon]
+    os.kill(worker.pid or 0, signal.SIGTERM)
+    loaded += stream
+    assert [batch.items.tolist() for batch in loaded] == [items.tolist() for items in plan] and len(plan) == 31
+    stream.close()
+    assert not worker.is_alive()  # ended by the loader, as ever

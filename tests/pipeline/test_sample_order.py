@@ -126,6 +126,17 @@ def test_a_rank_reads_only_the_shards_of_its_lanes() -> None:
     assert [len(units) for units in seen] == [4, 4, 4, 4] and len(set.union(*seen)) == 16
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_ranks_places_are_where_one_rank_has_its_samples(ranks: int) -> None:
+    orders = [order_of(ranks, rank) for rank in range(ranks)]
+    assert sorted(place for order in orders for place in order.places.tolist()) == list(range(8))
+    for order in orders:
+        for step, items in order.steps(30):
+            whole = order.whole_batch(step)
+            assert samples(items) == samples(whole[order.places])
+            assert order.step == 0  # looking at a batch is no step
+
+
 def test_numbers_count_a_ranks_own_views() -> None:
     order = order_of(2, 1)
     order.step = 5  # in the middle of a chunk

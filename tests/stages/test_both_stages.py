@@ -24,7 +24,6 @@ from tinymim.pipeline.decode import decode, environment
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.runfolder import read_metrics
-from tinymim.stages.training import step_seed
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import (
     STUDENT,
@@ -32,6 +31,7 @@ from tinymim.tests.stages.tiny import (
     Overrides,
     cache_recipe,
     losses,
+    signal_in_step,
     stored,
     student_recipe,
     tree,
@@ -290,16 +290,10 @@ def test_a_student_stopped_at_any_step_resumes_to_the_same_losses(home: Path, mo
     whole, weights = losses(home), load_file(home / "run-student" / "student.safetensors")
     for stop_at in (1, 7, 19):
         shutil.rmtree(home / "run-student")
-
-        def interrupt(seed: int, step: int, stop_at: int = stop_at) -> Any:
-            if step == stop_at - 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step_seed(seed, step)
-
-        monkeypatch.setattr("tinymim.stages.train_student.step_seed", interrupt)
-        with pytest.raises(Interrupted, match=f"step {stop_at}"):
+        signal_in_step(train_student, stop_at - 1, signal.SIGINT, monkeypatch)
+        with pytest.raises(Interrupted, match=f"step {stop_at}") as caught:
             train_student.run(student_recipe(home))
-        monkeypatch.setattr("tinymim.stages.train_student.step_seed", step_seed)
+        assert not caught.value.requeue
         train_student.run(student_recipe(home, loader={"workers": 0, "prefetch": 2}))  # loading may change (I10)
         assert losses(home) == whole
         torch.testing.assert_close(load_file(home / "run-student" / "student.safetensors"), weights, rtol=0, atol=0)
@@ -314,16 +308,9 @@ def test_all_views_of_an_epoch_from_one_decode_resume_in_the_middle_of_a_chunk(
     whole = losses(home)
     assert len(whole) == 36 // 8 * 2
     shutil.rmtree(home / "run-student")
-
-    def interrupt(seed: int, step: int) -> Any:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step_seed(seed, step)
-
-    monkeypatch.setattr("tinymim.stages.train_student.step_seed", interrupt)
+    signal_in_step(train_student, 2, signal.SIGINT, monkeypatch)
     with pytest.raises(Interrupted, match="step 3"):
         train_student.run(recipe)
-    monkeypatch.setattr("tinymim.stages.train_student.step_seed", step_seed)
     train_student.run(recipe)
     assert losses(home) == whole
 

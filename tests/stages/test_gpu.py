@@ -11,8 +11,11 @@ from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages.learner import LossWatch
 from tinymim.stages.runfolder import read_metrics
 from tinymim.storage.reader import CacheReader
+from tinymim.tests.stages.tiny import STUDENT, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import cache_recipe as tiny_cache_recipe
 
 SIZES: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
 
@@ -71,3 +74,32 @@ def test_a_cache_from_the_gpu_equals_one_from_the_cpu_and_trains(tmp_path: Path,
     )
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+def test_two_gpus_train_like_one(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
+    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=36, images_per_shard=12, seed=5))
+    write_teacher(tmp_path / "teacher.safetensors")
+    cache_teacher.run(tiny_cache_recipe(tmp_path))
+    students: dict[str, Any] = {"one": {"model": STUDENT}, "other": {"model": STUDENT, "ema": {}}}
+    optim = {"batch_size": 8, "steps": 12, "base_lr": 0.1, "accumulate": 2}
+    found = {}
+    for workers in (1, 2):
+        folder = tmp_path / f"run-{workers}"
+        run = {"folder": folder, "device": "cuda", "log_every": 1}
+        recipe = {"student": None, "students": students, "optim": optim, "order": {"lanes": 2}, "workers": workers}
+        train_student.run(student_recipe(tmp_path, **recipe, run=run))
+        found[workers] = {name: [line["loss"] for line in read_metrics(folder / name)] for name in students}
+    for name in students:
+        assert len(found[2][name]) == 12
+        np.testing.assert_allclose(found[2][name], found[1][name], rtol=2e-3, atol=2e-4)  # TF32
+
+
+@pytest.mark.gpu
+def test_a_loss_that_is_not_finite_is_named_though_a_gpu_is_looked_at_late() -> None:
+    watch = LossWatch(torch.device("cuda"))
+    for step in range(6):
+        watch.note(step, torch.tensor(float("nan") if step == 3 else 1.0, device="cuda"))
+    assert watch.first_broken(wait=True) == 3

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tinymim import cli
-from tinymim.stages.interrupt import StopFlag
+from tinymim.stages.interrupt import StopFlag, ask_to_stop
 
 RECIPE = """
 stage: pretrain-mae
@@ -40,6 +41,33 @@ def test_the_first_signal_asks_and_the_second_insists(number: int, capsys: pytes
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
     assert capsys.readouterr().err.count("finishing what is at hand") == 1
+
+
+def test_sigterm_is_to_be_requeued_and_a_patient_flag_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with StopFlag(insists=False) as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested and stop.requeue
+    assert capsys.readouterr().err == ""
+
+
+def test_a_thread_without_signals_is_asked_in_words() -> None:
+    assert not ask_to_stop(requeue=True)
+    seen: list[tuple[bool, bool]] = []
+
+    def work() -> None:
+        with StopFlag() as stop:
+            asked.wait()
+            seen.append((stop.requested, stop.requeue))
+
+    asked, thread = threading.Event(), threading.Thread(target=work)
+    thread.start()
+    while not ask_to_stop(requeue=True):
+        time.sleep(0.001)
+    asked.set()
+    thread.join()
+    assert seen == [(True, True)] and not ask_to_stop(requeue=True)
 
 
 def test_handlers_come_back_after_an_error() -> None:

@@ -1,6 +1,5 @@
 """Masked pre-training: the loss is MAE's formula, and a run is reproduced, resumed and guarded to the bit."""
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from tinymim.configs.errors import CheckpointError, RecipeError, SourceError, Us
 from tinymim.configs.schema import MaeConfig, ModelConfig, PretrainMaeRecipe
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
-from tinymim.stages import pretrain_mae, training
+from tinymim.stages import pretrain_mae
 from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.runfolder import read_metrics
+from tinymim.tests.stages.tiny import signal_in_step
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -149,21 +149,14 @@ def test_the_encoder_loads_into_timm_strictly(whole: Path) -> None:
 def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
     drawn_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeded = training.seeded
     for stop_at in (1, 3, 4):  # an epoch has 3 steps
-
-        def interrupt(device: torch.device, seed: int, step: int, stop_at: int = stop_at) -> torch.Generator:
-            if step == stop_at - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return seeded(device, seed, step)
-
         folder = tmp_path / f"run-{stop_at}"
         same = recipe(drawn_shards, folder)
-        monkeypatch.setattr(pretrain_mae, "seeded", interrupt)
-        with pytest.raises(Interrupted, match=f"step {stop_at} "):
+        signal_in_step(pretrain_mae, stop_at - 1, signal.SIGTERM, monkeypatch)
+        with pytest.raises(Interrupted, match=f"step {stop_at} ") as caught:
             pretrain_mae.run(same)
+        assert caught.value.requeue
         assert not (folder / "encoder.safetensors").exists()
-        monkeypatch.setattr(pretrain_mae, "seeded", seeded)
         pretrain_mae.run(same)
         assert losses(folder) == losses(whole)
         assert same_tensors(folder / "encoder.safetensors", whole / "encoder.safetensors")
@@ -184,7 +177,7 @@ def test_a_state_of_another_recipe_is_refused(drawn_shards: Path, tmp_path: Path
 def test_a_damaged_state_is_refused(drawn_shards: Path, tmp_path: Path, cut: bool) -> None:
     one = recipe(drawn_shards, tmp_path, optim={"batch_size": 16, "steps": 1})
     pretrain_mae.run(one)
-    state = tmp_path / "state.pt"
+    (state,) = tmp_path.glob("state-*.pt")
     raw = bytearray(state.read_bytes())
     raw[len(raw) // 2] ^= 1
     state.write_bytes(raw[: len(raw) // 3] if cut else raw)

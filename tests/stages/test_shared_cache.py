@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinymim.configs.errors import CacheMismatch, RecipeError, UserError
+from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.storage.layout import UnitId
@@ -137,6 +137,12 @@ def test_a_student_uses_the_views_it_names_while_the_cache_grows(made: Path, tmp
     cache_teacher.run(recipe(made, cache=tmp_path / "cache", num_views=3, run=run(tmp_path, "a")))
     train_student.run(student_recipe(tmp_path, num_views=2))
     assert losses(tmp_path) == losses(made)
+    # One that began before the cache grew goes on when it is told what it began with.
+    shutil.copytree(made / "run-student", tmp_path / "begun")
+    began = {"run": {"folder": tmp_path / "begun", "device": "cpu", "threads": 1}}
+    with pytest.raises(CheckpointError, match="order of samples"):
+        train_student.run(student_recipe(tmp_path, **began))
+    train_student.run(student_recipe(tmp_path, num_views=2, **began))
     with pytest.raises(RecipeError, match="num_views is more than the cache is for"):
         train_student.run(student_recipe(tmp_path, num_views=4))
 

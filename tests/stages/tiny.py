@@ -1,14 +1,18 @@
 """A set so small that both stages run in a second: recipes of a teacher, a cache and a student, and what they left."""
 
+import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.training import seeded
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
 TEACHER: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, **SIZES}
@@ -52,6 +56,19 @@ def write_teacher(path: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     sizes = {name: value for name, value in TEACHER.items() if name != "name"}
     save_file(timm.create_model(str(TEACHER["name"]), num_classes=0, **sizes).state_dict(), path)
+
+
+def signal_in_step(stage: ModuleType, step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process get a signal, once, while `stage` is in step `step`, counted from 0."""
+    asked: list[int] = []
+
+    def interrupt(device: torch.device, seed: int, at: int) -> torch.Generator:
+        if at == step and not asked:
+            asked.append(at)
+            os.kill(os.getpid(), number)
+        return seeded(device, seed, at)
+
+    monkeypatch.setattr(stage, "seeded", interrupt)
 
 
 def losses(root: Path) -> list[float]:

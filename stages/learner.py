@@ -1,0 +1,229 @@
+"""One model in training: its optimiser, schedule, average, log and states; the same code on one rank and on many."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tinymim.configs.errors import UserError
+from tinymim.configs.schema import TrainingRecipe
+from tinymim.pipeline.order import Items, SampleOrder
+from tinymim.stages.checkpoints import drop_states, dump_state, prune_states, save_state
+from tinymim.stages.distributed import Ranks
+from tinymim.stages.runfolder import RunFolder
+from tinymim.stages.training import make_optimiser, make_scaler, make_schedule, optimiser_step, state_identity
+
+NEVER = 2**62  # later than any step
+
+
+class Learner:
+    """What one optimiser owns. The loop that feeds it is the stage's, and may feed several.
+
+    Args:
+        name: of one student among several; empty where there is one model.
+        about: what is said of it at the start.
+        recipe: the recipe that trains this model alone.
+        part: the name that the model has in a state, e.g. "student".
+        module: the model, on its device; in training mode from now on.
+        example: any arguments that its forward pass takes, of two samples: gradients of one have other strides.
+        ranks: who trains together.
+        order: of the stream.
+        content: what the state depends on beside the recipe.
+
+    Attributes:
+        module: the model itself.
+        model: what the loop calls: the model, or around it DistributedDataParallel, which averages gradients.
+        ema: the moving average of the model; None where the recipe has none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        recipe: TrainingRecipe,
+        part: str,
+        module: nn.Module,
+        example: tuple[Tensor, ...],
+        ranks: Ranks,
+        order: SampleOrder,
+        content: list[str],
+    ) -> None:
+        self.name, self.about, self.recipe, self.ranks = name, about, recipe, ranks
+        self.module, self._example = module.train(), example
+        self.device = next(module.parameters()).device
+        self.folder: Path = recipe.run.folder
+        self.optimiser = make_optimiser(module, recipe.optim)
+        self.scaler = make_scaler(self.device, recipe.precision)
+        self.schedule = make_schedule(recipe.optim, order.steps_per_epoch)
+        self.identity = state_identity(recipe, content)
+        self.parts: dict[str, Any] = {part: module, "optimiser": self.optimiser, "scaler": self.scaler}
+        self.ema: ModelEmaV3 | None = None
+        if recipe.ema is not None:
+            self.ema = ModelEmaV3(module, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
+            self.parts["ema"] = self.ema
+        self.model: nn.Module = module
+        self.watch = LossWatch(self.device)
+        self.losses: dict[str, Tensor] = {}  # of the last step: this rank's share, by name, of which "loss" is trained
+        self._log: RunFolder | None = None
+
+    def distribute(self) -> None:
+        """To be called once, after a state was loaded: from now on gradients are means over all ranks."""
+        if self.ranks.world_size == 1:
+            return
+        self.model.eval()
+        self._pass_that_counts_for_nothing()
+        unused = any(p.requires_grad and p.grad is None for p in self.module.parameters())
+        self.optimiser.zero_grad(set_to_none=True)
+        self.model = DistributedDataParallel(
+            self.module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=unused,  # such a model trains in one process, and is reported at the end
+        )
+        # After its first backward pass DDP lays gradients out anew, and in what order ranks are summed depends on the
+        # layout: after this pass every step is alike, also the first one after a resume.
+        self._pass_that_counts_for_nothing()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.model.train()
+
+    def _pass_that_counts_for_nothing(self) -> None:
+        outputs = self.model(*self._example)
+        sums = [out.float().sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        torch.stack(sums).sum().backward()
+
+    @contextlib.contextmanager
+    def logging(self, first_step: int) -> Iterator[None]:
+        """The run folder's log is open within; only rank 0 has one."""
+        if not self.ranks.first:
+            yield
+            return
+        with RunFolder(self.recipe, first_step) as self._log:
+            yield
+
+    # ---- a step
+
+    @contextlib.contextmanager
+    def part_of_step(self, first: bool, last: bool) -> Iterator[None]:
+        """Around one part's forward and backward pass: only after the last one do ranks exchange gradients."""
+        if first:
+            self.losses = {}
+        waits = not last and isinstance(self.model, DistributedDataParallel)
+        with self.model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]  # DDP has it
+            yield
+
+    def backward(self, losses: Mapping[str, Tensor], share: float) -> None:
+        """Add the gradient of one part.
+
+        Args:
+            losses: scalars, means over the part's samples; "loss" is what is trained.
+            share: the part's samples among those that this rank should have in a step.
+        """
+        weighted = {name: loss * share for name, loss in losses.items()} if share != 1.0 else dict(losses)
+        self.scaler.scale(weighted["loss"]).backward()
+        for name, loss in weighted.items():
+            self.losses[name] = self.losses[name] + loss.detach() if name in self.losses else loss.detach()
+
+    def update(self, step: int) -> None:
+        """End step `step`, counted from 0: watch its loss, update weights and average."""
+        self.watch.note(step, self.losses["loss"])
+        lr = self.schedule.lr(step)
+        optimiser_step(self.module, self.optimiser, self.scaler, lr, self.recipe.optim.clip_norm)
+        if self.ema is not None:
+            self.ema.update(self.module, step=step + 1)
+
+    # ---- now and then
+
+    def means(self) -> dict[str, float]:
+        """The losses of the last step, over all ranks."""
+        means = self.ranks.mean(torch.stack([loss.float() for loss in self.losses.values()]))
+        return dict(zip(self.losses, means.tolist(), strict=True))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of step `step`; rank 0 only."""
+        if self._log is not None:
+            self._log.log(step, **values)
+
+    def save(self, step: int, order: SampleOrder) -> None:
+        """Write the state after `step` steps; rank 0 only. Raises UserError where a parameter is not finite."""
+        if self.ranks.first:
+            save_state(self.folder, step, self.identity, self.parts | {"order": order})
+
+    def prune(self, step: int, first_step: int | None) -> None:
+        """Remove older states; with `first_step`, at the first save of a run, also those it did not go on from."""
+        if not self.ranks.first:
+            return
+        if first_step is not None:
+            drop_states(self.folder, first_step, but=step)
+        prune_states(self.folder, self.recipe.checkpoint.keep)
+
+    def refuse_broken(self, step: int, done: int, items: Items, shards: list[str]) -> None:
+        """Stop on all ranks, after the loss of step `step` was not finite on some of them.
+
+        Args:
+            step: counted from 0.
+            done: steps done by now; a GPU may be one or a few ahead of what has been looked at.
+            items: the step's samples over all ranks, int64 [B, 3 or more].
+            shards: names, by the first column of `items`.
+
+        Raises:
+            UserError: always; names step and dump.
+        """
+        found_by = [
+            rank for rank, first in enumerate(self.ranks.gather(self.watch.first_broken(True))) if first == step
+        ]
+        dump = self.folder / f"not-finite-{step:08d}.pt"
+        about = {"step": step, "ranks": found_by, "items": torch.from_numpy(items[:, :3].copy()), "shards": shards}
+        if self.ranks.first:
+            dump_state(dump, done, self.identity, self.parts, about)
+        student = f" of student {self.name}" if self.name else ""
+        raise UserError(
+            f"the loss{student} is not finite at step {step}",
+            got=f"found by rank {', '.join(map(str, found_by))}; the state and the step's samples are in {dump}",
+            hint="lower optim.base_lr, set optim.clip_norm, or train in fp32; the last saved state is intact",
+        )
+
+
+@dataclass
+class _Seen:
+    step: int
+    finite: Tensor  # bool [], on the CPU once `event` has come
+    event: Any  # torch.cuda.Event; None: `finite` is there
+
+
+class LossWatch:
+    """Finds the first step whose loss is not finite, without making a GPU wait: it is asked again a step later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seen: list[_Seen] = []
+        self._first = NEVER
+
+    def note(self, step: int, loss: Tensor) -> None:
+        """Remember whether the loss of a step, a scalar on the device, is finite."""
+        finite = loss.detach().isfinite()
+        event = None
+        if self._on_gpu:
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._seen.append(_Seen(step, finite, event))
+
+    def first_broken(self, wait: bool) -> int:
+        """The first step known to be broken, `NEVER` if none is.
+
+        Args:
+            wait: also for the steps that the GPU has not come to yet.
+        """
+        while self._seen and (wait or self._seen[0].event is None or self._seen[0].event.query()):
+            seen = self._seen.pop(0)
+            if seen.event is not None:
+                seen.event.synchronize()
+            if not bool(seen.finite) and self._first == NEVER:
+                self._first = seen.step
+        return self._first

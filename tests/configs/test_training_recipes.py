@@ -1,0 +1,93 @@
+"""Recipes of trainings: one student or several, workers that divide what they share."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.load import dump_recipe, load_recipe
+from tinymim.configs.schema import EmaConfig, ModelConfig, OptimConfig, TrainStudentRecipe
+
+SEVERAL = """
+stage: train-student
+source: {shards: s}
+cache: c
+drop_path: 0.2
+optim: {batch_size: 64, steps: 10, base_lr: 1e-3}
+students:
+  wide: {model: {embed_dim: 256}}
+  narrow: {model: {embed_dim: 128}, drop_path: 0, ema: {decay: 0.99}, optim: {base_lr: 2e-3, clip_norm: 3.0}}
+run: {folder: runs/several}
+"""
+
+
+def recipe(**changes: Any) -> TrainStudentRecipe:
+    fields: dict[str, Any] = {"stage": "train-student", "source": {"shards": "s"}, "cache": "c", "student": {}}
+    fields |= {"optim": {"steps": 10}, "run": {"folder": "r"}}
+    return TrainStudentRecipe.model_validate(fields | changes)
+
+
+def test_a_student_has_what_it_says_and_else_what_the_recipe_has(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SEVERAL)
+    loaded = load_recipe(path, "train-student", ["students.wide.jitter.contrast=0.1"])
+    assert isinstance(loaded, TrainStudentRecipe)
+    wide, narrow = (loaded.each()[name] for name in ("wide", "narrow"))
+    assert (wide.student, narrow.student) == (ModelConfig(embed_dim=256), ModelConfig(embed_dim=128))
+    assert wide.optim == OptimConfig(batch_size=64, steps=10, base_lr=1e-3)
+    assert narrow.optim == OptimConfig(batch_size=64, steps=10, base_lr=2e-3, clip_norm=3.0)
+    assert (wide.drop_path, narrow.drop_path) == (0.2, 0.0)
+    assert (wide.jitter.contrast, narrow.jitter.contrast) == (0.1, 0.4)
+    assert (wide.ema, narrow.ema) == (None, EmaConfig(decay=0.99))
+    assert (wide.run.folder, narrow.run.folder) == (Path("runs/several/wide"), Path("runs/several/narrow"))
+    assert wide.students is None and wide.order == loaded.order
+
+
+def test_the_resolved_recipe_of_several_students_is_a_recipe(tmp_path: Path) -> None:
+    path, resolved = tmp_path / "recipe.yaml", tmp_path / "resolved.yaml"
+    path.write_text(SEVERAL)
+    loaded = load_recipe(path, "train-student")
+    assert isinstance(loaded, TrainStudentRecipe)
+    resolved.write_text(dump_recipe(loaded))
+    assert load_recipe(resolved, "train-student") == loaded
+    for own in loaded.each().values():
+        resolved.write_text(dump_recipe(own))
+        assert load_recipe(resolved, "train-student") == own
+
+
+def test_one_student_is_each_of_one() -> None:
+    one = recipe()
+    assert one.each() == {"": one}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"students": {"a": {"model": {}}}}, "give student, or students"),
+        ({"student": None}, "give student, or students"),
+        ({"student": None, "students": {}}, "give student, or students"),
+        (
+            {"student": None, "students": {"a": {"model": {}, "optim": {"batch_size": 8}}}},
+            r"students\.a\.optim\.batch_size must be the recipe's: .* got 8 and 256",
+        ),
+        ({"student": None, "students": {"a/b": {"model": {}}}}, "should match pattern"),
+        ({"order": {"lanes": 8}, "workers": 3}, r"workers must divide order\.lanes; got 3 workers"),
+        ({"order": {"lanes": 2}, "optim": {"steps": 1, "batch_size": 7}, "workers": 2}, r"must divide optim\.batch"),
+        ({"ema": {"decay": 1.0}}, "less than 1"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        recipe(**changes)
+
+
+def test_a_mistake_within_a_student_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SEVERAL.replace("clip_norm", "clip_nrm"))
+    with pytest.raises(
+        RecipeError, match=r"students\.narrow\.optim\.clip_nrm: unknown key .* did you mean `clip_norm`"
+    ):
+        load_recipe(path, "train-student")

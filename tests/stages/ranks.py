@@ -1,0 +1,96 @@
+"""Trainings that the tests of many ranks start in workers, which can import them from here."""
+
+import math
+import signal
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinymim.configs.errors import CacheCorrupt, UserError
+from tinymim.configs.schema import PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.stages import pretrain_mae, train_student
+from tinymim.stages.distributed import Ranks
+from tinymim.stages.interrupt import Interrupted
+from tinymim.targets.losses import relation_loss
+from tinymim.tests.stages.tiny import SIZES, signal_in_step
+
+BROKEN_STEP = 3
+LAST_ERROR = CacheCorrupt("one rank found this", got="a", expected="b", hint="c")
+
+
+def mae_recipe(root: Path, **changes: Any) -> PretrainMaeRecipe:
+    fields: dict[str, Any] = {
+        "stage": "pretrain-mae",
+        "source": {"shards": root / "shards"},
+        "views": {"size": 32},
+        "model": {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, **SIZES},
+        "mae": {"decoder_dim": 8, "decoder_heads": 2},
+        "optim": {"batch_size": 8, "steps": 6, "base_lr": 0.05},
+        "order": {"lanes": 4},
+        "loader": {"workers": 0},
+        "run": {"folder": root / "run-mae", "device": "cpu", "threads": 1, "log_every": 1},
+    }
+    return PretrainMaeRecipe.model_validate(fields | changes)
+
+
+def all_that_four_ranks_do(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
+    """Tell one another; pre-train; go on with the students of `recipe`; train them anew in three other ways.
+
+    As a whole; stopped by a signal to rank 2 alone and continued; with a loss that breaks on rank 1 alone. At last
+    rank 1 alone raises an error, while the others wait for it.
+    """
+    assert ranks.least(5 + ranks.rank, -ranks.rank) == [5, -3]
+    assert ranks.gather(10 * ranks.rank) == [0, 10, 20, 30]
+    assert ranks.mean(torch.tensor([1.0, 2.0]) * ranks.rank).tolist() == [1.5, 3.0]
+    assert ranks.from_first(b"of rank 0" if ranks.first else b"of rank 1") == b"of rank 0"
+    assert ranks.from_first(None) is None
+
+    root = recipe.run.folder.parent
+    pretrain_mae.train(mae_recipe(root), ranks)
+    train_student.train(recipe, ranks)
+
+    train_student.train(in_folder(recipe, root / "run-whole"), ranks)
+    if ranks.rank == 2:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            signal_in_step(train_student, 4, signal.SIGTERM, monkeypatch)
+            _interrupted(in_folder(recipe, root / "run-resumed"), ranks)
+    else:
+        _interrupted(in_folder(recipe, root / "run-resumed"), ranks)
+    train_student.train(in_folder(recipe, root / "run-resumed"), ranks)
+
+    if ranks.rank == 1:
+        vars(train_student)["relation_loss"] = _breaking()  # this process ends soon
+    try:
+        train_student.train(in_folder(recipe, root / "run-broken"), ranks)
+    except UserError as error:
+        (root / f"broken-on-{ranks.rank}").write_text(str(error))
+    if ranks.rank == 1:
+        raise LAST_ERROR
+    ranks.least(0)
+
+
+def in_folder(recipe: TrainStudentRecipe, folder: Path) -> TrainStudentRecipe:
+    """The same run elsewhere."""
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": folder})})
+
+
+def _interrupted(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
+    with pytest.raises(Interrupted, match="state of step 5 saved") as caught:
+        train_student.train(recipe, ranks)
+    assert caught.value.requeue
+
+
+def _breaking() -> Callable[..., dict[Any, Tensor]]:
+    """A relation loss that is nan for the last student in step BROKEN_STEP; there are two students and two parts."""
+    calls = count(1)
+
+    def loss(*args: Any) -> dict[Any, Tensor]:
+        broken = next(calls) == 4 * (BROKEN_STEP + 1)
+        return {name: loss * (math.nan if broken else 1.0) for name, loss in relation_loss(*args).items()}
+
+    return loss
