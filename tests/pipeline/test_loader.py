@@ -4,6 +4,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +145,33 @@ def test_a_sigterm_to_all_processes_costs_no_batch(drawn_shards: Path) -> None:
     assert [batch.items.tolist() for batch in loaded] == [items.tolist() for items in plan] and len(plan) == 31
     stream.close()
     assert not worker.is_alive()  # ended by the loader, as ever
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from tinymim.configs.schema import LoaderConfig
+from tinymim.pipeline.loader import batches
+from tinymim.tests.pipeline.test_loader import image_views, tar_order
+
+if __name__ == "__main__":
+    views = image_views(Path(sys.argv[1]))
+    stream = batches(views, tar_order(views, 2), LoaderConfig(workers=1))
+    next(stream)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow  # imports torch twice, in a process and in its fork server
+def test_no_worker_outlives_a_killed_training(drawn_shards: Path, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen([sys.executable, "-P", script, drawn_shards], stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdout is not None
+        worker = int(training.stdout.readline())
+        assert training.wait(60) == -signal.SIGKILL
+    deadline_s = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
