@@ -18,6 +18,7 @@ from tinymim.configs.errors import TinymimError, is_refusal
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (
     CacheTeacherRecipe,
+    ChainRecipe,
     EvaluateRecipe,
     FidelityRecipe,
     PretrainMaeRecipe,
@@ -183,6 +184,28 @@ def train_student(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> 
     loaded = load_recipe(recipe, "train-student", overrides or ())
     assert isinstance(loaded, TrainStudentRecipe)
     from tinymim.stages import train_student as stage
+
+    stage.run(loaded)
+
+
+@app.command(
+    name="chain",
+    sort_key=6,
+    help=_help(
+        """Commands one after the other: a teacher's cache, its student, the student's cache, ...
+
+Reads and writes what the recipes of its `steps` do. All of them are read and
+checked before the first begins; each step goes on from where it stopped, so the
+same command continues the chain.
+
+Example: tinymim chain imagenet-tinymim-chain --set set=[source.shards=shards/mine]""",
+        "chain",
+    ),
+)
+def chain(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
+    loaded = load_recipe(recipe, "chain", overrides or ())
+    assert isinstance(loaded, ChainRecipe)
+    from tinymim.stages import chain as stage
 
     stage.run(loaded)
 

@@ -476,11 +476,29 @@ class FidelityRecipe(Section):
         return self
 
 
-Recipe = PretrainMaeRecipe | CacheTeacherRecipe | TrainStudentRecipe | EvaluateRecipe | FidelityRecipe
+class ChainStep(Section):
+    """One command of a chain."""
+
+    stage: Literal["pretrain-mae", "cache-teacher", "train-student"]
+    recipe: Path  # a file, or the name of a shipped recipe
+    set: tuple[str, ...] = ()  # as --set: `cache=caches/mine`; later than the chain's own
+
+
+class ChainRecipe(Section):
+    """`tinymim chain`: commands one after the other, such as a student that becomes the next one's teacher."""
+
+    stage: Literal["chain"]
+    steps: Annotated[tuple[ChainStep, ...], Field(min_length=1)]
+    set: tuple[str, ...] = ()  # as --set, for every step: `source.shards=shards/mine`
+
+
+RunRecipe = PretrainMaeRecipe | CacheTeacherRecipe | TrainStudentRecipe | EvaluateRecipe | FidelityRecipe
+Recipe = RunRecipe | ChainRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "pretrain-mae": PretrainMaeRecipe,
     "cache-teacher": CacheTeacherRecipe,
     "train-student": TrainStudentRecipe,
     "evaluate": EvaluateRecipe,
     "fidelity": FidelityRecipe,
+    "chain": ChainRecipe,
 }

@@ -11,7 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from tinymim.configs.load import dump_recipe, recipe_digest
-from tinymim.configs.schema import Recipe
+from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
@@ -23,7 +23,7 @@ class RunFolder:
     None nothing is dropped: several processes may then log into one folder.
     """
 
-    def __init__(self, recipe: Recipe, first_step: int | None = 0) -> None:
+    def __init__(self, recipe: RunRecipe, first_step: int | None = 0) -> None:
         self.path: Path = recipe.run.folder
         write_provenance(recipe)
         metrics = self.path / "metrics.jsonl"
@@ -49,7 +49,7 @@ class RunFolder:
             self._board.add_scalar(name, value, step)
 
 
-def write_provenance(recipe: Recipe) -> None:
+def write_provenance(recipe: RunRecipe) -> None:
     """Make the run folder and write into it the resolved recipe, and what makes its results."""
     folder: Path = recipe.run.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def provenance(recipe: Recipe) -> dict[str, Any]:
+def provenance(recipe: RunRecipe) -> dict[str, Any]:
     """What made an artefact: recipe digest, libraries, Python and hardware."""
     return {
         "recipe_digest": recipe_digest(recipe),

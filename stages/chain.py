@@ -1,0 +1,38 @@
+"""`tinymim chain`: commands one after the other, each going on from where it stopped."""
+
+from tinymim.configs.load import load_recipe
+from tinymim.configs.schema import (
+    CacheTeacherRecipe,
+    ChainRecipe,
+    PretrainMaeRecipe,
+    Recipe,
+    TrainStudentRecipe,
+)
+from tinymim.stages import cache_teacher, pretrain_mae, train_student
+from tinymim.stages.progress import say
+
+
+def run(recipe: ChainRecipe) -> None:
+    """Run every step to its end; a step that is done finds nothing to do.
+
+    Raises:
+        RecipeError: the recipe of a step is wrong; none has begun then.
+        Interrupted: stopped by a signal; the same command continues.
+        TinymimError: whatever a step raises; the steps before it are done.
+    """
+    recipes = [load_recipe(step.recipe, step.stage, (*recipe.set, *step.set)) for step in recipe.steps]
+    for number, (step, loaded) in enumerate(zip(recipe.steps, recipes, strict=True), start=1):
+        say(f"chain {number}/{len(recipes)}: {step.stage} {step.recipe}")
+        _run(loaded)
+
+
+def _run(recipe: Recipe) -> None:
+    match recipe:
+        case PretrainMaeRecipe():
+            pretrain_mae.run(recipe)
+        case CacheTeacherRecipe():
+            cache_teacher.run(recipe)
+        case TrainStudentRecipe():
+            train_student.run(recipe)
+        case _:
+            raise AssertionError(recipe.stage)  # the schema allows no other
