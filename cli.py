@@ -8,11 +8,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
 from tinymim import __version__
+from tinymim.cli_cache import cache_app
+from tinymim.cli_shared import RecipeArgument, SetOption, StdoutClosed, print_json, print_text
 from tinymim.configs.errors import TinymimError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (
@@ -44,6 +46,7 @@ In order of use:
   tinymim train-student RECIPE           3. as many students as you like
   tinymim evaluate RECIPE                4. k-NN and linear probe
   tinymim fidelity RECIPE                   which codec, before you cache
+  tinymim cache --help                      list, check, mend, copy caches
 
 RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""",
     help_format="plaintext",
@@ -51,14 +54,7 @@ RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
-cache_app = App(name="cache", help="Look at a cache: `tinymim cache info PATH`.", sort_key=8)
 app.command(cache_app)
-
-RecipeArgument = Annotated[Path, Parameter(help="A YAML file, or the name of a shipped recipe.")]
-SetOption = Annotated[
-    list[str] | None,
-    Parameter(name="--set", negative="", help="Set one field, e.g. --set optim.steps=300; may be repeated."),
-]
 
 
 def _help(text: str, stage: str) -> str:
@@ -120,7 +116,7 @@ def make_shards(
         "shards": len(index["shards"]),
         "unreadable": len(index["unreadable"]),
     }
-    _print(json.dumps(summary))
+    print_text(json.dumps(summary))
 
 
 @app.command(
@@ -211,7 +207,7 @@ def evaluate(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
     assert isinstance(loaded, EvaluateRecipe)
     from tinymim.stages import evaluate as stage
 
-    _print_json(stage.run(loaded))
+    print_json(stage.run(loaded))
 
 
 @app.command(
@@ -238,36 +234,7 @@ def fidelity(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
     assert isinstance(loaded, FidelityRecipe)
     from tinymim.stages import fidelity as stage
 
-    _print(stage.run(loaded))
-
-
-@cache_app.command(name="info")
-def cache_info(
-    path: Annotated[Path, Parameter(name="PATH")],
-    /,
-    *,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
-    """What a cache is, how much is there, what it costs, how faithful it is.
-
-    Reads the manifest and commit records of the cache at PATH; writes nothing.
-
-    Example: tinymim cache info caches/imagenet-sample
-
-    Parameters
-    ----------
-    path
-        The folder that cache-teacher wrote.
-    as_json
-        Print JSON instead of text.
-    """
-    from tinymim.stages import cache_info as stage
-
-    info = stage.describe(path)
-    if as_json:
-        _print_json(info)
-    else:
-        _print(stage.format_info(info))
+    print_text(stage.run(loaded))
 
 
 @app.command(name="recipes", sort_key=7)
@@ -283,7 +250,7 @@ def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) 
     name
         The recipe whose YAML is printed; without it, all names.
     """
-    _print(recipes.listing() if name is None else recipes.text(name).rstrip("\n"))
+    print_text(recipes.listing() if name is None else recipes.text(name).rstrip("\n"))
 
 
 @app.command(name="demo", sort_key=0)
@@ -311,22 +278,6 @@ def demo(*, folder: Path = Path("runs/demo"), seed: int = 0) -> None:
 # ---------------------------------------------------------------- output and errors
 
 
-class _StdoutClosed(Exception):
-    """Whoever read our output has gone: `tinymim recipes | head -1`."""
-
-
-def _print(text: str) -> None:
-    """Data, to stdout."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        raise _StdoutClosed from None
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    _print(json.dumps(data, indent=2))
-
-
 def _say(text: str) -> None:
     """A message, to stderr."""
     with contextlib.suppress(BrokenPipeError):
@@ -339,7 +290,7 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         app([argument for argument in arguments if argument != "--debug"], print_error=False, exit_on_error=False)
         return 0
-    except _StdoutClosed:
+    except StdoutClosed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes into the pipe at exit
         return EXIT_BROKEN_PIPE
     except Interrupted as interrupted:

@@ -1,9 +1,11 @@
-"""Where shards lie: a folder, or the URL of one in an object store."""
+"""Where shards and caches lie: a folder, or the URL of one in an object store."""
 
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator
+
+from tinymim.configs.errors import RecipeError
 
 STORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "https", "http", "file")
 
@@ -27,6 +29,14 @@ def _place(value: object) -> Path | str:
 
 
 Place = Annotated[Path | str, BeforeValidator(_place)]  # str: a URL, without a slash at its end
+
+
+def parse_place(text: str) -> Path | str:
+    """A place named on the command line. Raises RecipeError for a URL that can be none."""
+    try:
+        return _place(text)
+    except ValueError as error:
+        raise RecipeError(f"this names no folder and no object store: {error}") from None
 
 
 def joined(root: Path | str, name: str) -> Path | str:

@@ -1,25 +1,34 @@
-"""`tinymim cache info PATH`: what a cache is, how much of it is there, what it costs and how faithful it is."""
+"""`tinymim cache info PATH`: what a cache is, how much is there, what it costs, how faithful it is and who made it."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from tinymim.storage.layout import KEY_ARRAYS
+from tinymim.storage.catalog import resolve
+from tinymim.storage.layout import COMMITS, KEY_ARRAYS
+from tinymim.storage.leases import Leases
 from tinymim.storage.reader import CacheReader
+from tinymim.storage.store import Store
 
 COMPONENTS = ("indices", "values", "boxes", "digests", "keys", "overhead")  # and "constants" where there are any
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
     """Everything that the manifest and the commit records say of a cache, as JSON values; reads no record.
 
+    Args:
+        place: a cache, or a root that holds just one.
+        more_views: of how many further views of every image the size is told.
+
     Raises:
-        UserError: there is no cache at `path`.
+        UserError: there is no cache at `place`, or there are several.
+        StoreError: the object store refuses or fails.
         CacheMismatch: an unknown format version.
         CacheCorrupt: a damaged manifest or commit record, or a file of a unit is gone.
     """
-    reader = CacheReader(path)
+    reader = CacheReader(resolve(place))
     manifest, coverage = reader.manifest, reader.coverage()
     total = dict.fromkeys(COMPONENTS, 0)
     for array, size_bytes in reader.bytes_by_component().items():
@@ -29,7 +38,7 @@ def describe(path: Path) -> dict[str, Any]:
     # Constants are there once, however many views are.
     further_view = (total_bytes - total.get("constants", 0)) / records if records else 0.0
     return {
-        "path": str(path),
+        "path": str(reader.place),
         "format_version": manifest.format_version,
         "spec_id": manifest.spec_id,
         "teacher": dict(manifest.teacher),
@@ -51,8 +60,26 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes_per_view": total_bytes / records if records else 0.0,
         "bytes_to_complete": round(further_view * (coverage.num_views - coverage.covered_views)),
         "bytes_per_further_view_of_all_images": round(further_view * num_images),
+        "more_views": {"views": more_views, "bytes": round(further_view * num_images * more_views)},
+        "history": _history(reader.store),
+        "writers": [
+            {"lease": name, "holder": str(holder) if holder else None}
+            for name, holder in sorted(Leases(reader.store).living().items())
+        ],
         "fidelity": _fidelity(reader),
         "environment": dict(manifest.environment),
+    }
+
+
+def _history(store: Store) -> dict[str, Any]:
+    """Who committed units and when, by what the store knows of the commit files: a cache holds no time and no name."""
+    entries = list(store.list(COMMITS))
+    times = sorted(entry.modified.astimezone(UTC).isoformat(timespec="seconds") for entry in entries)
+    owners = Counter(entry.owner for entry in entries if entry.owner is not None)
+    return {
+        "first_commit": times[0] if times else None,
+        "last_commit": times[-1] if times else None,
+        "units_by_owner": dict(owners.most_common()),
     }
 
 
@@ -132,8 +159,20 @@ def format_info(info: Mapping[str, Any]) -> str:
     ]
     if fidelity:
         lines += ["", *_fidelity_lines(fidelity)]
-    versions = ", ".join(f"{name} {value}" for name, value in info["environment"].items())
-    return "\n".join([*lines, "", f"made with {versions}"])
+    return "\n".join([*lines, "", *_maker_lines(info)])
+
+
+def _maker_lines(info: Mapping[str, Any]) -> list[str]:
+    """Who made the cache, when, with which libraries, and who is at it now."""
+    history = info["history"]
+    lines = []
+    if history["first_commit"]:
+        owners = ", ".join(f"{name} ({count:,} units)" for name, count in history["units_by_owner"].items())
+        by = f" by {owners}" if owners else ""
+        lines.append(f"committed {history['first_commit']} to {history['last_commit']}{by}")
+    lines.append(f"made with {', '.join(f'{name} {value}' for name, value in info['environment'].items())}")
+    lines += [f"writer    {writer['holder'] or 'somebody'} holds {writer['lease']}" for writer in info["writers"]]
+    return lines
 
 
 def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
@@ -166,18 +205,24 @@ def _size_lines(info: Mapping[str, Any]) -> list[str]:
     count = (
         f"{info['num_images']:,} images x {info['num_views_per_image']} views" if complete else f"{records:,} records"
     )
-    lines = [f"size      {count} x {_bytes(info['bytes_per_view'])} = {_bytes(info['total_bytes'])}"]
+    lines = [f"size      {count} x {format_bytes(info['bytes_per_view'])} = {format_bytes(info['total_bytes'])}"]
     for name, size_bytes in info["bytes_by_component"].items():
         share = size_bytes / info["total_bytes"]
-        lines.append(f"  {name:<10}{_bytes(size_bytes / records):>12} a view {_bytes(size_bytes):>12} {share:>6.1%}")
+        lines.append(
+            f"  {name:<10}{format_bytes(size_bytes / records):>12} a view {format_bytes(size_bytes):>12} {share:>6.1%}"
+        )
     if info["bytes_to_complete"]:
-        lines.append(f"  to complete it: about {_bytes(info['bytes_to_complete'])}")
+        lines.append(f"  to complete it: about {format_bytes(info['bytes_to_complete'])}")
     further = info["bytes_per_further_view_of_all_images"]
-    lines.append(f"  N more views of every image: about N x {_bytes(further)}; 10 are {_bytes(10 * further)}")
+    more = info["more_views"]
+    lines.append(
+        f"  N more views of every image: about N x {format_bytes(further)}; "
+        f"{more['views']:,} are {format_bytes(more['bytes'])}"
+    )
     return lines
 
 
-def _bytes(size_bytes: float) -> str:
+def format_bytes(size_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size_bytes < 1024:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"

@@ -1,7 +1,8 @@
 """`tinymim cache-teacher`: run the teacher once over every view and store the sketches of its relations."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,21 @@ from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
 
 
-def run(recipe: CacheTeacherRecipe) -> None:
+class Prepared(NamedTuple):
+    """What a recipe names, opened and loaded."""
+
+    device: torch.device
+    source: ShardSet
+    teacher: Teacher
+    manifest: Manifest
+
+
+def run(recipe: CacheTeacherRecipe, cut_like: Collection[UnitId] = ()) -> None:
     """Write or complete the recipe's cache, beside any other jobs that do; a stopped run continues where it was.
+
+    Args:
+        recipe: of the cache.
+        cut_like: units that were there once: missing views are written in these again, not in longer runs.
 
     Raises:
         RecipeError: sizes that do not fit one another.
@@ -42,16 +56,8 @@ def run(recipe: CacheTeacherRecipe) -> None:
         Interrupted: stopped by a signal; committed units are safe.
     """
     # ---- source, teacher, codec
-    device = pick_device(recipe.run.device)
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    require_view_size(recipe.views.size, recipe.teacher, "teacher")
-    source = open_shards(recipe.source)
-    teacher = Teacher(recipe.teacher).to(device)
-    codec = make_codec(recipe.codec)
-    manifest = make_manifest(recipe, source, teacher, codec)
+    device, source, teacher, manifest = prepare(recipe)
     heads, tokens = manifest.teacher["heads"], manifest.teacher["tokens"]
-    codec.arrays(heads, tokens)  # refuses a codec that does not fit the teacher before anything is written
     require_rebuildable(recipe, teacher)
 
     # ---- join the jobs that write this cache
@@ -71,7 +77,7 @@ def run(recipe: CacheTeacherRecipe) -> None:
             f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
             f"spec {manifest.spec_id}"
         )
-        work = SharedWork(writer, source, recipe.num_views, recipe.batch_size, stop)
+        work = SharedWork(writer, source, recipe.num_views, recipe.batch_size, stop, cut_like)
         if not work.missing():
             say(f"cache-teacher: nothing to do, {place} is complete")
             return
@@ -95,6 +101,26 @@ def run(recipe: CacheTeacherRecipe) -> None:
                         meter.total = meter.done + work.missing_views()  # others may have committed theirs
                         draft = _Draft(Audit(probe, recipe.audit_views))
     say(f"cache-teacher: {place} is complete; `tinymim cache info {place}` describes it")
+
+
+def prepare(recipe: CacheTeacherRecipe) -> Prepared:
+    """Open the source, load the teacher, and say what cache they make with the recipe's codec; writes nothing.
+
+    Raises:
+        RecipeError: sizes that do not fit one another.
+        SourceError: bad shards.
+        CheckpointError: the teacher's weights do not exist or do not fit.
+    """
+    device = pick_device(recipe.run.device)
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    require_view_size(recipe.views.size, recipe.teacher, "teacher")
+    source = open_shards(recipe.source)
+    teacher = Teacher(recipe.teacher).to(device)
+    codec = make_codec(recipe.codec)
+    manifest = make_manifest(recipe, source, teacher, codec)
+    codec.arrays(manifest.teacher["heads"], manifest.teacher["tokens"])  # refuses a codec that does not fit the teacher
+    return Prepared(device, source, teacher, manifest)
 
 
 def cache_place(recipe: CacheTeacherRecipe, manifest: Manifest) -> Path | str:

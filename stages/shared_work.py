@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -37,19 +37,26 @@ class SharedWork:
         num_views: views of every image that the recipe wants.
         images_per_batch: in one batch; each comes with all views of its unit.
         stop: looked at while others finish their units.
+        cut_like: units whose bounds are kept, as `missing_units` says.
     """
 
     def __init__(
-        self, writer: CacheWriter, source: ShardSet, num_views: int, images_per_batch: int, stop: StopFlag
+        self,
+        writer: CacheWriter,
+        source: ShardSet,
+        num_views: int,
+        images_per_batch: int,
+        stop: StopFlag,
+        cut_like: Collection[UnitId] = (),
     ) -> None:
         self.writer, self.source, self.num_views, self.stop = writer, source, num_views, stop
-        self.images_per_batch = images_per_batch
+        self.images_per_batch, self.cut_like = images_per_batch, cut_like
         self._numbers = {shard.name: number for number, shard in enumerate(source.shards)}
         self._handed_out: deque[Piece] = deque()
 
     def missing(self) -> list[UnitId]:
         """The units that nobody has committed yet."""
-        return missing_units(self.source, self.writer.refresh(), self.num_views)
+        return missing_units(self.source, self.writer.refresh(), self.num_views, self.cut_like)
 
     def missing_views(self) -> int:
         """How many views those hold."""
@@ -95,14 +102,28 @@ class SharedWork:
         return self.source.shards[self._numbers[unit.shard]].num_samples
 
 
-def missing_units(source: ShardSet, committed: set[UnitId], num_views: int) -> list[UnitId]:
-    """The units to compute: per shard with images, every maximal run of views that no committed unit holds."""
+def missing_units(
+    source: ShardSet, committed: set[UnitId], num_views: int, cut_like: Collection[UnitId] = ()
+) -> list[UnitId]:
+    """The units to compute: per shard with images, every maximal run of views that no committed unit holds.
+
+    Args:
+        source: the shards.
+        committed: the units that are there.
+        num_views: views of every image that are wanted.
+        cut_like: units that were there once: a run is cut where one of them began or ended.
+    """
     held: dict[str, set[int]] = {shard.name: set() for shard in source.shards if shard.num_samples}
+    cuts: dict[str, set[int]] = {name: {0, num_views} for name in held}
     for unit in committed:
         if unit.shard in held:
             held[unit.shard].update(unit.views)
+    for unit in (*committed, *cut_like):
+        if unit.shard in cuts:
+            cuts[unit.shard] |= {unit.first_view, unit.first_view + unit.num_views}
     todo = []
     for shard, views in held.items():
-        edges = [-1, *sorted(view for view in views if view < num_views), num_views]
-        todo += [UnitId(shard, a + 1, b - a - 1) for a, b in pairwise(edges) if b - a > 1]
+        for first, end in pairwise(sorted(cut for cut in cuts[shard] if cut <= num_views)):
+            if first not in views:
+                todo.append(UnitId(shard, first, end - first))
     return todo

@@ -38,6 +38,7 @@ from tinymim.stages.training import (
     step_seed,
 )
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
+from tinymim.storage.catalog import resolve
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
@@ -63,7 +64,7 @@ def run(recipe: TrainStudentRecipe) -> None:
     device = pick_device(recipe.run.device)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    reader = CacheReader(recipe.cache)
+    reader = CacheReader(resolve(recipe.cache))
     manifest = reader.manifest
     num_views = views_in_use(recipe, manifest)
     source = join(open_shards(recipe.source), reader, num_views, recipe.on_missing)

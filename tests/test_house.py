@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "models": {"models", "configs"},
     "pipeline": {"pipeline", "storage", "configs"},
     "stages": {"stages", "pipeline", "models", "targets", "storage", "configs"},
-    "cli": {"cli", "stages", "pipeline", "models", "targets", "storage", "configs"},
+    "cli_shared": {"configs"},
+    "cli_cache": {"cli_shared", "stages", "configs"},
+    "cli": {"cli", "cli_cache", "cli_shared", "stages", "pipeline", "models", "targets", "storage", "configs"},
 }
 
 

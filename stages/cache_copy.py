@@ -1,0 +1,172 @@
+"""`tinymim cache copy`: a cache to another place, every byte checked on its way; several copies may share the work."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
+from tinymim.stages.cache_info import format_bytes
+from tinymim.stages.interrupt import Interrupted, StopFlag
+from tinymim.stages.progress import Meter, say
+from tinymim.storage import layout
+from tinymim.storage.catalog import resolve
+from tinymim.storage.check import unit_bytes
+from tinymim.storage.commit import StoredFile, UnitInfo, array_names, corrupt_unit, encode_commit, files_of, read_files
+from tinymim.storage.constants import constants_digest, read_record
+from tinymim.storage.layout import CONSTANTS, CONSTANTS_RECORD
+from tinymim.storage.reader import CacheReader
+from tinymim.storage.store import open_store
+from tinymim.storage.writer import CacheWriter, UnitTaken
+
+PART_BYTES = 64 * 2**20  # files that are read and written together; a larger array goes alone
+LOOK_AGAIN_S = 2.0
+
+
+def run(source: Path | str, target: Path | str) -> dict[str, Any]:
+    """Copy what `target` does not hold yet; it may be a part of the same cache, and other copies may be at work.
+
+    Args:
+        source: a cache, or a root that holds just one.
+        target: the folder or URL of the copy itself, not a root.
+
+    Returns:
+        What was copied, as JSON values.
+
+    Raises:
+        UserError: there is no cache at `source`, or `target` holds something else or cannot be written.
+        StoreError: an object store refuses or fails.
+        CacheMismatch: `target` is another cache, or holds other records of the same views.
+        CacheCorrupt: units of `source` are damaged; all others were copied.
+        Interrupted: stopped by a signal; the same command continues.
+    """
+    # ---- both ends
+    reader = CacheReader(resolve(source))
+    if str(reader.place) == str(open_store(target).place):
+        raise UserError("a cache cannot be copied onto itself", got=reader.place, hint="name another target")
+    copied, copied_bytes, there = 0, 0, 0
+    damaged: list[CacheCorrupt] = []
+    with CacheWriter.open(target, reader.manifest) as writer, StopFlag() as stop:
+        for difference in writer.environment_differences:
+            say(f"cache copy: warning: {difference}")
+        _copy_constants(reader, writer)
+
+        # ---- units, each committed when all of it is there
+        todo = reader.units()
+        with Meter("cache copy", len(todo), "units") as meter:
+            while todo:
+                others = []
+                for info in todo:
+                    if stop.requested:
+                        raise Interrupted("committed units are safe; the same command continues")
+                    if _is_there(writer, info):
+                        there += 1
+                    elif not writer.claim(info.unit):
+                        others.append(info)
+                        continue
+                    else:
+                        try:
+                            writer.put_unit(info, _parts(reader, info))
+                            copied, copied_bytes = copied + 1, copied_bytes + unit_bytes(info)
+                        except UnitTaken:
+                            others.append(info)
+                            continue
+                        except CacheCorrupt as error:
+                            _clean_up(writer, info)
+                            damaged.append(error)
+                            say(f"cache copy: {error.what}")
+                    meter.advance(1)
+                if len(others) == len(todo):
+                    time.sleep(LOOK_AGAIN_S)  # other copies are at work on all that is left
+                writer.refresh()
+                todo = others
+    if damaged:
+        raise CacheCorrupt(
+            f"{len(damaged)} unit(s) of {reader.place} are damaged and were not copied; all others were",
+            got=damaged[0].what,
+            hint="`tinymim cache repair` computes them again; then run the same command again",
+        )
+    return {
+        "source": str(reader.place),
+        "target": str(writer.place),
+        "spec_id": reader.manifest.spec_id,
+        "units": len(reader.units()),
+        "copied": copied,
+        "already_there": there,
+        "copied_bytes": copied_bytes,
+    }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """What `run` returns as text for a terminal."""
+    return (
+        f"{report['source']} -> {report['target']}\n"
+        f"spec {report['spec_id']}: {report['copied']:,} of {report['units']:,} units copied, "
+        f"{format_bytes(report['copied_bytes'])}; {report['already_there']:,} were there"
+    )
+
+
+def _clean_up(writer: CacheWriter, info: UnitInfo) -> None:
+    """Remove what was written of a unit that turned out to be damaged."""
+    if info.unit not in writer.refresh():
+        writer.drop_unit(info.unit)
+
+
+def _copy_constants(reader: CacheReader, writer: CacheWriter) -> None:
+    record, digest = read_record(reader.store, reader.manifest)
+    if record is None:
+        return
+    with writer.exclusively_constants():
+        held = constants_digest(writer.store, writer.manifest)
+        if held is None:
+            try:
+                files = read_files(reader.store, CONSTANTS, record.stored_files(), verify=True)
+            except ValueError as error:
+                raise CacheCorrupt(
+                    f"the constants of {reader.place} are damaged: {error}", hint="`tinymim cache repair RECIPE`"
+                ) from error
+            writer.put_constants(files, reader.store.read(CONSTANTS_RECORD, layout.COMMIT_LIMIT_BYTES))
+        elif held != digest:
+            raise CacheMismatch(
+                f"{writer.place} holds other constants than {reader.place}",
+                got=held,
+                expected=digest,
+                hint="the two were begun apart; name another target",
+            )
+
+
+def _is_there(writer: CacheWriter, info: UnitInfo) -> bool:
+    """Whether the copy holds a unit; by its commit record, which has the digest of every file.
+
+    Raises:
+        CacheMismatch: it holds the same views otherwise.
+    """
+    same_shard = [unit for unit in writer.committed() if unit.shard == info.unit.shard]
+    got = next((unit for unit in same_shard if unit != info.unit and set(unit.views) & set(info.unit.views)), None)
+    if got is None:
+        if info.unit not in same_shard:
+            return False
+        if writer.store.read(layout.commit_file(info.unit), layout.COMMIT_LIMIT_BYTES) == encode_commit(info):
+            return True
+    raise CacheMismatch(
+        f"{writer.place} holds records of its own for unit {info.unit}",
+        got=f"unit {got}" if got else "another commit record",
+        expected="the same unit, or none",
+        hint="name another target, or remove this one",
+    )
+
+
+def _parts(reader: CacheReader, info: UnitInfo) -> Iterator[dict[str, bytes]]:
+    """The files of a unit's arrays, checked, some at a time. Raises CacheCorrupt for one that is not as recorded."""
+    folder = layout.unit_folder(info.unit)
+    part: dict[str, StoredFile] = {}
+    names = array_names(info.files)
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        part |= files_of(info.files, name)
+        more = files_of(info.files, following) if following else {}
+        if following is None or sum(file.size_bytes for file in {**part, **more}.values()) > PART_BYTES:
+            try:
+                yield read_files(reader.store, folder, part, verify=True)
+            except ValueError as error:
+                raise corrupt_unit(reader.place, info.unit, str(error)) from error
+            part = {}

@@ -1,0 +1,160 @@
+"""`tinymim cache repair`: recompute what is damaged or missing in a recipe's cache, and nothing else."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
+from tinymim.configs.schema import CacheTeacherRecipe, HiddenCodec
+from tinymim.stages import cache_teacher
+from tinymim.stages.cache_teacher import Prepared, cache_place, prepare
+from tinymim.stages.calibrate import calibrated
+from tinymim.stages.inspection import Inspection, inspect_cache
+from tinymim.stages.progress import say
+from tinymim.storage import layout
+from tinymim.storage.check import Finding
+from tinymim.storage.constants import constants_digest, constants_files
+from tinymim.storage.layout import CONSTANTS, CONSTANTS_RECORD
+from tinymim.storage.manifest import Manifest, check_same
+from tinymim.storage.mend import mend, rebuild_manifest
+from tinymim.storage.reader import CacheReader
+from tinymim.storage.store import Store, open_store
+
+
+def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
+    """Inspect the recipe's cache, mend what needs no teacher, drop damaged units, and compute what is missing.
+
+    What is good stays as it is, and what is computed again gets the bytes that it had.
+
+    Returns:
+        What was done, as JSON values.
+
+    Raises:
+        UserError: there is no cache, or it cannot be written.
+        CacheMismatch: the recipe is not the one that the cache was made by; nothing was changed.
+        CacheCorrupt: something is damaged that this recipe cannot make again.
+        Interrupted: stopped by a signal; the same command continues.
+        and those of `cache-teacher`.
+    """
+    # ---- is it the recipe of this cache?
+    parts = prepare(recipe)
+    store = open_store(cache_place(recipe, parts.manifest))
+    manifest, rebuilt = _settled_manifest(store, parts.manifest)
+
+    # ---- what is wrong
+    inspection = inspect_cache(store, "cache repair", manifest)
+    for finding in inspection.findings:
+        say(f"cache repair: {finding}")
+    mendable, lost = _split(inspection, parts)
+    if lost:
+        raise CacheCorrupt(
+            f"{len(lost)} finding(s) in {store.place} are about shards that the recipe's source lacks; "
+            "nothing was changed",
+            got=str(lost[0]),
+            hint="name a source that holds all shards of the cache",
+        )
+
+    # ---- mend: constants, which units are checked against; then groups, strays, damaged units
+    restored = _restore_constants(store, recipe, parts, manifest, inspection)
+    done = mend(store, manifest, constants_digest(store, manifest), mendable)
+    if done.held:
+        raise UserError(
+            f"{len(done.held)} finding(s) in {store.place} could not be mended: a writer is at work on these shards",
+            got=str(done.held[0]),
+            hint="run the same command again when it has ended",
+        )
+
+    # ---- compute what is missing, in the units that there were
+    good = {info.unit for info in inspection.survey.units} - set(done.dropped)
+    new = parts.manifest.shards.keys() - manifest.shards.keys()
+    if new:
+        say(f"cache repair: {len(new)} shards of the source are new to the cache and are computed, too")
+    cut_like = [*done.dropped, *done.uncommitted]
+    cache_teacher.run(recipe.model_copy(update={"num_views": manifest.num_views}), cut_like)
+    return {
+        "path": str(store.place),
+        "spec_id": manifest.spec_id,
+        "findings": len(inspection.findings) + rebuilt,
+        "rewritten": ([layout.METADATA] if rebuilt else []) + done.rewritten + restored,
+        "computed": [str(info.unit) for info in CacheReader(store.place).units() if info.unit not in good],
+        "removed": done.removed,
+        "foreign": inspection.survey.foreign,
+    }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """What `run` returns as text for a terminal."""
+    lines = [f"cache       {report['path']}", f"spec        {report['spec_id']}"]
+    for what in ("rewritten", "removed", "computed"):
+        lines += [f"{what:<12}{name}" for name in report[what]]
+    lines += [f"left alone  {path}: no file of a cache" for path in report["foreign"]]
+    return "\n".join([*lines, f"{report['findings']} finding(s), all mended; the cache is complete"])
+
+
+def _settled_manifest(store: Store, wanted: Manifest) -> tuple[Manifest, bool]:
+    """The stored manifest, if the recipe fits it; rebuilt where it cannot be read and the recipe fits the units."""
+    try:
+        manifest = layout.read_manifest(store)
+    except (CacheMismatch, StoreError):
+        raise
+    except UserError as error:  # damaged, lost, or no cache at all: the commit records tell
+        manifest = rebuild_manifest(store, wanted)
+        say(f"cache repair: {error.what}: rebuilt from the recipe")
+        return manifest, True
+    for difference in check_same(manifest, wanted):
+        say(f"cache repair: warning: {difference}")
+    return manifest, False
+
+
+def _split(inspection: Inspection, parts: Prepared) -> tuple[list[Finding], list[Finding]]:
+    """Findings to mend without the constants', and those of units whose images the recipe does not have."""
+    shards = parts.source.by_name()
+    others = [finding for finding in inspection.findings if finding.kind != "constants"]
+    lost = [f for f in others if f.kind in ("commit", "unit") and f.unit and f.unit.shard not in shards]
+    return others, lost
+
+
+def _restore_constants(
+    store: Store, recipe: CacheTeacherRecipe, parts: Prepared, manifest: Manifest, inspection: Inspection
+) -> list[str]:
+    """Write damaged or lost constants again; the files written.
+
+    Raises:
+        CacheCorrupt: what is calibrated now is not what the units were made with.
+    """
+    if not any(finding.kind == "constants" for finding in inspection.findings):
+        return []
+    named = {info.constants for info in inspection.survey.units}
+    if not named or not isinstance(recipe.codec, HiddenCodec):
+        # No unit needs them: `cache_teacher.run` calibrates where its codec asks for it.
+        store.remove([CONSTANTS_RECORD])
+        store.remove_tree(CONSTANTS)
+        return []
+    arrays = calibrated(recipe.codec, recipe.views, recipe.batch_size, parts.source, parts.teacher)
+    files, record = constants_files(manifest.spec_id, {name: array.numpy() for name, array in arrays.items()})
+    digest = json.loads(record)["record_digest"]
+    if named != {digest}:
+        raise CacheCorrupt(
+            f"the constants of {store.place} cannot be made again: calibrating gives others than its units need",
+            got=f"constants {digest}",
+            expected=" and ".join(f"constants {name}" for name in sorted(map(str, named))),
+            hint=f"restore {CONSTANTS_RECORD} and the folder {CONSTANTS}/ from a copy; calibration takes the first "
+            "images of the source, and the same hardware; else remove the cache and make it anew",
+        )
+    # A reader never sees a moment without constants: what is whole stays, and each file is replaced at once.
+    written = []
+    for path, data in {
+        **{f"{CONSTANTS}/{name}": data for name, data in files.items()},
+        CONSTANTS_RECORD: record,
+    }.items():
+        if not _holds(store, path, data):
+            store.write(path, data)
+            written.append(path)
+    return written
+
+
+def _holds(store: Store, path: str, data: bytes) -> bool:
+    try:
+        return store.read(path, len(data)) == data
+    except (FileNotFoundError, ValueError, OSError):
+        return False
