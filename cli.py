@@ -29,6 +29,7 @@ from tinymim.stages.interrupt import Interrupted
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM with all saved, the same command continues
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 # The machine's refusals: no bug of ours, and the message of the system says all there is to say.
 _SYSTEM_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -295,7 +296,7 @@ def run_command(arguments: Sequence[str]) -> int:
         return EXIT_BROKEN_PIPE
     except Interrupted as interrupted:
         _say(f"interrupted: {interrupted}")
-        return EXIT_INTERRUPTED
+        return EXIT_REQUEUE if interrupted.requeue else EXIT_INTERRUPTED
     except KeyboardInterrupt:
         _say("interrupted: stopped at once; the last saved state is intact")
         return EXIT_INTERRUPTED

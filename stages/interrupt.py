@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step or unit at hand, save, and leave with exit code 130."""
+"""Ctrl-C and SIGTERM: finish the step or unit at hand, save, and leave with an exit code of its own."""
 
 import signal
 from types import FrameType, TracebackType
@@ -7,14 +7,28 @@ from tinymim.stages.progress import say
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has stopped cleanly; what was done is saved."""
+    """The run was asked to stop and has stopped cleanly; what was done is saved.
+
+    Args:
+        message: what was saved.
+        requeue: a batch system wants the machine back (SIGTERM) and is to start the same command again.
+    """
+
+    def __init__(self, message: str, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.requeue = requeue
 
 
 class StopFlag:
-    """Context manager that turns the first SIGINT or SIGTERM into `flag.requested`; a second one raises at once."""
+    """Context manager that turns the first SIGINT or SIGTERM into `flag.requested`; a second one raises at once.
+
+    Attributes:
+        requested: a signal came.
+        requeue: and it was SIGTERM.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.requeue = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopFlag":
@@ -31,5 +45,5 @@ class StopFlag:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.requeue = True, number == signal.SIGTERM
         say(f"{signal.Signals(number).name} received: finishing what is at hand and saving (again to stop at once)")
