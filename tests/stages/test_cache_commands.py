@@ -29,6 +29,7 @@ from tinymim.stages import (
     deep_check,
     make_shards,
     train_student,
+    unit_draft,
 )
 from tinymim.stages.cache_info import describe, format_info
 from tinymim.stages.calibrate import calibrated
@@ -279,13 +280,13 @@ def test_a_repaired_cache_has_the_bytes_that_it_had(home: Path, made: Path, monk
     (cache / "commits/shard-000002.v0-1.json").unlink()
     shutil.copytree(cache / "units/shard-000002/v2-2", cache / "units/shard-000002/v3-3")
     encoded = []
-    encode = cache_teacher._encode
+    encode = unit_draft.encode
 
     def counted(*args: Any) -> Any:
         encoded.append(len(args[2].keys))
         return encode(*args)
 
-    monkeypatch.setattr(cache_teacher, "_encode", counted)
+    monkeypatch.setattr("tinymim.stages.teacher_job.encode", counted)
     report = repaired(home, made)
     assert tree(cache) == whole
     # 8 images of shard 0 in three views, one view of shard 1, two of shard 2.
