@@ -1,7 +1,6 @@
 """How far a cache is: one line for people and one of JSON for every committed unit, whoever made it."""
 
 from collections import Counter
-from collections.abc import Collection
 
 from tinymim.configs.errors import UnitsFailed
 from tinymim.pipeline.shards import ShardSet
@@ -20,20 +19,22 @@ class CacheBoard:
     Args:
         ledger: of the units.
         source: the shards.
-        meter: of views; advanced here or by the job itself.
+        meter: of views.
         log: gets a line per committed unit.
-        counts_batches: the job advances the meter itself; else a committed unit does.
+        counts_batches: the job calls `advance`; else views are counted when their unit is committed.
     """
 
     def __init__(self, ledger: Ledger, source: ShardSet, meter: Meter, log: RunFolder, counts_batches: bool) -> None:
         self.ledger, self.meter, self.log, self._counts_batches = ledger, meter, log, counts_batches
         self._samples = {shard.name: shard.num_samples for shard in source.shards}
         self._seconds: Counter[str] = Counter()
+        self._begun: Counter[UnitId] = Counter()  # views of units in hand that the meter has counted
         self.images = self.stored_bytes = 0
 
     def settle(self, report: UnitReport) -> None:
         """Note what became of a unit, and say what a person should know of it."""
         given_up = self.ledger.settle(report)
+        del self._begun[report.unit]
         self._seconds.update(report.seconds)
         if report.outcome == "failed":
             then = "given up" if given_up else "to be tried again"
@@ -42,6 +43,11 @@ class CacheBoard:
             self._count(report)
         # A unit that fails comes again, and others may have committed theirs.
         self.meter.total = self.meter.done + self.views_left()
+
+    def advance(self, unit: UnitId, views: int) -> None:
+        """Count views of a unit that is in hand."""
+        self._begun[unit] += views
+        self.meter.advance(views)
 
     def _count(self, report: UnitReport) -> None:
         self.images += report.images
@@ -52,8 +58,8 @@ class CacheBoard:
         self.log.log(self.ledger.committed, records=report.views, **self.numbers())
 
     def views_left(self) -> int:
-        """Views of the units that are left, whoever makes them."""
-        return views_of(self.ledger.left(), self._samples)
+        """Views still to come, whoever makes them, if all images can be read."""
+        return sum(unit.num_views * self._samples[unit.shard] - self._begun[unit] for unit in self.ledger.left())
 
     def numbers(self) -> dict[str, float]:
         """For JSON: rates of this run, what it has written, what it waits for."""
@@ -80,11 +86,6 @@ class CacheBoard:
             f"{units:,}/{units + left:,} units{failed}, {self.images_per_s():,.1f} images/s, "
             f"{self.stored_bytes / 2**30:.2f} GiB, {percentages(self._seconds)}"
         )
-
-
-def views_of(units: Collection[UnitId], samples: dict[str, int]) -> int:
-    """Views that units hold if all images can be read; `samples` by shard."""
-    return sum(unit.num_views * samples[unit.shard] for unit in units)
 
 
 def raise_failures(ledger: Ledger, place: object) -> None:

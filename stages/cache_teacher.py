@@ -156,8 +156,8 @@ class _Ledgered:
     def settle(self, report: UnitReport) -> None:
         self._board.settle(report)
 
-    def advance(self, views: int) -> None:
-        self._board.meter.advance(views)
+    def advance(self, unit: UnitId, views: int) -> None:
+        self._board.advance(unit, views)
 
 
 def _work_here(job: TeacherJob, ledger: Ledger, board: CacheBoard, stop: StopFlag) -> None:

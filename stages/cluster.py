@@ -153,7 +153,7 @@ class CacheWorker:
         else:
             self._promised.pop(report.unit).set_result(report)
 
-    def advance(self, views: int) -> None:
+    def advance(self, unit: UnitId, views: int) -> None:
         """Whole units are counted, where they are added up."""
 
 

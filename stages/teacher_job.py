@@ -55,8 +55,8 @@ class Units(Protocol):
     def settle(self, report: UnitReport) -> None:
         """Once for every unit that was taken, and again for one that was taken again."""
 
-    def advance(self, views: int) -> None:
-        """So many views have gone through the teacher."""
+    def advance(self, unit: UnitId, views: int) -> None:
+        """So many views of a unit have gone through the teacher."""
 
 
 class Stop(Protocol):
@@ -162,7 +162,7 @@ class TeacherJob:
                     audit_views -= 0 if encoded.audited is None else len(encoded.audited.view_keys)
                     with watch.during("waited_behind"):
                         collect.give(encoded)
-                    units.advance(len(batch.keys))
+                    units.advance(piece.unit, len(batch.keys))
                 self._settle_finished(units, watch)
 
     def _loaded(self, plan: Iterable[Items]) -> Generator[ViewBatch, None, None]:
