@@ -49,7 +49,7 @@ def main() -> None:
             )
             teachers[way] = Teacher(config).to(device)
             if channels_last:
-                teachers[way].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                teachers[way].to(memory_format=torch.channels_last)
     times_ms: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(options.repeats + 1):
         for way, teacher in teachers.items():

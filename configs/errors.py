@@ -61,7 +61,8 @@ def first_line(error: BaseException) -> str:
 
 def in_one_line(error: TinymimError) -> str:
     """What, got and expected of an error, for a list of them."""
-    told = [f"{name} {value}" for name, value in (("got", error.got), ("expected", error.expected)) if value is not None]
+    values = {"got": error.got, "expected": error.expected}
+    told = [f"{name} {value}" for name, value in values.items() if value is not None]
     return " ".join(", ".join([error.what, *told]).split())
 
 

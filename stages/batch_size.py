@@ -47,8 +47,9 @@ def find_images_per_batch(
 
 def _fits(teacher: Teacher, codec: Codec, views: int, size: int, device: torch.device) -> bool:
     """Whether teacher and codec take so many views with memory to spare."""
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    free_bytes += torch.cuda.memory_reserved(device)  # what an earlier, smaller try has left is there to be used
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    free_bytes += torch.cuda.memory_reserved(device)  # what this process holds already is there to be used
+    free_bytes = min(free_bytes, int(total_bytes * torch.cuda.get_per_process_memory_fraction(device)))
     torch.cuda.reset_peak_memory_stats(device)
     try:
         pixels = torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device)

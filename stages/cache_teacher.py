@@ -53,8 +53,7 @@ def run(recipe: CacheTeacherRecipe, cut_like: Collection[UnitId] = ()) -> None:
         Interrupted: stopped by a signal; committed units are safe.
     """
     # ---- source, teacher, codec; on a cluster the workers have the devices
-    driver = recipe.run.model_copy(update={"device": "cpu"})
-    parts = prepare(recipe if recipe.cluster is None else recipe.model_copy(update={"run": driver}))
+    parts = prepare(recipe if recipe.cluster is None else _on_cpu(recipe))
     source, manifest = parts.source, parts.manifest
     require_rebuildable(recipe, parts.teacher)
 
@@ -190,6 +189,12 @@ def _cluster(recipe: CacheTeacherRecipe) -> Iterator[None]:
 
     with connected(recipe.cluster):
         yield
+
+
+def _on_cpu(recipe: CacheTeacherRecipe) -> CacheTeacherRecipe:
+    """The recipe as the driver of a cluster wants it, which only has to know what cache will be made."""
+    run = recipe.run.model_copy(update={"device": "cpu"})
+    return recipe.model_copy(update={"run": run, "teacher": recipe.teacher.model_copy(update={"compile": False})})
 
 
 def _work_on_cluster(

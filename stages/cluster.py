@@ -103,6 +103,8 @@ class CacheWorker:
         promise: Future[UnitReport | TinymimError] = Future()
         self._promised[unit] = promise
         self._inbox.put(unit)
+        if isinstance(self._broken, TinymimError):
+            return self._broken
         if self._broken is not None:
             raise self._broken
         return promise.result()
@@ -209,8 +211,7 @@ class Crew:
                 if not self.ledger.look():
                     return
             self._hand_out()
-            done, _ = ray.wait(list(self._flights), timeout=WAIT_S)
-            for call in done:
+            for call in self._next_landed():
                 if call in self._flights:  # not so where its worker has died by an earlier one's word
                     self._landed(call)
             self.board.meter.advance(0)
@@ -223,6 +224,13 @@ class Crew:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
         for member in self.members:
             ray.kill(member.actor)
+
+    def _next_landed(self) -> list[Any]:
+        """Calls that have come back, after a wait of `WAIT_S` at most."""
+        if not self._flights:  # other jobs have all that is left
+            time.sleep(WAIT_S)
+            return []
+        return ray.wait(list(self._flights), timeout=WAIT_S)[0]
 
     def _wanted(self) -> int:
         if self.config.workers is not None:

@@ -122,7 +122,7 @@ class TeacherJob:
         # Unbounded, but no longer than the lines before it.
         self._finished: queue.SimpleQueue[UnitReport] = queue.SimpleQueue()
         try:
-            with Background("write", lambda draft: self._write(draft, watch), WRITE_DEPTH) as write:
+            with Background[Draft]("write", lambda draft: self._write(draft, watch), WRITE_DEPTH) as write:
                 collector = _Collector(self, watch, write)
                 with Background("collect", collector.add, COLLECT_DEPTH) as collect:
                     while not self._round(units, stop, watch, collect):
@@ -208,8 +208,12 @@ class TeacherJob:
 
     def compare(self, draft: Draft, views: AuditedViews) -> None:
         """The audit of some views, beside the teacher where the device can."""
-        with torch.cuda.stream(self._audit_stream) if self._audit_stream else contextlib.nullcontext():
+        if self._audit_stream is None:
             draft.compare(views, self.codec)
+            return
+        with torch.cuda.stream(self._audit_stream):
+            draft.compare(views, self.codec)
+        self._audit_stream.synchronize()  # before the views' memory goes back to the teacher's stream
 
     # ---- in the thread "write"
 

@@ -17,7 +17,7 @@ class Marks:
     """Moments of one device: of a GPU's stream, without making anybody wait for it, or of the clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._events: list[torch.cuda.Event] = []
         self._moments_s: list[float] = []
 
@@ -25,7 +25,7 @@ class Marks:
         """Note the moment at which the device gets here."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._events.append(event)
         else:
             self._moments_s.append(time.monotonic())

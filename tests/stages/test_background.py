@@ -57,8 +57,12 @@ def test_an_error_comes_out_of_the_next_call_and_nothing_more_is_done() -> None:
 
 
 def test_an_error_is_not_lost_when_it_comes_last() -> None:
-    with pytest.raises(ZeroDivisionError), Background[int]("test", lambda number: number // 0, 1) as background:
+    with pytest.raises(ZeroDivisionError), Background[int]("test", divide, 1) as background:
         background.give(1)
+
+
+def divide(number: int) -> None:
+    raise ZeroDivisionError(number)
 
 
 def stopped_by(error: BaseException, done: list[int]) -> None:

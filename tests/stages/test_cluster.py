@@ -31,20 +31,19 @@ STORE_BYTES = 80 * 2**20
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without room for workers and two nodes for one worker each; this process is its driver."""
+    """Two nodes with room for one worker each; this process is the driver."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
             yield cluster
         finally:
-            ray.shutdown()  # type: ignore[no-untyped-call]
-            cluster.shutdown()
+            ray.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +116,7 @@ def test_workers_on_two_nodes_make_the_bytes_of_one_process_but_for_a_broken_sha
     whole = {path: data for path, data in tree(made / "cache").items() if "shard-000001" not in path}
     assert tree(tmp_path / "cache") == whole and len(seen) == 2
     err = capsys.readouterr().err
-    assert "2 workers on 3 nodes" in err and err.count("unit shard-000001.tar v0-1 failed") == 2
+    assert "2 workers on 2 nodes" in err and err.count("unit shard-000001.tar v0-1 failed") == 2
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, SHARDS))
     assert {"views_per_s", "images_per_s", "gib_written", "eta_s", "units_left", "decode_share"} <= lines[0].keys()
@@ -134,7 +133,8 @@ def test_a_worker_is_killed_and_a_node_leaves(cluster: Cluster, made: Path, tmp_
 
     def take_a_node_away() -> None:
         until(lambda: committed(tmp_path) >= 4)
-        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+        node = cluster.list_all_nodes()[-1]  # type: ignore[no-untyped-call]
+        cluster.remove_node(node, allow_graceful=False)
 
     with meanwhile(kill_a_worker, take_a_node_away):
         cache_teacher.run(recipe(made, tmp_path))
@@ -180,6 +180,7 @@ def test_a_cluster_without_room_and_one_that_is_not_there_are_refused(
         cache_teacher.run(recipe(made, tmp_path))
 
 
+@pytest.mark.slow  # workers take 10 s to begin; errors as values are tested elsewhere
 def test_what_a_worker_refuses_ends_the_run(cluster: Cluster, made: Path, tmp_path: Path) -> None:
     """The teacher's file changes between the driver's look and the workers': theirs is another cache."""
     write_teacher(tmp_path / "teacher.safetensors")

@@ -216,7 +216,8 @@ def test_what_is_taken_over_is_dropped_and_not_tried_again(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another job commits a unit while this one computes it."""
-    write, taken = CacheWriter.write_unit, []
+    write = CacheWriter.write_unit
+    taken: list[UnitId] = []
 
     def late(self: CacheWriter, unit: UnitId, *args: Any) -> Any:
         if not taken:
