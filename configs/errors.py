@@ -8,6 +8,7 @@ TinymimError
 │   ├── CheckpointError   weights do not exist, do not fit or cannot be trusted
 │   ├── CacheMismatch     a cache was made by something else than what is wanted (I6)
 │   ├── CacheCorrupt      bytes of a cache are missing or changed
+│   ├── UnitsFailed       some units of a cache could not be made, all others are there (exit 3)
 │   └── ViewMismatch      the pixels of a view are not the pixels the teacher saw (I2)
 └── InternalError (exit 1)
 """
@@ -67,6 +68,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def in_one_line(error: TinymimError) -> str:
+    """What, got and expected of an error, for a list of them."""
+    values = {"got": error.got, "expected": error.expected}
+    told = [f"{name} {value}" for name, value in values.items() if value is not None]
+    return " ".join(", ".join([error.what, *told]).split())
+
+
 def _rebuild(kind: type[TinymimError], what: str, got: object, expected: object, hint: str | None) -> TinymimError:
     return kind(what, got=got, expected=expected, hint=hint)
 
@@ -103,6 +111,12 @@ class CacheMismatch(UserError):
 
 class CacheCorrupt(UserError):
     """A committed unit of a cache is missing bytes or has changed bytes; names unit and array."""
+
+
+class UnitsFailed(UserError):
+    """Some units of a cache could not be made; all the others are committed. Exit code 3: partial."""
+
+    exit_code = 3
 
 
 class ViewMismatch(UserError):

@@ -77,6 +77,7 @@ class TeacherConfig(ModelConfig):
     weights: str = "hub"
     block: Positive = 18  # counted from 1; the teacher is cut after this block's qkv
     precision: Precision = "fp32"
+    compile: bool = False  # torch.compile of the blocks before the tapped one; no part of a cache's identity
     # Per-channel normalisation of pixels in 0..1; None: what timm states for hub weights, ImageNet's for a file.
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -304,6 +305,24 @@ class PretrainMaeRecipe(Section):
         return self
 
 
+class ClusterConfig(Section):
+    """Workers of stage one on a Ray cluster, each with a teacher of its own."""
+
+    # "auto": what RAY_ADDRESS names, else the Ray that runs on this machine, else as "local": one begun for this run.
+    address: Annotated[str, Field(pattern=r"^(local|auto|(ray://)?[^/\s]+:\d+)$")] = "auto"
+    workers: Positive | None = None  # None: as many as the cluster has room for when the run begins
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 1.0  # below 1: several workers on one GPU; 0: on CPUs
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0  # what Ray counts; `loader.workers` come in addition
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "ClusterConfig":
+        if self.gpus_per_worker not in (0.0, 1.0) and not 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"gpus_per_worker is 0, a fraction or 1: a worker uses one GPU; got {self.gpus_per_worker}"
+            )
+        return self
+
+
 class CacheTeacherRecipe(Section):
     """`tinymim cache-teacher`: run the teacher once over every view and store the sketches."""
 
@@ -315,13 +334,21 @@ class CacheTeacherRecipe(Section):
     codec: CodecConfig = SketchCodec()
     cache: Place | None = None  # where the cache is, or is to be: a folder, or the URL of one in an object store
     cache_root: Place | None = None  # instead of `cache`: where caches are shared, each below its spec_id
-    batch_size: Positive = 64  # images; each carries num_views views through the teacher
-    max_unreadable: Fraction = 0.01  # share of unreadable images above which the run stops
+    # Images; each carries num_views views through the teacher. "auto": as many as fit into memory.
+    batch_size: Positive | Literal["auto"] = 64
+    max_unreadable: Fraction = 0.01  # share of unreadable images above which a unit fails
+    retries: Annotated[int, Field(ge=0)] = 2  # times that a failed unit is tried again, after all others
     audit_views: Annotated[int, Field(ge=0)] = 16  # views per unit whose records are compared with the dense maps (I5)
     # Jobs on one cache share its shards; after so many seconds without a sign of life others take over a job's shard.
     lease_s: Annotated[float, Field(gt=0)] = 60.0
+    cluster: ClusterConfig | None = None  # None: this process alone, without Ray
     loader: LoaderConfig = LoaderConfig()
     run: RunConfig
+
+    @property
+    def given_batch_size(self) -> int:
+        """`batch_size`, or 64: for calibration and checks, which are no matter of speed."""
+        return 64 if self.batch_size == "auto" else self.batch_size
 
     @model_validator(mode="after")
     def _one_place(self) -> "CacheTeacherRecipe":

@@ -5,6 +5,7 @@ embeddings, for fused, split and biased qkv layers alike, without a copy of any 
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,14 +28,16 @@ class _Tapped(Exception):
 
 
 class _AttentionTap(TorchFunctionMode):
-    """Raises `_Tapped` at the first attention call once it has the attention layer's input."""
+    """Raises `_Tapped` at the first attention call; `x` is the attention layer's input."""
 
-    x: Tensor | None = None
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self.x is not None and func is nn.functional.scaled_dot_product_attention:
+        if func is nn.functional.scaled_dot_product_attention:
             raise _Tapped((args[0], args[1], args[2]), self.x)
         return func(*args, **(kwargs or {}))
 
@@ -71,17 +74,24 @@ class CutTeacher(nn.Module):
         self.attention.fused_attn = True  # the unfused path makes no call to tap
         del blocks[block:]  # type: ignore[operator]
 
+    def compile_blocks(self) -> None:
+        """Compile what is whole: the blocks before the tapped one, of which only norm1 and qkv are run."""
+        for block in list(self.model.blocks)[:-1]:  # type: ignore[arg-type]
+            block.compile()
+
     def forward(self, images: Tensor) -> TappedBlock:
         """q, k, v of the block, each [B, H, T, D], and its normed input [B, T, C], for normalised [B, 3, S, S]."""
-        tap = _AttentionTap()
-        arm = self.attention.register_forward_pre_hook(lambda _module, args: setattr(tap, "x", args[0]))
         try:
-            with tap:
+            with ExitStack() as armed:
+
+                def arm(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                    # Only now: blocks that are compiled do not run below a mode.
+                    armed.enter_context(_AttentionTap(args[0]))
+
+                armed.callback(self.attention.register_forward_pre_hook(arm).remove)
                 self.model.forward_features(images)  # type: ignore[operator]
         except _Tapped as tapped:
             return tapped.block
-        finally:
-            arm.remove()
         raise RecipeError(
             "the teacher's block never called attention", got=type(self.attention).__name__, expected="a plain ViT"
         )

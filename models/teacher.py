@@ -37,6 +37,8 @@ class Teacher(nn.Module):
         self.cut = CutTeacher(model, config.block).to(_DTYPES[config.precision])
         self.config = config
         self.eval().requires_grad_(False)
+        if config.compile:
+            self.cut.compile_blocks()
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> TappedBlock:

@@ -130,7 +130,7 @@ def _restore_constants(
         store.remove([CONSTANTS_RECORD])
         store.remove_tree(CONSTANTS)
         return []
-    arrays = calibrated(recipe.codec, recipe.views, recipe.batch_size, parts.source, parts.teacher)
+    arrays = calibrated(recipe.codec, recipe.views, recipe.given_batch_size, parts.source, parts.teacher)
     files, record = constants_files(manifest.spec_id, {name: array.numpy() for name, array in arrays.items()})
     digest = json.loads(record)["record_digest"]
     if named != {digest}:

@@ -1,36 +1,32 @@
 """`tinymim cache-teacher`: run the teacher once over every view and store the sketches of its relations."""
 
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from tinymim.configs.errors import SourceError
 from tinymim.configs.place import joined
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
-from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import environment
-from tinymim.pipeline.loader import batches
 from tinymim.pipeline.shards import ShardSet, open_shards
-from tinymim.pipeline.views import RandomViews
-from tinymim.stages.audit import Audit
-from tinymim.stages.calibrate import require_rebuildable, settle_constants
-from tinymim.stages.gradients import GradientProbe, reference_student
+from tinymim.stages.cache_board import CacheBoard, raise_failures
+from tinymim.stages.calibrate import require_rebuildable
 from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.progress import Meter, say
 from tinymim.stages.runfolder import RunFolder
-from tinymim.stages.shared_work import SharedWork
+from tinymim.stages.shared_work import LOOK_AGAIN_S, Ledger, UnitReport, missing_units
+from tinymim.stages.teacher_job import TeacherJob
 from tinymim.stages.training import pick_device, require_view_size
 from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, SourceShard
-from tinymim.storage.writer import CacheWriter, UnitTaken
+from tinymim.storage.writer import CacheWriter
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.record import Codec
-from tinymim.targets.relations import QKV
 
 
 class Prepared(NamedTuple):
@@ -52,59 +48,56 @@ def run(recipe: CacheTeacherRecipe, cut_like: Collection[UnitId] = ()) -> None:
     Raises:
         RecipeError: sizes that do not fit one another.
         CacheMismatch: the cache there was made by something else.
-        SourceError: bad shards, or more unreadable images than `max_unreadable` allows.
+        SourceError: bad shards, before anything is written.
+        UnitsFailed: some units could not be made; the others are committed.
         Interrupted: stopped by a signal; committed units are safe.
     """
-    # ---- source, teacher, codec
-    device, source, teacher, manifest = prepare(recipe)
-    heads, tokens = manifest.teacher["heads"], manifest.teacher["tokens"]
-    require_rebuildable(recipe, teacher)
+    # ---- source, teacher, codec; on a cluster the workers have the devices
+    parts = prepare(recipe if recipe.cluster is None else _on_cpu(recipe))
+    source, manifest = parts.source, parts.manifest
+    require_rebuildable(recipe, parts.teacher)
 
     # ---- join the jobs that write this cache
     place = cache_place(recipe, manifest)
     with (
+        _cluster(recipe),
         CacheWriter.open(place, manifest, recipe.lease_s) as writer,
         RunFolder(recipe, None) as log,  # a metric line per committed unit, of every job
         StopFlag() as stop,
     ):
         for difference in writer.environment_differences:
             say(f"cache-teacher: warning: {difference}")
-        codec = make_codec(recipe.codec, constants=settle_constants(writer, recipe, source, teacher))
-        specs = codec.arrays(heads, tokens)
+        specs = make_codec(recipe.codec).arrays(manifest.teacher["heads"], manifest.teacher["tokens"])
         record_bytes = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape)) for spec in specs)
         say(
             f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB "
             f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
             f"spec {manifest.spec_id}"
         )
-        work = SharedWork(writer, source, recipe.num_views, recipe.batch_size, stop, cut_like)
-        if not work.missing():
+        ledger = Ledger(lambda: missing_units(source, writer.refresh(), recipe.num_views, cut_like), recipe.retries)
+        if not ledger.left():
             say(f"cache-teacher: nothing to do, {place} is complete")
             return
 
         # ---- teacher over every batch; a unit is written when its last batch is encoded
-        reference = reference_student(recipe.teacher, teacher.grid, teacher.prefix_tokens, codec.relation_heads(heads))
-        probe = GradientProbe(reference.to(device), codec.relation_heads(heads))
-        views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
-        with Meter("cache-teacher", work.missing_views(), "views") as meter:
-            for plan in work.rounds():
-                draft = _Draft(Audit(probe, recipe.audit_views))
-                for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
-                    if stop.requested:
-                        raise Interrupted("committed units are safe; the same command continues")
-                    piece = work.next_piece()
-                    draft.add(batch, _encode(teacher, codec, batch, draft.audit, device))
-                    meter.advance(len(piece.items))
-                    if piece.last:
-                        _refuse_too_many_unreadable(recipe, piece.unit, draft, source)
-                        _write(writer, piece.unit, draft, log, meter)
-                        meter.total = meter.done + work.missing_views()  # others may have committed theirs
-                        draft = _Draft(Audit(probe, recipe.audit_views))
+        with Meter("cache-teacher", 0, "views") as meter:
+            board = CacheBoard(ledger, source, meter, log, counts_batches=recipe.cluster is None)
+            meter.total = board.views_left()
+            if recipe.cluster is None:
+                job = TeacherJob(recipe, parts.device, source, parts.teacher, writer)
+                _work_here(job, ledger, board, stop)
+            else:
+                _work_on_cluster(recipe, source, ledger, board, stop)
+    raise_failures(ledger, place)
     say(f"cache-teacher: {place} is complete; `tinymim cache info {place}` describes it")
 
 
-def prepare(recipe: CacheTeacherRecipe) -> Prepared:
+def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepared:
     """Open the source, load the teacher, and say what cache they make with the recipe's codec; writes nothing.
+
+    Args:
+        recipe: of the cache.
+        source: its shards, where they have been opened.
 
     Raises:
         RecipeError: sizes that do not fit one another.
@@ -115,7 +108,7 @@ def prepare(recipe: CacheTeacherRecipe) -> Prepared:
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     require_view_size(recipe.views.size, recipe.teacher, "teacher")
-    source = open_shards(recipe.source)
+    source = open_shards(recipe.source) if source is None else source
     teacher = Teacher(recipe.teacher).to(device)
     codec = make_codec(recipe.codec)
     manifest = make_manifest(recipe, source, teacher, codec)
@@ -145,78 +138,77 @@ def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher
     )
 
 
-def _write(writer: CacheWriter, unit: UnitId, draft: "_Draft", log: RunFolder, meter: Meter) -> None:
-    """Commit a unit, unless another job did because it believed this one dead."""
+# ---------------------------------------------------------------- in this process
+
+
+class _Ledgered:
+    """The ledger as a job wants its units: none ever comes later."""
+
+    more_may_come = False
+
+    def __init__(self, ledger: Ledger, board: CacheBoard) -> None:
+        self._ledger, self._board = ledger, board
+
+    def take(self, may_wait: bool) -> UnitId | None:
+        return self._ledger.take()
+
+    def settle(self, report: UnitReport) -> None:
+        self._board.settle(report)
+
+    def advance(self, unit: UnitId, views: int) -> None:
+        self._board.advance(unit, views)
+
+
+def _work_here(job: TeacherJob, ledger: Ledger, board: CacheBoard, stop: StopFlag) -> None:
+    """Make all units that other jobs do not make, and those too if these jobs die."""
+    waiting_for = ""
+    elsewhere: set[UnitId] = set()
+    while ledger.look():
+        if elsewhere:
+            holders = ", ".join(map(str, job.writer.holders(elsewhere))) or "another job"
+            if holders != waiting_for:
+                say(f"cache-teacher: {holders} is at work on all that is left: waiting, to take over if it dies")
+                waiting_for = holders
+            time.sleep(LOOK_AGAIN_S if not stop.requested else 0)
+            if stop.requested:
+                raise Interrupted("committed units are safe; the same command continues", stop.requeue)
+        job.run(_Ledgered(ledger, board), stop)
+        elsewhere = ledger.elsewhere()
+
+
+# ---------------------------------------------------------------- on a cluster
+
+
+@contextmanager
+def _cluster(recipe: CacheTeacherRecipe) -> Iterator[None]:
+    """The recipe's cluster, if it has one; else nothing is imported."""
+    if recipe.cluster is None:
+        yield
+        return
+    from tinymim.stages.cluster import connected
+
+    with connected(recipe.cluster):
+        yield
+
+
+def _on_cpu(recipe: CacheTeacherRecipe) -> CacheTeacherRecipe:
+    """The recipe as the driver of a cluster wants it, which only has to know what cache will be made."""
+    run = recipe.run.model_copy(update={"device": "cpu"})
+    return recipe.model_copy(update={"run": run, "teacher": recipe.teacher.model_copy(update={"compile": False})})
+
+
+def _work_on_cluster(
+    recipe: CacheTeacherRecipe, source: ShardSet, ledger: Ledger, board: CacheBoard, stop: StopFlag
+) -> None:
+    from tinymim.stages.cluster import Crew
+
+    crew = Crew(recipe, source, ledger, board)
+    politely = False
     try:
-        info = writer.write_unit(unit, draft.keys(unit), draft.arrays(), draft.statistics())
-    except UnitTaken as taken:
-        say(f"cache-teacher: {taken.what} now ({taken.got}); what was computed of it is dropped")
-    else:
-        log.log(len(writer.committed()), records=info.num_records, views_per_s=meter.rate)
-
-
-def _encode(
-    teacher: Teacher, codec: Codec, batch: ViewBatch, audit: Audit, device: torch.device
-) -> dict[str, npt.NDArray[Any]]:
-    """The codec's arrays for the views of a batch, on the CPU."""
-    if not batch.keys:
-        return {}
-    pixels = batch.pixels.to(device, non_blocking=True)
-    block = QKV(*teacher(pixels))
-    view_keys = batch.view_keys.to(device)
-    encoded = codec.encode(block, view_keys)
-    if audit.wants_more:
-        # One view an image: views of the same image are too alike to say how gradients vary.
-        first = np.flatnonzero(batch.items[:, 2] == batch.items[0, 2])[: audit.most]
-        some = torch.from_numpy(first).to(device)
-        records = {name: array[some] for name, array in encoded.items()}
-        audit.add(block.pick(some), pixels[some], codec.decode(records, view_keys[some], block.q.shape[2]))
-    return {name: array.cpu().numpy() for name, array in encoded.items()}
-
-
-class _Draft:
-    """One unit being filled: keys, boxes, digests, encoded arrays and counts, batch by batch in tar order."""
-
-    def __init__(self, audit: Audit) -> None:
-        self.audit = audit
-        self.unreadable: list[tuple[str, str]] = []
-        self._keys: list[str] = []
-        self._parts: list[dict[str, npt.NDArray[Any]]] = []
-
-    def add(self, batch: ViewBatch, encoded: dict[str, npt.NDArray[Any]]) -> None:
-        self.unreadable += batch.unreadable
-        if not batch.keys:
-            return
-        self._keys += batch.keys
-        boxes = np.array([view[:4] for view in batch.views], dtype=np.int32)
-        flips = np.array([view.flip for view in batch.views], dtype=np.uint8)
-        digests = batch.digests().numpy().view(np.uint64)
-        self._parts.append({"box": boxes, "flip": flips, "digest": digests, **encoded})
-
-    def keys(self, unit: UnitId) -> list[str]:
-        """One key per readable image."""
-        return self._keys[:: unit.num_views]
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """All arrays of the unit, first axis records."""
-        if not self._parts:
-            return {}
-        return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
-
-    def statistics(self) -> dict[str, Any]:
-        """What the commit record keeps: fidelity (I5) and the unreadable images."""
-        return {"fidelity": self.audit.summary(), "unreadable": [list(row) for row in self.unreadable]}
-
-
-def _refuse_too_many_unreadable(recipe: CacheTeacherRecipe, unit: UnitId, draft: _Draft, source: ShardSet) -> None:
-    count = source.by_name()[unit.shard].num_samples
-    if draft.unreadable:
-        say(f"cache-teacher: {len(draft.unreadable)} of {count} images of {unit.shard} are unreadable and left out")
-    if len(draft.unreadable) > recipe.max_unreadable * count or len(draft.unreadable) == count:
-        key, reason = draft.unreadable[0]
-        raise SourceError(
-            f"too many unreadable images in shard {unit.shard}, the first is '{key}' ({reason})",
-            got=f"{len(draft.unreadable)} of {count}",
-            expected=f"at most {recipe.max_unreadable:.1%}",
-            hint="repair the shard, or raise max_unreadable",
-        )
+        crew.work(stop)
+        politely = True
+    except Interrupted:
+        politely = True
+        raise
+    finally:
+        crew.dismiss(politely)

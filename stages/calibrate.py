@@ -67,7 +67,7 @@ def settle_constants(
         if held is not None:
             return held
         _require_same_order(writer, source)
-        constants = calibrated(recipe.codec, recipe.views, recipe.batch_size, source, teacher)
+        constants = calibrated(recipe.codec, recipe.views, recipe.given_batch_size, source, teacher)
         writer.write_constants({name: array.numpy() for name, array in constants.items()})
     return {name: array.to(device) for name, array in constants.items()}
 

@@ -98,8 +98,8 @@ def run(
                 continue
             stored = reader.read_unit(info)
             items = _items(stored, info, rows, source, shards[info.unit.shard])
-            for start in range(0, len(rows), recipe.batch_size):
-                part = slice(start, start + recipe.batch_size)
+            for start in range(0, len(rows), recipe.given_batch_size):
+                part = slice(start, start + recipe.given_batch_size)
                 batch = views.batch(items[part])
                 kept = _rows_of(batch, items[part], rows[part])
                 seen.unreadable += len(rows[part]) - len(kept)

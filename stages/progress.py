@@ -75,7 +75,12 @@ class Meter:
     @property
     def rate(self) -> float:
         """Units per second of this process."""
-        return (self.done - self.start) / max(time.monotonic() - self._began_s, 1e-9)
+        return (self.done - self.start) / max(self.elapsed_s, 1e-9)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since it was made."""
+        return time.monotonic() - self._began_s
 
     def _line(self) -> str:
         left_s = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")

@@ -1,19 +1,111 @@
-"""Which units a job of `cache-teacher` works on: those that nobody has committed, claimed as their turn comes."""
+"""Which units a job of `cache-teacher` works on, how often each was tried, and their batches for a loader."""
 
-import time
-from collections import deque
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
 
 from tinymim.pipeline.order import Items, view_batches
 from tinymim.pipeline.shards import ShardSet
-from tinymim.stages.interrupt import Interrupted, StopFlag
-from tinymim.stages.progress import say
 from tinymim.storage.layout import UnitId
-from tinymim.storage.writer import CacheWriter
 
 LOOK_AGAIN_S = 2.0
+NOTHING: Items = np.empty((0, 3), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What became of a unit that a job took on.
+
+    Attributes:
+        outcome: `committed`; `failed`: may be tried again; `elsewhere`: another job has it or did it;
+            `unfinished`: given back through no fault of its own.
+        reason: of a failure.
+        images: readable ones; in a committed unit.
+        views: records, in a committed unit.
+        stored_bytes: of its files.
+        seconds: by phase, of all the job since its report before this one (`where_time_goes`).
+    """
+
+    unit: UnitId
+    outcome: Literal["committed", "failed", "elsewhere", "unfinished"]
+    reason: str = ""
+    images: int = 0
+    views: int = 0
+    stored_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Ledger:
+    """The units that are left: who may be given which, what failed how often, and what is given up.
+
+    Args:
+        missing: finds the units that nobody has committed, by a look at the cache.
+        retries: times that a failed unit is tried again, after those that did not fail.
+    """
+
+    def __init__(self, missing: Callable[[], list[UnitId]], retries: int) -> None:
+        self._missing, self._retries = missing, retries
+        self._attempts: Counter[UnitId] = Counter()
+        self._waiting: deque[UnitId] = deque()
+        self._in_hand: set[UnitId] = set()
+        self._elsewhere: set[UnitId] = set()
+        self.failures: dict[UnitId, str] = {}  # given up, with the last reason
+        self.committed = 0
+        self.look()
+
+    def look(self) -> bool:
+        """Look at the cache again, also for what others have given up. False: nothing is left to do or to wait for."""
+        busy = {unit.shard for unit in self._in_hand}
+        missing = self._missing()
+        self.failures = {unit: reason for unit, reason in self.failures.items() if unit in missing}
+        missing = [unit for unit in missing if unit not in self.failures]
+        free = [unit for unit in missing if unit.shard not in busy]
+        self._waiting = deque(sorted(free, key=self._attempts.__getitem__))
+        self._elsewhere.clear()
+        return bool(missing)
+
+    def take(self) -> UnitId | None:
+        """A unit to work on; None: all are done, in hand, or other jobs'."""
+        if not self._waiting:
+            return None
+        unit = self._waiting.popleft()
+        self._in_hand.add(unit)
+        return unit
+
+    def settle(self, report: UnitReport) -> bool:
+        """Note what became of a unit that was taken. True: it failed for the last time."""
+        unit = report.unit
+        self._in_hand.discard(unit)
+        if report.outcome == "committed":
+            self.committed += 1
+        elif report.outcome == "elsewhere":
+            self._elsewhere.add(unit)
+        elif report.outcome == "unfinished":
+            self._waiting.appendleft(unit)
+        else:
+            self._attempts[unit] += 1
+            if self._attempts[unit] > self._retries:
+                self.failures[unit] = report.reason
+                return True
+            self._waiting.append(unit)
+        return False
+
+    @property
+    def idle(self) -> bool:
+        """Whether no unit can be taken and none is in hand."""
+        return not self._waiting and not self._in_hand
+
+    def elsewhere(self) -> set[UnitId]:
+        """Those that other jobs have, since the last look."""
+        return set(self._elsewhere)
+
+    def left(self) -> set[UnitId]:
+        """What is not committed and not given up, as far as this job knows."""
+        return {*self._waiting, *self._in_hand, *self._elsewhere}
 
 
 @dataclass(frozen=True)
@@ -21,89 +113,54 @@ class Piece:
     """One batch of a unit."""
 
     unit: UnitId
-    items: Items  # int64 [views, 3]
-    last: bool  # of its unit
+    first: bool  # of its unit
+    last: bool
 
 
-class SharedWork:
-    """The units of a cache that are missing, shared with all other jobs that write it.
-
-    Batches are handed out by `rounds` in the order in which a loader asks for them, ahead of the work on them;
-    `next_piece` says of each batch that comes back what it was. A round ends where nothing is left to claim.
+class UnitBatches:
+    """The batches of the units that `take` gives, as a loader asks for them: ahead of the work on them.
 
     Args:
-        writer: of the cache.
-        source: the shards of the recipe.
-        num_views: views of every image that the recipe wants.
+        source: the shards.
         images_per_batch: in one batch; each comes with all views of its unit.
-        stop: looked at while others finish their units.
-        cut_like: units whose bounds are kept, as `missing_units` says.
+        take: the next unit, None where there is none now; told whether nothing is in hand, so that it may wait.
     """
 
-    def __init__(
-        self,
-        writer: CacheWriter,
-        source: ShardSet,
-        num_views: int,
-        images_per_batch: int,
-        stop: StopFlag,
-        cut_like: Collection[UnitId] = (),
-    ) -> None:
-        self.writer, self.source, self.num_views, self.stop = writer, source, num_views, stop
-        self.images_per_batch, self.cut_like = images_per_batch, cut_like
-        self._numbers = {shard.name: number for number, shard in enumerate(source.shards)}
-        self._handed_out: deque[Piece] = deque()
+    def __init__(self, source: ShardSet, images_per_batch: int, take: Callable[[bool], UnitId | None]) -> None:
+        self._counts = {shard.name: (number, shard.num_samples) for number, shard in enumerate(source.shards)}
+        self._images_per_batch, self._take = images_per_batch, take
+        self._handed_out: deque[Piece | None] = deque()
 
-    def missing(self) -> list[UnitId]:
-        """The units that nobody has committed yet."""
-        return missing_units(self.source, self.writer.refresh(), self.num_views, self.cut_like)
+    def plan(self) -> Iterator[Items]:
+        """Batches to make, int64 [views, 3]; it ends where nothing is in hand and nothing can be taken.
 
-    def missing_views(self) -> int:
-        """How many views those hold."""
-        return sum(unit.num_views * self._samples(unit) for unit in self.missing())
-
-    def rounds(self) -> Iterator[Iterator[Items]]:
-        """Batches to make, int64 [views, 3], until every unit is committed, by this job or by others.
-
-        Raises:
-            Interrupted: asked to stop while others were at work.
+        While there is work ahead a unit that is not there yet must not stop it: then batches of nothing are handed out.
         """
-        waiting_for = ""
-        while self.missing():
-            batches = self._claimed_batches()
-            first = next(batches, None)
-            if first is not None:
-                yield chain([first], batches)
-                continue
-            holders = ", ".join(map(str, self.writer.holders(self.missing()))) or "another job"
-            if holders != waiting_for:
-                say(f"cache-teacher: {holders} is at work on all that is left: waiting, to take over if it dies")
-                waiting_for = holders
-            time.sleep(LOOK_AGAIN_S if not self.stop.requested else 0)
-            if self.stop.requested:
-                raise Interrupted("committed units are safe; the same command continues")
+        while True:
+            unit = self._take(not any(self._handed_out))
+            if unit is not None:
+                number, count = self._counts[unit.shard]
+                batches = list(view_batches(number, count, unit.views, self._images_per_batch))
+                for place, items in enumerate(batches):
+                    self._handed_out.append(Piece(unit, place == 0, place == len(batches) - 1))
+                    yield items
+            elif any(self._handed_out):
+                self._handed_out.append(None)
+                yield NOTHING
+            else:
+                return
 
-    def next_piece(self) -> Piece:
-        """What the next batch is that comes back from the loader."""
+    def next_piece(self) -> Piece | None:
+        """What the next batch is that comes back from the loader; None: a batch of nothing."""
         return self._handed_out.popleft()
 
-    def _claimed_batches(self) -> Iterator[Items]:
-        for unit in self.missing():
-            if not self.writer.claim(unit):
-                continue
-            batches = list(
-                view_batches(self._numbers[unit.shard], self._samples(unit), unit.views, self.images_per_batch)
-            )
-            for number, items in enumerate(batches, start=1):
-                self._handed_out.append(Piece(unit, items, number == len(batches)))
-                yield items
-
-    def _samples(self, unit: UnitId) -> int:
-        return self.source.shards[self._numbers[unit.shard]].num_samples
+    def in_hand(self) -> list[UnitId]:
+        """The units whose batches have not all come back, the one whose turn it is first."""
+        return list(dict.fromkeys(piece.unit for piece in self._handed_out if piece is not None))
 
 
 def missing_units(
-    source: ShardSet, committed: set[UnitId], num_views: int, cut_like: Collection[UnitId] = ()
+    source: ShardSet, committed: Iterable[UnitId], num_views: int, cut_like: Collection[UnitId] = ()
 ) -> list[UnitId]:
     """The units to compute: per shard with images, every maximal run of views that no committed unit holds.
 
@@ -113,12 +170,13 @@ def missing_units(
         num_views: views of every image that are wanted.
         cut_like: units that were there once: a run is cut where one of them began or ended.
     """
+    there = list(committed)
     held: dict[str, set[int]] = {shard.name: set() for shard in source.shards if shard.num_samples}
     cuts: dict[str, set[int]] = {name: {0, num_views} for name in held}
-    for unit in committed:
+    for unit in there:
         if unit.shard in held:
             held[unit.shard].update(unit.views)
-    for unit in (*committed, *cut_like):
+    for unit in (*there, *cut_like):
         if unit.shard in cuts:
             cuts[unit.shard] |= {unit.first_view, unit.first_view + unit.num_views}
     todo = []

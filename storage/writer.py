@@ -8,6 +8,7 @@ byte-identical to any other one.
 
 import errno
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -39,6 +40,8 @@ class UnitTaken(UserError):
 class CacheWriter:
     """One of a cache's writers; a context manager. Make it with `CacheWriter.open`.
 
+    One thread may claim units while another writes those that were claimed before.
+
     Attributes:
         place: the cache's folder or URL.
         store: its files.
@@ -50,6 +53,9 @@ class CacheWriter:
         """Join the writers of the cache in `store`; use `open`."""
         self.store, self.place = store, store.place
         self._leases: Leases | None = leases
+        # Around what is claimed and what is committed: a unit is at every moment one of both, so that claiming its
+        # shard's other views takes its files for no leftovers and does not lose their common lease.
+        self._lock = threading.RLock()
         self.manifest, self.environment_differences = _settle_manifest(store, manifest, leases)
         self._shard_of_stem = {layout.shard_stem(name): name for name in self.manifest.shards}
         self._constants = constants_digest(store, self.manifest)
@@ -111,9 +117,10 @@ class CacheWriter:
 
     def refresh(self) -> set[UnitId]:
         """The units that are there now, those of other writers included."""
-        found = (layout.parse_commit_file(entry.path, self._shard_of_stem) for entry in self.store.list(COMMITS))
-        self._committed = {unit for unit in found if unit is not None}
-        return self.committed()
+        with self._lock:
+            found = (layout.parse_commit_file(entry.path, self._shard_of_stem) for entry in self.store.list(COMMITS))
+            self._committed = {unit for unit in found if unit is not None}
+            return self.committed()
 
     def claim(self, unit: UnitId) -> bool:
         """Take on a unit: no other writer will, for as long as this one lives. Harmless twice.
@@ -128,7 +135,7 @@ class CacheWriter:
         if unit in self._claimed:
             return True
         leases = self._open_leases()
-        with explained_write_errors(self.store):
+        with self._lock, explained_write_errors(self.store):
             if not leases.claim(shard_lease(unit.shard)):
                 return False
             committed = self.refresh()
@@ -136,8 +143,14 @@ class CacheWriter:
                 self._release(unit)
                 return False
             self._remove_leftovers(unit.shard)
-        self._claimed.add(unit)
+            self._claimed.add(unit)
         return True
+
+    def give_back(self, unit: UnitId) -> None:
+        """Undo a claim, for other writers to make; harmless where there is none."""
+        with self._lock, explained_write_errors(self.store):
+            self._claimed.discard(unit)
+            self._release(unit)
 
     def holders(self, units: Iterable[UnitId]) -> list[Holder]:
         """Who is at work on the shards of `units`, as far as that can be told."""
@@ -256,9 +269,11 @@ class CacheWriter:
                     self._create({f"{folder}/{name}": data for name, data in part.items()}, unit)
                     stored |= described(part)
                 info = replace(info, files=dict(sorted(stored.items())))
-                self._require_lease(unit)
-                if self.store.create_all({layout.commit_file(unit): encode_commit(info)}):
-                    raise self._taken(unit)
+                with self._lock:
+                    self._require_lease(unit)
+                    if self.store.create_all({layout.commit_file(unit): encode_commit(info)}):
+                        raise self._taken(unit)
+                    self._committed.add(unit)
             except UnitTaken:
                 raise
             except Exception:
@@ -268,10 +283,8 @@ class CacheWriter:
                     self.store.remove_tree(folder)
                 raise
             finally:
-                self._claimed.discard(unit)
-                with suppress(OSError, StoreError):
-                    self._release(unit)
-        self._committed.add(unit)
+                with suppress(OSError, StoreError, UserError):
+                    self.give_back(unit)
         return info
 
     def drop_unit(self, unit: UnitId) -> bool:

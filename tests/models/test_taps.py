@@ -108,3 +108,27 @@ def test_the_student_tap_is_norm_and_qkv_in_its_own_heads() -> None:
     assert q.shape == (2, 3, 17, 8)
     torch.testing.assert_close(q[:, 1], flat[..., 8:16])
     torch.testing.assert_close(v[:, 2], flat[..., 48 + 16 :])
+
+
+def test_compiled_blocks_give_the_same_relations_and_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dynamo and autograd's tracing, without inductor, which needs a C++ compiler and a minute."""
+    compile_in_place = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_in_place(module, backend="aot_eager"))
+    eager, compiled = CutTeacher(small_vit(), 3), CutTeacher(small_vit(), 3)
+    compiled.compile_blocks()
+    assert [block._compiled_call_impl is not None for block in compiled.model.blocks] == [True, True, False]  # type: ignore[union-attr]
+    with torch.no_grad():
+        for count in (3, 2, 3, 1):
+            images = torch.randn(count, 3, 32, 32, dtype=torch.float64)
+            for ours, theirs in zip(compiled(images), eager(images), strict=True):
+                torch.testing.assert_close(ours, theirs)
+    torch._dynamo.reset()
+
+
+def test_the_tap_leaves_no_hook_and_no_mode_behind() -> None:
+    cut = CutTeacher(small_vit(), 2)
+    with pytest.raises(AssertionError), torch.no_grad():
+        cut(torch.randn(1, 3, 32, 30, dtype=torch.float64))  # the patch embedding refuses it
+    cut(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    assert not cut.attention._forward_pre_hooks
+    assert torch.overrides._len_torch_function_stack() == 0  # type: ignore[attr-defined]

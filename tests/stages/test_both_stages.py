@@ -18,10 +18,10 @@ import webdataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError, UserError, ViewMismatch
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, UnitsFailed, UserError, ViewMismatch
 from tinymim.pipeline import drawn
 from tinymim.pipeline.decode import decode, environment
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import cache_teacher, make_shards, train_student, unit_draft
 from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.runfolder import read_metrics
 from tinymim.storage.reader import CacheReader
@@ -246,8 +246,9 @@ def test_unreadable_images_are_listed_and_left_out(home: Path) -> None:
         home / "shards" / "shard-000002.tar", lambda key, data: (key, data[:60] if key.endswith("30") else data)
     )
     (home / "shards" / "index.json").unlink()
-    with pytest.raises(SourceError, match="too many unreadable"):
+    with pytest.raises(UnitsFailed, match=r"2\.tar v0-1: too many unreadable .* got 1 of 12, expected at most 1"):
         cache_teacher.run(cache_recipe(home, cache=home / "other"))
+    assert len(CacheReader(home / "other").units()) == 2
     cache_teacher.run(cache_recipe(home, cache=home / "other", max_unreadable=0.2))
     units = CacheReader(home / "other").units()
     assert [unit.num_images for unit in units] == [12, 12, 11]
@@ -325,17 +326,17 @@ def test_an_interrupted_cache_continues_to_the_same_bytes(
     made: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(home / "cache")
-    encode, calls = cache_teacher._encode, iter(range(100))
+    encode, calls = unit_draft.encode, iter(range(100))
 
     def interrupt(*args: Any) -> Any:
         if next(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return encode(*args)
 
-    monkeypatch.setattr(cache_teacher, "_encode", interrupt)
+    monkeypatch.setattr("tinymim.stages.teacher_job.encode", interrupt)
     with pytest.raises(Interrupted):
         cache_teacher.run(cache_recipe(home))
-    monkeypatch.setattr(cache_teacher, "_encode", encode)
+    monkeypatch.setattr("tinymim.stages.teacher_job.encode", encode)
     committed = CacheReader(home / "cache").coverage().complete_shards
     assert 0 < committed < 3
     cache_teacher.run(cache_recipe(home))

@@ -16,7 +16,7 @@ import torch
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, TargetsConfig, TrainStudentRecipe
 from tinymim.models.teacher import Teacher
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import cache_teacher, make_shards, train_student, unit_draft
 from tinymim.stages.calibrate import stored_constants
 from tinymim.stages.interrupt import Interrupted
 from tinymim.storage.layout import root_group
@@ -99,17 +99,17 @@ def test_a_resumed_cache_has_the_same_bytes_and_the_same_constants(
 def test_a_cache_stopped_before_its_first_unit_is_calibrated_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stored(home)
     shutil.rmtree(home / "cache")
-    encode = cache_teacher._encode
+    encode = unit_draft.encode
 
     def interrupt(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return encode(*args)
 
-    monkeypatch.setattr(cache_teacher, "_encode", interrupt)
+    monkeypatch.setattr("tinymim.stages.teacher_job.encode", interrupt)
     with pytest.raises(Interrupted):
         cache_teacher.run(hidden_recipe(home))
     assert CacheReader(home / "cache").units() == [] and (home / "cache" / "constants.json").exists()
-    monkeypatch.setattr(cache_teacher, "_encode", encode)
+    monkeypatch.setattr("tinymim.stages.teacher_job.encode", encode)
     monkeypatch.setattr("tinymim.stages.calibrate.calibrate", None)
     cache_teacher.run(hidden_recipe(home))
     assert stored(home) == whole

@@ -1,0 +1,140 @@
+"""One unit being filled, batch by batch in tar order: keys, boxes, digests, encoded arrays, counts, audit."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tinymim.configs.errors import SourceError
+from tinymim.models.teacher import Teacher
+from tinymim.pipeline.dataset import ViewBatch
+from tinymim.stages.audit import Audit
+from tinymim.stages.progress import say
+from tinymim.stages.shared_work import Piece
+from tinymim.stages.where_time_goes import Marks
+from tinymim.storage.layout import UnitId
+from tinymim.targets.record import Codec
+from tinymim.targets.relations import QKV
+
+
+@dataclass
+class AuditedViews:
+    """Views whose records are to be compared with their dense maps, on the teacher's device.
+
+    Attributes:
+        block: the teacher's q, k, v and input, first axis views.
+        pixels: uint8 [B, 3, S, S].
+        records: the codec's arrays, first axis B.
+        view_keys: int64 [B].
+    """
+
+    block: QKV
+    pixels: Tensor
+    records: dict[str, Tensor]
+    view_keys: Tensor
+
+
+@dataclass
+class Encoded:
+    """A batch behind the teacher.
+
+    Attributes:
+        arrays: the codec's, on the CPU once `marks` has been waited for.
+        marks: before the teacher, behind it, behind the codec, behind the copy to the CPU.
+        audited: for the unit's audit, from its first batches.
+    """
+
+    piece: Piece
+    batch: ViewBatch
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    marks: Marks | None = None
+    audited: AuditedViews | None = None
+
+
+def encode(
+    teacher: Teacher, codec: Codec, batch: ViewBatch, piece: Piece, audit_views: int, device: torch.device
+) -> Encoded:
+    """Run a batch through teacher and codec. On a GPU that goes on when this returns.
+
+    Args:
+        audit_views: how many of its views the audit still wants; it gets one an image, for views of the same
+            image are too alike to say how gradients vary.
+    """
+    if not batch.keys:
+        return Encoded(piece, batch)
+    pixels = batch.pixels.to(device, non_blocking=True)
+    view_keys = batch.view_keys.to(device, non_blocking=True)
+    marks = Marks(device)
+    marks.mark()
+    block = QKV(*teacher(pixels))
+    marks.mark()
+    records = codec.encode(block, view_keys)
+    marks.mark()
+    audited = None
+    if audit_views > 0:
+        first = np.flatnonzero(batch.items[:, 2] == batch.items[0, 2])[:audit_views]
+        some = torch.from_numpy(first).to(device)
+        picked = {name: array[some] for name, array in records.items()}
+        audited = AuditedViews(block.pick(some), pixels[some], picked, view_keys[some])
+    arrays = {name: array.to("cpu", non_blocking=True) for name, array in records.items()}
+    marks.mark()
+    return Encoded(piece, batch, arrays, marks, audited)
+
+
+class Draft:
+    """A unit's records so far. Made and filled by one thread, then handed to the one that writes it."""
+
+    def __init__(self, unit: UnitId, audit: Audit) -> None:
+        self.unit, self.audit = unit, audit
+        self.unreadable: list[tuple[str, str]] = []
+        self._keys: list[str] = []
+        self._parts: list[dict[str, npt.NDArray[Any]]] = []
+
+    def add(self, encoded: Encoded) -> None:
+        """Append a batch; its marks have been waited for."""
+        batch = encoded.batch
+        self.unreadable += batch.unreadable
+        if not batch.keys:
+            return
+        self._keys += batch.keys
+        boxes = np.array([view[:4] for view in batch.views], dtype=np.int32)
+        flips = np.array([view.flip for view in batch.views], dtype=np.uint8)
+        digests = batch.digests().numpy().view(np.uint64)
+        arrays = {name: array.numpy() for name, array in encoded.arrays.items()}
+        self._parts.append({"box": boxes, "flip": flips, "digest": digests, **arrays})
+
+    def compare(self, views: AuditedViews, codec: Codec) -> None:
+        """Give views to the audit (I5)."""
+        target = codec.decode(views.records, views.view_keys, views.block.q.shape[2])
+        self.audit.add(views.block, views.pixels, target)
+
+    def keys(self) -> list[str]:
+        """One key per readable image."""
+        return self._keys[:: self.unit.num_views]
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All arrays of the unit, first axis records."""
+        if not self._parts:
+            return {}
+        return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+
+    def statistics(self) -> dict[str, Any]:
+        """What the commit record keeps: fidelity (I5) and the unreadable images."""
+        return {"fidelity": self.audit.summary(), "unreadable": [list(row) for row in self.unreadable]}
+
+    def refuse_too_many_unreadable(self, count: int, most: float) -> None:
+        """Raises SourceError where more than the share `most` of the shard's `count` images, or all, are unreadable."""
+        if self.unreadable:
+            missing = f"{len(self.unreadable)} of {count} images of {self.unit.shard}"
+            say(f"cache-teacher: {missing} are unreadable and left out")
+        if len(self.unreadable) > most * count or len(self.unreadable) == count:
+            key, reason = self.unreadable[0]
+            raise SourceError(
+                f"too many unreadable images in shard {self.unit.shard}, the first is '{key}' ({reason})",
+                got=f"{len(self.unreadable)} of {count}",
+                expected=f"at most {most:.1%}",
+                hint="repair the shard, or raise max_unreadable",
+            )

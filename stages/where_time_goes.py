@@ -1,0 +1,93 @@
+"""Where stage one's time goes: the teacher, its codec, and what they wait for."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+# What limits a job, in the order of an image's way.
+PHASES = ("decode", "teacher", "encode", "audit", "write")
+# How a job's time is measured: on the device; as waiting for images, or for the threads behind the teacher; and how
+# long these were at work, by which their part is told apart.
+MEASURED = ("teacher", "encode", "waited_for_images", "waited_behind", "audit", "write")
+
+
+class Marks:
+    """Moments of one device: of a GPU's stream, without making anybody wait for it, or of the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
+        self._moments_s: list[float] = []
+
+    def mark(self) -> None:
+        """Note the moment at which the device gets here."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._events.append(event)
+        else:
+            self._moments_s.append(time.monotonic())
+
+    def wait(self) -> None:
+        """Until the device has passed the last mark."""
+        if self._events:
+            self._events[-1].synchronize()
+
+    def between_s(self) -> list[float]:
+        """Seconds from each mark to the next; after `wait`."""
+        if self._cuda:
+            pairs = zip(self._events, self._events[1:], strict=False)
+            return [first.elapsed_time(second) / 1000.0 for first, second in pairs]
+        return [second - first for first, second in zip(self._moments_s, self._moments_s[1:], strict=False)]
+
+
+class Stopwatch:
+    """Seconds as in `MEASURED`, and of "wall" clock since it was made. Each is added to by one thread only."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(MEASURED, 0.0)
+        self._began_s = time.monotonic()
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count `seconds` for one of `MEASURED`."""
+        self._seconds[phase] += seconds
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Count the block's time for one of `MEASURED`."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(phase, time.monotonic() - began_s)
+
+    def seconds(self) -> dict[str, float]:
+        """All of `MEASURED`, and "wall"; never less than at an earlier call."""
+        return {**self._seconds, "wall": time.monotonic() - self._began_s}
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Of what `Stopwatch.seconds` says, the part of the wall time that each phase is answerable for, 0 to 1.
+
+    A GPU goes on while its process waits for images: only time in which it had nothing to do is given to what was
+    waited for, in the proportion of the waits.
+    """
+    found = {name: seconds.get(name, 0.0) / max(seconds.get("wall", 0.0), 1e-9) for name in MEASURED}
+    idle = max(0.0, 1.0 - found["teacher"] - found["encode"])
+    waited = found["waited_for_images"] + found["waited_behind"]
+    part = min(1.0, idle / waited) if waited else 0.0
+    behind = part * found["waited_behind"] / max(found["audit"] + found["write"], 1e-9)
+    return {
+        "decode": part * found["waited_for_images"],
+        "teacher": found["teacher"],
+        "encode": found["encode"],
+        "audit": behind * found["audit"],
+        "write": behind * found["write"],
+    }
+
+
+def percentages(seconds: Mapping[str, float]) -> str:
+    """`shares` as text, e.g. "decode 4 % teacher 91 % encode 5 % audit 0 % write 0 %"."""
+    return " ".join(f"{phase} {100 * share:.0f} %" for phase, share in shares(seconds).items())
