@@ -103,7 +103,9 @@ class Draft:
         boxes = np.array([view[:4] for view in batch.views], dtype=np.int32)
         flips = np.array([view.flip for view in batch.views], dtype=np.uint8)
         digests = batch.digests().numpy().view(np.uint64)
-        arrays = {name: array.numpy() for name, array in encoded.arrays.items()}
+        # Copied out of pinned memory: a whole unit of it would be too much, and is never given back to the system.
+        parts = {name: array.clone() if array.is_pinned() else array for name, array in encoded.arrays.items()}
+        arrays = {name: part.numpy() for name, part in parts.items()}
         self._parts.append({"box": boxes, "flip": flips, "digest": digests, **arrays})
 
     def compare(self, views: AuditedViews, codec: Codec) -> None:
