@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-GB, GIB = 1e9, 2**30
+GB = 1e9  # storage is sold by
 
 
 @dataclass(frozen=True)
