@@ -16,6 +16,7 @@ def plan(
     overrides: SetOption = None,
     seconds: float = 30.0,
     trainings: int = 1,
+    images: int | None = None,
     price: float = 0.023,
     device_hour: float | None = None,
     random_weights: Annotated[bool, Parameter(negative="")] = False,
@@ -46,12 +47,15 @@ def plan(
         That measuring takes, about; loading and starting come on top.
     trainings
         How often each student will be trained: a search for its settings, say.
+    images
+        How many the whole source has, where what is at hand is a sample of it.
     price
         Of storing 1 GB (1e9 bytes) for a month.
     device_hour
         Price of an hour of a device; with it the verdict weighs money, too.
     random_weights
-        Measure a teacher whose weights are not at hand: times hold, bytes nearly.
+        Measure a teacher whose weights are not at hand. Times hold; its sketches come
+        out too small, because draws from even rows pack better.
     as_json
         Print JSON instead of text.
     """
@@ -65,7 +69,7 @@ def plan(
         for path, recipe in zip(paths, loaded, strict=True)
         if isinstance(recipe, CacheTeacherRecipe | TrainStudentRecipe)
     ]
-    options = stage.Options(seconds, trainings, price, device_hour, random_weights)
+    options = stage.Options(seconds, trainings, price, device_hour, images, random_weights)
     result = stage.run(*stage.read_recipes(named), options)
     if as_json:
         print_json(result)

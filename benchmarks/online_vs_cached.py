@@ -355,7 +355,8 @@ def student_page(
     forward, step = flop_limit(scale, name)
     full_forward, full_step = flop_limit(SCALES["cuda"], name)
     free, gain = found.ratios("cached", "no target"), found.ratios(online, "cached")
-    yield "\n| ratio within a round | measured | target on a GPU | by FLOP | by FLOP at full size |\n|---|---|---|---|---|"
+    yield "\n| ratio within a round | measured | target on a GPU | by FLOP | by FLOP at full size |"
+    yield "|---|---|---|---|---|"
     yield f"| cached / no target | {spread(free, '.3f')} | at most {FREE} | 1 | 1 |"
     yield (
         f"| {online} / cached | {spread(gain, '.2f')} | {f'at least {LEAST:g}' if name == 'T' else '-'} | "

@@ -5,6 +5,7 @@ cache of one unit in a temporary place beside the recipe's cache, on the same di
 """
 
 import contextlib
+import math
 import os
 import statistics
 import tempfile
@@ -79,13 +80,14 @@ class Sampled:
 
 @contextlib.contextmanager
 def measured_teacher(
-    recipe: CacheTeacherRecipe, prepared: Prepared, seconds: float
+    recipe: CacheTeacherRecipe, prepared: Prepared, num_images: int, seconds: float
 ) -> Iterator[tuple[TeacherCosts, Sampled]]:
     """What stage one costs, and within the context a cache of one unit to measure students on.
 
     Args:
         recipe: of the cache.
         prepared: what it names, opened.
+        num_images: that the cache is to be for; the source may hold a sample of them, in shards of the same size.
         seconds: that it may take, about.
 
     Raises:
@@ -108,8 +110,8 @@ def measured_teacher(
     arrays = records(codec, block, batch.view_keys, isinstance(recipe.codec, SketchCodec))
 
     # ---- a unit on the disk or store of the cache
-    num_units = sum(shard.num_samples > 0 for shard in source.shards)
-    real_records = source.num_samples * recipe.num_views / num_units
+    filled = sum(shard.num_samples > 0 for shard in source.shards)
+    real_records = source.num_samples * recipe.num_views / filled
     with _temporary_place(recipe) as place, CacheWriter.open(place, manifest, recipe.lease_s) as writer:
         if constants is not None:
             writer.write_constants({name: array.cpu().numpy() for name, array in constants.items()})
@@ -127,9 +129,9 @@ def measured_teacher(
         beside = record_bytes - sum(stored_bytes(arrays[name]) for name in arrays) / whole.info.num_records
         own = {describe_codec(recipe.codec): record_bytes}
         costs = TeacherCosts(
-            num_images=source.num_samples,
+            num_images=num_images,
             num_views=recipe.num_views,
-            num_units=num_units,
+            num_units=math.ceil(filled * num_images / source.num_samples),
             audit_views=recipe.audit_views,
             workers=recipe.loader.workers,
             decode_s=decode_s,

@@ -44,6 +44,7 @@ class Options:
     trainings: int = 1  # of every student
     per_gb_month: float = 0.023  # price of storing 1e9 bytes for a month
     per_device_hour: float | None = None  # in the same currency
+    num_images: int | None = None  # of the whole source, where what is at hand is a sample of it
     random_weights: bool = False
 
 
@@ -81,9 +82,9 @@ def run(
             sources[cache.source] = prepared.source
             say(f"plan: measuring the teacher on {prepared.device}")
             share = options.seconds * (1 if not students else 0.6)
-            teacher, sampled = stack.enter_context(measured_teacher(cache, prepared, share))
+            count = options.num_images or prepared.source.num_samples
+            teacher, sampled = stack.enter_context(measured_teacher(cache, prepared, count, share))
             device = prepared.device
-            del prepared  # a large teacher's memory is wanted for the students
         for name, recipe in students.items():
             if recipe.source not in sources:
                 sources[recipe.source] = open_shards(recipe.source)
@@ -94,7 +95,8 @@ def run(
             say(f"plan: measuring {name} on {device}")
             share = options.seconds * (0.4 / len(students) if cache is not None else 1 / parts)
             here = sampled if sampled is not None else _existing(recipe, source)
-            trained.append(measured_student(name, recipe, source.num_samples, here, share))
+            count = options.num_images or source.num_samples
+            trained.append(measured_student(name, recipe, count, here, share))
 
     # ---- forecast
     cores = available_cores()
@@ -133,6 +135,7 @@ def _check(options: Options) -> None:
     for name, value, least in (
         ("--seconds", options.seconds, 1),
         ("--trainings", options.trainings, 1),
+        ("--images", options.num_images or 1, 1),
         ("--price", options.per_gb_month, 0),
         ("--device-hour", options.per_device_hour or 0.0, 0),
     ):
@@ -147,7 +150,7 @@ def _with_weights(recipe: CacheTeacherRecipe, random: bool) -> Iterator[CacheTea
         try:
             yield recipe
         except CheckpointError as error:
-            hint = f"{error.hint}; or --random-weights: times hold, bytes nearly"
+            hint = f"{error.hint}; or measure with --random-weights"
             raise CheckpointError(error.what, got=error.got, expected=error.expected, hint=hint) from error
         return
     with tempfile.TemporaryDirectory(prefix="tinymim-plan-") as folder:

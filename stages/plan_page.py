@@ -21,7 +21,7 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     lines = [
         f"measured  for {machine['measured_for_s']:.0f} s on {device}, {_plural(machine['cores'], 'core')}, "
         f"{_plural(machine['torch_threads'], 'torch thread')}"
-        + (", random weights" if plan["options"]["random_weights"] else "")
+        + (", random weights: sketches of a trained teacher take more" if plan["options"]["random_weights"] else "")
     ]
     if teacher is not None:
         lines += [*_measured_teacher(teacher), "", *_stage_one(teacher, forecast["stage_one"])]
@@ -58,7 +58,7 @@ def _stage_one(costs: Mapping[str, Any], one: Mapping[str, Any]) -> Iterator[str
         yield f"  {name:<32}{format_bytes(size_bytes):>12}{own}"
     yield (
         f"stage one {records:,} views x {_short(per_view['seconds'])} + {costs['start_s']:.1f} s start = "
-        f"{_time(one['seconds'])} on one device, {one['views_per_s']:,.0f} views/s; "
+        f"{_time(one['seconds'])} on one device, {_rate(one['views_per_s'])}; "
         f"{_WAITS_FOR[per_view['waits_for']]}"
     )
     yield f"  loading {_cores(one['loader_cores'])}; the recipe has loader.workers {costs['workers']}"
@@ -77,16 +77,18 @@ def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
     )
     yield (
         f"  cached  {training['views']:,} x {_short(per_view['seconds'])}{ranks} + {costs['start_s']:.1f} s start = "
-        f"{_time(training['cached_s'])}, {training['views_per_s']:,.0f} views/s; {_WAITS_FOR[per_view['waits_for']]}"
+        f"{_time(training['cached_s'])}, {_rate(training['views_per_s'])}; {_WAITS_FOR[per_view['waits_for']]}"
     )
     if online is not None:
         yield (
             f"  online  {training['views']:,} x {_short(online['seconds'])}{ranks} + {costs['start_s']:.1f} s start = "
             f"{_time(training['online_s'])}: the teacher beside the student at every step"
         )
-    amplified = training["records_read_per_view"]
+    if training["ranks"] > 1:
+        yield "          (each rank taken to have a machine like this one; the exchange of gradients is not measured)"
+    amplified, each = training["records_read_per_view"], " for each rank" if training["ranks"] > 1 else ""
     yield (
-        f"  reading {training['views_per_s']:,.0f} views/s x {amplified:,.0f} records x "
+        f"  reading {_rate(training['views_per_s'])} x {amplified:,.0f} records x "
         f"{_bytes(costs['record_bytes'])} = {training['read_bytes_per_s'] / 2**20:,.1f} MiB/s "
         f"(whole units, {_plural(max(costs['workers'], 1), 'loading process', 'loading processes')} a rank); measured "
         f"{_speed(costs['record_bytes'], costs['read_s'])} a core"
@@ -96,7 +98,7 @@ def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
         yield "  loading no number of workers keeps the student fed: raise order.views_per_decode, so that a unit that"
         yield "          is read serves more of its views"
     else:
-        yield f"  loading {_cores(enough)} a rank; the recipe has loader.workers {costs['workers']}"
+        yield f"  loading {_cores(enough)}{each}; the recipe has loader.workers {costs['workers']}"
     if online is not None:
         trainings, single = training["pays_from_trainings"], training["pays_from_epochs"]
         if trainings is None:
@@ -155,7 +157,13 @@ def _time(seconds: float) -> str:
 
 
 def _short(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.3g} us"
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f} views/s" if per_s >= 10 else f"{per_s:.2f} views/s"
 
 
 def _bytes(size_bytes: float) -> str:

@@ -134,6 +134,13 @@ def test_missing_weights_are_an_error_unless_random_ones_will_do(root: Path) -> 
     assert found["forecast"]["stage_one"]["seconds"] > 0 and "random weights" in format_plan(found)
 
 
+def test_a_sample_stands_for_the_whole_source(root: Path) -> None:
+    found = plan.run(cache_recipe(root), {"student": student_recipe(root)}, plan.Options(seconds=1, num_images=24_000))
+    teacher = found["measured"]["teacher"]
+    assert (teacher["num_images"], teacher["num_units"]) == (24_000, 3_000)
+    assert found["forecast"]["trainings"][0]["epochs"] == pytest.approx(160 / 24_000)
+
+
 def test_options_out_of_range_are_refused(root: Path) -> None:
     for options in (plan.Options(seconds=0), plan.Options(trainings=0), plan.Options(per_gb_month=-1)):
         with pytest.raises(RecipeError, match="out of range"):
