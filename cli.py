@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from tinymim import __version__
 from tinymim.cli_cache import cache_app
+from tinymim.cli_plan import plan
 from tinymim.cli_shared import RecipeArgument, SetOption, StdoutClosed, print_json, print_text
 from tinymim.configs.errors import TinymimError, is_refusal
 from tinymim.configs.load import load_recipe
@@ -45,6 +46,7 @@ In order of use:
   tinymim train-student RECIPE           3. as many students as you like
   tinymim evaluate RECIPE                4. k-NN and linear probe
   tinymim fidelity RECIPE                   which codec, before you cache
+  tinymim plan RECIPES                      what it costs and saves, before you pay
   tinymim cache --help                      list, check, mend, copy caches
 
 RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""",
@@ -54,6 +56,7 @@ RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""
     result_action="return_value",
 )
 app.command(cache_app)
+app.command(plan, name="plan", sort_key=7)
 
 
 def _help(text: str, stage: str) -> str:
@@ -259,7 +262,7 @@ def fidelity(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
     print_text(stage.run(loaded))
 
 
-@app.command(name="recipes", sort_key=7)
+@app.command(name="recipes", sort_key=8)
 def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) -> None:
     """List the shipped recipes, or print one of them.
 

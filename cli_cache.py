@@ -17,7 +17,7 @@ cache_app = App(
 
 A place is a folder or the URL of one in an object store (s3://bucket/prefix;
 credentials from the environment). PATH is a cache, or a root that holds just one.""",
-    sort_key=8,
+    sort_key=9,
 )
 
 PathArgument = Annotated[str, Parameter(name="PATH", help="A cache, or a root that holds just one: a folder or a URL.")]

@@ -62,6 +62,42 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe
         raise RecipeError(what, hint=_FIELDS_HINT) from error
 
 
+def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
+    """Several recipes, each of the command that its `stage:` line names.
+
+    Args:
+        paths: as for `load_recipe`.
+        stages: the commands that recipes may be for.
+        overrides: each applies to those recipes that have a field of its first name.
+
+    Raises:
+        RecipeError: as `load_recipe`; a recipe for another command; an override that no recipe has a field for.
+    """
+    named: list[tuple[Path, str]] = []
+    for path in paths:
+        data = _parse(_read(path), f"recipe {path}")
+        stage = data.get("stage") if isinstance(data, dict) else None
+        if not isinstance(stage, str) or stage not in stages:
+            raise RecipeError(
+                f"recipe {path} cannot be used here",
+                got=f"stage: {_short.repr(stage)}",
+                expected=" or ".join(f"stage: {each}" for each in stages),
+            )
+        named.append((path, stage))
+    fields = {stage: RECIPES[stage].model_fields for _, stage in named}
+    firsts = [override.partition("=")[0].strip().split(".")[0] for override in overrides]
+    for override, first in zip(overrides, firsts, strict=True):
+        if not any(first in known for known in fields.values()):
+            everything = sorted({name for known in fields.values() for name in known})
+            raise RecipeError(
+                f"--set {override}: no recipe here has such a field", got=first, hint=_did_you_mean(first, everything)
+            )
+    return [
+        load_recipe(path, stage, [o for o, first in zip(overrides, firsts, strict=True) if first in fields[stage]])
+        for path, stage in named
+    ]
+
+
 def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package, sorted, without `.yaml`: `demo/teacher`, ..."""
     return sorted(_yaml_names(resources.files("tinymim.configs")))

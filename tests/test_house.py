@@ -26,7 +26,19 @@ MAY_IMPORT = {
     "stages": {"stages", "pipeline", "models", "targets", "storage", "configs"},
     "cli_shared": {"configs"},
     "cli_cache": {"cli_shared", "stages", "configs"},
-    "cli": {"cli", "cli_cache", "cli_shared", "stages", "pipeline", "models", "targets", "storage", "configs"},
+    "cli_plan": {"cli_shared", "stages", "configs"},
+    "cli": {
+        "cli",
+        "cli_cache",
+        "cli_plan",
+        "cli_shared",
+        "stages",
+        "pipeline",
+        "models",
+        "targets",
+        "storage",
+        "configs",
+    },
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinymim.configs.load import load_recipe, shipped_recipes
+from tinymim.configs.load import load_recipe, load_recipes, shipped_recipes
 from tinymim.configs.schema import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +24,9 @@ def commands() -> list[list[str]]:
 def test_a_shown_command_names_a_verb_and_a_recipe_that_exist(command: list[str]) -> None:
     verb, *rest = command
     if verb in OTHER_VERBS:
+        return
+    if verb == "plan":
+        load_recipes([Path(word) for word in rest if not word.startswith("-")], ("cache-teacher", "train-student"))
         return
     assert verb in RECIPES
     overrides = [value for flag, value in pairwise(rest) if flag == "--set"]
