@@ -102,7 +102,7 @@ def measured_teacher(
     start_s = loader_start_s(views, items[:1], recipe.loader)
     with loader_threads(recipe.loader.workers):
         decode_s, batch = _decoded(views, items, shard, 0.15 * seconds)
-    block, forward = _forward(teacher, batch, recipe.batch_size * recipe.num_views, 0.35 * seconds)
+    block, forward = _forward(teacher, batch, recipe.given_batch_size * recipe.num_views, 0.35 * seconds)
     constants = _constants(recipe.codec, teacher, block)
     codec = make_codec(recipe.codec, constants=constants)
     encode = _encoding(codec, block, batch, 0.1 * seconds)
