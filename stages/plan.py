@@ -73,6 +73,7 @@ def run(
     sources: dict[SourceConfig, ShardSet] = {}
     teacher: TeacherCosts | None = None
     trained: list[StudentCosts] = []
+    cold_s = 0.0
 
     # ---- measure
     with contextlib.ExitStack() as stack:
@@ -84,7 +85,7 @@ def run(
             share = options.seconds * (1 if not students else 0.6)
             count = options.num_images or prepared.source.num_samples
             teacher, sampled = stack.enter_context(measured_teacher(cache, prepared, count, share))
-            device = prepared.device
+            device, cold_s = prepared.device, teacher.start_s
         for name, recipe in students.items():
             if recipe.source not in sources:
                 sources[recipe.source] = open_shards(recipe.source)
@@ -96,7 +97,12 @@ def run(
             share = options.seconds * (0.4 / len(students) if cache is not None else 1 / parts)
             here = sampled if sampled is not None else _existing(recipe, source)
             count = options.num_images or source.num_samples
-            trained.append(measured_student(name, recipe, count, here, share))
+            costs = measured_student(name, recipe, count, here, share)
+            if recipe.loader.workers:
+                # Only the first workers of a process start cold; a command of its own starts cold each time.
+                cold_s = max(cold_s, costs.start_s)
+                costs = dataclasses.replace(costs, start_s=cold_s)
+            trained.append(costs)
 
     # ---- forecast
     cores = available_cores()
