@@ -97,7 +97,7 @@ def make_records(data: Path, count: int, folder: Path) -> str:
     """Write the gap arrays [R, H, Q, K] of so many records as .npy files; say where their relations are from."""
     import torch
 
-    from tinymim.configs.schema import codec_config
+    from tinymim.configs.sections import codec_config
     from tinymim.targets.codecs import make_codec
     from tinymim.targets.relations import QKV
 

@@ -27,7 +27,8 @@ import torch
 from numcodecs import Zstd
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, codec_config
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import codec_config
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.order import view_batches

@@ -41,7 +41,8 @@ import torch
 import zarr
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, SourceConfig, codec_config
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import SourceConfig, codec_config
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode

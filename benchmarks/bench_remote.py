@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinymim.configs.schema import SourceConfig
+from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import remote
 from tinymim.pipeline.remote import BlockReader
 from tinymim.pipeline.shards import Shard, open_shards

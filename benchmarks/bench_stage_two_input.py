@@ -33,7 +33,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tinymim.configs.schema import CacheTeacherRecipe, LoaderConfig, OrderConfig, SourceConfig, VerifyConfig, ViewConfig
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig, ViewConfig
 from tinymim.pipeline.dataset import ImageViews, ViewSource
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder

@@ -18,7 +18,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tinymim.configs.schema import TeacherConfig
+from tinymim.configs.sections import TeacherConfig
 from tinymim.models.teacher import Teacher
 
 WAYS = {"eager": (False, False), "compile": (True, False), "channels-last": (False, True), "both": (True, True)}

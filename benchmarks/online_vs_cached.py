@@ -35,8 +35,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinymim.configs.schema import (
-    CacheTeacherRecipe,
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import (
     JitterConfig,
     ModelConfig,
     OptimConfig,

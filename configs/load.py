@@ -23,9 +23,10 @@ from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import RECIPES, Recipe, Section
+from tinymim.configs.schema import RECIPES, Recipe
+from tinymim.configs.sections import Section
 
-_FIELDS_HINT = "every field, with its default and meaning, is in tinymim/configs/schema.py"
+_FIELDS_HINT = "every field, with its default and meaning, is in tinymim/configs/schema.py and sections.py"
 # Values in messages are cut: a recipe may hold a section where a number belongs.
 _short = Repr()
 _short.maxstring = _short.maxother = 60

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import MaeConfig
+from tinymim.configs.sections import MaeConfig
 from tinymim.models.vit import patchify, sincos_table
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError, first_line
-from tinymim.configs.schema import ModelConfig, TeacherConfig
+from tinymim.configs.sections import ModelConfig, TeacherConfig
 from tinymim.models.checkpoints import load_weights, tensors_sha256
 from tinymim.models.taps import CutTeacher, TappedBlock, count_tokens
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_model, size_overrides

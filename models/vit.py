@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import ModelConfig
+from tinymim.configs.sections import ModelConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

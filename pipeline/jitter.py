@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from tinymim.configs.schema import JitterConfig
+from tinymim.configs.sections import JitterConfig
 
 _ORDERS = tuple(itertools.permutations(range(3)))
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's greyscale weights

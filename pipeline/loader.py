@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tinymim.configs.errors import TinymimError
-from tinymim.configs.schema import LoaderConfig
+from tinymim.configs.sections import LoaderConfig
 from tinymim.pipeline.dataset import ViewBatch, ViewSource
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.workers import prepare_loader, worker_context

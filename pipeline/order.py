@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.schema import OrderConfig
+from tinymim.configs.sections import OrderConfig
 from tinymim.storage.atomic import canonical_json, digest_hex
 
 Items = npt.NDArray[np.int64]  # [samples, 3]: shard index, sample index within the shard, view index

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, SourceError, UserError, ViewMismatch
-from tinymim.configs.schema import VerifyConfig
+from tinymim.configs.sections import VerifyConfig
 from tinymim.pipeline.dataset import ViewBatch, render_items
 from tinymim.pipeline.decode import environment, pixel_digest
 from tinymim.pipeline.order import Items

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import SourceConfig
+from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import remote, remote_members
 from tinymim.pipeline.remote import RemoteObject
 from tinymim.pipeline.tar import UNLABELLED as UNLABELLED

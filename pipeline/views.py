@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from tinymim.configs.schema import ViewConfig
+from tinymim.configs.sections import ViewConfig
 
 _TRIES = 10
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, HiddenCodec, ViewConfig
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import HiddenCodec, ViewConfig
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import ShardSet

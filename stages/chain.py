@@ -1,13 +1,7 @@
 """`tinymim chain`: commands one after the other, each going on from where it stopped."""
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import (
-    CacheTeacherRecipe,
-    ChainRecipe,
-    PretrainMaeRecipe,
-    Recipe,
-    TrainStudentRecipe,
-)
+from tinymim.configs.schema import CacheTeacherRecipe, ChainRecipe, PretrainMaeRecipe, Recipe, TrainStudentRecipe
 from tinymim.stages import cache_teacher, pretrain_mae, train_student
 from tinymim.stages.progress import say
 

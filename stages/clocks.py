@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from tinymim.configs.schema import LoaderConfig
+from tinymim.configs.sections import LoaderConfig
 from tinymim.pipeline.dataset import ViewSource
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items

@@ -20,7 +20,8 @@ import torch
 from ray.exceptions import RayError
 
 from tinymim.configs.errors import InternalError, RecipeError, TinymimError, first_line
-from tinymim.configs.schema import CacheTeacherRecipe, ClusterConfig
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import ClusterConfig
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages import cache_teacher
 from tinymim.stages.cache_board import CacheBoard

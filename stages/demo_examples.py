@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe, VerifyConfig
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.sections import VerifyConfig
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import RunConfig
+from tinymim.configs.sections import RunConfig
 from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.progress import silence
 from tinymim.stages.training import pick_device

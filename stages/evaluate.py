@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import SourceError
 from tinymim.configs.load import recipe_digest
-from tinymim.configs.schema import EvaluateRecipe, KnnConfig, LinearProbeConfig, LoaderConfig
+from tinymim.configs.schema import EvaluateRecipe
+from tinymim.configs.sections import KnnConfig, LinearProbeConfig, LoaderConfig
 from tinymim.models.checkpoints import load_weights, tensors_sha256
 from tinymim.models.probes import knn_predict, linear_probe, pooled_features, top_k_accuracy
 from tinymim.models.teacher import build_pretrained

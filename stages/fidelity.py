@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tinymim.configs.errors import CheckpointError, SourceError
 from tinymim.configs.load import recipe_digest
-from tinymim.configs.schema import CodecConfig, FidelityRecipe, HiddenCodec
+from tinymim.configs.schema import FidelityRecipe
+from tinymim.configs.sections import CodecConfig, HiddenCodec
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tinymim.configs.schema import ModelConfig, Relation
+from tinymim.configs.sections import ModelConfig, Relation
 from tinymim.models.taps import StudentWithTap, split_qkv
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.targets.fidelity import GradientMoments, merged, rounded

@@ -17,7 +17,7 @@ import webdataset
 from torch import Tensor
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import SourceConfig
+from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import drawn
 from tinymim.pipeline.decode import IMAGE_EXTENSIONS, decode
 from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, UNLABELLED, hash_file, open_shards

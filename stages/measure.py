@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 
 from tinymim.configs.errors import RecipeError, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, CodecConfig, DenseCodec, HiddenCodec, SketchCodec
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import CodecConfig, DenseCodec, HiddenCodec, SketchCodec
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.order import Items

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import UserError
-from tinymim.configs.schema import JitterConfig, LoaderConfig, TrainStudentRecipe, VerifyConfig, ViewConfig
+from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.sections import JitterConfig, LoaderConfig, VerifyConfig, ViewConfig
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.dataset import ImageViews, ViewBatch

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError, UserError
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, SourceConfig, TrainStudentRecipe
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.sections import SourceConfig
 from tinymim.models.vit import build_model
 from tinymim.pipeline.replay import join
 from tinymim.pipeline.shards import ShardSet, open_shards

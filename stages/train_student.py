@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import JitterConfig, ModelConfig, TrainStudentRecipe
+from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.sections import JitterConfig, ModelConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import StudentWithTap, count_tokens
 from tinymim.models.vit import Normalise, build_model, build_vit, count_parameters

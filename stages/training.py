@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.schema import ModelConfig, OptimConfig, TrainingRecipe
+from tinymim.configs.schema import TrainingRecipe
+from tinymim.configs.sections import ModelConfig, OptimConfig
 from tinymim.storage.atomic import canonical_json, digest_hex
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import HiddenCodec, Relation, TargetsConfig
+from tinymim.configs.sections import HiddenCodec, Relation, TargetsConfig
 from tinymim.targets.counter import RELATIONS, sample_rows
 from tinymim.targets.record import ArraySpec, require_finite_teacher
 from tinymim.targets.relations import QKV, relation_logits

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import Relation
+from tinymim.configs.sections import Relation
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from tinymim.configs.schema import Relation
+from tinymim.configs.sections import Relation
 from tinymim.targets.counter import stream_of, uniforms
 from tinymim.targets.relations import QKV, relation_probs
 from tinymim.targets.sparsify import quantise, systematic_draws, top_entries

@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 from tinymim.configs.load import shipped_recipes
-from tinymim.configs.schema import RECIPES, Section
+from tinymim.configs.schema import RECIPES
+from tinymim.configs.sections import Section
 
 TEXT = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 DOCUMENTED = set(re.findall(r"`([a-z0-9_.]+)`", TEXT))

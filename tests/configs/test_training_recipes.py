@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.schema import EmaConfig, ModelConfig, OptimConfig, TrainStudentRecipe
+from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.sections import EmaConfig, ModelConfig, OptimConfig
 
 SEVERAL = """
 stage: train-student

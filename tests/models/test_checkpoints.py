@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer
 
 from tinymim.configs.errors import CheckpointError
-from tinymim.configs.schema import MaeConfig, ModelConfig
+from tinymim.configs.sections import MaeConfig, ModelConfig
 from tinymim.models.checkpoints import load_weights, read_metadata, read_tensors, tensors_sha256, to_safetensors
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit

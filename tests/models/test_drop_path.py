@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.schema import ModelConfig
+from tinymim.configs.sections import ModelConfig
 from tinymim.models.drop_path import HandedDropPath, hand_out, take_over
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.vit import build_vit

@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import ModelConfig
+from tinymim.configs.sections import ModelConfig
 from tinymim.models.taps import CutTeacher, StudentWithTap
 from tinymim.models.vit import build_vit
 from tinymim.targets.relations import QKV, relation_probs

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.schema import TeacherConfig
+from tinymim.configs.sections import TeacherConfig
 from tinymim.models.teacher import Teacher
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from tinymim.configs.schema import OrderConfig
+from tinymim.configs.sections import OrderConfig
 from tinymim.pipeline.order import Items, SampleOrder
 
 

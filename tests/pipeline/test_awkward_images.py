@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import SourceConfig, ViewConfig
+from tinymim.configs.sections import SourceConfig, ViewConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, render
 from tinymim.pipeline.order import view_batches

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
+from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
 from tinymim.pipeline import dataset
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, pixel_digest

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tinymim.configs.schema import OrderConfig
+from tinymim.configs.sections import OrderConfig
 from tinymim.pipeline.order import (
     Items,
     epoch_items,

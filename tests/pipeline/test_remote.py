@@ -14,7 +14,7 @@ import pytest
 
 from tinymim.configs.errors import RecipeError, StoreError, UserError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.schema import SourceConfig, ViewConfig
+from tinymim.configs.sections import SourceConfig, ViewConfig
 from tinymim.pipeline import remote, remote_members
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.remote import BlockReader, RemoteObject

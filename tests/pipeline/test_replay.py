@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, LoaderConfig, OrderConfig, SourceConfig, VerifyConfig
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig
 from tinymim.pipeline import dataset, replay
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, pixel_digest

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.schema import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
+from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items, SampleOrder, epoch_items

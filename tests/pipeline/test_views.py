@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from tinymim.configs.schema import ViewConfig
+from tinymim.configs.sections import ViewConfig
 from tinymim.pipeline.views import CentreView, RandomViews, View, ViewLaw, view_key, view_rng
 
 # (seed, key, view, height, width): what every machine and every later version must draw.

@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
 
 
 def test_views_are_spread_over_all_shards(drawn_shards: Path) -> None:
-    from tinymim.configs.schema import SourceConfig
+    from tinymim.configs.sections import SourceConfig
 
     source = open_shards(SourceConfig(shards=drawn_shards))
     items = np.concatenate(fidelity.spread_items(source, 12, 5))

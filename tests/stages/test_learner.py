@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinymim.configs.errors import UserError
-from tinymim.configs.schema import OrderConfig, TrainStudentRecipe
+from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.sections import OrderConfig
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.distributed import Ranks

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import SourceConfig
+from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import drawn
 from tinymim.pipeline.shards import INDEX_NAME, UNLABELLED, Shard, hash_file, open_shards
 from tinymim.stages import make_shards

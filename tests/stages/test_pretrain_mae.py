@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError, UserError
-from tinymim.configs.schema import MaeConfig, ModelConfig, PretrainMaeRecipe
+from tinymim.configs.schema import PretrainMaeRecipe
+from tinymim.configs.sections import MaeConfig, ModelConfig
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
 from tinymim.stages import pretrain_mae

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tinymim.configs.schema import SourceConfig
+from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.stages.shared_work import NOTHING, Ledger, UnitBatches, UnitReport
 from tinymim.storage.layout import UnitId

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.schema import MaeConfig, ModelConfig, OptimConfig
+from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
 from tinymim.stages.training import (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import Relation
+from tinymim.configs.sections import Relation
 from tinymim.targets.counter import sample_rows
 from tinymim.targets.relations import QKV, relation_logits, relation_probs
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import Relation, codec_config
+from tinymim.configs.sections import Relation, codec_config
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.counter import sample_rows, stream_of, uniforms
 from tinymim.targets.kernels import encode

@@ -1,0 +1,305 @@
+"""The sections that recipes are made of: frozen, typed, unknown keys refused, all problems reported at once.
+
+`docs/recipes.md` explains them in prose. Defaults are TinyMIM's (Ren et al., CVPR 2023) where it has one.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
+
+from tinymim.configs.place import Place
+
+Relation = Literal["qk", "vv", "qq", "kk"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Precision = Literal["fp32", "bf16", "fp16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Workers = Positive  # training processes, one per GPU, unless torchrun has started them
+Cluster = Literal["local", "ray"]  # where these are started: on this machine, or by Ray Train on a cluster
+Restarts = Annotated[int, Field(ge=0)]  # times that a killed or crashed worker makes all of them begin again
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, defaults checked like given values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class SourceConfig(Section):
+    """Where images come from: webdataset tars, with the index `make-shards` wrote or without one."""
+
+    shards: Place  # a folder, or the URL of one in an object store
+    pattern: str = "*.tar"  # which tars of the folder belong to the set
+
+
+class ViewConfig(Section):
+    """The view law (I1): RandomResizedCrop + flip, a function of (seed, key, view index) alone."""
+
+    size: Positive = 224  # output pixels, square
+    scale: tuple[Fraction, Fraction] = (0.2, 1.0)  # share of the image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    flip: Fraction = 0.5  # probability of a horizontal flip
+    seed: int = 0
+    scaled_decode: bool = True  # JPEGs are decoded at 1/2, 1/4 or 1/8 where the box stays at least `size` long
+
+    def identity(self) -> dict[str, Any]:
+        """The law as a cache's manifest holds it: caches from before scaled decoding lack the field."""
+        return self.model_dump(mode="json", exclude=None if self.scaled_decode else {"scaled_decode"})
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ViewConfig":
+        if not 0.0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be 0 < low <= high, got {self.scale}")
+        if not 0.0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be 0 < low <= high, got {self.ratio}")
+        return self
+
+
+class ModelConfig(Section):
+    """A plain ViT by its timm name; the sizes given here override the named architecture."""
+
+    name: str = "vit_tiny_patch16_224"
+    img_size: Positive = 224
+    patch_size: Positive | None = None
+    embed_dim: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: a timm ViT, its weights, and the block whose q, k, v are taken."""
+
+    name: str = "vit_large_patch16_224.mae"
+    # "hub": timm's pretrained weights of `name`; "package:NAME": weights shipped with tinymim; else a file.
+    weights: str = "hub"
+    block: Positive = 18  # counted from 1; the teacher is cut after this block's qkv
+    precision: Precision = "fp32"
+    compile: bool = False  # torch.compile of the blocks before the tapped one; no part of a cache's identity
+    # Per-channel normalisation of pixels in 0..1; None: what timm states for hub weights, ImageNet's for a file.
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+def _distinct(relations: tuple[Relation, ...]) -> tuple[Relation, ...]:
+    if not relations or len(set(relations)) != len(relations):
+        raise ValueError(f"relations must be a non-empty list without repeats, got {relations}")
+    return relations
+
+
+Relations = Annotated[tuple[Relation, ...], AfterValidator(_distinct)]
+
+
+class SketchCodec(Section):
+    """Sampled rows of the relation maps, a few tokens each (I4): unbiased with `tail: sampled`, the default."""
+
+    name: Literal["sketch"] = "sketch"
+    relations: Relations = ("qk", "vv")
+    # Into how many heads the teacher's channels are split for the relations; None: the teacher's own.
+    relation_heads: Positive | None = None
+    rows: Positive = 64  # query rows drawn per view, relation and head (capped at the token count)
+    head_k: Annotated[int, Field(ge=0)] = 0  # largest entries of a row kept with their value
+    tail_k: Annotated[int, Field(ge=0)] = 8  # systematic draws from the rest of the row; 0 unless tail: sampled
+    # What stands for the entries outside the head. The published top-k tails are biased: for comparison.
+    tail: Literal["sampled", "uniform", "ghost", "renormalise"] = "sampled"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_draws_with_a_biased_tail(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("tail", "sampled") != "sampled":
+            return {"tail_k": 0, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SketchCodec":
+        if self.tail == "sampled" and self.tail_k == 0:
+            raise ValueError("tail: sampled needs tail_k >= 1 (without draws the sketch is biased)")
+        if self.tail != "sampled" and self.tail_k:
+            raise ValueError(f"tail: {self.tail} draws nothing, leave tail_k out; got tail_k={self.tail_k}")
+        if self.tail != "sampled" and self.head_k == 0:
+            raise ValueError(f"tail: {self.tail} needs head_k >= 1")
+        return self
+
+
+class HiddenCodec(Section):
+    """The input of the block's qkv projection, quantised; any relation is rebuilt from it at read."""
+
+    name: Literal["hidden"]
+    basis: Literal["channels", "pca"] = "channels"  # what is quantised: the channels, or principal components of qkv
+    bits: Annotated[float, Field(gt=0, le=8)] = 8  # mean bits per channel and token; `channels` takes 4 or 8
+    calibration_views: Positive = 256  # views that fix the scales, once per cache
+
+    @model_validator(mode="after")
+    def _whole_bits(self) -> "HiddenCodec":
+        if self.basis == "channels" and self.bits not in (4, 8):
+            raise ValueError(f"basis: channels takes bits 4 or 8, got {self.bits}")
+        return self
+
+
+class DenseCodec(Section):
+    """Every row in fp16, for audits."""
+
+    name: Literal["dense"]
+    relations: Relations = ("qk", "vv")
+    relation_heads: Positive | None = None
+
+
+def _codec_name(value: Any) -> str:
+    """The tag of a codec section; a section without a name is a sketch."""
+    return str(value.get("name", "sketch") if isinstance(value, dict) else getattr(value, "name", "sketch"))
+
+
+# How a target becomes bytes; `name` says which.
+CodecConfig = Annotated[
+    Annotated[SketchCodec, Tag("sketch")] | Annotated[HiddenCodec, Tag("hidden")] | Annotated[DenseCodec, Tag("dense")],
+    Discriminator(_codec_name),
+]
+
+
+def codec_config(**fields: Any) -> CodecConfig:
+    """The codec section with these fields. Raises pydantic's ValidationError."""
+    return TypeAdapter(CodecConfig).validate_python(fields)
+
+
+class TargetsConfig(Section):
+    """What a student is compared on, where that is not all that the cache holds.
+
+    A `hidden` cache rebuilds any relation with any number of heads and rows; from a `dense` or `sketch` cache
+    relations can be left out, and from a `dense` one rows.
+    """
+
+    relations: Relations | None = None  # None: the cache's; of a hidden cache qk and vv
+    relation_heads: Positive | None = None  # None: the cache's; of a hidden cache the teacher's
+    rows: Positive | None = None  # query rows per view, relation and head; None: all that the cache holds
+
+
+class OptimConfig(Section):
+    """AdamW with linear warm-up and a cosine to `min_lr`, per step. Give `epochs` or `steps`, not both."""
+
+    batch_size: Positive = 256
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4  # lr at batch 256; scaled linearly with the batch
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Fraction = 0.05  # share of all steps (TinyMIM: 15 of 300 epochs)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # none on biases and 1-D parameters
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    accumulate: Positive = 1  # parts into which a rank cuts its share of a batch, one after the other in memory
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "OptimConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"give epochs or steps, exactly one; got epochs={self.epochs}, steps={self.steps}")
+        return self
+
+
+class LoaderConfig(Section):
+    """Reading and decoding. None of this changes a pixel or the order of samples."""
+
+    workers: Annotated[int, Field(ge=0)] = 2
+    prefetch: Positive = 4  # batches per worker; at least the batches of one decode, see order.views_per_decode
+
+
+class OrderConfig(Section):
+    """The order of samples: a function of (seed, epoch) alone, whatever the number of workers (I10)."""
+
+    seed: int = 0
+    shuffle_units: Positive = 4  # shards whose samples are mixed with one another, in every lane
+    # Views of an image that one decode serves: its batch and the next ones hold the same images, other views.
+    views_per_decode: Positive = 1
+    views_per_epoch: Positive | Literal["all"] = 1  # views of every image in one epoch, the next ones in the next
+    # Parts into which an epoch's shards are dealt: a multiple of every number of ranks that will train with it.
+    lanes: Positive = 1
+
+    @model_validator(mode="after")
+    def _whole_decodes(self) -> "OrderConfig":
+        if self.views_per_epoch != "all" and self.views_per_epoch % self.views_per_decode:
+            raise ValueError(
+                f"views_per_epoch must be a multiple of views_per_decode, or all; "
+                f"got {self.views_per_epoch} and {self.views_per_decode}"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """What every training or caching run shares."""
+
+    folder: Path  # resolved recipe, versions, metrics.jsonl, TensorBoard, checkpoints
+    device: Device = "auto"
+    seed: int = 0
+    threads: Positive | None = None  # torch intra-op threads; None: torch's choice
+    log_every: Positive = 20  # steps between metric lines
+
+
+class MaeConfig(Section):
+    """Masked autoencoder (He et al., CVPR 2022), decoder sizes; defaults are MAE-Lite's for ViT-T."""
+
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    decoder_dim: Positive = 96
+    decoder_depth: Positive = 1
+    decoder_heads: Positive = 3
+    norm_pixels: bool = True  # predict pixels normalised per patch
+
+
+class JitterConfig(Section):
+    """Student-only photometric jitter (I3), in the manner of torchvision's ColorJitter."""
+
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+
+
+class VerifyConfig(Section):
+    """How many replayed views have their pixel digest compared with the stored one (I2)."""
+
+    first: Annotated[int, Field(ge=0)] = 4096  # all of the first so many samples after a start or resume
+    every: Annotated[int, Field(ge=0)] = 16  # then one in so many; 0: none
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights (timm's ModelEmaV3), exported beside the weights themselves."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    warmup: bool = True  # the decay begins at 0 and rises as 1 - (1 + step)^(-2/3), up to `decay`
+
+
+class CheckpointConfig(Section):
+    """Training states for resume, each written atomically."""
+
+    every_steps: Positive = 1000
+    keep: Positive = 2  # newest states kept; the one before is used where the newest is damaged
+    resume: bool = True  # continue from the run folder's newest state if there is one
+
+
+class ClusterConfig(Section):
+    """Workers of stage one on a Ray cluster, each with a teacher of its own."""
+
+    # "auto": what RAY_ADDRESS names, else the Ray that runs on this machine, else as "local": one begun for this run.
+    address: Annotated[str, Field(pattern=r"^(local|auto|(ray://)?[^/\s]+:\d+)$")] = "auto"
+    workers: Positive | None = None  # None: as many as the cluster has room for when the run begins
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 1.0  # below 1: several workers on one GPU; 0: on CPUs
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0  # what Ray counts; `loader.workers` come in addition
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "ClusterConfig":
+        if self.gpus_per_worker not in (0.0, 1.0) and not 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"gpus_per_worker is 0, a fraction or 1: a worker uses one GPU; got {self.gpus_per_worker}"
+            )
+        return self
+
+
+class KnnConfig(Section):
+    """Weighted k-NN on l2-normalised features (Wu et al., CVPR 2018; Caron et al., ICCV 2021)."""
+
+    k: Positive = 20
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+
+
+class LinearProbeConfig(Section):
+    """Multinomial logistic regression on standardised features by L-BFGS, full batch."""
+
+    l2: Annotated[float, Field(ge=0)] = 1e-3
+    max_iter: Positive = 200
