@@ -130,7 +130,7 @@ def test_it_learns(shards: Path, tmp_path: Path) -> None:
     assert set(report["weights"]) == {"last.safetensors", "best.safetensors"}
     assert report["weights"]["best.safetensors"]["of"] == "model" and len(report["history"]) == 3
     assert report["weights"]["best.safetensors"]["top1"] > 0.3
-    assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
+    assert np.mean(losses(tmp_path)[-4:]) < 0.9 * losses(tmp_path)[0]
     assert report["weights"]["best.safetensors"]["top5"] > 0.7
 
 
