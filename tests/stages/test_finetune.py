@@ -23,7 +23,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
 from tinymim.stages import finetune, make_shards
 from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.training import make_optimiser
+from tinymim.stages.training import make_optimiser, state_identity
 from tinymim.stages.validation import Validation
 from tinymim.tests.stages.conftest import Run
 from tinymim.tests.stages.finetunes import losses, recipe, validations
@@ -246,6 +246,15 @@ def test_a_state_of_other_weights_is_refused(shards: Path, tmp_path: Path) -> No
     finetune.run(recipe(shards, tmp_path / "run", weights=str(tmp_path / "0.safetensors"), optim=optim))
     with pytest.raises(CheckpointError, match="another recipe"):
         finetune.run(recipe(shards, tmp_path / "run", weights=str(tmp_path / "1.safetensors"), optim=optim))
+
+
+def test_a_run_may_go_on_with_moved_files_but_not_with_other_numbers(tmp_path: Path) -> None:
+    wanted = state_identity(recipe(tmp_path, tmp_path), ["content"])
+    moved = recipe(tmp_path / "moved", tmp_path / "run", weights="moved.safetensors", workers=2, loader={"workers": 3})
+    assert state_identity(moved, ["content"]) == wanted
+    changes: list[dict[str, Any]] = [{"augment": {"erasing": 0.1}}, {"smoothing": 0.2}, {"pool": "cls"}]
+    for change in changes:
+        assert state_identity(recipe(tmp_path, tmp_path, **change), ["content"]) != wanted
 
 
 # ---------------------------------------------------------------- layers, refusals, holes
