@@ -23,10 +23,16 @@ from typing import Any, cast
 import evidence_online
 import evidence_page
 import torch
-from evidence_arms import CACHES, EXPERIMENTS, STEPS, Arm, all_runs
+from evidence_arms import CACHES, EXPERIMENTS, FINETUNE_STEPS, SEEDS, STEPS, Arm, Kind, all_runs
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, EvaluateRecipe, PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.configs.schema import (
+    CacheTeacherRecipe,
+    EvaluateRecipe,
+    FinetuneRecipe,
+    PretrainMaeRecipe,
+    TrainStudentRecipe,
+)
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
@@ -34,7 +40,7 @@ from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages import cache_teacher, evaluate, pretrain_mae, train_student
+from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, train_student
 from tinymim.stages.cache_info import describe
 from tinymim.stages.checkpoints import read_state
 from tinymim.stages.fidelity import spread_items
@@ -47,7 +53,10 @@ from tinymim.targets.relations import QKV
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "tinyimagenet40"
 RESULTS = Path(__file__).parent / "results" / "evidence"
 TUNE_SEED = 9
-RATES = {"cached": (4e-3, 1.2e-2, 2.4e-2), "features": (4e-3, 1.2e-2, 2.4e-2), "mae": (4e-3, 1.2e-2, 2.4e-2)}
+RATES = (4e-3, 1.2e-2, 2.4e-2)
+TUNED: tuple[Kind, ...] = ("cached", "features", "mae", "supervised")
+# No augmentation but the views, no smoothing, one rate for all layers: what the other arms have, with labels.
+PLAIN = ["augment={rand_augment: null, erasing: 0, mixup: 0, cutmix: 0}", "smoothing=0", "pool=cls"]
 
 
 class Lab:
@@ -71,6 +80,9 @@ class Lab:
 
     def training(self, arm: Arm, seed: int, folder: Path) -> tuple[str, str, list[str]]:
         """Command, shipped recipe and `--set`s that make an arm's student; those of `online` arms are its settings."""
+        if arm.kind == "supervised":
+            own = [*PLAIN, "weights=random", "optim.layer_decay=1", "optim.betas=[0.9, 0.95]", "optim.min_lr=0"]
+            return "finetune", "tinyimagenet40-finetune", self.finetuning(STEPS, seed, folder, [*own, *arm.sets])
         sets = [f"source.shards={self.data}", f"optim.steps={STEPS}", f"order.seed={seed}", "loader.workers=1"]
         sets += [*self._run(folder, seed), f"checkpoint.every_steps={STEPS}", "checkpoint.keep=1"]
         if arm.kind == "mae":
@@ -80,18 +92,23 @@ class Lab:
         cache = self.folder / "caches" / arm.cache.replace(" ", "-")
         return "train-student", "tinyimagenet40-student", [*sets, f"cache={cache}", *arm.sets]
 
+    def finetuning(self, steps: int, seed: int, folder: Path, sets: list[str]) -> list[str]:
+        """`--set`s of `finetune tinyimagenet40-finetune`."""
+        data = [f"train.shards={self.data}", f"val.shards={self.data}", "optim.epochs=null", f"optim.steps={steps}"]
+        data += [f"order.seed={seed}", "loader.workers=1", "validation.every_epochs=100", "checkpoint.keep=1"]
+        return [*data, *self._run(folder, seed), f"checkpoint.every_steps={steps}", *sets]
+
     def student(self) -> ModelConfig:
         """The student of all arms that do not name others."""
         recipe = cast(TrainStudentRecipe, load_recipe(Path("tinyimagenet40-student"), "train-student"))
         assert recipe.student is not None
         return recipe.student
 
-    def probes(self, model: ModelConfig, weights: str, seed: int, folder: Path, tuning: bool) -> dict[str, Any]:
-        """k-NN and linear probe: 10,000 training images against the validation set or, to tune, 2,000 others."""
+    def probes(self, model: ModelConfig, weights: str, seed: int, folder: Path, *more: str) -> dict[str, Any]:
+        """k-NN and linear probe: 10,000 training images against the validation set, unless `more` sets another."""
         sets = [f"train.shards={self.data}", "train.pattern=train-00000?.tar", f"weights={weights}"]
         sets += [f"model={json.dumps(model.model_dump(exclude_none=True))}", "loader.workers=1"]
-        sets += [f"val.shards={self.data}"] + (["val.pattern=train-00001[89].tar"] if tuning else [])
-        sets += self._run(folder, seed)
+        sets += [f"val.shards={self.data}", *self._run(folder, seed), *more]
         recipe = cast(EvaluateRecipe, load_recipe(Path("tinyimagenet40-eval"), "evaluate", sets))
         return evaluate.run(recipe)
 
@@ -108,8 +125,11 @@ def main() -> None:
         print(evidence_page.rates(flags.results))
     else:
         for number, arm, seed in all_runs():
-            if number in flags.only and seed in flags.seeds and arm.kind != "supervised":
+            if number in flags.only and seed in flags.seeds:
                 _once(lab, number, arm, seed)
+        for number, arm, seed in all_runs():
+            if number in flags.only and seed in flags.seeds and arm.finetuned and seed in SEEDS:
+                _finetuned(lab, arm, seed)
 
 
 def _flags() -> argparse.Namespace:
@@ -126,8 +146,8 @@ def _flags() -> argparse.Namespace:
 
 
 def _rates() -> Iterator[Arm]:
-    for kind, rates in RATES.items():
-        for rate in rates:
+    for kind in TUNED:
+        for rate in RATES:
             yield Arm(f"{kind}, base_lr {rate:g}", kind, sets=(f"optim.base_lr={rate}",))
 
 
@@ -136,7 +156,7 @@ def _rates() -> Iterator[Arm]:
 
 def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
     """Make the student, probe it, write the result; nothing where there is one or another process is at it."""
-    name = f"{arm.name}-seed{seed}".replace(" ", "-").replace(",", "").replace("=", "")
+    name = _name(arm, seed)
     result = lab.results / f"{name}.json"
     folder = lab.folder / "runs" / name
     if result.exists() or not _taken(folder):
@@ -147,8 +167,10 @@ def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
     began_s, began_cpu_s = time.monotonic(), _cpu_s()
     students = _train(lab, arm, seed, folder)
     train = {"train_s": time.monotonic() - began_s, "train_cpu_s": _cpu_s() - began_cpu_s}
+    more = ["val.pattern=train-00001[89].tar"] if number == "tune" else []
+    more += ["pool=cls"] if arm.kind == "supervised" else []
     for student, (model, weights) in students.items():
-        found = lab.probes(model, weights, seed, folder / student / "evaluation", tuning=number == "tune")
+        found = lab.probes(model, weights, seed, folder / student / "evaluation", *more)
         record: dict[str, Any] = {"experiment": number, "arm": arm.name, "student": student, "seed": seed}
         record |= {key: found[key] for key in ("knn_top1", "knn_top5", "linear_top1", "linear_top5")}
         record |= {"weights_sha256": found["weights_sha256"], "model": found["model"], **train}
@@ -163,12 +185,36 @@ def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
         write_json_atomic(result, {"arm": arm.name, "seed": seed, "students": list(students)})
 
 
+def _finetuned(lab: Lab, arm: Arm, seed: int) -> None:
+    """Fine-tune a student that is there, at the shipped recipe's settings, and write what accuracy that gives."""
+    trained = lab.folder / "runs" / _name(arm, seed)
+    result = lab.results / f"finetune-{_name(arm, seed)}.json"
+    folder = lab.folder / "finetuned" / _name(arm, seed)
+    if not (lab.results / f"{_name(arm, seed)}.json").exists() or result.exists() or not _taken(folder):
+        return
+    name = pretrain_mae.ENCODER_NAME if arm.kind == "mae" else train_student.STUDENT_NAME
+    weights = "random" if arm.kind == "random" else trained / name
+    sets = lab.finetuning(FINETUNE_STEPS, seed, folder, [f"weights={weights}"])
+    recipe = cast(FinetuneRecipe, load_recipe(Path("tinyimagenet40-finetune"), "finetune", sets))
+    report = finetune.run(recipe)
+    assert report is not None
+    last = report["weights"][finetune.LAST_NAME]
+    write_json_atomic(result, {"arm": arm.name, "seed": seed, "finetune_top1": last["top1"], "top5": last["top5"]})
+
+
+def _name(arm: Arm, seed: int) -> str:
+    return f"{arm.name}-seed{seed}".replace(" ", "-").replace(",", "").replace("=", "")
+
+
 def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[ModelConfig, str]]:
     """Model and weights of an arm's students, by name; "" where there is one."""
     command, base, sets = lab.training(arm, seed, folder)
     model = lab.student()
     if arm.kind == "random":
         return {"": (model, "random")}
+    if arm.kind == "supervised":
+        finetune.run(cast(FinetuneRecipe, load_recipe(Path(base), command, sets)))
+        return {"": (model, str(folder / finetune.LAST_NAME))}
     if arm.kind == "mae":
         pretrain_mae.run(cast(PretrainMaeRecipe, load_recipe(Path(base), command, sets)))
         return {"": (model, str(folder / pretrain_mae.ENCODER_NAME))}

@@ -14,6 +14,7 @@ Kind = Literal["cached", "online", "features", "mae", "supervised", "random"]
 
 SEEDS = (0, 1, 2)
 STEPS = 400
+FINETUNE_STEPS = 600
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Arm:
         kind: see `Kind`.
         cache: a key of `CACHES`; of `cached` arms.
         sets: `--set` beyond the base recipe.
-        judged: whether relations of the base target are what it was trained on, so that its held-out KL means something.
+        judged: whether its held-out KL means something: it was trained on the relations of the base target.
+        finetuned: whether the student is fine-tuned, too, for the seeds `SEEDS`.
         seeds: more of them where a difference is to be resolved.
     """
 
@@ -34,6 +36,7 @@ class Arm:
     cache: str = "64x8"
     sets: tuple[str, ...] = ()
     judged: bool = True
+    finetuned: bool = False
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -77,8 +80,8 @@ CACHES: dict[str, Cache] = {
 }
 
 _MORE = (0, 1, 2, 3, 4)
-ONLINE = Arm("online dense", "online", seeds=_MORE)
-SKETCH = Arm("sketch 64x8 (default)", seeds=_MORE)
+ONLINE = Arm("online dense", "online", finetuned=True, seeds=_MORE)
+SKETCH = Arm("sketch 64x8 (default)", finetuned=True, seeds=_MORE)
 _FEW = f"source.pattern={FEW_SHARDS}"
 
 
@@ -104,8 +107,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             ONLINE,
             SKETCH,
-            Arm("sketch 16x8", cache="16x8", seeds=_MORE),
-            Arm("sketch 8x4", cache="8x4", seeds=_MORE),
+            Arm("sketch 16x8", cache="16x8", finetuned=True, seeds=_MORE),
+            Arm("sketch 8x4", cache="8x4", finetuned=True, seeds=_MORE),
         ),
     ),
     "2": Experiment(
@@ -128,10 +131,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Is it the relations that do it?",
         (
             SKETCH,
-            Arm("features, online", "features", judged=False),
-            Arm("masked autoencoder", "mae", judged=False),
+            Arm("features, online", "features", judged=False, finetuned=True),
+            Arm("masked autoencoder", "mae", judged=False, finetuned=True),
             Arm("supervised, with labels", "supervised", judged=False),
-            Arm("not trained", "random", judged=False),
+            Arm("not trained", "random", judged=False, finetuned=True),
         ),
     ),
     "5": Experiment(

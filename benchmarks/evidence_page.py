@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from evidence_arms import EXPERIMENTS, STEPS, Arm, Experiment
+from evidence_arms import EXPERIMENTS, FINETUNE_STEPS, STEPS, Arm, Experiment
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom: few seeds, wide intervals.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -45,7 +45,12 @@ def rates(results: Path) -> str:
 
 def _records(results: Path) -> list[Record]:
     found = [json.loads(path.read_bytes()) for path in sorted(results.glob("*.json"))]
-    return [record for record in found if "knn_top1" in record]
+    tuned = {(r["arm"], r["seed"]): r["finetune_top1"] for r in found if "finetune_top1" in r}
+    probed = [record for record in found if "knn_top1" in record]
+    for record in probed:
+        if not record["student"] and (record["arm"], record["seed"]) in tuned:
+            record["finetune_top1"] = tuned[record["arm"], record["seed"]]
+    return probed
 
 
 def _header(records: list[Record]) -> str:
@@ -59,10 +64,10 @@ def _header(records: list[Record]) -> str:
   {cpu_h:.1f} CPU hours of training
 - teacher: MAE, 128 wide, 6 blocks, 4 heads, 6,000 steps of 64 (`tinyimagenet40-mae`); student: 64 wide, 4 blocks,
   {STEPS} steps of 64
-- 20,000 training images of 40 classes at 64 px, patch 8, 65 tokens; k-NN and linear probe on frozen features of the first
-  10,000 of them, judged on 2,000 others (chance 2.5 %)
-- a seed is initial weights, order and colours; arms of one seed share them. mean ± sample sd over seeds; differences are
-  paired by seed, with their 95 % interval (Student's t): it is wide for three seeds"""
+- 20,000 training images of 40 classes at 64 px, patch 8, 65 tokens; k-NN and linear probe on frozen features of the
+  first 10,000 of them, judged on 2,000 others (chance 2.5 %); fine-tuning: {FINETUNE_STEPS} steps of 64, three seeds
+- a seed is initial weights, order and colours; arms of one seed share them. mean ± sample sd over seeds; differences
+  are paired by seed, with their 95 % interval (Student's t): it is wide for three seeds"""
 
 
 def _experiment(number: str, experiment: Experiment, records: list[Record]) -> str:
