@@ -34,7 +34,7 @@ class Bookkeeping:
     shards: list[str]
     rate_name: str
     first_step: int = 0
-    _saved: bool = False
+    _saved: int | None = None  # the newest state that this process has written
 
     @property
     def total_steps(self) -> int:
@@ -97,7 +97,7 @@ class Bookkeeping:
         if save_due or log_due:
             self._log(step - 1, meter, write=log_due)
         if save_due:
-            self._save(step)
+            self.save(step)
         if asked and not last:
             raise Interrupted(f"state of step {step:,} saved; the same command continues", requeue)
 
@@ -125,9 +125,12 @@ class Bookkeeping:
                 learner.log(step, means | {"lr": learner.schedule.lr(step)} | rate)
         meter.note = ", ".join(notes)
 
-    def _save(self, step: int) -> None:
+    def save(self, step: int) -> None:
+        """Write the states after `step` steps, which is due after `close` only, and only if that did not do it."""
+        if step == self._saved:
+            return
         for learner in self.learners:
             learner.save(step, self.order)
         for learner in self.learners:  # only now: up to here all students have an older state in common
-            learner.prune(step, None if self._saved else self.first_step)
-        self._saved = True
+            learner.prune(step, self.first_step if self._saved is None else None)
+        self._saved = step

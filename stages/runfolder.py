@@ -15,12 +15,14 @@ from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
+AUDIT_NAME = "audit.jsonl"
+
 
 class RunFolder:
     """Open a run folder for one recipe: writes `recipe.yaml` and `versions.json` before anything else.
 
-    Metrics of steps at or after `first_step` are dropped first, so that a resumed run's log has each step once. With
-    None nothing is dropped: several processes may then log into one folder.
+    Metrics of steps at or after `first_step` are dropped first, and audits of more steps than that, so that a resumed
+    run's log has each step once. With None nothing is dropped: several processes may then log into one folder.
     """
 
     def __init__(self, recipe: RunRecipe, first_step: int | None = 0) -> None:
@@ -29,6 +31,7 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         if first_step is not None:
             _drop_from(metrics, first_step)
+            _drop_from(self.path / AUDIT_NAME, first_step + 1 if first_step else 0)  # what step 0 was may have changed
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step or None)
 
@@ -57,11 +60,11 @@ def write_provenance(recipe: RunRecipe) -> None:
     write_json_atomic(folder / "versions.json", provenance(recipe))
 
 
-def _drop_from(metrics: Path, first_step: int) -> None:
-    if not metrics.exists():
+def _drop_from(lines: Path, first_step: int) -> None:
+    if not lines.exists():
         return
-    kept = [line for line in metrics.read_text().splitlines(keepends=True) if _step_of(line) < first_step]
-    write_bytes_atomic(metrics, "".join(kept).encode())
+    kept = [line for line in lines.read_text().splitlines(keepends=True) if _step_of(line) < first_step]
+    write_bytes_atomic(lines, "".join(kept).encode())
 
 
 def _step_of(line: str) -> float:

@@ -28,6 +28,7 @@ from tinymim.stages.launch import on_ranks
 from tinymim.stages.learner import Learner
 from tinymim.stages.progress import say
 from tinymim.stages.runfolder import write_provenance
+from tinymim.stages.student_audit import StudentAudits
 from tinymim.stages.training import autocast, parts_of, seeded
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
@@ -105,6 +106,8 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         learner = Learner(name, about, own, "student", student, example, ranks, order, content)
         learners.append((own.jitter, student, learner))
     normalise = Normalise().to(device)
+    audited = [(student, learner) for _, student, learner in learners]
+    audits = StudentAudits(recipe, manifest, relation_heads, audited, ranks, device)
 
     # ---- resume
     names = [shard.name for shard in source.shards]
@@ -124,6 +127,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     )
     places = torch.from_numpy(order.places)
     with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
+        audits.after(books.first_step, books, stop)
         for step, batch in enumerate(stream, start=books.first_step):
             pixels = batch.pixels.to(device, non_blocking=True)
             records = {name: array.to(device, non_blocking=True) for name, array in batch.records.items()}
@@ -148,6 +152,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             for *_, learner in learners:
                 learner.update(step)
             books.close(step + 1, stop, meter)
+            audits.after(step + 1, books, stop)
 
     # ---- export
     if not ranks.first:
