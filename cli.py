@@ -22,6 +22,7 @@ from tinymim.configs.schema import (
     ChainRecipe,
     EvaluateRecipe,
     FidelityRecipe,
+    FinetuneRecipe,
     PretrainMaeRecipe,
     TrainStudentRecipe,
 )
@@ -45,6 +46,7 @@ In order of use:
   tinymim cache-teacher RECIPE           2. the teacher over every view, once
   tinymim train-student RECIPE           3. as many students as you like
   tinymim evaluate RECIPE                4. k-NN and linear probe
+  tinymim finetune RECIPE                   with a head, on labels: what papers report
   tinymim fidelity RECIPE                   which codec, before you cache
   tinymim plan RECIPES                      what it costs and saves, before you pay
   tinymim cache --help                      list, check, mend, copy caches
@@ -233,6 +235,36 @@ def evaluate(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
     from tinymim.stages import evaluate as stage
 
     print_json(stage.run(loaded))
+
+
+@app.command(
+    name="finetune",
+    sort_key=5,
+    help=_help(
+        """Fine-tune an encoder with a new head on labelled shards: top-1, top-5, confusion.
+
+Reads the shards of `train` and `val`, and `weights`: a file (a student, an encoder of
+pretrain-mae, an official MAE .pth, another fine-tuning), `hub`, `package:NAME`, or
+`random` for training from scratch. Weights that do not exist or do not fit are an
+error that lists the missing and the unexpected keys.
+Writes run.folder: last.safetensors and best.safetensors (by top-1 on `val`), which
+load into timm with strict=True, finetuned.json (history, classes), metrics.jsonl,
+TensorBoard, the resolved recipe and versions, and state-STEP.pt, from which the same
+command continues. Prints finetuned.json without history and classes. On several GPUs
+with --set workers=N.
+
+Example: tinymim finetune tinyimagenet40-finetune --set optim.epochs=2""",
+        "finetune",
+    ),
+)
+def finetune(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
+    loaded = load_recipe(recipe, "finetune", overrides or ())
+    assert isinstance(loaded, FinetuneRecipe)
+    from tinymim.stages import finetune as stage
+
+    report = stage.run(loaded)
+    if report is not None:
+        print_json({name: value for name, value in report.items() if name not in ("history", "classes_of_best")})
 
 
 @app.command(

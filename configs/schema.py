@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from tinymim.configs.place import Place
 from tinymim.configs.sections import (
     AuditConfig,
+    AugmentConfig,
     CheckpointConfig,
     Cluster,
     ClusterConfig,
@@ -20,6 +21,7 @@ from tinymim.configs.sections import (
     Fraction,
     JitterConfig,
     KnnConfig,
+    LayerwiseOptimConfig,
     LinearProbeConfig,
     LoaderConfig,
     MaeConfig,
@@ -35,6 +37,7 @@ from tinymim.configs.sections import (
     SourceConfig,
     TargetsConfig,
     TeacherConfig,
+    ValidationConfig,
     VerifyConfig,
     ViewConfig,
     Workers,
@@ -192,7 +195,45 @@ class TrainStudentRecipe(Section):
         }
 
 
-TrainingRecipe = PretrainMaeRecipe | TrainStudentRecipe
+class FinetuneRecipe(Section):
+    """`tinymim finetune`: train an encoder and a new head on labelled images."""
+
+    stage: Literal["finetune"]
+    train: SourceConfig
+    val: SourceConfig
+    views: ViewConfig = ViewConfig()
+    model: ModelConfig
+    weights: str  # "random" (supervised from scratch), "hub", "package:NAME", or a file
+    pool: Literal["mean", "cls"] = "mean"  # what the head sees: the mean over patches, or the class token
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    drop_path: Fraction = 0.1
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of labels
+    augment: AugmentConfig = AugmentConfig()
+    optim: LayerwiseOptimConfig
+    ema: EmaConfig | None = None
+    validation: ValidationConfig = ValidationConfig()
+    order: OrderConfig = OrderConfig()
+    loader: LoaderConfig = LoaderConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    precision: Precision = "fp32"
+    workers: Workers = 1
+    cluster: Cluster = "local"
+    max_restarts: Restarts = 3
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _whole_shares(self) -> "FinetuneRecipe":
+        _require_whole_shares(self.workers, self.order, self.optim)
+        if self.augment.mixes and self.optim.batch_size % (2 * self.order.lanes):
+            raise ValueError(
+                "mixup and cutmix pair the samples of a lane: optim.batch_size must be a multiple of 2 x order.lanes; "
+                f"got {self.optim.batch_size} and {self.order.lanes} lanes"
+            )
+        return self
+
+
+TrainingRecipe = PretrainMaeRecipe | TrainStudentRecipe | FinetuneRecipe
 
 
 class EvaluateRecipe(Section):
@@ -242,7 +283,7 @@ class FidelityRecipe(Section):
 class ChainStep(Section):
     """One command of a chain."""
 
-    stage: Literal["pretrain-mae", "cache-teacher", "train-student"]
+    stage: Literal["pretrain-mae", "cache-teacher", "train-student", "finetune"]
     recipe: Path  # a file, or the name of a shipped recipe
     set: tuple[str, ...] = ()  # as --set: `cache=caches/mine`; later than the chain's own
 
@@ -255,7 +296,9 @@ class ChainRecipe(Section):
     set: tuple[str, ...] = ()  # as --set, for every step: `source.shards=shards/mine`
 
 
-RunRecipe = PretrainMaeRecipe | CacheTeacherRecipe | TrainStudentRecipe | EvaluateRecipe | FidelityRecipe
+RunRecipe = (
+    PretrainMaeRecipe | CacheTeacherRecipe | TrainStudentRecipe | EvaluateRecipe | FidelityRecipe | FinetuneRecipe
+)
 Recipe = RunRecipe | ChainRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "pretrain-mae": PretrainMaeRecipe,
@@ -263,5 +306,6 @@ RECIPES: dict[str, type[Recipe]] = {
     "train-student": TrainStudentRecipe,
     "evaluate": EvaluateRecipe,
     "fidelity": FidelityRecipe,
+    "finetune": FinetuneRecipe,
     "chain": ChainRecipe,
 }

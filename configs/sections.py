@@ -195,6 +195,15 @@ class OptimConfig(Section):
         return self
 
 
+class LayerwiseOptimConfig(OptimConfig):
+    """AdamW for fine-tuning; the rate is the head's, and each layer below has `layer_decay` of that above it."""
+
+    base_lr: Annotated[float, Field(gt=0)] = 5e-4
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65  # 1: the same rate everywhere
+
+
 class LoaderConfig(Section):
     """Reading and decoding. None of this changes a pixel or the order of samples."""
 
@@ -251,6 +260,20 @@ class JitterConfig(Section):
     saturation: Fraction = 0.4
 
 
+class AugmentConfig(Section):
+    """What fine-tuning does to a view, by timm: RandAugment, random erasing, mixup or CutMix. 0 or null: not at all."""
+
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's notation
+    erasing: Fraction = 0.25  # share of the images in which a box becomes noise
+    mixup: Annotated[float, Field(ge=0)] = 0.8  # alpha; of both the coin decides, batch by batch
+    cutmix: Annotated[float, Field(ge=0)] = 1.0  # alpha
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
 class VerifyConfig(Section):
     """How many replayed views have their pixel digest compared with the stored one (I2)."""
 
@@ -289,6 +312,14 @@ class ClusterConfig(Section):
                 f"gpus_per_worker is 0, a fraction or 1: a worker uses one GPU; got {self.gpus_per_worker}"
             )
         return self
+
+
+class ValidationConfig(Section):
+    """Accuracy on the validation set during fine-tuning; at its end in any case."""
+
+    every_epochs: Positive = 1
+    batch_size: Positive = 256  # of one rank
+    resize_ratio: Annotated[float, Field(ge=1)] = 1.143  # short side = size x ratio, then centre crop (256/224)
 
 
 class KnnConfig(Section):

@@ -1,7 +1,7 @@
 """Weights in and out: safetensors, official MAE `.pth` (encoder under `model`), timm's hub. Never pickle.
 
 Loading is strict in what matters: every parameter of the encoder must be in the file. Keys of the file that are
-no part of an encoder (decoder, heads, mask token) are dropped and reported.
+no part of the model (decoder, heads, mask token) are dropped and reported.
 """
 
 import hashlib
@@ -24,10 +24,11 @@ _NOT_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.")
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What `load_weights` did: the digest of the loaded tensors, and the file's keys it had no use for."""
+    """What was loaded: the digest of the model's tensors, the file's keys without use, the model's that it lacks."""
 
     sha256: str
     dropped: tuple[str, ...]
+    new: tuple[str, ...] = ()
 
 
 def weights_path(weights: str) -> Path:
@@ -92,27 +93,50 @@ def load_weights(model: nn.Module, weights: str) -> LoadedWeights:
             shape (all are listed).
     """
     path = weights_path(weights)
-    tensors = _strip_prefix(read_tensors(path))
-    dropped = tuple(sorted(name for name in tensors if name.startswith(_NOT_ENCODER)))
-    tensors = {name: tensor.float() for name, tensor in tensors.items() if name not in dropped}
-    tensors = _fit_position(model, tensors)
+    return load_tensors(model, read_tensors(path), str(path))
+
+
+def load_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    *,
+    may_drop: tuple[str, ...] = (),
+    may_lack: tuple[str, ...] = (),
+    hint: str = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads",
+) -> LoadedWeights:
+    """Load a state dict into a model; position embeddings and errors as in `load_weights`.
+
+    Args:
+        model: any module.
+        tensors: by name; prefixes of DataParallel and of our MAE are taken off.
+        origin: where they come from, for messages.
+        may_drop: prefixes of tensors that are left out where the model has none of that name and shape, in addition
+            to those of decoders and heads.
+        may_lack: prefixes of the model's tensors that stay as they are where there are none.
+        hint: of the error.
+    """
     wanted = model.state_dict()
-    missing = sorted(wanted.keys() - tensors.keys())
+    tensors = _fit_position(model, {name: tensor.float() for name, tensor in _strip_prefix(dict(tensors)).items()})
+    fits = {name for name in wanted.keys() & tensors.keys() if tensors[name].shape == wanted[name].shape}
+    dropped = tuple(sorted(name for name in tensors.keys() - fits if name.startswith((*_NOT_ENCODER, *may_drop))))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    new = tuple(sorted(name for name in wanted.keys() - tensors.keys() if may_lack and name.startswith(may_lack)))
+    missing = sorted(wanted.keys() - tensors.keys() - set(new))
     unexpected = sorted(tensors.keys() - wanted.keys())
     shapes = [
         f"{name} {tuple(tensors[name].shape)} for {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & tensors.keys())
-        if tensors[name].shape != wanted[name].shape
+        for name in sorted(wanted.keys() & tensors.keys() - fits)
     ]
     if missing or unexpected or shapes:
         raise CheckpointError(
-            f"{path} does not fit the model",
+            f"{origin} does not fit the model",
             got=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}; other shape: {_some(shapes)}",
-            expected=f"{len(wanted)} tensors of the model",
-            hint="check the model's name, img_size, patch_size, embed_dim, depth and num_heads",
+            expected=f"{len(wanted)} tensors of the model" + (f", of which {len(new)} may be new" if new else ""),
+            hint=hint,
         )
-    model.load_state_dict(tensors, strict=True)
-    return LoadedWeights(tensors_sha256(model.state_dict()), dropped)
+    model.load_state_dict(wanted | tensors, strict=True)
+    return LoadedWeights(tensors_sha256(model.state_dict()), dropped, new)
 
 
 def _strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,8 +15,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def build_model(config: ModelConfig, pretrained: bool = False, drop_path: float = 0.0, **extra: Any) -> nn.Module:
-    """Create the timm model that a recipe names, without a classifier head.
+def build_model(
+    config: ModelConfig, pretrained: bool = False, drop_path: float = 0.0, num_classes: int = 0, **extra: Any
+) -> nn.Module:
+    """Create the timm model that a recipe names, without a classifier head unless `num_classes` asks for one.
 
     Raises:
         RecipeError: timm does not know the name, or refuses the sizes.
@@ -29,7 +31,7 @@ def build_model(config: ModelConfig, pretrained: bool = False, drop_path: float 
         model: nn.Module = timm.create_model(
             config.name,
             pretrained=pretrained,
-            num_classes=0,
+            num_classes=num_classes,
             img_size=config.img_size,
             drop_path_rate=drop_path,
             **overrides,

@@ -80,8 +80,8 @@ class Bookkeeping:
             stop = stack.enter_context(StopFlag(insists=self.ranks.world_size == 1))
             yield stop, stack.enter_context(Meter(self.recipe.stage, self.total_steps, "steps", self.first_step))
 
-    def close(self, step: int, stop: StopFlag, meter: Meter) -> None:
-        """After `step` steps: agree, log, save.
+    def close(self, step: int, stop: StopFlag, meter: Meter, save: bool = False) -> None:
+        """After `step` steps: agree, log, save when it is due or asked for by `save`.
 
         Raises:
             UserError: a loss was not finite on some rank, or a parameter is not.
@@ -91,7 +91,7 @@ class Bookkeeping:
         meter.advance(1)
         last = step == self.total_steps
         log_due = last or (step - 1) % self.recipe.run.log_every == 0
-        save_due = last or step % self.recipe.checkpoint.every_steps == 0
+        save_due = save or last or step % self.recipe.checkpoint.every_steps == 0
         asked, requeue = self._agree(step, stop, wait=log_due or save_due)
         save_due = save_due or asked
         if save_due or log_due:

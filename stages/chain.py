@@ -1,8 +1,15 @@
 """`tinymim chain`: commands one after the other, each going on from where it stopped."""
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, ChainRecipe, PretrainMaeRecipe, Recipe, TrainStudentRecipe
-from tinymim.stages import cache_teacher, pretrain_mae, train_student
+from tinymim.configs.schema import (
+    CacheTeacherRecipe,
+    ChainRecipe,
+    FinetuneRecipe,
+    PretrainMaeRecipe,
+    Recipe,
+    TrainStudentRecipe,
+)
+from tinymim.stages import cache_teacher, finetune, pretrain_mae, train_student
 from tinymim.stages.progress import say
 
 
@@ -28,5 +35,7 @@ def _run(recipe: Recipe) -> None:
             cache_teacher.run(recipe)
         case TrainStudentRecipe():
             train_student.run(recipe)
+        case FinetuneRecipe():
+            finetune.run(recipe)
         case _:
             raise AssertionError(recipe.stage)  # the schema allows no other

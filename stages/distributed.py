@@ -62,6 +62,24 @@ class Ranks:
             dist.all_reduce(values)
         return values / self.world_size
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on the CPU: exact for int64, of any shape."""
+        values = values.detach().cpu().clone()
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather_bytes(self, payload: bytes) -> list[bytes]:
+        """Every rank's bytes, by rank."""
+        if self.world_size == 1:
+            return [payload]
+        sizes = self.gather(len(payload))
+        own = torch.zeros(max(sizes), dtype=torch.uint8)
+        own[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
+        found = [torch.empty_like(own) for _ in sizes]
+        dist.all_gather(found, own)
+        return [each[:size].numpy().tobytes() for each, size in zip(found, sizes, strict=True)]
+
     def gather(self, value: int) -> list[int]:
         """Every rank's value, by rank."""
         if self.world_size == 1:

@@ -23,12 +23,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tinymim.configs.errors import InternalError, TinymimError, is_refusal
-from tinymim.configs.schema import PretrainMaeRecipe, TrainingRecipe, TrainStudentRecipe
+from tinymim.configs.schema import FinetuneRecipe, PretrainMaeRecipe, TrainingRecipe, TrainStudentRecipe
 from tinymim.stages.distributed import Ranks, joined, launched
 from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.progress import say
 
-R = TypeVar("R", PretrainMaeRecipe, TrainStudentRecipe)
+R = TypeVar("R", PretrainMaeRecipe, TrainStudentRecipe, FinetuneRecipe)
 Training = Callable[[R, Ranks], None]
 EXIT_STOPPED = 130
 

@@ -110,7 +110,7 @@ class StudentAudits:
             return
         heard = self._audit(step, regular, books, stop) if self._first else []
         # Here the other ranks wait for the first one, without a GPU: as long as gloo's limit, half an hour.
-        told = self._ranks.from_first("\n  ".join(heard).encode())
+        told = self._ranks.from_first("\n  ".join(heard).encode() or None)
         if told and self._config.on_alarm == "stop":
             books.save(step)
             raise UserError(

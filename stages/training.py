@@ -1,4 +1,4 @@
-"""What both training stages share: device, AdamW with its parameter groups, the schedule, randomness by step."""
+"""What the training stages share: device, AdamW with its parameter groups, the schedule, randomness by step."""
 
 import contextlib
 import hashlib
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tinymim.configs.errors import RecipeError, UserError
 from tinymim.configs.schema import TrainingRecipe
-from tinymim.configs.sections import ModelConfig, OptimConfig
+from tinymim.configs.sections import LayerwiseOptimConfig, ModelConfig, OptimConfig
 from tinymim.storage.atomic import canonical_json, digest_hex
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +73,15 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 
 
 def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C]."""
+    """AdamW; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C].
+
+    With a `layer_decay` the groups are timm's (a timm model's own layers, and what it says must not decay), each with
+    its "lr_scale": the share of the schedule's rate that it gets.
+    """
+    if isinstance(config, LayerwiseOptimConfig):
+        spared: set[str] = getattr(model, "no_weight_decay", set)()
+        layers = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
+        return torch.optim.AdamW(layers, lr=0.0, betas=config.betas)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if p.squeeze().ndim <= 1]
     decayed = [p for name, p in trained if p.squeeze().ndim > 1]
@@ -87,9 +96,12 @@ def optimiser_step(
     lr: float,
     clip_norm: float | None,
 ) -> None:
-    """Update at rate `lr` by the gradients at hand, scaled by `scaler` (inactive outside fp16), and free them."""
+    """Update by the gradients at hand, scaled by `scaler` (inactive outside fp16), and free them.
+
+    The rate is `lr`, for a group with an "lr_scale" that share of it.
+    """
     for group in optimiser.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     if clip_norm is not None:
         scaler.unscale_(optimiser)
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
@@ -153,6 +165,7 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
         ("loader", "checkpoint", "verify", "audit", "source", "cache", "students"), True
     )
     free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
+    free |= {"train": True, "val": True, "weights": True}
     # The order of samples has an identity of its own, with the images and the views that are really used: a cache may
     # grow under a student that then names the number of views it began with.
     free |= {"num_views": True, "on_missing": True}

@@ -1,0 +1,274 @@
+"""`tinymim finetune`: train an encoder and a new head on labelled images, by timm's usual means."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from tinymim.configs.errors import SourceError
+from tinymim.configs.load import dump_recipe, recipe_digest
+from tinymim.configs.schema import FinetuneRecipe
+from tinymim.models.checkpoints import LoadedWeights, tensors_sha256, to_safetensors
+from tinymim.models.classifier import build_classifier, load_classifier, pixel_statistics, timm_arguments
+from tinymim.models.drop_path import hand_out, take_over
+from tinymim.models.vit import Normalise, count_parameters
+from tinymim.pipeline.augment import AugmentedViews, Mixing, erase
+from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.decode import environment
+from tinymim.pipeline.loader import batches
+from tinymim.pipeline.order import SampleOrder
+from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
+from tinymim.pipeline.views import RandomViews
+from tinymim.stages.bookkeeping import Bookkeeping
+from tinymim.stages.distributed import Ranks, environment_ranks, rank_device, require_equal_parts
+from tinymim.stages.evaluate import count_classes
+from tinymim.stages.interrupt import Interrupted, StopFlag
+from tinymim.stages.launch import on_ranks
+from tinymim.stages.learner import Learner
+from tinymim.stages.progress import Meter, say
+from tinymim.stages.training import autocast, parts_of, require_view_size, seeded
+from tinymim.stages.validation import Counts, Record, Validation, by_class, merged
+from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
+
+LAST_NAME = "last.safetensors"
+LAST_EMA_NAME = "last-ema.safetensors"
+BEST_NAME = "best.safetensors"
+REPORT_NAME = "finetuned.json"
+CPU = torch.device("cpu")
+
+
+def run(recipe: FinetuneRecipe) -> dict[str, Any] | None:
+    """Train and write `<run.folder>/{last,best}.safetensors` and `finetuned.json`.
+
+    With `workers` the training runs in so many processes, or as the rank that the environment names.
+
+    Returns:
+        what `finetuned.json` holds; None on other ranks than the first.
+
+    Raises:
+        UserError: sources that are unlabelled or do not fit each other, weights that do not exist or fit; a loss that
+            is not finite.
+        InternalError: workers died more often than the recipe allows.
+        Interrupted: stopped by a signal after saving its state.
+    """
+    on_ranks(train, recipe)
+    if not environment_ranks().first:
+        return None
+    report: dict[str, Any] = json.loads((recipe.run.folder / REPORT_NAME).read_text())
+    return report
+
+
+def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
+    """`run` as one of the ranks."""
+    # ---- sources
+    device = rank_device(recipe.run.device, ranks)
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    require_view_size(recipe.views.size, recipe.model, "model")
+    batch_size = recipe.optim.batch_size
+    require_equal_parts(batch_size, ranks, recipe.optim.accumulate)
+    source, held_out = open_shards(recipe.train), open_shards(recipe.val)
+    num_classes = size_of_head(source, held_out)
+    order = SampleOrder(source.counts, recipe.order, batch_size, None, ranks.rank, ranks.world_size)
+
+    # ---- model, optimiser
+    mean, std = pixel_statistics(recipe.model, recipe.weights)
+    mean, std = recipe.mean or mean, recipe.std or std
+    normalise = Normalise(mean, std).to(device)  # type: ignore[arg-type]  # three floats each
+    torch.manual_seed(recipe.run.seed)
+    model = build_classifier(recipe.model, num_classes, recipe.pool, recipe.drop_path)
+    start = load_classifier(model, recipe.model, recipe.weights)
+    paths = take_over(model)
+    model.to(device)
+    size = recipe.model.img_size
+    about = f"{recipe.model.name} of {count_parameters(model):,} parameters, {num_classes:,} classes"
+    example = (torch.zeros(2, 3, size, size, device=device),)
+    content = [start.sha256, *(shard.content_hash for each in (source, held_out) for shard in each.shards)]
+    learner = Learner("", about, recipe, "model", model, example, ranks, order, content)
+    record = Record()
+    learner.parts["record"] = record
+    metadata = {
+        "made_by": "tinymim finetune",
+        "recipe": dump_recipe(recipe),
+        "libraries": json.dumps(environment()),
+        "timm": json.dumps(timm_arguments(recipe.model, num_classes, recipe.pool)),
+        "classes": json.dumps(source.classes),
+        "started_from_sha256": start.sha256,
+    }
+
+    # ---- resume
+    books = Bookkeeping(recipe, [learner], ranks, order, [shard.name for shard in source.shards], "images_per_s")
+    books.resume()
+    say(f"finetune: {started_from(recipe, start)}")
+    books.describe(f"{source.num_samples:,} images, validated on {held_out.num_samples:,}")
+    validation = Validation(recipe, held_out.shards, num_classes, normalise, ranks)
+    examiner = Examiner(recipe, learner, record, validation, metadata, order.steps_per_epoch, books.total_steps)
+
+    # ---- train
+    views = ImageViews(source.shards, RandomViews(recipe.views), seed=recipe.run.seed)
+    stream = batches(
+        AugmentedViews(views, recipe.augment.rand_augment, mean),
+        order.plan(books.total_steps),
+        recipe.loader,
+        pin_memory=device.type == "cuda",
+        batches_per_entry=recipe.order.views_per_decode,
+    )
+    places = torch.from_numpy(order.places)
+    mixing = Mixing(recipe.augment, recipe.smoothing, num_classes)
+    criterion = SoftTargetCrossEntropy()
+    with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
+        examiner.after(books.first_step, stop, meter)  # stopped in the middle of it
+        for step, batch in enumerate(stream, start=books.first_step):
+            examiner.unreadable |= dict(batch.unreadable)
+            images = normalise(batch.pixels.to(device, non_blocking=True))
+            erase(images, batch.view_keys, recipe.augment.erasing)
+            targets = mixing(images, batch.labels, order.lanes, recipe.run.seed, step)
+            for part in parts_of(len(places), recipe.optim.accumulate):
+                hand_out(paths, seeded(CPU, recipe.run.seed, step), places[part.rows], batch_size, device)
+                with learner.part_of_step(part.first, part.last):
+                    with autocast(device, recipe.precision):
+                        logits = learner.model(images[part.rows])
+                    learner.backward({"loss": criterion(logits.float(), targets[part.rows])}, part.share)
+            learner.update(step)
+            books.close(step + 1, stop, meter, save=examiner.due(step + 1))
+            examiner.after(step + 1, stop, meter)
+
+    # ---- export
+    if ranks.first:
+        _export(examiner, start, source, held_out)
+
+
+def size_of_head(train: ShardSet, val: ShardSet) -> int:
+    """How many classes the head tells apart: those that the index names, or up to the largest label.
+
+    Raises:
+        SourceError: an unlabelled sample, a class of `val` that `train` lacks, class lists that differ, or a label
+            that has no name in the list.
+    """
+    count_classes(train, val)
+    largest = int(np.max(labels_of(train.shards)))
+    if train.classes and largest >= len(train.classes):
+        raise SourceError(
+            "a label is beyond the index's list of classes",
+            got=f"label {largest}",
+            expected=f"below {len(train.classes)}",
+        )
+    return len(train.classes) or largest + 1
+
+
+def started_from(recipe: FinetuneRecipe, start: LoadedWeights) -> str:
+    """What the training starts from, in words: what is loaded, left out, new."""
+    if recipe.weights == "random":
+        return f"from scratch, as `weights: random` asks (seed {recipe.run.seed})"
+    left_out = f"; not used: {', '.join(start.dropped)}" if start.dropped else ""
+    return f"from {recipe.weights}; new: {', '.join(start.new) or 'nothing, the head is loaded too'}{left_out}"
+
+
+@dataclass
+class Examiner:
+    """Validates when it is due, and keeps the books of it.
+
+    Attributes:
+        unreadable: images of the training set that this rank could not read since the last validation, and why.
+    """
+
+    recipe: FinetuneRecipe
+    learner: Learner
+    record: Record
+    validation: Validation
+    metadata: dict[str, str]
+    steps_per_epoch: int
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        self.unreadable: dict[str, str] = {}
+
+    def due(self, step: int) -> bool:
+        """Whether the weights after so many steps are to be validated."""
+        every = self.recipe.validation.every_epochs * self.steps_per_epoch
+        return step == self.total_steps or (step > 0 and step % every == 0)
+
+    def after(self, step: int, stop: StopFlag, meter: Meter) -> None:
+        """Validate if it is due and not yet done; the state of this step is saved already.
+
+        Raises:
+            Interrupted: some rank was asked to stop.
+        """
+        if not self.due(step) or not self.record.lacks(step):
+            return
+        learner, ranks = self.learner, self.learner.ranks
+        models: dict[str, nn.Module] = {"model": learner.module}
+        if learner.ema is not None:
+            models["ema"] = learner.ema.module
+        try:
+            counts = self.validation.count(models, learner.device, stop, meter)
+        except Interrupted as interrupted:
+            raise Interrupted(
+                f"state of step {step:,} saved, without its validation; the same command continues",
+                interrupted.requeue,
+            ) from None
+        self.record.unreadable |= dict(merged(list(self.unreadable.items()), ranks))
+        self.unreadable.clear()
+        self._note(step, counts, models)
+
+    def _note(self, step: int, counts: dict[str, Counts], models: dict[str, nn.Module]) -> None:
+        learner, scores = self.learner, {name: each.scores() for name, each in counts.items()}
+        entry = {"epoch": round(step / self.steps_per_epoch, 4), "step": step, **scores}
+        of = list(models)[-1]  # the average, where there is one
+        best = self.record.add(entry, of, counts[of], models[of] if learner.ranks.first else None)
+        learner.log(
+            step, {f"val_{name}_{score}": value for name, each in scores.items() for score, value in each.items()}
+        )
+        if best and learner.ranks.first:
+            _write_weights(learner.folder / BEST_NAME, self.record.weights, self.metadata, self.record.best or {})
+        told = ", ".join(f"{name} top-1 {each['top1']:.2%} top-5 {each['top5']:.2%}" for name, each in scores.items())
+        say(f"finetune: epoch {entry['epoch']:g}: {told}, loss {scores[of]['loss']:.4f}{', the best' if best else ''}")
+
+
+def _write_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str], entry: dict[str, Any]) -> None:
+    """A state dict with what made it, and how good it is on the validation set."""
+    write_bytes_atomic(path, to_safetensors(state, metadata | {"validation": json.dumps(entry)}))
+
+
+def _export(examiner: Examiner, start: LoadedWeights, source: ShardSet, held_out: ShardSet) -> None:
+    """Write the last and the best weights, and the report; say so."""
+    recipe, learner, record = examiner.recipe, examiner.learner, examiner.record
+    assert record.best is not None  # validated after the last step
+    folder, last = recipe.run.folder, record.history[-1]
+    files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
+        LAST_NAME: (learner.module.state_dict(), last | {"of": "model"}),
+        BEST_NAME: (record.weights, record.best),
+    }
+    if learner.ema is not None:
+        files[LAST_EMA_NAME] = (learner.ema.module.state_dict(), last | {"of": "ema"})
+    weights = {}
+    for name, (state, entry) in files.items():
+        _write_weights(folder / name, state, examiner.metadata, entry)
+        about = {key: entry[key] for key in ("of", "epoch", "step")}
+        weights[name] = about | entry[entry["of"]] | {"weights_sha256": tensors_sha256(state)}
+    report = {
+        "weights": weights,
+        "num_train_images": source.num_samples,
+        "num_val_images": int(record.confusion.sum()),
+        "num_classes": len(record.confusion),
+        "unreadable": [
+            {"set": name, "key": key, "reason": reason}
+            for name, found in (("train", sorted(record.unreadable.items())), ("val", examiner.validation.unreadable))
+            for key, reason in found
+        ],
+        "model": timm_arguments(recipe.model, len(record.confusion), recipe.pool),
+        "started_from": {"weights": recipe.weights, "sha256": start.sha256, "new": start.new, "unused": start.dropped},
+        "recipe_digest": recipe_digest(recipe),
+        "libraries": environment(),
+        "history": record.history,
+        "classes_of_best": by_class(record.confusion, source.classes or held_out.classes),
+    }
+    write_json_atomic(folder / REPORT_NAME, report)
+    best = weights[BEST_NAME]
+    say(f"finetune: wrote {folder / BEST_NAME}: top-1 {best['top1']:.2%} after {best['epoch']:g} epochs")
