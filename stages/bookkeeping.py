@@ -75,7 +75,7 @@ class Bookkeeping:
         """Logs, signals and progress for as long as the training runs."""
         with contextlib.ExitStack() as stack:
             for learner in self.learners:
-                stack.enter_context(learner.logging(self.first_step))
+                stack.enter_context(learner.logging(self.first_step, len(self.learners)))
             # Of many ranks each gets the signal once from its parent, and perhaps once more from a terminal.
             stop = stack.enter_context(StopFlag(insists=self.ranks.world_size == 1))
             yield stop, stack.enter_context(Meter(self.recipe.stage, self.total_steps, "steps", self.first_step))
@@ -122,7 +122,8 @@ class Bookkeeping:
             notes.append(f"{learner.name} loss {means['loss']:.4f}".lstrip())
             if write:
                 rate = {self.rate_name: meter.rate * self.order.batch_size}
-                learner.log(step, means | {"lr": learner.schedule.lr(step)} | rate)
+                epoch = {"epoch": (step + 1) / self.order.steps_per_epoch}
+                learner.log(step, means | {"lr": learner.schedule.lr(step)} | rate | epoch)
         meter.note = ", ".join(notes)
 
     def save(self, step: int) -> None:

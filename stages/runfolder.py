@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
+from tinymim.stages.sessions import Session
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
 AUDIT_NAME = "audit.jsonl"
@@ -23,11 +24,13 @@ class RunFolder:
 
     Metrics of steps at or after `first_step` are dropped first, and audits of more steps than that, so that a resumed
     run's log has each step once. With None nothing is dropped: several processes may then log into one folder.
+    What the run takes is written down in `session`, by `devices` devices for this model.
     """
 
-    def __init__(self, recipe: RunRecipe, first_step: int | None = 0) -> None:
+    def __init__(self, recipe: RunRecipe, first_step: int | None = 0, devices: float = 1.0) -> None:
         self.path: Path = recipe.run.folder
         write_provenance(recipe)
+        self.session = Session(recipe, devices, anew=first_step == 0)
         metrics = self.path / "metrics.jsonl"
         if first_step is not None:
             _drop_from(metrics, first_step)
@@ -41,6 +44,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.session.tick(last=True)
         self._metrics.close()
         self._board.close()
 
@@ -48,6 +52,7 @@ class RunFolder:
         """Append one line {"step": step, ...} and the same scalars to TensorBoard."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
+        self.session.tick()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
