@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from tinymim.configs.place import Place
 from tinymim.configs.sections import (
+    AuditConfig,
     AugmentConfig,
     CheckpointConfig,
     Cluster,
@@ -141,6 +142,7 @@ class TrainStudentRecipe(Section):
     ema: EmaConfig | None = None
     order: OrderConfig = OrderConfig()
     verify: VerifyConfig = VerifyConfig()
+    audit: AuditConfig | None = None
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Precision = "fp32"

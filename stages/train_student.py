@@ -28,6 +28,7 @@ from tinymim.stages.launch import on_ranks
 from tinymim.stages.learner import Learner
 from tinymim.stages.progress import say
 from tinymim.stages.runfolder import write_provenance
+from tinymim.stages.student_audit import StudentAudits
 from tinymim.stages.training import autocast, parts_of, seeded
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
@@ -120,6 +121,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         )
         for each in {learner.device: None for learner in learners}
     }
+    audits = StudentAudits(recipe, manifest, relation_heads, [(each.student, each.learner) for each in students], ranks)
 
     # ---- resume
     names = [shard.name for shard in source.shards]
@@ -138,6 +140,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         batches_per_entry=recipe.order.views_per_decode,
     )
     with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
+        audits.after(books.first_step, books, stop)
         for step, batch in enumerate(stream, start=books.first_step):
             for shared in streams.values():
                 shared.take(step, batch)
@@ -157,6 +160,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
                 with current(learner.device):
                     learner.update(step)
             books.close(step + 1, stop, meter)
+            audits.after(step + 1, books, stop)
 
     # ---- export
     if not ranks.first:
