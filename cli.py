@@ -179,7 +179,7 @@ Reads `cache` and the shards of `source`.
 Writes run.folder: student.safetensors (loads into timm with strict=True),
 trained.json (which tensors were trained), metrics.jsonl, TensorBoard, the
 resolved recipe and versions, and state-STEP.pt, from which the same command
-continues; of `students` into a folder each. On several GPUs with --set workers=N.
+continues; of `students` into a folder each; with `audit` audit.jsonl. On several GPUs with --set workers=N.
 
 Example: tinymim train-student imagenet-sample-student --set optim.steps=600""",
         "train-student",

@@ -11,11 +11,13 @@ from pydantic import Field, model_validator
 
 from tinymim.configs.place import Place
 from tinymim.configs.sections import (
+    AuditConfig,
     AugmentConfig,
     CheckpointConfig,
     Cluster,
     ClusterConfig,
     CodecConfig,
+    Device,
     EmaConfig,
     Fraction,
     JitterConfig,
@@ -116,6 +118,7 @@ class StudentConfig(Section):
     drop_path: Fraction
     jitter: JitterConfig
     ema: EmaConfig | None
+    device: Device | None = None  # None: run.device
 
 
 _OWN = ("optim", "drop_path", "jitter", "ema")  # what a student may have for itself
@@ -139,6 +142,7 @@ class TrainStudentRecipe(Section):
     ema: EmaConfig | None = None
     order: OrderConfig = OrderConfig()
     verify: VerifyConfig = VerifyConfig()
+    audit: AuditConfig | None = None
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Precision = "fp32"
@@ -185,7 +189,9 @@ class TrainStudentRecipe(Section):
                 update={
                     "students": None,
                     "student": own.model,
-                    "run": self.run.model_copy(update={"folder": self.run.folder / name}),
+                    "run": self.run.model_copy(
+                        update={"folder": self.run.folder / name, "device": own.device or self.run.device}
+                    ),
                 }
                 | {field: getattr(own, field) for field in _OWN}
             )

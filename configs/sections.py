@@ -334,3 +334,23 @@ class LinearProbeConfig(Section):
 
     l2: Annotated[float, Field(ge=0)] = 1e-3
     max_iter: Positive = 200
+
+
+class AuditKnnConfig(KnnConfig):
+    """k-NN accuracy of students in training: centre crops of labelled shards."""
+
+    train: SourceConfig
+    val: SourceConfig
+    resize_ratio: Annotated[float, Field(ge=1)] = 1.143  # as in `evaluate`
+    batch_size: Positive = 256
+
+
+class AuditConfig(Section):
+    """Students in training compared with dense targets of images that they are not trained on."""
+
+    cache: Place  # dense or hidden, of the teacher and view size of the training's cache
+    source: SourceConfig  # its images: held out
+    every_epochs: Annotated[float, Field(gt=0)] = 10.0  # and before the first step, and after the last
+    num_images: Annotated[int, Field(ge=8)] = 64  # the first so many of the cache, one view of each
+    knn: AuditKnnConfig | None = None
+    on_alarm: Literal["warn", "stop"] = "warn"

@@ -34,7 +34,7 @@ class Bookkeeping:
     shards: list[str]
     rate_name: str
     first_step: int = 0
-    _saved: bool = False
+    _saved: int | None = None  # the newest state that this process has written
 
     @property
     def total_steps(self) -> int:
@@ -75,7 +75,7 @@ class Bookkeeping:
         """Logs, signals and progress for as long as the training runs."""
         with contextlib.ExitStack() as stack:
             for learner in self.learners:
-                stack.enter_context(learner.logging(self.first_step))
+                stack.enter_context(learner.logging(self.first_step, len(self.learners)))
             # Of many ranks each gets the signal once from its parent, and perhaps once more from a terminal.
             stop = stack.enter_context(StopFlag(insists=self.ranks.world_size == 1))
             yield stop, stack.enter_context(Meter(self.recipe.stage, self.total_steps, "steps", self.first_step))
@@ -97,7 +97,7 @@ class Bookkeeping:
         if save_due or log_due:
             self._log(step - 1, meter, write=log_due)
         if save_due:
-            self._save(step)
+            self.save(step)
         if asked and not last:
             raise Interrupted(f"state of step {step:,} saved; the same command continues", requeue)
 
@@ -122,12 +122,16 @@ class Bookkeeping:
             notes.append(f"{learner.name} loss {means['loss']:.4f}".lstrip())
             if write:
                 rate = {self.rate_name: meter.rate * self.order.batch_size}
-                learner.log(step, means | {"lr": learner.schedule.lr(step)} | rate)
+                epoch = {"epoch": (step + 1) / self.order.steps_per_epoch}
+                learner.log(step, means | {"lr": learner.schedule.lr(step)} | rate | epoch)
         meter.note = ", ".join(notes)
 
-    def _save(self, step: int) -> None:
+    def save(self, step: int) -> None:
+        """Write the states after `step` steps, which is due after `close` only, and only if that did not do it."""
+        if step == self._saved:
+            return
         for learner in self.learners:
             learner.save(step, self.order)
         for learner in self.learners:  # only now: up to here all students have an older state in common
-            learner.prune(step, None if self._saved else self.first_step)
-        self._saved = True
+            learner.prune(step, self.first_step if self._saved is None else None)
+        self._saved = step

@@ -36,6 +36,7 @@ class CacheBoard:
         given_up = self.ledger.settle(report)
         del self._begun[report.unit]
         self._seconds.update(report.seconds)
+        self.log.session.device_s = self._seconds["wall"]  # of all workers, each with a device
         if report.outcome == "failed":
             then = "given up" if given_up else "to be tried again"
             say(f"cache-teacher: unit {report.unit} failed, {then}: {report.reason}")

@@ -193,18 +193,40 @@ def probe(
     Raises:
         SourceError: `val` holds classes that `train` lacks; their numbers are named.
     """
+    problem = _problem(train, val, device)
+    logits = linear_probe(*problem[:-1], linear.l2, linear.max_iter)
+    return _nearest(problem, knn) | _accuracy("linear", logits, problem.val_y)
+
+
+def knn_accuracy(train: Encoded, val: Encoded, knn: KnnConfig, device: torch.device) -> dict[str, float]:
+    """Of `probe` the k-NN alone."""
+    return _nearest(_problem(train, val, device), knn)
+
+
+class _Problem(NamedTuple):
+    """What a probe is fitted to and judged by, on one device; classes count from 0 without gaps."""
+
+    train_x: Tensor
+    train_y: Tensor
+    val_x: Tensor
+    num_classes: int
+    val_y: Tensor
+
+
+def _problem(train: Encoded, val: Encoded, device: torch.device) -> _Problem:
     _refuse_unseen(train.labels.numpy(), val.labels.numpy(), ())
     classes, train_y = train.labels.unique(return_inverse=True)  # class numbers need not be 0, 1, 2, ...
-    num_classes = len(classes)
     train_x, val_x, train_y = train.features.to(device), val.features.to(device), train_y.to(device)
-    val_y = torch.searchsorted(classes, val.labels).to(device)
-    nearest = knn_predict(train_x, train_y, val_x, num_classes, knn.k, knn.temperature)
-    logits = linear_probe(train_x, train_y, val_x, num_classes, linear.l2, linear.max_iter)
-    return {
-        f"{name}_top{k}": top_k_accuracy(scores, val_y, k)
-        for name, scores in (("knn", nearest), ("linear", logits))
-        for k in (1, 5)
-    }
+    return _Problem(train_x, train_y, val_x, len(classes), torch.searchsorted(classes, val.labels).to(device))
+
+
+def _nearest(problem: _Problem, knn: KnnConfig) -> dict[str, float]:
+    scores = knn_predict(*problem[:-1], knn.k, knn.temperature)
+    return _accuracy("knn", scores, problem.val_y)
+
+
+def _accuracy(name: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
+    return {f"{name}_top{k}": top_k_accuracy(scores, labels, k) for k in (1, 5)}
 
 
 def count_classes(train: ShardSet, val: ShardSet) -> int:

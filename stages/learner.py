@@ -98,12 +98,12 @@ class Learner:
         torch.stack(sums).sum().backward()
 
     @contextlib.contextmanager
-    def logging(self, first_step: int) -> Iterator[None]:
-        """The run folder's log is open within; only rank 0 has one."""
+    def logging(self, first_step: int, models: int) -> Iterator[None]:
+        """The run folder's log is open within; only rank 0 has one. So many models are trained side by side."""
         if not self.ranks.first:
             yield
             return
-        with RunFolder(self.recipe, first_step) as self._log:
+        with RunFolder(self.recipe, first_step, self.ranks.world_size / models) as self._log:
             yield
 
     # ---- a step

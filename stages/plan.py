@@ -243,11 +243,11 @@ def _finished(
     """
     try:
         stage = f"stage: {recipe.stage}" in (folder / "recipe.yaml").read_text().splitlines()
-        last = read_metrics(folder)[-1]
+        last = [line for line in read_metrics(folder) if "views_per_s" in line][-1]  # not one of an audit
     except (OSError, IndexError, json.JSONDecodeError):
         return None
     done = last["step"] == last_step if last_step is not None else True
-    return views / last["views_per_s"] if stage and done and last.get("views_per_s") else None
+    return views / last["views_per_s"] if stage and done and last["views_per_s"] else None
 
 
 def _cache_bytes(recipe: CacheTeacherRecipe) -> float | None:

@@ -1,9 +1,5 @@
 """The demo's report: one HTML file that needs nothing else, and the table for the terminal. It measures nothing."""
 
-import base64
-import html
-import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,14 +13,24 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from tinymim.stages.page import (
+    COLOURS,
+    DASHES,
+    FAINT,
+    INK,
+    document,
+    dress,
+    html_figure,
+    html_table,
+    plain_table,
+    png,
+    prose,
+)
 from tinymim.storage.atomic import write_bytes_atomic
 
 REPORT_NAME = "report.html"
 RELATIONS_NAME = "relations.png"
-_INK, _FAINT = "#1f2430", "#8a90a0"
-_COLOURS = ("#3b6fb6", "#d1793b", "#4d9a6a", "#9a5ea8")
 SKETCH = "in the cache"  # whose map has a colour scale of its own
-_DASHES = ("-", "--", ":", "-.")
 _RELATION_TITLES = {"qk": "query-key: what this patch looks for", "vv": "value-value: what is like this patch"}
 
 
@@ -111,75 +117,33 @@ _NUMBERS = frozenset({1, 3, 5, 6})  # columns that align to the right
 
 def text_table(arms: Sequence[Arm]) -> str:
     """The table for a terminal: plain ASCII, so that it survives every encoding, pipe and width."""
-    cells = table_cells(arms)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        padded = (
-            cell.rjust(width) if column in _NUMBERS else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
-
-
-def _html_table(rows: Sequence[Sequence[str]], numbers: frozenset[int], strong: frozenset[int] = frozenset()) -> str:
-    """The first row is the header; `numbers` are columns, `strong` are rows counted without the header."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        classes = (' class="n"' if column in numbers else "" for column in range(len(row)))
-        return "".join(f"<{tag}{cls}>{html.escape(cell)}</{tag}>" for cls, cell in zip(classes, row, strict=True))
-
-    classes = (' class="s"' if number in strong else "" for number in range(len(rows) - 1))
-    body = "\n".join(f"<tr{cls}>{cells(row, 'td')}</tr>" for cls, row in zip(classes, rows[1:], strict=True))
-    head = cells(rows[0], "th")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    return plain_table(table_cells(arms), _NUMBERS)
 
 
 # ---- the pictures
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG, on white, without a date in it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "tinymim"})
-    return buffer.getvalue()
 
 
 def curves_figure(report: Report) -> Figure:
     """Students' KL per relation on the left, the masked autoencoders' loss on the right."""
     figure = Figure(figsize=(9.6, 3.4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, (name, lines) in zip(_COLOURS, report.student_curves.items(), strict=False):
-        for style, relation in zip(_DASHES, _relations_of(lines), strict=False):
+    for colour, (name, lines) in zip(COLOURS, report.student_curves.items(), strict=False):
+        for style, relation in zip(DASHES, _relations_of(lines), strict=False):
             values = [line[f"kl_{relation}"] for line in lines]
             left.plot([line["step"] for line in lines], values, style, color=colour, label=f"{name}, {relation}")
     left.set_yscale("log")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     left.yaxis.set_minor_formatter(NullFormatter())
-    _dress(left, "students: KL to the cached sketches", "nats per row")
-    for colour, style, (name, lines) in zip(_COLOURS, _DASHES, report.mae_curves.items(), strict=False):
+    dress(left, "students: KL to the cached sketches", "nats per row")
+    for colour, style, (name, lines) in zip(COLOURS, DASHES, report.mae_curves.items(), strict=False):
         right.plot([line["step"] for line in lines], [line["loss"] for line in lines], style, color=colour, label=name)
-    _dress(right, "the same networks as masked autoencoders", "squared error of masked patches")
+    dress(right, "the same networks as masked autoencoders", "squared error of masked patches")
     return figure
 
 
 def _relations_of(lines: Sequence[Mapping[str, float]]) -> list[str]:
     return [name.removeprefix("kl_") for name in (lines[0] if lines else {}) if name.startswith("kl_")]
-
-
-def _dress(axes: Axes, title: str, label: str) -> None:
-    axes.set_title(title, fontsize=10, color=_INK, loc="left")
-    axes.set_xlabel("step", fontsize=8.5, color=_INK)
-    axes.set_ylabel(label, fontsize=8.5, color=_INK)
-    axes.tick_params(labelsize=8, colors=_INK, which="both")
-    axes.grid(True, color="#e4e6ec", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
 
 
 def relations_figure(examples: Sequence[Example]) -> Figure:
@@ -218,7 +182,7 @@ def relations_figure(examples: Sequence[Example]) -> Figure:
                 own_scale = who == SKETCH
                 _heatmap(axes, values, values if own_scale else exact, example.query, 0.0 if own_scale else None)
                 if line == 0:
-                    axes.set_title(who, fontsize=8.5, color=_INK, pad=3)
+                    axes.set_title(who, fontsize=8.5, color=INK, pad=3)
                 if line == 0 and number == 0:
                     title = _RELATION_TITLES.get(relation, relation)
                     axes.annotate(
@@ -228,7 +192,7 @@ def relations_figure(examples: Sequence[Example]) -> Figure:
                         "axes fraction",
                         "offset points",
                         fontsize=9.5,
-                        color=_INK,
+                        color=INK,
                         weight="bold",
                     )
                 place += 1
@@ -243,8 +207,8 @@ def _crop(axes: Axes, example: Example, first: bool) -> None:
         box = Rectangle((column * side - 0.5, row * side - 0.5), side, side, fill=False, ec=colour, lw=width)
         axes.add_patch(box)
     if first:
-        axes.set_title("view, query", fontsize=8.5, color=_INK, pad=3)
-    axes.set_ylabel(f"head {example.head}", fontsize=7.5, color=_FAINT, labelpad=2)
+        axes.set_title("view, query", fontsize=8.5, color=INK, pad=3)
+    axes.set_ylabel(f"head {example.head}", fontsize=7.5, color=FAINT, labelpad=2)
     _bare(axes)
 
 
@@ -274,65 +238,28 @@ def _grid_of(example: Example) -> int:
 
 # ---- the page
 
-_STYLE = """
-:root { color-scheme: light dark;
-  --ink: #1f2430; --soft: #5b6272; --line: #dfe2e8; --paper: #fbfbfa; --strong: #eef3fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e6eb; --soft: #a3a9b6; --line: #363b46; --paper: #16181d; --strong: #1f2937; }
-}
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 1rem; letter-spacing: -0.01em; }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 0.6rem; }
-p { max-width: 44rem; margin: 0.6rem 0; }
-.note { color: var(--soft); font-size: 0.9rem; max-width: 48rem; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.38rem 0.9rem 0.38rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); }
-th, td.n { white-space: nowrap; }
-td:first-child, th:first-child { padding-left: 0.6rem; }
-.n { text-align: right; }
-.s td { background: var(--strong); font-weight: 600; }
-figure { margin: 1rem 0; }
-figure img { display: block; max-width: 100%; height: auto;
-  background: #fff; border-radius: 6px; border: 1px solid var(--line); }
-code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
-.k td { overflow-wrap: anywhere; }
-"""
-
 
 def page(report: Report, relations_png: bytes, curves_png: bytes) -> str:
     """The whole page; every text is escaped, every picture embedded."""
-    text = {field: _prose(getattr(report, field)) for field in ("lesson", "teacher", "caveat")}
+    text = {field: prose(getattr(report, field)) for field in ("lesson", "teacher", "caveat")}
     taught = frozenset(i for i, arm in enumerate(report.arms) if arm.how_trained.startswith("distilled"))
-    identity = _html_table([("what", "value"), *report.provenance.items()], frozenset())
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tinymim demo: two students from one teacher pass</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>Two students from one teacher pass</h1>
+    identity = html_table([("what", "value"), *report.provenance.items()], frozenset())
+    return document(
+        "tinymim demo: two students from one teacher pass",
+        f"""<h1>Two students from one teacher pass</h1>
 <p>{text["lesson"]}</p>
 <p>{text["teacher"]}</p>
 
 <h2>What the frozen features are worth</h2>
-{_html_table(table_cells(report.arms), _NUMBERS, taught)}
+{html_table(table_cells(report.arms), _NUMBERS, taught)}
 <p class="note">{text["caveat"]}</p>
 
 <h2>Training</h2>
-{_figure(curves_png, "Loss curves of the students and of the masked autoencoders")}
+{html_figure(curves_png, "Loss curves of the students and of the masked autoencoders")}
 <p class="note">The two sides measure different things and cannot be compared with one another.</p>
 
 <h2>What the teacher says, what the cache keeps, what the students learnt</h2>
-{_figure(relations_png, "Relation rows of the teacher, the cache and the students for some query patches")}
+{html_figure(relations_png, "Relation rows of the teacher, the cache and the students for some query patches")}
 <p class="note">Each line is one query patch (boxed) of one training view, in one of the teacher&#39;s heads. A map
 shows where on the patches the probability of that relation row falls. The exact row is never stored: the cache keeps
 its largest entries and a few random draws from the rest, each draw standing for an equal share of what is left, so that
@@ -341,26 +268,14 @@ sketch has its own. Shown are, of each view, the most selective of the queries t
 in different heads.</p>
 
 <h2>What a view costs</h2>
-{_html_table(_byte_rows(report), frozenset({1, 2}))}
+{html_table(_byte_rows(report), frozenset({1, 2}))}
 <p class="note">Bytes on disk, compressed, with checksums, averaged over all views of the cache. Which query rows were
 kept is recomputed from the view&#39;s identity and costs nothing.</p>
 
 <h2>Provenance</h2>
 <div class="k">{identity}</div>
-</main>
-</body>
-</html>
-"""
-
-
-def _prose(text: str) -> str:
-    """Escaped, `words in backticks` as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
-
-
-def _figure(picture: bytes, caption: str) -> str:
-    data = base64.b64encode(picture).decode("ascii")
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+""",
+    )
 
 
 def _byte_rows(report: Report) -> list[tuple[str, str, str]]:

@@ -158,10 +158,12 @@ def seeded(device: torch.device, *identity: int) -> torch.Generator:
 def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     """Digest of all that a training state depends on, for a recipe of one model.
 
-    Paths, workers of both kinds, threads, device, accumulation and how often to log, check or save may change between
-    stop and resume (I10); the data may move but not change, so it counts by its content hashes.
+    Paths, workers of both kinds, threads, device, accumulation and how often to log, check, audit or save may change
+    between stop and resume (I10); the data may move but not change, so it counts by its content hashes.
     """
-    free: dict[str, Any] = dict.fromkeys(("loader", "checkpoint", "verify", "source", "cache", "students"), True)
+    free: dict[str, Any] = dict.fromkeys(
+        ("loader", "checkpoint", "verify", "audit", "source", "cache", "students"), True
+    )
     free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
     free |= {"train": True, "val": True, "weights": True}
     # The order of samples has an identity of its own, with the images and the views that are really used: a cache may

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tinymim.configs.sections import Relation
 from tinymim.targets.kernels.loss import cross_entropy
 from tinymim.targets.relations import QKV, relation_logits
 from tinymim.targets.target import DenseRows, RowTarget, Target
@@ -48,6 +49,14 @@ def cross_entropy_per_head(student: QKV, target: Target) -> dict[str, Float[Tens
         else:
             found[relation] = cross_entropy(*student.pair(relation), teacher)
     return found
+
+
+def dense_kl(student: QKV, relation: Relation, teacher: DenseRows) -> Float[Tensor, "B H"]:
+    """KL(teacher row || student row) in nats per view and head, mean over rows: exact, for audits; dtypes as above."""
+    logits = relation_logits(student, relation, teacher.rows)
+    assert logits.shape == teacher.shape, f"student {logits.shape}, teacher {teacher.shape}"
+    entropy: Tensor = torch.special.entr(teacher.probs).sum(-1)
+    return (reference_cross_entropy(logits, teacher) - entropy).mean(-1)
 
 
 def reference_cross_entropy(logits: Float[Tensor, "B H Q T"], teacher: RowTarget) -> Float[Tensor, "B H Q"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.configs.schema import PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.configs.sections import AuditConfig
 from tinymim.stages import pretrain_mae, train_student
 from tinymim.stages.distributed import Ranks
 from tinymim.stages.interrupt import Interrupted
@@ -41,8 +42,8 @@ def mae_recipe(root: Path, **changes: Any) -> PretrainMaeRecipe:
 def all_that_four_ranks_do(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     """Tell one another; pre-train; go on with the students of `recipe`; train them anew in three other ways.
 
-    As a whole; stopped by a signal to rank 2 alone and continued; with a loss that breaks on rank 1 alone. At last
-    rank 1 alone raises an error, while the others wait for it.
+    As a whole; audited, stopped by a signal to rank 2 alone and continued; with a loss that breaks on rank 1 alone. At
+    last rank 1 alone raises an error, while the others wait for it.
     """
     assert ranks.least(5 + ranks.rank, -ranks.rank) == [5, -3]
     assert ranks.gather(10 * ranks.rank) == [0, 10, 20, 30]
@@ -61,10 +62,10 @@ def all_that_four_ranks_do(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     if ranks.rank == 2:
         with pytest.MonkeyPatch.context() as monkeypatch:
             signal_in_step(train_student, 4, signal.SIGTERM, monkeypatch)
-            _interrupted(in_folder(recipe, root / "run-resumed"), ranks)
+            _interrupted(audited(recipe, root / "run-resumed"), ranks)
     else:
-        _interrupted(in_folder(recipe, root / "run-resumed"), ranks)
-    train_student.train(in_folder(recipe, root / "run-resumed"), ranks)
+        _interrupted(audited(recipe, root / "run-resumed"), ranks)
+    train_student.train(audited(recipe, root / "run-resumed"), ranks)
 
     if ranks.rank == 1:
         vars(train_student)["relation_loss"] = _breaking()  # this process ends soon
@@ -80,6 +81,12 @@ def all_that_four_ranks_do(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
 def in_folder(recipe: TrainStudentRecipe, folder: Path) -> TrainStudentRecipe:
     """The same run elsewhere."""
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": folder})})
+
+
+def audited(recipe: TrainStudentRecipe, folder: Path) -> TrainStudentRecipe:
+    """The same run elsewhere, with audits before, amid and after it."""
+    config = AuditConfig(cache=folder.parent / "audit", source=recipe.source, num_images=8, every_epochs=0.375)
+    return in_folder(recipe, folder).model_copy(update={"audit": config})
 
 
 def _interrupted(recipe: TrainStudentRecipe, ranks: Ranks) -> None:

@@ -1,0 +1,284 @@
+"""Does a student from the cache learn what one with the teacher at its side learns? Six experiments on 64-px images.
+
+    tinymim pretrain-mae tinyimagenet40-mae                    # the teacher, about 20 CPU minutes
+    python benchmarks/evidence.py tune > rates.md              # learning rates, by images that no result is read off
+    python benchmarks/evidence.py run [--only 1 4] [--seeds 0] # all runs that have no result yet
+    python benchmarks/evidence.py page > page.md               # results so far: tables, differences, commands
+
+Several processes may `run` at once, in one folder: each takes the next run that nobody has taken; a killed one is taken
+again. Results are one small JSON file per run, in `--results`; keep them and the page under benchmarks/results/.
+`evidence_arms.py` says what is compared, `evidence_page.py` how it is judged. Data: `--data`, shards of 20,000 labelled
+training and 2,000 validation images of 40 classes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import evidence_online
+import evidence_page
+import torch
+from evidence_arms import CACHES, EXPERIMENTS, FINETUNE_STEPS, SEEDS, STEPS, Arm, Kind, all_runs
+
+from tinymim.configs.load import load_recipe
+from tinymim.configs.schema import (
+    CacheTeacherRecipe,
+    EvaluateRecipe,
+    FinetuneRecipe,
+    PretrainMaeRecipe,
+    TrainStudentRecipe,
+)
+from tinymim.configs.sections import ModelConfig
+from tinymim.models.taps import StudentWithTap
+from tinymim.models.teacher import Teacher
+from tinymim.models.vit import Normalise, build_vit
+from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.views import RandomViews
+from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, train_student
+from tinymim.stages.cache_info import describe
+from tinymim.stages.checkpoints import read_state
+from tinymim.stages.fidelity import spread_items
+from tinymim.stages.progress import say
+from tinymim.storage.atomic import write_json_atomic
+from tinymim.targets.fidelity import exact_target
+from tinymim.targets.losses import relation_loss
+from tinymim.targets.relations import QKV
+
+DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "tinyimagenet40"
+RESULTS = Path(__file__).parent / "results" / "evidence"
+TUNE_SEED = 9
+RATES = (4e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
+TUNED: tuple[Kind, ...] = ("cached", "features", "mae", "supervised")
+# No augmentation but the views, no smoothing, one rate for all layers: what the other arms have, with labels.
+PLAIN = ["augment={rand_augment: null, erasing: 0, mixup: 0, cutmix: 0}", "smoothing=0", "pool=cls"]
+
+
+class Lab:
+    """Folders and settings of one call, and how recipes are put together from them."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.data, self.folder, self.results = flags.data, flags.folder, flags.results
+        self.teacher = self.folder / "teacher" / "encoder.safetensors" if flags.teacher is None else flags.teacher
+        self.threads = flags.threads
+
+    def _run(self, folder: Path, seed: int = 0) -> list[str]:
+        return [f"run.folder={folder}", f"run.seed={seed}", f"run.threads={self.threads}"]
+
+    def cache(self, name: str) -> CacheTeacherRecipe:
+        """The recipe of a cache by its name in `CACHES`."""
+        sets = [f"source.shards={self.data}", f"teacher.weights={self.teacher}", *CACHES[name].sets]
+        sets += [f"cache={self.folder / 'caches' / name.replace(' ', '-')}", "loader.workers=1"]
+        # A process of its own: several may write one cache.
+        sets += self._run(self.folder / "caching" / f"{name.replace(' ', '-')}-{os.getpid()}")
+        return cast(CacheTeacherRecipe, load_recipe(Path("tinyimagenet40-cache"), "cache-teacher", sets))
+
+    def training(self, arm: Arm, seed: int, folder: Path) -> tuple[str, str, list[str]]:
+        """Command, shipped recipe and `--set`s that make an arm's student; those of `online` arms are its settings."""
+        if arm.kind == "supervised":
+            own = [*PLAIN, "weights=random", "optim.layer_decay=1", "optim.betas=[0.9, 0.95]", "optim.min_lr=0"]
+            return "finetune", "tinyimagenet40-finetune", self.finetuning(STEPS, seed, folder, [*own, *arm.sets])
+        sets = [f"source.shards={self.data}", f"optim.steps={STEPS}", f"order.seed={seed}", "loader.workers=1"]
+        sets += [*self._run(folder, seed), f"checkpoint.every_steps={STEPS}", "checkpoint.keep=1"]
+        if arm.kind == "mae":
+            model = self.student().model_dump(exclude_none=True)
+            sets += [f"model={json.dumps(model)}", "mae.decoder_dim=48", *arm.sets]
+            return "pretrain-mae", "tinyimagenet40-mae", sets
+        cache = self.folder / "caches" / arm.cache.replace(" ", "-")
+        return "train-student", "tinyimagenet40-student", [*sets, f"cache={cache}", *arm.sets]
+
+    def finetuning(self, steps: int, seed: int, folder: Path, sets: list[str]) -> list[str]:
+        """`--set`s of `finetune tinyimagenet40-finetune`."""
+        data = [f"train.shards={self.data}", f"val.shards={self.data}", "optim.epochs=null", f"optim.steps={steps}"]
+        data += [f"order.seed={seed}", "loader.workers=1", "validation.every_epochs=100", "checkpoint.keep=1"]
+        return [*data, *self._run(folder, seed), f"checkpoint.every_steps={steps}", *sets]
+
+    def student(self) -> ModelConfig:
+        """The student of all arms that do not name others."""
+        recipe = cast(TrainStudentRecipe, load_recipe(Path("tinyimagenet40-student"), "train-student"))
+        assert recipe.student is not None
+        return recipe.student
+
+    def probes(self, model: ModelConfig, weights: str, seed: int, folder: Path, *more: str) -> dict[str, Any]:
+        """k-NN and linear probe: 10,000 training images against the validation set, unless `more` sets another."""
+        sets = [f"train.shards={self.data}", "train.pattern=train-00000?.tar", f"weights={weights}"]
+        sets += [f"model={json.dumps(model.model_dump(exclude_none=True))}", "loader.workers=1"]
+        sets += [f"val.shards={self.data}", *self._run(folder, seed), *more]
+        recipe = cast(EvaluateRecipe, load_recipe(Path("tinyimagenet40-eval"), "evaluate", sets))
+        return evaluate.run(recipe)
+
+
+def main() -> None:
+    flags = _flags()
+    lab = Lab(flags)
+    torch.set_num_threads(flags.threads)
+    if flags.what == "page":
+        print(evidence_page.page(flags.results, lab_commands(lab)))
+    elif flags.what == "tune":
+        for arm in _rates():
+            _once(lab, "tune", arm, TUNE_SEED)
+        print(evidence_page.rates(flags.results))
+    else:
+        for number, arm, seed in all_runs():
+            if number in flags.only and seed in flags.seeds:
+                _once(lab, number, arm, seed)
+        for number, arm, seed in all_runs():
+            if number in flags.only and seed in flags.seeds and arm.finetuned and seed in SEEDS:
+                _finetuned(lab, arm, seed)
+
+
+def _flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="students from the cache against students with the teacher")
+    parser.add_argument("what", choices=("tune", "run", "page"))
+    parser.add_argument("--only", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(100)))
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="caches and run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--teacher", type=Path, help="its weights; default FOLDER/teacher/encoder.safetensors")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def _rates() -> Iterator[Arm]:
+    for kind in TUNED:
+        for rate in RATES:
+            yield Arm(f"{kind}, base_lr {rate:g}", kind, sets=(f"optim.base_lr={rate}",))
+
+
+# ---------------------------------------------------------------- one run
+
+
+def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
+    """Make the student, probe it, write the result; nothing where there is one or another process is at it."""
+    name = _name(arm, seed)
+    result = lab.results / f"{name}.json"
+    folder = lab.folder / "runs" / name
+    if result.exists() or not _taken(folder):
+        return
+    say(f"evidence: experiment {number}, {arm.name}, seed {seed}")
+    if arm.kind == "cached":
+        cache_teacher.run(lab.cache(arm.cache))  # at once where it is there already
+    began_s, began_cpu_s = time.monotonic(), _cpu_s()
+    students = _train(lab, arm, seed, folder)
+    train = {"train_s": time.monotonic() - began_s, "train_cpu_s": _cpu_s() - began_cpu_s}
+    more = ["val.pattern=train-00001[89].tar"] if number == "tune" else []
+    more += ["pool=cls"] if arm.kind == "supervised" else []
+    for student, (model, weights) in students.items():
+        found = lab.probes(model, weights, seed, folder / student / "evaluation", *more)
+        record: dict[str, Any] = {"experiment": number, "arm": arm.name, "student": student, "seed": seed}
+        record |= {key: found[key] for key in ("knn_top1", "knn_top5", "linear_top1", "linear_top5")}
+        record |= {"weights_sha256": found["weights_sha256"], "model": found["model"], **train}
+        if arm.judged and arm.kind in ("cached", "online"):
+            record |= held_out_kl(lab, model, folder / student)
+        if arm.kind == "cached":
+            record["bytes_per_view"] = describe(lab.cache(arm.cache).cache or "")["bytes_per_view"]
+        path = result.with_name(f"{name}{'-' + student if student else ''}.json")
+        lab.results.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, record)
+    if not result.exists():  # of several students: done
+        write_json_atomic(result, {"arm": arm.name, "seed": seed, "students": list(students)})
+
+
+def _finetuned(lab: Lab, arm: Arm, seed: int) -> None:
+    """Fine-tune a student that is there, at the shipped recipe's settings, and write what accuracy that gives."""
+    trained = lab.folder / "runs" / _name(arm, seed)
+    result = lab.results / f"finetune-{_name(arm, seed)}.json"
+    folder = lab.folder / "finetuned" / _name(arm, seed)
+    if not (lab.results / f"{_name(arm, seed)}.json").exists() or result.exists() or not _taken(folder):
+        return
+    name = pretrain_mae.ENCODER_NAME if arm.kind == "mae" else train_student.STUDENT_NAME
+    weights = "random" if arm.kind == "random" else trained / name
+    sets = lab.finetuning(FINETUNE_STEPS, seed, folder, [f"weights={weights}"])
+    recipe = cast(FinetuneRecipe, load_recipe(Path("tinyimagenet40-finetune"), "finetune", sets))
+    report = finetune.run(recipe)
+    assert report is not None
+    last = report["weights"][finetune.LAST_NAME]
+    write_json_atomic(result, {"arm": arm.name, "seed": seed, "finetune_top1": last["top1"], "top5": last["top5"]})
+
+
+def _name(arm: Arm, seed: int) -> str:
+    return f"{arm.name}-seed{seed}".replace(" ", "-").replace(",", "").replace("=", "")
+
+
+def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[ModelConfig, str]]:
+    """Model and weights of an arm's students, by name; "" where there is one."""
+    command, base, sets = lab.training(arm, seed, folder)
+    model = lab.student()
+    if arm.kind == "random":
+        return {"": (model, "random")}
+    if arm.kind == "supervised":
+        finetune.run(cast(FinetuneRecipe, load_recipe(Path(base), command, sets)))
+        return {"": (model, str(folder / finetune.LAST_NAME))}
+    if arm.kind == "mae":
+        pretrain_mae.run(cast(PretrainMaeRecipe, load_recipe(Path(base), command, sets)))
+        return {"": (model, str(folder / pretrain_mae.ENCODER_NAME))}
+    recipe = cast(TrainStudentRecipe, load_recipe(Path(base), command, sets))
+    if arm.kind in ("online", "features"):
+        evidence_online.train(recipe, lab.cache("64x8"), features=arm.kind == "features")
+    else:
+        train_student.run(recipe)
+    return {
+        name: (own.student or model, str(own.run.folder / train_student.STUDENT_NAME))
+        for name, own in recipe.each().items()
+    }
+
+
+@torch.no_grad()
+def held_out_kl(lab: Lab, model: ModelConfig, folder: Path, num_images: int = 512) -> dict[str, float]:
+    """KL in nats of a trained student's relations against dense ones, of one view of validation images each."""
+    cache = lab.cache("64x8")
+    teacher = Teacher(cache.teacher)
+    student = StudentWithTap(build_vit(model))
+    student.load_state_dict(read_state(folder)["parts"]["student"])
+    student.eval()
+    source = open_shards(cache.source.model_copy(update={"pattern": "val-*.tar"}))
+    views = ImageViews(source.shards, RandomViews(cache.views), cache.views.seed)
+    total: dict[str, float] = {"kl_qk": 0.0, "kl_vv": 0.0}
+    for items in spread_items(source, num_images, 64):
+        batch = views.batch(items)
+        q, k, v, _ = teacher(batch.pixels)
+        qkv = QKV(*student(Normalise()(batch.pixels.float()))).resplit(q.shape[1])
+        for relation, loss in relation_loss(qkv, exact_target(QKV(q, k, v), ("qk", "vv"))).items():
+            total[f"kl_{relation}"] += float(loss) * len(batch.keys) / num_images
+    return total
+
+
+def _taken(folder: Path) -> bool:
+    """Whether this process may work in a run folder: nobody living has taken it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = folder / "taken-by"
+    try:
+        with claim.open("x") as file:
+            file.write(str(os.getpid()))
+        return True
+    except FileExistsError:
+        owner = claim.read_text() or "0"
+        if Path(f"/proc/{owner}").exists() and int(owner) != os.getpid():
+            return False
+        claim.write_text(str(os.getpid()))
+        return True
+
+
+def _cpu_s() -> float:
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
+
+
+def lab_commands(lab: Lab) -> list[str]:
+    """The commands that make each arm of seed 0 by hand."""
+    lines = []
+    for _, arm, seed in all_runs():
+        if seed == 0 and arm.kind in ("cached", "mae"):
+            command, base, sets = lab.training(arm, seed, lab.folder / "runs" / arm.name.replace(" ", "-"))
+            lines.append(f"tinymim {command} {base} " + " ".join(f"--set '{each}'" for each in sets))
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What `evidence.py` runs: six experiments, their arms and the caches that these read.
+
+Every arm is a shipped recipe (`tinyimagenet40-*`) and what is set beyond it, so that the command of each run can be
+printed and repeated. All arms of an experiment take as many steps of as many images, and those of one seed begin with
+the same weights and see the same images in the same order: differences between arms are paired by seed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# How an arm's student is made: from a cache; with the teacher at its side, by its relations or by its features; by
+# `pretrain-mae`; by `finetune` from random weights; not at all.
+Kind = Literal["cached", "online", "features", "mae", "supervised", "random"]
+
+SEEDS = (0, 1, 2)
+STEPS = 400
+FINETUNE_STEPS = 600
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make a student.
+
+    Attributes:
+        name: unique; as pages print it.
+        kind: see `Kind`.
+        cache: a key of `CACHES`; of `cached` arms.
+        sets: `--set` beyond the base recipe.
+        judged: whether its held-out KL means something: it was trained on the relations of the base target.
+        finetuned: whether the student is fine-tuned, too, for the seeds `SEEDS`.
+        seeds: more of them where a difference is to be resolved.
+    """
+
+    name: str
+    kind: Kind = "cached"
+    cache: str = "64x8"
+    sets: tuple[str, ...] = ()
+    judged: bool = True
+    finetuned: bool = False
+    seeds: tuple[int, ...] = SEEDS
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms that are compared with one another; the first is the one that others are measured against."""
+
+    title: str
+    question: str
+    arms: tuple[Arm, ...]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """`--set`s of `cache-teacher tinyimagenet40-cache`."""
+
+    sets: tuple[str, ...] = field(default=())
+
+
+def _topk(tail: str) -> Cache:
+    return Cache((f"codec={{name: sketch, rows: 65, head_k: 2, tail: {tail}}}",))
+
+
+def _hidden(block: int) -> Cache:
+    return Cache(("codec={name: hidden, bits: 8}", f"teacher.block={block}"))
+
+
+FEW_SHARDS = "train-00000[0-1].tar"  # 2,000 images, so that 400 steps are 12.8 passes
+CACHES: dict[str, Cache] = {
+    "64x8": Cache(),
+    "16x8": Cache(("codec.rows=16",)),
+    "8x4": Cache(("codec.rows=8", "codec.tail_k=4")),
+    "top-2 renormalise": _topk("renormalise"),
+    "top-2 uniform": _topk("uniform"),
+    "top-2 ghost": _topk("ghost"),
+    "16 views": Cache((f"source.pattern={FEW_SHARDS}", "num_views=16")),
+    "hidden 3": _hidden(3),
+    "hidden 4": _hidden(4),
+    "hidden 5": _hidden(5),
+    "hidden 6": _hidden(6),
+}
+
+_MORE = (0, 1, 2, 3, 4)
+ONLINE = Arm("online dense", "online", finetuned=True, seeds=_MORE)
+SKETCH = Arm("sketch 64x8 (default)", finetuned=True, seeds=_MORE)
+_FEW = f"source.pattern={FEW_SHARDS}"
+
+
+def _views(count: int) -> Arm:
+    return Arm(f"V = {count}", cache="16 views", sets=(_FEW, f"num_views={count}"))
+
+
+def _relations(name: str, block: int, judged: bool = False) -> Arm:
+    relations = name.replace("+", ", ")
+    return Arm(
+        f"block {block}, {name}", cache=f"hidden {block}", sets=(f"targets.relations=[{relations}]",), judged=judged
+    )
+
+
+_WIDTHS = "{wide: {model: %s}, narrow: {model: %s}}"
+_MODEL = "{name: vit_tiny_patch16_224, img_size: 64, patch_size: 8, embed_dim: %d, depth: 4, num_heads: 4}"
+TWO = Arm("two students", sets=("student=null", "students=" + _WIDTHS % (_MODEL % 96, _MODEL % 32)))
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "1": Experiment(
+        "Cached sketches against the teacher online",
+        "Is a student from the cache as good as one that had the dense teacher at every step?",
+        (
+            ONLINE,
+            SKETCH,
+            Arm("sketch 16x8", cache="16x8", finetuned=True, seeds=_MORE),
+            Arm("sketch 8x4", cache="8x4", finetuned=True, seeds=_MORE),
+        ),
+    ),
+    "2": Experiment(
+        "Top-k at the bytes of the sketch",
+        "What do the published ways to shorten a row cost, at as many bytes?",
+        (
+            SKETCH,
+            Arm("top-2, renormalised", cache="top-2 renormalise"),
+            Arm("top-2, uniform tail", cache="top-2 uniform"),
+            Arm("top-2, ghost bucket", cache="top-2 ghost"),
+        ),
+    ),
+    "3": Experiment(
+        "How many cached views",
+        "How many views per image does a cache need, where training passes the images 12.8 times?",
+        tuple(_views(count) for count in (16, 8, 4, 2, 1)),
+    ),
+    "4": Experiment(
+        "Relations against other ways to train the same network",
+        "Is it the relations that do it?",
+        (
+            SKETCH,
+            Arm("features, online", "features", judged=False, finetuned=True),
+            Arm("masked autoencoder", "mae", judged=False, finetuned=True),
+            Arm("supervised, with labels", "supervised", judged=False),
+            Arm("not trained", "random", judged=False, finetuned=True),
+        ),
+    ),
+    "5": Experiment(
+        "Tap block and relations",
+        "Does the paper's order show: the block before the last ones, and qk + vv?",
+        (
+            _relations("qk+vv", 5, judged=True),
+            _relations("qk", 5),
+            _relations("vv", 5),
+            _relations("qq+kk+vv", 5),
+            _relations("qk+vv", 3),
+            _relations("qk+vv", 4),
+            _relations("qk+vv", 6),
+        ),
+    ),
+    "6": Experiment(
+        "Two students of other widths from one cache",
+        "Do wider and narrower students, trained together, learn from the same records?",
+        (TWO,),
+    ),
+}
+
+
+def all_runs() -> list[tuple[str, Arm, int]]:
+    """(experiment, arm, seed) of every run, each arm once, by seed, then in the order of the experiments."""
+    found: dict[tuple[str, int], tuple[str, Arm, int]] = {}
+    for number, experiment in EXPERIMENTS.items():
+        for arm in experiment.arms:
+            for seed in arm.seeds:
+                found.setdefault((arm.name, seed), (number, arm, seed))
+    return sorted(found.values(), key=lambda run: (run[2], run[0]))

@@ -1,0 +1,127 @@
+"""Pages of one HTML file that needs nothing else: tables, embedded pictures, the look that all of them share."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Collection, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, FAINT = "#1f2430", "#8a90a0"
+COLOURS = ("#3b6fb6", "#d1793b", "#4d9a6a", "#9a5ea8", "#b5485d", "#5aa0a8", "#8a7a3c", "#6b7080")
+DASHES = ("-", "--", ":", "-.")
+
+# ---- tables
+
+
+def plain_table(rows: Sequence[Sequence[str]], numbers: Collection[int]) -> str:
+    """A table for a terminal; the first row is the header, `numbers` are columns that align to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])])
+
+
+def html_table(rows: Sequence[Sequence[str]], numbers: Collection[int], strong: Collection[int] = ()) -> str:
+    """The first row is the header; `numbers` are columns, `strong` are rows counted without the header."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        classes = (' class="n"' if column in numbers else "" for column in range(len(row)))
+        return "".join(f"<{tag}{cls}>{html.escape(cell)}</{tag}>" for cls, cell in zip(classes, row, strict=True))
+
+    classes = (' class="s"' if number in strong else "" for number in range(len(rows) - 1))
+    body = "\n".join(f"<tr{cls}>{cells(row, 'td')}</tr>" for cls, row in zip(classes, rows[1:], strict=True))
+    head = cells(rows[0], "th")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+# ---- pictures
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, on white, without a date in it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": "tinymim"})
+    return buffer.getvalue()
+
+
+def dress(axes: Axes, title: str, label: str, below: str = "step") -> None:
+    """Title, axes and legend as all pictures have them."""
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(below, fontsize=8.5, color=INK)
+    axes.set_ylabel(label, fontsize=8.5, color=INK)
+    axes.tick_params(labelsize=8, colors=INK, which="both")
+    axes.grid(True, color="#e4e6ec", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def html_figure(picture: bytes, caption: str) -> str:
+    """A PNG inside the page."""
+    data = base64.b64encode(picture).decode("ascii")
+    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+
+
+# ---- the page
+
+_STYLE = """
+:root { color-scheme: light dark;
+  --ink: #1f2430; --soft: #5b6272; --line: #dfe2e8; --paper: #fbfbfa; --strong: #eef3fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e6eb; --soft: #a3a9b6; --line: #363b46; --paper: #16181d; --strong: #1f2937; }
+}
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 1rem; letter-spacing: -0.01em; }
+h2 { font-size: 1.15rem; margin: 2.75rem 0 0.6rem; }
+p { max-width: 44rem; margin: 0.6rem 0; }
+.note { color: var(--soft); font-size: 0.9rem; max-width: 48rem; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.38rem 0.9rem 0.38rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--soft); }
+th, td.n { white-space: nowrap; }
+td:first-child, th:first-child { padding-left: 0.6rem; }
+.n { text-align: right; }
+.s td { background: var(--strong); font-weight: 600; }
+figure { margin: 1rem 0; }
+figure img { display: block; max-width: 100%; height: auto;
+  background: #fff; border-radius: 6px; border: 1px solid var(--line); }
+code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
+.k td { overflow-wrap: anywhere; }
+"""
+
+
+def document(title: str, body: str) -> str:
+    """The whole file around `body`, which is HTML."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+{body}</main>
+</body>
+</html>
+"""
+
+
+def prose(text: str) -> str:
+    """Escaped, `words in backticks` as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))

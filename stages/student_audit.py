@@ -1,0 +1,196 @@
+"""Audits of students in training, from `audit` of a recipe: KL to dense teacher rows of held-out images, k-NN, alarms.
+
+The training's own loss cannot tell wrong targets from right ones (`stages/audit_alarm.py`). An audit changes nothing
+of the training: it draws no random number, and the students are again as they were.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinymim.configs.errors import UserError
+from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.models.taps import StudentWithTap
+from tinymim.stages.audit_alarm import Audited, alarms, points_of
+from tinymim.stages.audit_batch import AuditBatch, AuditKnn
+from tinymim.stages.bookkeeping import Bookkeeping
+from tinymim.stages.distributed import Ranks
+from tinymim.stages.interrupt import Interrupted, StopFlag
+from tinymim.stages.learner import Learner
+from tinymim.stages.progress import say
+from tinymim.stages.runfolder import AUDIT_NAME
+from tinymim.storage.manifest import Manifest
+
+_RECENT_STEPS = 16  # over which the training's own KL is a mean, about
+EMA = "ema_"
+
+
+@dataclass
+class _Subject:
+    """One student, and how well it was trained lately."""
+
+    learner: Learner
+    student: StudentWithTap
+    steps: int = 0
+    recent: dict[str, Tensor] = field(default_factory=dict)  # on the device: no step waits for it
+
+    def note(self) -> None:
+        """After a step."""
+        self.steps += 1
+        for name, loss in self.learner.losses.items():
+            if name.startswith("kl_"):
+                before = self.recent.get(name, torch.zeros_like(loss))
+                self.recent[name] = before + (loss - before) / min(self.steps, _RECENT_STEPS)
+
+    def train_kl(self) -> dict[str, float]:
+        """By relation, over this process's last steps and this rank's samples; nothing before the first step."""
+        return {name.removeprefix("kl_"): float(mean) for name, mean in self.recent.items()}
+
+    def versions(self) -> dict[str, StudentWithTap]:
+        """The student itself, and its average."""
+        averaged: Any = None if self.learner.ema is None else self.learner.ema.module
+        return {"": self.student} | ({} if averaged is None else {EMA: averaged})
+
+
+class StudentAudits:
+    """All audits of a training; of several ranks the first makes them, and the others wait.
+
+    Args:
+        recipe: with an `audit`, or without: then nothing happens.
+        training: manifest of the cache that is trained on.
+        relation_heads: into how many heads its relations are split.
+        students: with their learners.
+        ranks: who trains together.
+
+    Raises:
+        As `AuditBatch` and `AuditKnn`; on the first rank.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainStudentRecipe,
+        training: Manifest,
+        relation_heads: int,
+        students: Sequence[tuple[StudentWithTap, Learner]],
+        ranks: Ranks,
+    ) -> None:
+        self._config, self._first = recipe.audit, ranks.first
+        self._ranks = ranks
+        self._subjects = [_Subject(learner, student) for student, learner in students]
+        self._knn: AuditKnn | None = None
+        if self._config is None or not ranks.first:
+            return
+        self._batch = AuditBatch(self._config, training, recipe.targets, relation_heads)
+        if self._config.knn is not None:
+            self._knn = AuditKnn(self._config.knn, int(training.views["size"]), recipe.loader)
+
+    def after(self, step: int, books: Bookkeeping, stop: StopFlag) -> None:
+        """What is due after `step` steps; to be called before the first step and after every one, on all ranks.
+
+        Raises:
+            UserError: an alarm, with `on_alarm: stop`; the state is saved.
+        """
+        if self._config is None:
+            return
+        if self._first and step > books.first_step:
+            for subject in self._subjects:
+                subject.note()
+        every = max(1, round(self._config.every_epochs * books.order.steps_per_epoch))
+        regular = step % every == 0 or step == books.total_steps
+        if not regular and step != books.first_step:
+            return
+        heard = self._audit(step, regular, books, stop) if self._first else []
+        # Here the other ranks wait for the first one, without a GPU: as long as gloo's limit, half an hour.
+        told = self._ranks.from_first("\n  ".join(heard).encode() or None)
+        if told and self._config.on_alarm == "stop":
+            books.save(step)
+            raise UserError(
+                f"the audit after {step:,} steps raised an alarm, and audit.on_alarm is stop",
+                got=told.decode(),
+                hint="the state is saved. `tinymim cache verify --deep` compares the cache with its teacher; "
+                "on_alarm: warn goes on",
+            )
+
+    def _audit(self, step: int, regular: bool, books: Bookkeeping, stop: StopFlag) -> list[str]:
+        """Look at the students that nobody has looked at after so many steps. Returns the alarms.
+
+        Args:
+            regular: False: only at those that were never looked at, such as of a run that had no audits before.
+        """
+        began_s = time.monotonic()
+        earlier = [read_audits(each.learner.folder) for each in self._subjects]
+        wanted = [
+            (each, lines)
+            for each, lines in zip(self._subjects, earlier, strict=True)
+            if (regular and all(line["step"] != step for line in lines)) or not lines
+        ]
+        if not wanted:
+            return []
+        with _in_eval_mode([each.student for each, _ in wanted]):
+            found = [{of: self._batch.compare(s) for of, s in each.versions().items()} for each, _ in wanted]
+            nearest = self._nearest([each for each, _ in wanted], stop)
+        heard = []
+        for (each, lines), compared, accuracy in zip(wanted, found, nearest, strict=True):
+            entry: dict[str, Any] = {"step": step, "epoch": step / books.order.steps_per_epoch}
+            entry |= {of + name: asdict(one) for of, all_ in compared.items() for name, one in all_.items()}
+            entry |= accuracy | {"train_kl": each.train_kl()}
+            entry["alarms"] = [
+                text
+                for name, one in compared[""].items()
+                for text in alarms(name, one, points_of(name, [*lines, entry]))
+            ]
+            entry["seconds"] = time.monotonic() - began_s  # of the audit, of all students
+            heard += [f"{each.learner.name} {text}".lstrip() for text in entry["alarms"]]
+            _write(each.learner, entry, compared)
+        for text in heard:
+            say(f"train-student: AUDIT ALARM after {step:,} steps: {text}")
+        return heard
+
+    def _nearest(self, wanted: Sequence[_Subject], stop: StopFlag) -> list[dict[str, float]]:
+        """k-NN of every student by name of the metric; of none where there are no sets, or no time."""
+        versions = [(number, of, s.vit) for number, each in enumerate(wanted) for of, s in each.versions().items()]
+        found: list[dict[str, float]] = [{} for _ in wanted]
+        if self._knn is None:
+            return found
+        try:
+            accuracies = self._knn.accuracy([vit for *_, vit in versions], stop)
+        except Interrupted:
+            return found  # the next step ends the run; this audit goes without
+        for (number, of, _), accuracy in zip(versions, accuracies, strict=True):
+            found[number] |= {of + name: value for name, value in accuracy.items()}
+        return found
+
+
+@contextmanager
+def _in_eval_mode(students: Sequence[nn.Module]) -> Iterator[None]:
+    """Averages are always in it."""
+    for student in students:
+        student.eval()
+    try:
+        yield
+    finally:
+        for student in students:
+            student.train()
+
+
+def read_audits(folder: Path) -> list[dict[str, Any]]:
+    """The audits of a student so far, from its run folder; none where there is no such file."""
+    path = folder / AUDIT_NAME
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _write(learner: Learner, entry: Mapping[str, Any], compared: Mapping[str, Mapping[str, Audited]]) -> None:
+    with open(learner.folder / AUDIT_NAME, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(entry) + "\n")
+    values = {f"audit_{of}kl_{name}": one.kl for of, all_ in compared.items() for name, one in all_.items()}
+    values |= {f"audit_gap_{name}": one.gap for name, one in compared[""].items()}
+    values |= {f"audit_{name}": value for name, value in entry.items() if "knn_" in name}
+    # Like all metrics of the step that was just done, counted from 0.
+    learner.log(max(entry["step"] - 1, 0), values)
