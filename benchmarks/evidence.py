@@ -53,7 +53,7 @@ from tinymim.targets.relations import QKV
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "tinyimagenet40"
 RESULTS = Path(__file__).parent / "results" / "evidence"
 TUNE_SEED = 9
-RATES = (4e-3, 1.2e-2, 2.4e-2)
+RATES = (4e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
 TUNED: tuple[Kind, ...] = ("cached", "features", "mae", "supervised")
 # No augmentation but the views, no smoothing, one rate for all layers: what the other arms have, with labels.
 PLAIN = ["augment={rand_augment: null, erasing: 0, mixup: 0, cutmix: 0}", "smoothing=0", "pool=cls"]

@@ -17,6 +17,7 @@ from tinymim.configs.sections import (
     Cluster,
     ClusterConfig,
     CodecConfig,
+    Device,
     EmaConfig,
     Fraction,
     JitterConfig,
@@ -117,6 +118,7 @@ class StudentConfig(Section):
     drop_path: Fraction
     jitter: JitterConfig
     ema: EmaConfig | None
+    device: Device | None = None  # None: run.device
 
 
 _OWN = ("optim", "drop_path", "jitter", "ema")  # what a student may have for itself
@@ -187,7 +189,9 @@ class TrainStudentRecipe(Section):
                 update={
                     "students": None,
                     "student": own.model,
-                    "run": self.run.model_copy(update={"folder": self.run.folder / name}),
+                    "run": self.run.model_copy(
+                        update={"folder": self.run.folder / name, "device": own.device or self.run.device}
+                    ),
                 }
                 | {field: getattr(own, field) for field in _OWN}
             )

@@ -48,7 +48,6 @@ class AuditBatch:
         training: manifest of the cache that is trained on.
         targets: what of it.
         relation_heads: into how many heads its relations are split.
-        device: of the students.
 
     Raises:
         CacheMismatch: the audit's cache is of another teacher or view size, or its records are not whole maps.
@@ -62,7 +61,6 @@ class AuditBatch:
         training: Manifest,
         targets: TargetsConfig,
         relation_heads: int,
-        device: torch.device,
     ) -> None:
         reader = CacheReader(resolve(config.cache))
         _require_same_teacher(training, reader.manifest, reader.place)
@@ -70,7 +68,7 @@ class AuditBatch:
         constants = stored_constants(reader.store, reader.manifest, torch.device("cpu"))
         codec = _whole_maps(reader.manifest, tuple(relations), relation_heads, constants)
         batch = _first_views(config, reader, codec)
-        self.device, self.relation_heads = device, relation_heads
+        self.relation_heads = relation_heads
         self._images = Normalise()(batch.pixels)
         self._teacher = _decoded(codec, batch, int(reader.manifest.teacher["tokens"]))
         self._yardsticks = {name: _yardstick(rows) for name, rows in self._teacher.items()}
@@ -80,8 +78,9 @@ class AuditBatch:
 
     @torch.no_grad()
     def compare(self, student: StudentWithTap) -> dict[str, Audited]:
-        """By relation, a student in eval mode: in fp32, whatever it is trained in."""
-        parts = [student(images.to(self.device)) for images in self._images.split(_CHUNK)]
+        """By relation, a student in eval mode, where it is: in fp32, whatever it is trained in."""
+        device = student.tap.weight.device
+        parts = [student(images.to(device)) for images in self._images.split(_CHUNK)]
         qkv = QKV(*(torch.cat(sides) for sides in zip(*parts, strict=True))).resplit(self.relation_heads)
         # Every answer is held against its own image, and against the one before: both means are of the same answers.
         others = QKV(*(side.roll(-1, 0) for side in (qkv.q, qkv.k, qkv.v)))
@@ -206,20 +205,30 @@ class AuditKnn:
         config: its sets.
         size: pixels of the students' input.
         loader: of the training.
-        device: of the students.
 
     Raises:
         SourceError: bad or unlabelled shards.
     """
 
-    def __init__(self, config: AuditKnnConfig, size: int, loader: LoaderConfig, device: torch.device) -> None:
-        self.config, self.loader, self.device = config, loader, device
+    def __init__(self, config: AuditKnnConfig, size: int, loader: LoaderConfig) -> None:
+        self.config, self.loader = config, loader
         self._sets = open_shards(config.train), open_shards(config.val)
         self._law = CentreView(size, config.resize_ratio)
         count_classes(*self._sets)
 
     def accuracy(self, vits: Sequence[nn.Module], stop: StopFlag) -> list[dict[str, float]]:
-        """{"knn_top1", "knn_top5"} of each of `vits`, which are in eval mode. Raises Interrupted."""
+        """{"knn_top1", "knn_top5"} of each of `vits`, which are in eval mode. Raises Interrupted.
+
+        Images are decoded once for all models on one device.
+        """
+        found: dict[int, dict[str, float]] = {}
+        devices = [next(vit.parameters()).device for vit in vits]
+        for device in dict.fromkeys(devices):
+            here = [number for number, its_device in enumerate(devices) if its_device == device]
+            found |= dict(zip(here, self._on(device, [vits[number] for number in here], stop), strict=True))
+        return [found[number] for number in range(len(vits))]
+
+    def _on(self, device: torch.device, vits: Sequence[nn.Module], stop: StopFlag) -> list[dict[str, float]]:
         train, val = (
             encode(
                 _SideBySide(vits),
@@ -230,7 +239,7 @@ class AuditKnn:
                 pool="mean",
                 batch_size=self.config.batch_size,
                 loader=self.loader,
-                device=self.device,
+                device=device,
                 stop=stop,
                 label=f"audit k-NN, {name}",
             )
@@ -239,4 +248,4 @@ class AuditKnn:
         widths = [int(vit.embed_dim) for vit in vits]  # type: ignore[arg-type]
         parts = [set_._replace(features=part) for set_ in (train, val) for part in set_.features.split(widths, dim=1)]
         pairs = zip(parts[: len(vits)], parts[len(vits) :], strict=True)
-        return [knn_accuracy(of_train, of_val, self.config, self.device) for of_train, of_val in pairs]
+        return [knn_accuracy(of_train, of_val, self.config, device) for of_train, of_val in pairs]

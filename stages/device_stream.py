@@ -62,7 +62,8 @@ class DeviceStream:
         """Turn to a part of the batch: unpack its `target`."""
         self._rows, self._images = rows, {}
         records = {name: array[rows] for name, array in self._records.items()}
-        self.target = self._codec.decode(records, self._keys[rows], self._tokens)
+        with current(self.device):
+            self.target = self._codec.decode(records, self._keys[rows], self._tokens)
 
     def images(self, colours: JitterConfig) -> Tensor:
         """Normalised float32 [B, 3, S, S] of the part, with this jitter."""

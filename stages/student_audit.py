@@ -68,7 +68,6 @@ class StudentAudits:
         relation_heads: into how many heads its relations are split.
         students: with their learners.
         ranks: who trains together.
-        device: of the students.
 
     Raises:
         As `AuditBatch` and `AuditKnn`; on the first rank.
@@ -81,7 +80,6 @@ class StudentAudits:
         relation_heads: int,
         students: Sequence[tuple[StudentWithTap, Learner]],
         ranks: Ranks,
-        device: torch.device,
     ) -> None:
         self._config, self._first = recipe.audit, ranks.first
         self._ranks = ranks
@@ -89,9 +87,9 @@ class StudentAudits:
         self._knn: AuditKnn | None = None
         if self._config is None or not ranks.first:
             return
-        self._batch = AuditBatch(self._config, training, recipe.targets, relation_heads, device)
+        self._batch = AuditBatch(self._config, training, recipe.targets, relation_heads)
         if self._config.knn is not None:
-            self._knn = AuditKnn(self._config.knn, int(training.views["size"]), recipe.loader, device)
+            self._knn = AuditKnn(self._config.knn, int(training.views["size"]), recipe.loader)
 
     def after(self, step: int, books: Bookkeeping, stop: StopFlag) -> None:
         """What is due after `step` steps; to be called before the first step and after every one, on all ranks.

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,18 +11,18 @@ from torch import Tensor
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import JitterConfig, ModelConfig
+from tinymim.configs.sections import JitterConfig, ModelConfig, TargetsConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import StudentWithTap, count_tokens
-from tinymim.models.vit import Normalise, build_model, build_vit, count_parameters
+from tinymim.models.vit import build_model, build_vit, count_parameters
 from tinymim.pipeline.decode import environment
-from tinymim.pipeline.jitter import jitter
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.calibrate import stored_constants
+from tinymim.stages.device_stream import CPU, DeviceStream, current
 from tinymim.stages.distributed import Ranks, rank_device, require_equal_parts
 from tinymim.stages.launch import on_ranks
 from tinymim.stages.learner import Learner
@@ -37,11 +37,19 @@ from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
+from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
 
 STUDENT_NAME = "student.safetensors"
 EMA_NAME = "student-ema.safetensors"
-CPU = torch.device("cpu")
+
+
+class Taught(NamedTuple):
+    """A student, its colours and what trains it."""
+
+    colours: JitterConfig
+    student: StudentWithTap
+    learner: Learner
 
 
 def run(recipe: TrainStudentRecipe) -> None:
@@ -71,8 +79,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     manifest = reader.manifest
     num_views = views_in_use(recipe, manifest)
     source = join(open_shards(recipe.source), reader, num_views, recipe.on_missing)
-    constants = stored_constants(reader.store, manifest, device)
-    codec = stored_codec(manifest.codec, recipe.targets, constants)
+    codec = opened_codec(reader, recipe.targets, device)
     heads, tokens = int(manifest.teacher["heads"]), int(manifest.teacher["tokens"])
     relation_heads = codec.relation_heads(heads)
     for skipped in source.skipped[:5]:
@@ -95,23 +102,30 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
 
     # ---- students, optimisers
     content = trained_on(reader, source)
-    learners: list[tuple[JitterConfig, StudentWithTap, Learner]] = []
+    places = torch.from_numpy(order.places)
+    students: list[Taught] = []
     for name, own in recipe.each().items():
         assert own.student is not None  # by TrainStudentRecipe.each
         check_student_fits(own.student, manifest.teacher, manifest.views, relation_heads)
+        its_device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
-        student = StudentWithTap(build_vit(own.student, drop_path=own.drop_path)).to(device)
+        student = StudentWithTap(build_vit(own.student, drop_path=own.drop_path)).to(its_device)
         about = f"{name or 'student'} of {count_parameters(student.vit):,} parameters"
-        example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
+        example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=its_device),)
         learner = Learner(name, about, own, "student", student, example, ranks, order, content)
-        learners.append((own.jitter, student, learner))
-    normalise = Normalise().to(device)
-    audited = [(student, learner) for _, student, learner in learners]
-    audits = StudentAudits(recipe, manifest, relation_heads, audited, ranks, device)
+        students.append(Taught(own.jitter, student, learner))
+    learners = [learner for *_, learner in students]
+    streams = {
+        each: DeviceStream(
+            each, opened_codec(reader, recipe.targets, each), tokens, recipe.run.seed, places, batch_size
+        )
+        for each in {learner.device: None for learner in learners}
+    }
+    audits = StudentAudits(recipe, manifest, relation_heads, [(each.student, each.learner) for each in students], ranks)
 
     # ---- resume
     names = [shard.name for shard in source.shards]
-    books = Bookkeeping(recipe, [each for *_, each in learners], ranks, order, names, "views_per_s")
+    books = Bookkeeping(recipe, learners, ranks, order, names, "views_per_s")
     books.resume()
     books.describe(f"{sum(source.counts):,} images x {num_views} views")
     if recipe.students and ranks.first:
@@ -122,42 +136,36 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         views,
         order.plan(books.total_steps),
         recipe.loader,
-        pin_memory=device.type == "cuda",
+        pin_memory=any(each.type == "cuda" for each in streams),
         batches_per_entry=recipe.order.views_per_decode,
     )
-    places = torch.from_numpy(order.places)
     with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
         audits.after(books.first_step, books, stop)
         for step, batch in enumerate(stream, start=books.first_step):
-            pixels = batch.pixels.to(device, non_blocking=True)
-            records = {name: array.to(device, non_blocking=True) for name, array in batch.records.items()}
-            keys = batch.view_keys.to(device, non_blocking=True)
+            for shared in streams.values():
+                shared.take(step, batch)
             for part in parts_of(len(places), recipe.optim.accumulate):
-                # Once for all students: the target, and the images of those with the same jitter.
-                here = places[part.rows]
-                target = codec.decode(
-                    {name: array[part.rows] for name, array in records.items()}, keys[part.rows], tokens
-                )
-                images: dict[JitterConfig, Tensor] = {}
-                for colours, student, learner in learners:
-                    if colours not in images:
-                        generator = seeded(CPU, recipe.run.seed, step)
-                        images[colours] = normalise(jitter(pixels[part.rows], colours, generator, here, batch_size))
-                    student.draw(seeded(CPU, recipe.run.seed, step), here, batch_size)
-                    with learner.part_of_step(part.first, part.last):
-                        with autocast(device, recipe.precision):
-                            losses = relation_loss(QKV(*learner.model(images[colours])).resplit(relation_heads), target)
+                for shared in streams.values():
+                    shared.cut(part.rows)
+                for colours, student, learner in students:
+                    shared = streams[learner.device]
+                    student.draw(seeded(CPU, recipe.run.seed, step), places[part.rows], batch_size)
+                    with current(learner.device), learner.part_of_step(part.first, part.last):
+                        with autocast(learner.device, recipe.precision):
+                            qkv = QKV(*learner.model(shared.images(colours)))
+                            losses = relation_loss(qkv.resplit(relation_heads), shared.target)
                             loss = torch.stack(list(losses.values())).sum()
                         learner.backward({"loss": loss} | {f"kl_{name}": kl for name, kl in losses.items()}, part.share)
-            for *_, learner in learners:
-                learner.update(step)
+            for learner in learners:
+                with current(learner.device):
+                    learner.update(step)
             books.close(step + 1, stop, meter)
             audits.after(step + 1, books, stop)
 
     # ---- export
     if not ranks.first:
         return
-    for _, student, learner in learners:
+    for _, student, learner in students:
         metadata = {
             "made_by": "tinymim train-student",
             "recipe": dump_recipe(learner.recipe),
@@ -185,6 +193,12 @@ def _export(student: StudentWithTap, learner: Learner, metadata: dict[str, str])
     )
     if report["never_updated"]:
         say(f"{label}: warning: still at their initial values: {', '.join(report['never_updated'])}")
+
+
+def opened_codec(reader: CacheReader, targets: TargetsConfig, device: torch.device) -> Codec:
+    """The cache's codec with its constants on `device`, for what a student is compared on."""
+    constants = stored_constants(reader.store, reader.manifest, device)
+    return stored_codec(reader.manifest.codec, targets, constants)
 
 
 def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:

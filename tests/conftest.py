@@ -1,20 +1,64 @@
-"""What all tests share: skipping by marker, with the reason printed, and the folder of photographs."""
+"""What all tests share: two processes, skipping by marker with the reason printed, the folder of photographs."""
 
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("TINYMIM_DATA", ROOT.parent / "shared" / "data"))
+
+# Files whose tests start Ray, ranks or jobs, and wait for them: one after the other in one of the processes.
+MANY_PROCESSES = [
+    "tests/stages/test_cluster.py",
+    "tests/stages/test_distributed.py",
+    "tests/stages/test_launch_ray.py",
+    "tests/stages/test_shared_cache.py",
+]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Without paths, -n, --pdb and `-p no:xdist`, share the files among two processes of one thread each."""
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return  # a worker must not start workers
+    everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    if everything and config.option.numprocesses is None and not config.option.usepdb:
+        config.option.numprocesses = 2
+    if config.option.numprocesses and config.option.dist == "no":
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # pytest_collection_modifyitems says what comes first
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the workers import torch
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadFileScheduling | None":
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist carries no types
+        """A file's tests share its fixtures in one process; those of MANY_PROCESSES are as one file."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "many processes" if file in MANY_PROCESSES else file
+
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     no_data = pytest.mark.skip(reason=f"no photographs in {DATA} (TINYMIM_DATA names another folder)")
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in MANY_PROCESSES)  # the longest first
     for item in items:
         if item.get_closest_marker("gpu") and not _cuda():
             item.add_marker(no_gpu)

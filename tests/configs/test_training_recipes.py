@@ -46,6 +46,14 @@ def test_a_student_has_what_it_says_and_else_what_the_recipe_has(tmp_path: Path)
     assert wide.students is None and wide.order == loaded.order
 
 
+def test_students_may_be_on_devices_of_their_own() -> None:
+    students = {"a": {"model": {}}, "b": {"model": {}, "device": "cuda:1"}}
+    optim, run = {"steps": 1}, {"folder": "runs/x", "device": "cuda:0"}
+    fields = {"stage": "train-student", "source": {"shards": "s"}, "cache": "c", "students": students}
+    recipe = TrainStudentRecipe.model_validate(fields | {"optim": optim, "run": run})
+    assert {name: own.run.device for name, own in recipe.each().items()} == {"a": "cuda:0", "b": "cuda:1"}
+
+
 def test_the_resolved_recipe_of_several_students_is_a_recipe(tmp_path: Path) -> None:
     path, resolved = tmp_path / "recipe.yaml", tmp_path / "resolved.yaml"
     path.write_text(SEVERAL)

@@ -1,6 +1,7 @@
 """The shipped teacher is what its recipe says, and worth learning from."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def knn_accuracy(model: torch.nn.Module) -> float:
     return top_k_accuracy(scores, labels[450:], 1)
 
 
+@cache
 def _fresh_images(count: int) -> tuple[Tensor, Tensor]:
     law = CentreView(64, 1.143)
     view = law("", 0, drawn.IMAGE_SIZE, drawn.IMAGE_SIZE)

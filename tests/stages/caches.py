@@ -11,7 +11,7 @@ HIDDEN: dict[str, Any] = {"name": "hidden", "calibration_views": 8}
 
 
 def recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
-    return cache_recipe(root, **({"num_views": 3, "audit_views": 4} | changes))
+    return cache_recipe(root, **({"num_views": 3} | changes))
 
 
 def hidden(root: Path, **changes: Any) -> CacheTeacherRecipe:

@@ -93,8 +93,17 @@ def test_leaving_with_an_error(error: BaseException, expected: Callable[[list[in
 
 
 def test_ctrl_c_twice_waits_for_nothing() -> None:
-    done: list[int] = []
-    began_s = time.monotonic()
+    go_on = threading.Event()
+    timer = threading.Timer(60, go_on.set)  # or a failure would take for ever
+    timer.start()
+
+    def interrupted() -> None:
+        with Background[int]("test", lambda _: waits(go_on), 5) as background:
+            background.give(0)
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        stopped_by(KeyboardInterrupt(), done)
-    assert time.monotonic() - began_s < 0.05
+        interrupted()
+    assert not go_on.is_set()
+    timer.cancel()
+    go_on.set()

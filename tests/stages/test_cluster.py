@@ -58,7 +58,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(made: Path, folder: Path, **changes: Any) -> CacheTeacherRecipe:
     fields: dict[str, Any] = {
-        "audit_views": 4,
         "lease_s": 3.0,
         "cache": folder / "cache",
         "cluster": {"gpus_per_worker": 0, "cpus_per_worker": 1},
@@ -71,7 +70,7 @@ def committed(folder: Path) -> int:
     return len(list((folder / "cache" / "commits").glob("*.json")))
 
 
-def until(true: Callable[[], bool], within_s: float = 60.0) -> None:
+def until(true: Callable[[], bool], within_s: float = 300.0) -> None:
     end_s = time.monotonic() + within_s
     while not true() and time.monotonic() < end_s:
         time.sleep(0.01)
@@ -92,7 +91,7 @@ def meanwhile(*deeds: Callable[[], None]) -> Iterator[None]:
     thread = threading.Thread(target=lambda: [deed() for deed in deeds])
     thread.start()
     yield
-    thread.join(60)
+    thread.join(300)
 
 
 def test_workers_on_two_nodes_make_the_bytes_of_one_process_but_for_a_broken_shard(
@@ -160,7 +159,7 @@ def test_a_driver_is_killed_or_stopped_and_the_next_one_finishes(
     with subprocess.Popen([script, "cache-teacher", "recipe.yaml"], cwd=tmp_path, stderr=subprocess.PIPE) as driver:
         until(lambda: committed(tmp_path) > 0 or driver.poll() is not None)
         driver.send_signal(number)
-        _, err = driver.communicate(timeout=60)
+        _, err = driver.communicate(timeout=300)
     assert driver.returncode == code, err.decode()
     if number == signal.SIGTERM:
         assert b"committed units are safe" in err and not owners(tmp_path)

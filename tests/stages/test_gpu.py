@@ -98,6 +98,24 @@ def test_two_gpus_train_like_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_students_on_several_devices_share_one_stream_and_train_as_alone(tmp_path: Path) -> None:
+    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=36, images_per_shard=12, seed=5))
+    write_teacher(tmp_path / "teacher.safetensors")
+    cache_teacher.run(tiny_cache_recipe(tmp_path))
+    devices = {"here": "cpu", **{f"gpu{number}": f"cuda:{number}" for number in range(torch.cuda.device_count())}}
+    students = {name: {"model": STUDENT, "device": device} for name, device in devices.items()}
+    recipe = student_recipe(tmp_path, student=None, students=students)
+    train_student.run(recipe)
+    for name, alone in recipe.each().items():
+        assert alone.run.device == devices[name]
+        folder = tmp_path / f"alone-{name}"
+        train_student.run(alone.model_copy(update={"run": alone.run.model_copy(update={"folder": folder})}))
+        shared = [line["loss"] for line in read_metrics(tmp_path / "run-student" / name)]
+        assert shared == [line["loss"] for line in read_metrics(folder)]
+    assert len(shared) == 20
+
+
+@pytest.mark.gpu
 def test_a_loss_that_is_not_finite_is_named_though_a_gpu_is_looked_at_late() -> None:
     watch = LossWatch(torch.device("cuda"))
     for step in range(6):

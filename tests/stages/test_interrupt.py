@@ -98,11 +98,11 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_encoder(
         folder.mkdir()
         (folder / "recipe.yaml").write_text(RECIPE.format(shards=drawn_shards))
     with start(home) as process:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 300
         while len(steps_logged(home)) < 2 and process.poll() is None and time.monotonic() < deadline_s:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (130, "")
     saved = re.search(r"interrupted: state of step (\d+) saved; the same command continues", err)
     assert saved and "Traceback" not in err

@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_cache_and_student_give_the_whole_answer_and_nothing_stays(root: Path) -> None:
     before = sorted(root.rglob("*"))
-    found = plan.run(cache_recipe(root), {"student": student_recipe(root)}, QUICK)
+    found = plan.run(cache_recipe(root, audit_views=4), {"student": student_recipe(root)}, QUICK)
     assert sorted(root.rglob("*")) == before
     teacher, (student,) = found["measured"]["teacher"], found["measured"]["students"]
     for cost in (teacher["teacher"], teacher["encode"], teacher["audit"], teacher["write"], student["step"]):

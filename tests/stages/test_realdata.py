@@ -25,6 +25,7 @@ def test_imagenet_photographs_through_a_real_teacher_into_a_student(data_root: P
             f"teacher.weights={weights}",
             "teacher.block=2",  # block 9 is the recipe's and takes four times as long
             "num_views=1",
+            "audit_views=4",
         ],
     )
     assert isinstance(cache_recipe, CacheTeacherRecipe)

@@ -179,7 +179,7 @@ def test_a_signal_during_the_knn_costs_that_knn_alone(home: Path, monkeypatch: p
 
 def batch_of(root: Path, cache: Path, targets: TargetsConfig | None = None) -> AuditBatch:
     config = AuditConfig.model_validate(audit(root, cache=cache))
-    return AuditBatch(config, CacheReader(root / "cache").manifest, targets or TargetsConfig(), 2, CPU)
+    return AuditBatch(config, CacheReader(root / "cache").manifest, targets or TargetsConfig(), 2)
 
 
 def test_the_kl_is_that_of_dense_rows_of_the_first_images_and_hidden_records_give_the_same(home: Path) -> None:
@@ -245,7 +245,7 @@ def test_too_few_images_other_relations_and_training_images_are_said(
         train_student.run(recipe(home, audit=audit(home, cache=home / "qk")))
     cache_teacher.run(held_out_cache(home, cache=home / "same", source=trained(home)))
     config = AuditConfig.model_validate(audit(home, cache=home / "same", source=trained(home)))
-    AuditBatch(config, CacheReader(home / "cache").manifest, TargetsConfig(), 2, CPU)
+    AuditBatch(config, CacheReader(home / "cache").manifest, TargetsConfig(), 2)
     assert "audit: warning: shard-000000.tar is in the training's cache, too" in capsys.readouterr().err
 
 
