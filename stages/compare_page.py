@@ -83,7 +83,7 @@ def curves_figure(runs: Sequence[RunSummary], wanted: Wanted, label: str, log: b
     ]
     if not curves:
         return None
-    names = list(dict.fromkeys(name for _, _, name, _ in curves))
+    names = sorted({name for _, _, name, _ in curves}, key=lambda name: ("ema" in name, name))  # averages are dashed
     figure = Figure(figsize=(9.6, 3.6), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for run_name, colour, name, points in curves:

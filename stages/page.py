@@ -60,6 +60,7 @@ def dress(axes: Axes, title: str, label: str, below: str = "step") -> None:
     axes.set_xlabel(below, fontsize=8.5, color=INK)
     axes.set_ylabel(label, fontsize=8.5, color=INK)
     axes.tick_params(labelsize=8, colors=INK, which="both")
+    axes.set_axisbelow(True)
     axes.grid(True, color="#e4e6ec", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
