@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from tinymim import __version__
 from tinymim.cli_cache import cache_app
+from tinymim.cli_compare import compare
 from tinymim.cli_plan import plan
 from tinymim.cli_shared import RecipeArgument, SetOption, StdoutClosed, print_json, print_text
 from tinymim.configs.errors import TinymimError, is_refusal
@@ -49,6 +50,7 @@ In order of use:
   tinymim finetune RECIPE                   top-1 with a head, end to end
   tinymim fidelity RECIPE                   which codec, before you cache
   tinymim plan RECIPES                      what it costs and saves, before you pay
+  tinymim compare RUN RUN                   runs side by side, afterwards
   tinymim cache --help                      list, check, mend, copy caches
 
 RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""",
@@ -59,6 +61,7 @@ RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""
 )
 app.command(cache_app)
 app.command(plan, name="plan", sort_key=7)
+app.command(compare, name="compare", sort_key=7)
 
 
 def _help(text: str, stage: str) -> str:

@@ -74,8 +74,9 @@ class Bookkeeping:
     def opened(self) -> Iterator[tuple[StopFlag, Meter]]:
         """Logs, signals and progress for as long as the training runs."""
         with contextlib.ExitStack() as stack:
+            devices = [learner.device for learner in self.learners]
             for learner in self.learners:
-                stack.enter_context(learner.logging(self.first_step, len(self.learners)))
+                stack.enter_context(learner.logging(self.first_step, devices.count(learner.device)))
             # Of many ranks each gets the signal once from its parent, and perhaps once more from a terminal.
             stop = stack.enter_context(StopFlag(insists=self.ranks.world_size == 1))
             yield stop, stack.enter_context(Meter(self.recipe.stage, self.total_steps, "steps", self.first_step))

@@ -99,7 +99,7 @@ class Learner:
 
     @contextlib.contextmanager
     def logging(self, first_step: int, models: int) -> Iterator[None]:
-        """The run folder's log is open within; only rank 0 has one. So many models are trained side by side."""
+        """The run folder's log is open within; only rank 0 has one. So many models share the device."""
         if not self.ranks.first:
             yield
             return

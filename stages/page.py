@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 INK, FAINT = "#1f2430", "#8a90a0"
 COLOURS = ("#3b6fb6", "#d1793b", "#4d9a6a", "#9a5ea8", "#b5485d", "#5aa0a8", "#8a7a3c", "#6b7080")
@@ -59,11 +60,20 @@ def dress(axes: Axes, title: str, label: str, below: str = "step") -> None:
     axes.set_xlabel(below, fontsize=8.5, color=INK)
     axes.set_ylabel(label, fontsize=8.5, color=INK)
     axes.tick_params(labelsize=8, colors=INK, which="both")
+    axes.set_axisbelow(True)
     axes.grid(True, color="#e4e6ec", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False)
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic axis of values, labelled with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def html_figure(picture: bytes, caption: str) -> str:

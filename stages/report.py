@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from tinymim.stages.page import (
     COLOURS,
@@ -22,6 +21,7 @@ from tinymim.stages.page import (
     dress,
     html_figure,
     html_table,
+    log_scale,
     plain_table,
     png,
     prose,
@@ -131,10 +131,7 @@ def curves_figure(report: Report) -> Figure:
         for style, relation in zip(DASHES, _relations_of(lines), strict=False):
             values = [line[f"kl_{relation}"] for line in lines]
             left.plot([line["step"] for line in lines], values, style, color=colour, label=f"{name}, {relation}")
-    left.set_yscale("log")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    left.yaxis.set_minor_formatter(NullFormatter())
+    log_scale(left)
     dress(left, "students: KL to the cached sketches", "nats per row")
     for colour, style, (name, lines) in zip(COLOURS, DASHES, report.mae_curves.items(), strict=False):
         right.plot([line["step"] for line in lines], [line["loss"] for line in lines], style, color=colour, label=name)

@@ -6,9 +6,9 @@ and lost. Beside the metrics, because those of lost steps go.
 
 import json
 import platform
-import time
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
@@ -39,11 +39,11 @@ class Session:
         self._devices = devices
         self.device_s: float | None = None
         self._about = {"session": uuid4().hex[:8], "device": device_name(recipe)}
-        self._began_s = self._written_s = time.monotonic()
+        self._began_s = self._written_s = monotonic()
 
     def tick(self, last: bool = False) -> None:
         """Write down the time, if it is due."""
-        now_s = time.monotonic()
+        now_s = monotonic()
         if not last and now_s - self._written_s < _EVERY_S:
             return
         self._written_s, elapsed_s = now_s, now_s - self._began_s
@@ -56,7 +56,7 @@ class Session:
 def device_name(recipe: RunRecipe) -> str:
     """A GPU's name, or the processor's kind and the threads that torch uses."""
     if recipe.run.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(recipe.run.device if ":" in recipe.run.device else None)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 

@@ -27,10 +27,12 @@ MAY_IMPORT = {
     "stages": {"stages", "pipeline", "models", "targets", "storage", "configs"},
     "cli_shared": {"configs"},
     "cli_cache": {"cli_shared", "stages", "configs"},
+    "cli_compare": {"cli_shared", "stages"},
     "cli_plan": {"cli_shared", "stages", "configs"},
     "cli": {
         "cli",
         "cli_cache",
+        "cli_compare",
         "cli_plan",
         "cli_shared",
         "stages",

@@ -11,7 +11,7 @@ from tinymim.configs.load import load_recipe, load_recipes, shipped_recipes
 from tinymim.configs.schema import RECIPES
 
 ROOT = Path(__file__).parent.parent
-OTHER_VERBS = {"make-shards", "cache", "recipes", "demo"}
+OTHER_VERBS = {"compare", "make-shards", "cache", "recipes", "demo"}
 
 
 def commands() -> list[list[str]]:

@@ -1,0 +1,129 @@
+"""The page of `tinymim compare`: tables and curves of several runs. It measures nothing."""
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
+
+from matplotlib.figure import Figure
+
+from tinymim.stages.page import COLOURS, DASHES, document, dress, html_figure, html_table, log_scale, png, prose
+from tinymim.stages.run_summary import RunSummary
+
+Wanted = Callable[[RunSummary, str], bool]
+
+_LOSSES = {
+    "train-student": ("Students: KL to the cached targets, all relations together", "nats per row"),
+    "pretrain-mae": ("Masked autoencoders: loss", "squared error of masked patches"),
+    "finetune": ("Fine-tuning: loss", "cross entropy"),
+}
+
+
+_LEGEND = """A dash stands for what no run folder says. `seconds` are those of all sessions of a run, also of steps
+that were lost when it was stopped; device-hours count every rank, and of several students on one stream each carries
+its part. `teacher-h` is stage one's time, divided by the students of this page that read its cache; it is known where
+the run folder of `cache-teacher` is named, too. `audit` columns are of the last audit, against dense targets of
+held-out images."""
+
+
+def page(runs: Sequence[RunSummary], table: list[list[str]], differing: Mapping[str, list[list[str]]]) -> str:
+    """The whole page; every text is escaped, every picture embedded."""
+    parts = [
+        f"<h1>{len(runs)} runs</h1>\n",
+        html_table(table, range(2, len(table[0]))),
+        _note(_LEGEND),
+        _curves(runs),
+        *_costs(runs),
+    ]
+    for stage, rows in differing.items():
+        parts += [f"\n<h2>What differs in {html.escape(stage)}</h2>\n", f'<div class="k">{html_table(rows, ())}</div>']
+    if not differing:
+        parts.append("\n<h2>Recipes</h2>\n<p>No two runs of one command differ in a field.</p>")
+    parts += ["\n<h2>Runs</h2>\n", f'<div class="k">{html_table(_identities(runs), ())}</div>\n']
+    return document(f"tinymim compare: {', '.join(run.name for run in runs)}", "".join(parts))
+
+
+def _note(text: str) -> str:
+    return f'\n<p class="note">{prose(text)}</p>\n'
+
+
+def _curves(runs: Sequence[RunSummary]) -> str:
+    """A picture for every quantity that some run has."""
+    pictures: list[tuple[str, str, Wanted, bool]] = [
+        (title, label, partial(_is_loss_of, stage), True) for stage, (title, label) in _LOSSES.items()
+    ]
+    pictures += [
+        ("Students: KL to dense targets of held-out images", "nats per row", _is_audit_kl, True),
+        ("k-NN top-1 of audits", "share of images", lambda _, name: name.endswith("knn_top1"), False),
+        ("Fine-tuning: top-1", "share of images", lambda _, name: name.startswith("val_") and "top1" in name, False),
+    ]
+    found = [(title, curves_figure(runs, wanted, label, log)) for title, label, wanted, log in pictures]
+    shown = [f"\n<h2>{html.escape(title)}</h2>\n{html_figure(png(figure), title)}" for title, figure in found if figure]
+    return "".join(shown)
+
+
+def _is_loss_of(stage: str, run: RunSummary, name: str) -> bool:
+    return name == "loss" and run.stage == stage
+
+
+def _is_audit_kl(_: RunSummary, name: str) -> bool:
+    return name.startswith("audit_") and "kl_" in name
+
+
+def curves_figure(runs: Sequence[RunSummary], wanted: Wanted, label: str, log: bool) -> Figure | None:
+    """A line per run and metric, by step on the left, by epoch on the right; None where there is nothing to show.
+
+    A run has one colour in all pictures of a page, whichever runs are in them.
+    """
+    curves = [
+        (run.name, colour, name, run.curves[name])
+        for colour, run in zip(cycle(COLOURS), runs, strict=False)
+        for name in sorted(run.curves)
+        if wanted(run, name)
+    ]
+    if not curves:
+        return None
+    names = sorted({name for _, _, name, _ in curves}, key=lambda name: ("ema" in name, name))  # averages are dashed
+    figure = Figure(figsize=(9.6, 3.6), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for run_name, colour, name, points in curves:
+        dash = DASHES[names.index(name) % len(DASHES)]
+        text = run_name if len(names) == 1 else f"{run_name}, {name.removeprefix('audit_').removeprefix('val_')}"
+        style = {"color": colour, "linestyle": dash, "linewidth": 1.3, "label": text}
+        marker = "." if len(points) < 30 else ""
+        left.plot([point.step for point in points], [point.value for point in points], marker=marker, **style)
+        by_epoch = [point for point in points if point.epoch is not None]
+        if by_epoch:
+            right.plot([point.epoch for point in by_epoch], [point.value for point in by_epoch], marker=marker, **style)
+    if log and all(point.value > 0 for *_, points in curves for point in points):
+        log_scale(left)
+    dress(left, "", label)
+    dress(right, "", "", "epoch" if right.lines else "epoch (of no run on record)")
+    if right.get_legend() is not None:
+        right.get_legend().remove()
+    return figure
+
+
+def _costs(runs: Sequence[RunSummary]) -> list[str]:
+    """Device-hours as bars: the run's own, and its part of stage one."""
+    known = [run for run in runs if run.device_s is not None]
+    if not known:
+        return []
+    figure = Figure(figsize=(9.6, 0.9 + 0.34 * len(known)), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    names = [run.name for run in known]
+    own = [(run.device_s or 0.0) / 3600 for run in known]
+    axes.barh(names, own, color=COLOURS[0], label="the run itself")
+    shares = [(run.teacher_device_s or 0.0) / 3600 for run in known]
+    if any(shares):
+        axes.barh(names, shares, left=own, color=COLOURS[1], label="its part of stage one")
+    axes.invert_yaxis()
+    dress(axes, "", "", "device-hours")
+    return ["\n<h2>What it took</h2>\n", html_figure(png(figure), "Device-hours of every run")]
+
+
+def _identities(runs: Sequence[RunSummary]) -> list[list[str]]:
+    rows = [["run", "folder", "sessions", "device"]]
+    for run in runs:
+        rows.append([run.name, str(run.folder), str(run.sessions or "-"), "; ".join(run.devices) or "-"])
+    return rows
