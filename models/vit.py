@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def build_model(config: ModelConfig, pretrained: bool = False, drop_path: float = 0.0, **extra: Any) -> nn.Module:
+def build_model(config: ModelConfig, pretrained: bool = False, **extra: Any) -> nn.Module:
     """Create the timm model that a recipe names, without a classifier head.
 
     Raises:
@@ -31,7 +32,6 @@ def build_model(config: ModelConfig, pretrained: bool = False, drop_path: float 
             pretrained=pretrained,
             num_classes=0,
             img_size=config.img_size,
-            drop_path_rate=drop_path,
             **overrides,
             **extra,
         )
@@ -58,11 +58,12 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
     """As `build_model`, for students and masked pre-training, which need timm's plain VisionTransformer.
 
     The position embedding is MAE's fixed 2-D sine-cosine table; linear layers are Xavier-initialised (He et al., 2022).
+    `drop_path` is the rate of stochastic depth in every block but the last, as TinyMIM has it; timm's rises from 0.
 
     Raises:
         RecipeError: the name is not a plain ViT.
     """
-    model = build_model(config, drop_path=drop_path, **extra)
+    model = build_model(config, **extra)
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
         raise RecipeError(
             f"'{config.name}' is not a plain ViT with a position embedding",
@@ -70,6 +71,9 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
             expected="a VisionTransformer such as vit_tiny_patch16_224",
         )
     _initialise_like_mae(model)
+    if drop_path:
+        for block in list(model.blocks)[:-1]:
+            block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
     return model
 
 
