@@ -51,6 +51,7 @@ In order of use:
   tinymim fidelity RECIPE                   which codec, before you cache
   tinymim plan RECIPES                      what it costs and saves, before you pay
   tinymim compare RUN RUN                   runs side by side, afterwards
+  tinymim export RUN FILE.pth               for MAE's and TinyMIM's own code
   tinymim cache --help                      list, check, mend, copy caches
 
 RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""",
@@ -295,6 +296,31 @@ def fidelity(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
     from tinymim.stages import fidelity as stage
 
     print_text(stage.run(loaded))
+
+
+@app.command(name="export", sort_key=7)
+def export(source: Annotated[Path, Parameter(name="RUN")], target: Annotated[Path, Parameter(name="FILE")], /) -> None:
+    """Weights -> a .pth as the code of MAE and TinyMIM reads it.
+
+    Reads RUN: the folder of a finished train-student or pretrain-mae (of several
+    students: the folder of one), or a file, such as its student-ema.safetensors.
+    Writes FILE, a new .pth for `--finetune` of MAE's and TinyMIM's
+    main_finetune.py: float32 tensors under `model`. timm needs no export, it loads
+    student.safetensors as it is.
+    Prints JSON: file, source, tensors, embed_dim, depth, num_heads.
+
+    Example: tinymim export runs/mine mine.pth
+
+    Parameters
+    ----------
+    source
+        Run folder or weights.
+    target
+        The file to write.
+    """
+    from tinymim.stages import export as stage
+
+    print_json(stage.run(source, target))
 
 
 @app.command(name="recipes", sort_key=8)

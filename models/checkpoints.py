@@ -1,12 +1,15 @@
-"""Weights in and out: safetensors, official MAE `.pth` (encoder under `model`), timm's hub. Never pickle.
+"""Weights in and out: safetensors, MAE's and TinyMIM's own `.pth` (encoder under `model`), timm's hub. Never pickle.
 
 Loading is strict in what matters: every parameter of the encoder must be in the file. Keys of the file that are
 no part of the model (decoder, heads, mask token) are dropped and reported.
 """
 
+import argparse
 import hashlib
 import importlib.resources
+import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,15 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, first_line
 
+_SIZES = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads"
+_POOLED = (
+    "fine-tuned with mean pooling, it has no norm over tokens: a teacher needs none, else take the pre-trained file"
+)
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.")
+# The tensors of an encoder in MAE's and TinyMIM's own checkpoints.
+_STEM = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias")
+_LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+_BLOCK = tuple(f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias"))
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is not a readable safetensors file", got=error) from error
         return tensors
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # The training loops of MAE and TinyMIM save their command line too: a namespace, which only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here, all of them meaning the same to the user
         raise CheckpointError(
             f"{path} cannot be loaded as plain tensors",
@@ -83,17 +96,22 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def load_weights(model: nn.Module, weights: str) -> LoadedWeights:
+def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -> LoadedWeights:
     """Load a file into an encoder.
 
     A position embedding of another grid is resampled (timm's bicubic); everything else must fit.
+
+    Args:
+        model: the encoder, in place.
+        weights: see `weights_path`.
+        unread: how names of parameters begin that nothing will read; those that the file lacks stay as they are.
 
     Raises:
         CheckpointError: the file is absent or unreadable, or keys are missing, unexpected or of another
             shape (all are listed).
     """
     path = weights_path(weights)
-    return load_tensors(model, read_tensors(path), str(path))
+    return load_tensors(model, read_tensors(path), str(path), may_lack=unread)
 
 
 def load_tensors(
@@ -103,7 +121,7 @@ def load_tensors(
     *,
     may_drop: tuple[str, ...] = (),
     may_lack: tuple[str, ...] = (),
-    hint: str = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads",
+    hint: str = _SIZES,
 ) -> LoadedWeights:
     """Load a state dict into a model; position embeddings and errors as in `load_weights`.
 
@@ -133,7 +151,7 @@ def load_tensors(
             f"{origin} does not fit the model",
             got=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}; other shape: {_some(shapes)}",
             expected=f"{len(wanted)} tensors of the model" + (f", of which {len(new)} may be new" if new else ""),
-            hint=hint,
+            hint=_POOLED if missing == ["norm.bias", "norm.weight"] and "fc_norm.weight" in dropped else hint,
         )
     model.load_state_dict(wanted | tensors, strict=True)
     return LoadedWeights(tensors_sha256(model.state_dict()), dropped, new)
@@ -179,6 +197,37 @@ def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], h
         for name, tensor in tensors.items()
     }
     return _with_sorted_metadata(safetensors.torch.save(ready, dict(metadata)))
+
+
+def to_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Serialise an encoder as the code of MAE and of TinyMIM reads it: a `.pth` with float32 tensors under `model`.
+
+    Args:
+        tensors: of a plain ViT, by timm's names, which are the layout's.
+        metadata: what made it; written beside the tensors.
+
+    Raises:
+        CheckpointError: the encoder has parts that the layout has no place for, or lacks some.
+    """
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    wanted = {*_STEM, *(f"blocks.{number}.{name}" for number in range(depth) for name in _BLOCK)}
+    if tensors.keys() != wanted:
+        missing, unexpected = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+        raise CheckpointError(
+            "the layout of MAE and TinyMIM is not this encoder's",
+            got=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}",
+            expected="a plain ViT with class token, position table and qkv biases",
+        )
+    patches = tensors["pos_embed"].shape[1] - 1
+    if math.isqrt(patches) ** 2 != patches:
+        raise CheckpointError(
+            "the layout of MAE and TinyMIM has one position for the class token and a square grid of others",
+            got=f"{patches + 1} positions",
+        )
+    buffer = io.BytesIO()
+    ready = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors.items()}
+    torch.save({"model": ready, "metadata": dict(metadata)}, buffer)
+    return buffer.getvalue()
 
 
 def _with_sorted_metadata(raw: bytes) -> bytes:

@@ -96,7 +96,7 @@ class Teacher(nn.Module):
 def _with_weights(config: TeacherConfig) -> nn.Module:
     if config.weights != "hub":
         model = build_model(config)
-        load_weights(model, config.weights)
+        load_weights(model, config.weights, unread=("norm.",))  # it is cut in front of the final norm
         return model
     return build_pretrained(config)
 

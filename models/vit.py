@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -60,11 +61,12 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
     """As `build_model`, for students and masked pre-training, which need timm's plain VisionTransformer.
 
     The position embedding is MAE's fixed 2-D sine-cosine table; linear layers are Xavier-initialised (He et al., 2022).
+    `drop_path` is the rate of stochastic depth in every block but the last, as TinyMIM has it; timm's rises from 0.
 
     Raises:
         RecipeError: the name is not a plain ViT.
     """
-    model = build_model(config, drop_path=drop_path, **extra)
+    model = build_model(config, **extra)
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
         raise RecipeError(
             f"'{config.name}' is not a plain ViT with a position embedding",
@@ -72,6 +74,9 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
             expected="a VisionTransformer such as vit_tiny_patch16_224",
         )
     _initialise_like_mae(model)
+    if drop_path:
+        for block in list(model.blocks)[:-1]:
+            block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
     return model
 
 

@@ -14,6 +14,7 @@ from tinymim.configs.sections import MaeConfig, ModelConfig
 from tinymim.models.checkpoints import load_weights, read_metadata, read_tensors, tensors_sha256, to_safetensors
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
+from tinymim.tests import official
 
 
 def vit(seed: int = 0, **sizes: Any) -> VisionTransformer:
@@ -71,6 +72,26 @@ def test_the_official_mae_layout_loads_and_says_what_it_dropped(tmp_path: Path) 
     assert same(model.encoder, target)
     assert set(loaded.dropped) == {*decoder, "decoder_pos_embed"}
     assert "mask_token" in loaded.dropped
+
+
+def test_a_checkpoint_of_their_training_loop_loads(tmp_path: Path) -> None:
+    """TinyMIM's checkpoint-299.pth holds the optimiser's state and the command line, an argparse.Namespace."""
+    tensors = official.layout(16, 2)
+    target = vit(2)
+    loaded = load_weights(target, str(official.write_training(tmp_path / "checkpoint-299.pth", tensors)))
+    assert loaded.dropped == () and loaded.sha256 == tensors_sha256(tensors)
+
+
+def test_a_model_fine_tuned_with_mean_pooling_can_be_a_teacher_only(tmp_path: Path) -> None:
+    """Its norm stands behind the pool: a cut teacher needs none, features of an encoder do."""
+    tensors = official.layout(16, 2)
+    weights = str(official.write_training(tmp_path / "checkpoint-99.pth", official.fine_tuned(tensors)))
+    with pytest.raises(CheckpointError, match=r"missing: norm\.bias, norm\.weight;(.|\n)*hint: .*mean pooling"):
+        load_weights(vit(2), weights)
+    target = vit(2)
+    loaded = load_weights(target, weights, unread=("norm.",))
+    assert loaded.dropped == ("fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight")
+    assert all(torch.equal(target.state_dict()[name], tensor) for name, tensor in tensors.items() if name[:4] != "norm")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "encoder.", "module.encoder."])

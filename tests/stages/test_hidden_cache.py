@@ -57,7 +57,7 @@ def home(made: Path, tmp_path: Path) -> Path:
 
 
 def hidden_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
-    return cache_recipe(root, **({"codec": INT8} | changes))
+    return cache_recipe(root, **({"codec": INT8, "audit_views": 4} | changes))
 
 
 def short(root: Path, **changes: Any) -> TrainStudentRecipe:

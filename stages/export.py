@@ -1,0 +1,72 @@
+"""`tinymim export`: a run's weights as the code of MAE and TinyMIM reads them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tinymim.configs.errors import CheckpointError, UserError
+from tinymim.configs.sections import ModelConfig
+from tinymim.models.checkpoints import read_metadata, read_tensors, to_official, weights_path
+from tinymim.models.vit import build_model
+from tinymim.stages.pretrain_mae import ENCODER_NAME
+from tinymim.stages.progress import say
+from tinymim.stages.train_student import STUDENT_NAME
+from tinymim.storage.atomic import write_bytes_atomic
+
+# The heads that their fine-tuning code has for a width; a checkpoint does not say how many its model has.
+_THEIR_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+
+
+def run(source: Path, target: Path) -> dict[str, Any]:
+    """Write the weights in `source`, a run folder or a file, to `target`, a new `.pth`.
+
+    Returns:
+        What was written: file, source, tensors, embed_dim, depth, num_heads (None: the file does not say).
+
+    Raises:
+        CheckpointError: there are no weights, they cannot be read, or the layout has no place for some of them.
+        UserError: `target` exists or has another suffix.
+    """
+    weights = _weights(source)
+    if target.suffix != ".pth":
+        raise UserError("the layout of MAE and TinyMIM is that of a .pth file", got=target, expected="FILE.pth")
+    if target.exists():
+        raise UserError(f"{target} exists", hint="remove it, or give another name")
+    tensors = read_tensors(weights)
+    metadata = read_metadata(weights) if weights.suffix == ".safetensors" else {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(target, to_official(tensors, metadata))
+    width, heads = tensors["cls_token"].shape[-1], _heads(metadata)
+    theirs = _THEIR_HEADS.get(width)
+    if None not in (heads, theirs) and heads != theirs:
+        say(f"export: warning: this model has {heads} heads; MAE's and TinyMIM's of width {width} have {theirs}")
+    depth = sum(name.endswith(".attn.qkv.weight") for name in tensors)
+    found = {"embed_dim": width, "depth": depth, "num_heads": heads}
+    return {"file": str(target), "source": str(weights), "tensors": len(tensors)} | found
+
+
+def _weights(source: Path) -> Path:
+    if not source.is_dir():
+        return weights_path(str(source))
+    for name in (STUDENT_NAME, ENCODER_NAME):
+        if (source / name).is_file():
+            return source / name
+    below = sorted(path.parent.name for path in source.glob(f"*/{STUDENT_NAME}"))
+    raise CheckpointError(
+        f"{source} holds no finished weights",
+        expected=f"{STUDENT_NAME} or {ENCODER_NAME}",
+        hint=f"name one of its folders: {', '.join(below)}" if below else "let the run come to its end",
+    )
+
+
+def _heads(metadata: dict[str, str]) -> int | None:
+    """Heads of the model that the recipe in a file's metadata describes."""
+    recipe = yaml.safe_load(metadata.get("recipe", "")) or {}
+    fields = recipe.get("student") or recipe.get("model")
+    if not fields:
+        return None
+    with torch.device("meta"):
+        model: Any = build_model(ModelConfig.model_validate(fields))
+    return int(model.blocks[0].attn.num_heads)
