@@ -1,4 +1,4 @@
-"""What `evidence.py` runs: six experiments, their arms and the caches that these read.
+"""What `evidence.py` runs: seven experiments, their arms and the caches that these read.
 
 Every arm is a shipped recipe (`tinyimagenet40-*`) and what is set beyond it, so that the command of each run can be
 printed and repeated. All arms of an experiment take as many steps of as many images, and those of one seed begin with
@@ -31,6 +31,7 @@ class Arm:
         judged: whether its held-out KL means something: it was trained on the relations of the base target.
         finetuned: whether the student is fine-tuned, too, for the seeds `SEEDS`.
         seeds: more of them where a difference is to be resolved.
+        steps: of the training.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Arm:
     judged: bool = True
     finetuned: bool = False
     seeds: tuple[int, ...] = SEEDS
+    steps: int = STEPS
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,16 @@ _WIDTHS = "{wide: {model: %s}, narrow: {model: %s}}"
 _MODEL = "{name: vit_tiny_patch16_224, img_size: 64, patch_size: 8, embed_dim: %d, depth: 4, num_heads: 4}"
 TWO = Arm("two students", sets=("student=null", "students=" + _WIDTHS % (_MODEL % 96, _MODEL % 32)))
 
+_LONG: tuple[tuple[str, Kind, str], ...] = (
+    ("online dense", "online", "64x8"),
+    ("sketch 64x8", "cached", "64x8"),
+    ("sketch 8x4", "cached", "8x4"),
+    ("top-2 renormalised", "cached", "top-2 renormalise"),
+    ("top-2 ghost", "cached", "top-2 ghost"),
+    ("features", "features", "64x8"),
+    ("masked autoencoder", "mae", "64x8"),
+)
+
 EXPERIMENTS: dict[str, Experiment] = {
     "1": Experiment(
         "Cached sketches against the teacher online",
@@ -137,6 +149,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             Arm("masked autoencoder", "mae", judged=False, finetuned=True),
             Arm("supervised, with labels", "supervised", judged=False),
             Arm("not trained", "random", judged=False, finetuned=True),
+        ),
+    ),
+    "7": Experiment(
+        "Four times the steps",
+        "Is the order of these arms one of short trainings only? (5.1 passes: every cached view is seen 2.6 times)",
+        tuple(
+            Arm(f"{name}, {4 * STEPS:,} steps", kind, cache, judged=kind in ("cached", "online"), steps=4 * STEPS)
+            for name, kind, cache in _LONG
         ),
     ),
     "5": Experiment(
