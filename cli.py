@@ -47,7 +47,7 @@ In order of use:
   tinymim cache-teacher RECIPE           2. the teacher over every view, once
   tinymim train-student RECIPE           3. as many students as you like
   tinymim evaluate RECIPE                4. k-NN and linear probe
-  tinymim finetune RECIPE                   with a head, on labels: what papers report
+  tinymim finetune RECIPE                   top-1 with a head, end to end
   tinymim fidelity RECIPE                   which codec, before you cache
   tinymim plan RECIPES                      what it costs and saves, before you pay
   tinymim compare RUN RUN                   runs side by side, afterwards
@@ -244,17 +244,17 @@ def evaluate(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
     name="finetune",
     sort_key=5,
     help=_help(
-        """Fine-tune an encoder with a new head on labelled shards: top-1, top-5, confusion.
+        """Fine-tune an encoder with a new head on labels: top-1, top-5, confusion.
 
-Reads the shards of `train` and `val`, and `weights`: a file (a student, an encoder of
-pretrain-mae, an official MAE .pth, another fine-tuning), `hub`, `package:NAME`, or
-`random` for training from scratch. Weights that do not exist or do not fit are an
-error that lists the missing and the unexpected keys.
-Writes run.folder: last.safetensors and best.safetensors (by top-1 on `val`), which
-load into timm with strict=True, finetuned.json (history, classes), metrics.jsonl,
-TensorBoard, the resolved recipe and versions, and state-STEP.pt, from which the same
-command continues. Prints finetuned.json without history and classes. On several GPUs
-with --set workers=N.
+Reads the shards of `train` and `val`, and `weights`: a file (a student, an
+encoder of pretrain-mae, an official MAE .pth, another fine-tuning), `hub`,
+`package:NAME`, or `random` for training from scratch. Weights that do not exist
+or do not fit are an error that lists missing and unexpected keys.
+Writes run.folder: last.safetensors and best.safetensors (by top-1 on `val`),
+which load into timm with strict=True, finetuned.json (scores, confusion),
+metrics.jsonl, TensorBoard, the resolved recipe and versions, and state-STEP.pt,
+from which the same command continues. On several GPUs with --set workers=N.
+Prints finetuned.json without history and classes.
 
 Example: tinymim finetune tinyimagenet40-finetune --set optim.epochs=2""",
         "finetune",

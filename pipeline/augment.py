@@ -172,6 +172,5 @@ class Mixing:
                 else:
                     seed("mix", *name, lane)
                     targets.append(self._mixup(mixed, known)[1])
-        whole: Tensor = torch.cat(targets)
-        whole[(labels == UNLABELLED).to(whole.device)] = 0.0
-        return whole
+        stand_ins = (labels == UNLABELLED).to(images.device)
+        return torch.cat(targets).masked_fill_(stand_ins[:, None], 0.0)

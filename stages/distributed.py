@@ -74,7 +74,7 @@ class Ranks:
         if self.world_size == 1:
             return [payload]
         sizes = self.gather(len(payload))
-        own = torch.zeros(max(sizes), dtype=torch.uint8)
+        own = torch.zeros(max(1, *sizes), dtype=torch.uint8)
         own[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
         found = [torch.empty_like(own) for _ in sizes]
         dist.all_gather(found, own)

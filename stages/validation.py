@@ -102,7 +102,7 @@ class Validation:
             model.eval()
         own = self._plan[ranks.rank :: ranks.world_size]
         stream = batches(self._views, own, self._recipe.loader, pin_memory=device.type == "cuda")
-        rounds = -(-len(self._plan) // ranks.world_size)
+        rounds, note = -(-len(self._plan) // ranks.world_size), meter.note
         with contextlib.closing(stream):
             for number in range(rounds):
                 quiet, stays = ranks.least(not stop.requested, not stop.requeue)
@@ -118,6 +118,7 @@ class Validation:
                             logits = model(images)
                         counts[name].add(logits.float().cpu(), batch.labels)
                 meter.advance(0, note=f"validating {number + 1:,}/{rounds:,}")
+        meter.note = note
         for name, model in models.items():
             model.train(training[name])
         self.unreadable = merged(unreadable, ranks)

@@ -48,6 +48,9 @@ def all_that_four_ranks_do(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     assert ranks.least(5 + ranks.rank, -ranks.rank) == [5, -3]
     assert ranks.gather(10 * ranks.rank) == [0, 10, 20, 30]
     assert ranks.mean(torch.tensor([1.0, 2.0]) * ranks.rank).tolist() == [1.5, 3.0]
+    assert ranks.total(torch.tensor([[2**60 + 1, ranks.rank]])).tolist() == [[2**62 + 4, 6]]
+    assert ranks.gather_bytes(b"x" * ranks.rank) == [b"", b"x", b"xx", b"xxx"]
+    assert ranks.gather_bytes(b"") == [b""] * 4
     assert ranks.from_first(b"of rank 0" if ranks.first else b"of rank 1") == b"of rank 0"
     assert ranks.from_first(None) is None
 

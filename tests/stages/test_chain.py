@@ -14,6 +14,7 @@ from tinymim.configs.schema import ChainRecipe
 from tinymim.stages import cache_teacher, chain, make_shards
 from tinymim.stages.interrupt import Interrupted
 from tinymim.storage.reader import CacheReader
+from tinymim.tests.stages import finetunes
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, tree, write_teacher
 
 STEPS = {"batch_size": 8, "steps": 4, "base_lr": 0.1}
@@ -93,6 +94,14 @@ def test_a_chain_that_was_stopped_goes_on_in_its_step(home: Path, monkeypatch: p
     assert (home / "run-first" / "student.safetensors").exists() and not (home / "next").exists()
     chain.run(recipe(home))
     assert (home / "run-second" / "student.safetensors").exists()
+
+
+def test_a_chain_may_fine_tune(home: Path) -> None:
+    sets = {part: {"shards": home / "shards", "pattern": f"*{n}.tar"} for n, part in enumerate(("train", "val"))}
+    tune = finetunes.recipe(home, home / "run-tuned", **sets, optim={"batch_size": 4, "steps": 1})
+    (home / "tune.yaml").write_text(dump_recipe(tune))
+    chain.run(recipe(home, steps=[{"stage": "finetune", "recipe": home / "tune.yaml"}]))
+    assert (home / "run-tuned" / "finetuned.json").exists()
 
 
 def test_every_step_is_checked_before_the_first_begins(home: Path) -> None:

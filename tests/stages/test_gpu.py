@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import cache_teacher, finetune, make_shards, train_student
 from tinymim.stages.learner import LossWatch
 from tinymim.stages.runfolder import read_metrics
 from tinymim.storage.reader import CacheReader
+from tinymim.tests.stages.finetunes import losses, recipe
 from tinymim.tests.stages.tiny import STUDENT, student_recipe, write_teacher
 from tinymim.tests.stages.tiny import cache_recipe as tiny_cache_recipe
 
@@ -121,3 +122,18 @@ def test_a_loss_that_is_not_finite_is_named_though_a_gpu_is_looked_at_late() -> 
     for step in range(6):
         watch.note(step, torch.tensor(float("nan") if step == 3 else 1.0, device="cuda"))
     assert watch.first_broken(wait=True) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_fine_tuning_on_the_gpu_is_that_of_the_cpu(tmp_path: Path, precision: str) -> None:
+    """RandAugment, erasing, mixup and dropped paths are the same draws there."""
+    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=80, images_per_shard=16))
+    found = {}
+    for device, used in (("cpu", "fp32"), ("cuda", precision)):
+        run = {"folder": tmp_path / device, "device": device, "log_every": 1}
+        optim = {"batch_size": 16, "steps": 4, "base_lr": 0.05}
+        report = finetune.run(recipe(tmp_path / "shards", tmp_path, run=run, optim=optim, precision=used))
+        assert report is not None and report["num_val_images"] == 16
+        found[device] = losses(tmp_path / device)
+    np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-2 if precision == "fp32" else 5e-2)

@@ -1,0 +1,127 @@
+"""What a fine-tuning starts from: all of an encoder, a new head, and never less than that without a word."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tinymim.configs.errors import CheckpointError, RecipeError
+from tinymim.configs.sections import MaeConfig, ModelConfig
+from tinymim.models.checkpoints import to_safetensors
+from tinymim.models.classifier import build_classifier, load_classifier, pixel_statistics, timm_arguments
+from tinymim.models.mae import MaskedAutoencoder
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
+
+CONFIG = ModelConfig(name="vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+HEAD = ("head.bias", "head.weight")
+FC_NORM = ("fc_norm.bias", "fc_norm.weight")
+
+
+def classifier(num_classes: int = 5, pool: str = "mean", seed: int = 0, **sizes: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_classifier(CONFIG.model_copy(update=sizes), num_classes, pool)
+
+
+def save(path: Path, module: nn.Module, **more: torch.Tensor) -> str:
+    path.write_bytes(to_safetensors(module.state_dict() | more, {}))
+    return str(path)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> tuple[nn.Module, str]:
+    torch.manual_seed(7)
+    module = build_vit(CONFIG)
+    return module, save(tmp_path / "encoder.safetensors", module)
+
+
+@pytest.mark.parametrize(
+    ("pool", "new", "dropped"),
+    [("mean", (*FC_NORM, *HEAD), ("norm.bias", "norm.weight")), ("cls", HEAD, ())],
+)
+def test_an_encoder_gets_a_new_head_and_all_else_is_its_own(
+    encoder: tuple[nn.Module, str], pool: str, new: tuple[str, ...], dropped: tuple[str, ...]
+) -> None:
+    model = classifier(pool=pool)
+    loaded = load_classifier(model, CONFIG, encoder[1])
+    assert (loaded.new, loaded.dropped) == (new, dropped)
+    ours, theirs = model.state_dict(), encoder[0].state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items() if name not in new)
+    assert 0 < float(ours["head.weight"].abs().max()) < 1e-4 and not ours["head.bias"].any()
+    assert all(parameter.requires_grad for parameter in model.parameters())  # the position embedding too
+
+
+def test_the_official_mae_layout_is_an_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    mae = MaskedAutoencoder(build_vit(CONFIG), MaeConfig(decoder_dim=8, decoder_heads=2))
+    own = {name.removeprefix("encoder."): tensor for name, tensor in mae.state_dict().items()}
+    own["decoder_pos_embed"] = own.pop("position")  # as the official files call it
+    torch.save({"model": own, "epoch": 3}, tmp_path / "mae.pth")
+    model = classifier()
+    loaded = load_classifier(model, CONFIG, str(tmp_path / "mae.pth"))
+    assert loaded.new == (*FC_NORM, *HEAD) and "mask_token" in loaded.dropped
+    assert torch.equal(model.state_dict()["blocks.1.attn.qkv.weight"], own["blocks.1.attn.qkv.weight"])
+
+
+def test_a_head_of_as_many_classes_is_loaded_and_another_is_new(tmp_path: Path) -> None:
+    before = classifier(seed=3)
+    weights = save(tmp_path / "w.safetensors", before)
+    again, wider = classifier(seed=4), classifier(num_classes=6, seed=4)
+    assert load_classifier(again, CONFIG, weights).new == ()
+    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in again.state_dict().items())
+    loaded = load_classifier(wider, CONFIG, weights)
+    assert (loaded.new, loaded.dropped) == (HEAD, HEAD)
+
+
+def test_a_file_that_does_not_fit_is_refused_with_its_keys(encoder: tuple[nn.Module, str], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist") as caught:
+        load_classifier(classifier(), CONFIG, str(tmp_path / "nothing.safetensors"))
+    assert "nothing.safetensors" in str(caught.value.got) and caught.value.hint
+    model = classifier(depth=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.2\.attn\.proj\.bias, .* and 6 more; unexpected: none"):
+        load_classifier(model, CONFIG, encoder[1])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"unexpected: blocks\.1\.attn\.proj\.bias, "):
+        load_classifier(classifier(depth=1), CONFIG, encoder[1])
+    with pytest.raises(
+        CheckpointError, match=r"other shape: .*blocks\.0\.attn\.proj\.weight \(16, 16\) for \(24, 24\)"
+    ):
+        load_classifier(classifier(embed_dim=24), CONFIG, encoder[1])
+    stranger = save(tmp_path / "stranger.safetensors", encoder[0], surprise=torch.zeros(1))
+    with pytest.raises(CheckpointError, match="missing: none; unexpected: surprise; other shape: none"):
+        load_classifier(classifier(), CONFIG, stranger)
+    pooled = save(tmp_path / "pooled.safetensors", classifier())
+    with pytest.raises(CheckpointError, match=r"missing: norm\.bias, norm\.weight; unexpected: none") as caught:
+        load_classifier(classifier(pool="cls"), CONFIG, pooled)
+    assert "pool" in str(caught.value.hint)
+
+
+def test_a_position_embedding_of_another_grid_is_resampled(encoder: tuple[nn.Module, str]) -> None:
+    model = classifier(img_size=64)
+    load_classifier(model, CONFIG, encoder[1])
+    assert model.state_dict()["pos_embed"].shape == (1, 65, 16)
+
+
+def test_random_weights_are_those_of_the_seed_and_only_when_asked_for() -> None:
+    one, other = (load_classifier(classifier(seed=seed), CONFIG, "random").sha256 for seed in (0, 1))
+    assert one != other == load_classifier(classifier(seed=1), CONFIG, "random").sha256
+
+
+def test_the_arguments_in_a_file_make_the_model() -> None:
+    for pool in ("mean", "cls"):
+        model = timm.create_model(**timm_arguments(CONFIG, 5, pool))
+        model.load_state_dict(classifier(pool=pool).state_dict(), strict=True)
+
+
+def test_pixels_are_normalised_as_the_hub_states() -> None:
+    assert pixel_statistics(CONFIG, "a file") == (IMAGENET_MEAN, IMAGENET_STD)
+    augreg = CONFIG.model_copy(update={"name": "vit_tiny_patch16_224.augreg_in21k"})
+    assert pixel_statistics(augreg, "hub") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_a_class_token_that_is_not_there_is_refused() -> None:
+    with pytest.raises(RecipeError, match="cannot build"):
+        build_classifier(ModelConfig(name="swin_tiny_patch4_window7_224"), 5, "cls")
