@@ -80,12 +80,12 @@ class Lab:
 
     def training(self, arm: Arm, seed: int, folder: Path) -> tuple[str, str, list[str]]:
         """Command, shipped recipe and `--set`s that make an arm's student; those of `online` arms are its settings."""
-        rate = f"optim.base_lr={RATES.get(arm.kind)}"  # of arms that are trained
+        rate = [f"optim.base_lr={RATES[arm.kind]}"] if arm.kind in RATES else []
         if arm.kind == "supervised":
-            own = [rate, *PLAIN, "weights=random", "optim.layer_decay=1", "optim.betas=[0.9, 0.95]", "optim.min_lr=0"]
+            own = [*rate, *PLAIN, "weights=random", "optim.layer_decay=1", "optim.betas=[0.9, 0.95]", "optim.min_lr=0"]
             return "finetune", "tinyimagenet40-finetune", self.finetuning(arm.steps, seed, folder, [*own, *arm.sets])
         sets = [f"source.shards={self.data}", f"optim.steps={arm.steps}", f"order.seed={seed}", "loader.workers=1"]
-        sets += [*self._run(folder, seed), f"checkpoint.every_steps={arm.steps}", "checkpoint.keep=1", rate]
+        sets += [*self._run(folder, seed), f"checkpoint.every_steps={arm.steps}", "checkpoint.keep=1", *rate]
         if arm.kind == "mae":
             model = self.student().model_dump(exclude_none=True)
             sets += [f"model={json.dumps(model)}", "mae.decoder_dim=48", *arm.sets]
@@ -272,13 +272,20 @@ def _cpu_s() -> float:
 
 
 def lab_commands(lab: Lab) -> list[str]:
-    """The commands that make each arm of seed 0 by hand."""
-    lines = []
+    """The commands that make the caches and each arm of seed 0 by hand, without what changes no number."""
+    lines = [_command("cache-teacher", "tinyimagenet40-cache", list(each.sets), name) for name, each in CACHES.items()]
     for _, arm, seed in all_runs():
-        if seed == 0 and arm.kind in ("cached", "mae"):
-            command, base, sets = lab.training(arm, seed, lab.folder / "runs" / arm.name.replace(" ", "-"))
-            lines.append(f"tinymim {command} {base} " + " ".join(f"--set '{each}'" for each in sets))
+        if seed == 0 and arm.kind in ("cached", "mae", "supervised"):
+            command, base, sets = lab.training(arm, seed, Path("runs/evidence") / _name(arm, seed))
+            lines.append(_command(command, base, sets, arm.cache if arm.kind == "cached" else ""))
     return lines
+
+
+def _command(command: str, recipe: str, sets: list[str], cache: str) -> str:
+    quiet = ("loader.", "checkpoint.", "run.threads", "source.shards", "train.shards", "val.shards", "cache=")
+    kept = [each for each in sets if not each.startswith(quiet)]
+    kept += [f"cache=caches/{cache.replace(' ', '-')}"] if cache else []
+    return f"tinymim {command} {recipe} " + " ".join(f"--set '{each}'" for each in kept)
 
 
 if __name__ == "__main__":

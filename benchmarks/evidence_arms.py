@@ -151,14 +151,6 @@ EXPERIMENTS: dict[str, Experiment] = {
             Arm("not trained", "random", judged=False, finetuned=True),
         ),
     ),
-    "7": Experiment(
-        "Four times the steps",
-        "Is the order of these arms one of short trainings only? (5.1 passes: every cached view is seen 2.6 times)",
-        tuple(
-            Arm(f"{name}, {4 * STEPS:,} steps", kind, cache, judged=kind in ("cached", "online"), steps=4 * STEPS)
-            for name, kind, cache in _LONG
-        ),
-    ),
     "5": Experiment(
         "Tap block and relations",
         "Does the paper's order show: the block before the last ones, and qk + vv?",
@@ -176,6 +168,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Two students of other widths from one cache",
         "Do wider and narrower students, trained together, learn from the same records?",
         (TWO,),
+    ),
+    "7": Experiment(
+        "Four times the steps",
+        "Is the order of these arms one of short trainings only? (5.1 passes: every cached view is seen 2.6 times)",
+        tuple(
+            Arm(f"{name}, {4 * STEPS:,} steps", kind, cache, judged=kind in ("cached", "online"), steps=4 * STEPS)
+            for name, kind, cache in _LONG
+        ),
     ),
 }
 
