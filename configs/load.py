@@ -295,8 +295,12 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str | None:
 
 
 def dump_recipe(recipe: Section) -> str:
-    """The whole recipe, defaults included, in the order of the schema, as YAML that loads back equal."""
+    """The whole recipe, defaults included, in the order of the schema, as YAML that loads back equal.
+
+    What all trainings have comes last.
+    """
     data = recipe.model_dump(mode="json")
+    data = {name: data[name] for name in dict.fromkeys([*type(recipe).__annotations__, *data])}
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 

@@ -45,20 +45,10 @@ from tinymim.configs.sections import (
 )
 
 
-def _require_whole_shares(workers: int, order: OrderConfig, optim: OptimConfig) -> None:
-    for name, value in (("order.lanes", order.lanes), ("optim.batch_size", optim.batch_size)):
-        if value % workers:
-            raise ValueError(f"workers must divide {name}; got {workers} workers, {name} {value}")
+class _Training(Section):
+    """What all trainings have: how long, how fast, in what order, on what, and where it is kept."""
 
-
-class PretrainMaeRecipe(Section):
-    """`tinymim pretrain-mae`: make a teacher (or a baseline student) from images alone."""
-
-    stage: Literal["pretrain-mae"]
-    source: SourceConfig
-    views: ViewConfig = ViewConfig()
-    model: ModelConfig
-    mae: MaeConfig = MaeConfig()
+    stage: str
     optim: OptimConfig
     ema: EmaConfig | None = None
     order: OrderConfig = OrderConfig()
@@ -71,9 +61,21 @@ class PretrainMaeRecipe(Section):
     run: RunConfig
 
     @model_validator(mode="after")
-    def _whole_shares(self) -> "PretrainMaeRecipe":
-        _require_whole_shares(self.workers, self.order, self.optim)
+    def _whole_shares(self) -> "_Training":
+        for name, value in (("order.lanes", self.order.lanes), ("optim.batch_size", self.optim.batch_size)):
+            if value % self.workers:
+                raise ValueError(f"workers must divide {name}; got {self.workers} workers, {name} {value}")
         return self
+
+
+class PretrainMaeRecipe(_Training):
+    """`tinymim pretrain-mae`: make a teacher (or a baseline student) from images alone."""
+
+    stage: Literal["pretrain-mae"]
+    source: SourceConfig
+    views: ViewConfig = ViewConfig()
+    model: ModelConfig
+    mae: MaeConfig = MaeConfig()
 
 
 class CacheTeacherRecipe(Section):
@@ -125,7 +127,7 @@ _OWN = ("optim", "drop_path", "jitter", "ema")  # what a student may have for it
 _OF_THE_STREAM = ("batch_size", "epochs", "steps", "accumulate")  # of `optim`: the same for all students
 
 
-class TrainStudentRecipe(Section):
+class TrainStudentRecipe(_Training):
     """`tinymim train-student`: stream the cache joined with the same views into one student, or into several."""
 
     stage: Literal["train-student"]
@@ -138,18 +140,8 @@ class TrainStudentRecipe(Section):
     targets: TargetsConfig = TargetsConfig()
     drop_path: Fraction = 0.1
     jitter: JitterConfig = JitterConfig()
-    optim: OptimConfig
-    ema: EmaConfig | None = None
-    order: OrderConfig = OrderConfig()
     verify: VerifyConfig = VerifyConfig()
     audit: AuditConfig | None = None
-    loader: LoaderConfig = LoaderConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    precision: Precision = "fp32"
-    workers: Workers = 1
-    cluster: Cluster = "local"
-    max_restarts: Restarts = 3
-    run: RunConfig
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +161,6 @@ class TrainStudentRecipe(Section):
 
     @model_validator(mode="after")
     def _one_stream(self) -> "TrainStudentRecipe":
-        _require_whole_shares(self.workers, self.order, self.optim)
         if (self.student is None) == (not self.students):
             raise ValueError("give student, or students with at least one name in it, and not both")
         for name, student in (self.students or {}).items():
@@ -199,7 +190,7 @@ class TrainStudentRecipe(Section):
         }
 
 
-class FinetuneRecipe(Section):
+class FinetuneRecipe(_Training):
     """`tinymim finetune`: train an encoder and a new head on labelled images."""
 
     stage: Literal["finetune"]
@@ -215,20 +206,10 @@ class FinetuneRecipe(Section):
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of labels
     augment: AugmentConfig = AugmentConfig()
     optim: LayerwiseOptimConfig
-    ema: EmaConfig | None = None
     validation: ValidationConfig = ValidationConfig()
-    order: OrderConfig = OrderConfig()
-    loader: LoaderConfig = LoaderConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    precision: Precision = "fp32"
-    workers: Workers = 1
-    cluster: Cluster = "local"
-    max_restarts: Restarts = 3
-    run: RunConfig
 
     @model_validator(mode="after")
-    def _whole_shares(self) -> "FinetuneRecipe":
-        _require_whole_shares(self.workers, self.order, self.optim)
+    def _whole_pairs(self) -> "FinetuneRecipe":
         if self.augment.mixes and self.optim.batch_size % (2 * self.order.lanes):
             raise ValueError(
                 "mixup and cutmix pair the samples of a lane: optim.batch_size must be a multiple of 2 x order.lanes; "

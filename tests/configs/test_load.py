@@ -181,11 +181,11 @@ def test_all_problems_come_at_once_one_a_line(tmp_path: Path) -> None:
     message = _error(tmp_path, STUDENT, *overrides)
     assert message.splitlines()[:-1] == [
         f"recipe {tmp_path / 'recipe.yaml'} has 5 problems:",
-        "  source: got None; input should be a valid dictionary or instance of SourceConfig",
-        "  student.depth: got 'x'; input should be a valid integer, unable to parse string as an integer",
         "  optim.base_lr: got -1; input should be greater than 0",
         "  optim.step: unknown key (value 9); did you mean `steps`?",
         "  precision: got 'fp8'; input should be 'fp32', 'bf16' or 'fp16'",
+        "  source: got None; input should be a valid dictionary or instance of SourceConfig",
+        "  student.depth: got 'x'; input should be a valid integer, unable to parse string as an integer",
     ]
     assert "hint:" in message
 
