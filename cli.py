@@ -49,7 +49,7 @@ In order of use:
   tinymim evaluate RECIPE                4. k-NN and linear probe
   tinymim finetune RECIPE                   top-1 with a head, end to end
   tinymim fidelity RECIPE                   which codec, before you cache
-  tinymim plan RECIPES                      what it costs and saves, before you pay
+  tinymim plan RECIPES                      what it costs and saves, before
   tinymim compare RUN RUN                   runs side by side, afterwards
   tinymim export RUN FILE.pth               for MAE's and TinyMIM's own code
   tinymim cache --help                      list, check, mend, copy caches
