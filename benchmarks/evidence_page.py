@@ -30,6 +30,9 @@ def page(results: Path, commands: Sequence[str]) -> str:
     """All experiments, as markdown; arms without a result are said to have none."""
     records = _records(results)
     parts = [_header(records)]
+    parts.append(
+        "## Learning rates\n\nBy 2,000 training images that are in no other table; seed 9.\n\n" + rates(results)
+    )
     parts += [_experiment(number, each, records) for number, each in EXPERIMENTS.items()]
     parts.append("## Commands\n\nOf seed 0; other seeds differ in `run.seed` and `order.seed`.\n")
     parts.append("\n".join(f"    {line}" for line in commands))
@@ -64,8 +67,9 @@ def _header(records: list[Record]) -> str:
   {cpu_h:.1f} CPU hours of training
 - teacher: MAE, 128 wide, 6 blocks, 4 heads, 6,000 steps of 64 (`tinyimagenet40-mae`); student: 64 wide, 4 blocks,
   {STEPS} steps of 64
+- CPU s: of the training, without cache and probes, under that load; of a training that was stopped, its last part only
 - 20,000 training images of 40 classes at 64 px, patch 8, 65 tokens; k-NN and linear probe on frozen features of the
-  first 10,000 of them, judged on 2,000 others (chance 2.5 %); fine-tuning: {FINETUNE_STEPS} steps of 64, three seeds
+  first 10,000 of them, judged on 2,000 others (chance 2.5 %); fine-tuning: {FINETUNE_STEPS} steps of 64
 - a seed is initial weights, order and colours; arms of one seed share them. mean ± sample sd over seeds; differences
   are paired by seed, with their 95 % interval (Student's t): it is wide for three seeds"""
 
