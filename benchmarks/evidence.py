@@ -1,12 +1,13 @@
 """Does a student from the cache learn what one with the teacher at its side learns? Seven experiments on 64-px images.
 
-    tinymim pretrain-mae tinyimagenet40-mae                    # the teacher, about 20 CPU minutes
     python benchmarks/evidence.py tune > rates.md              # learning rates, by images that no result is read off
     python benchmarks/evidence.py run [--only 1 4] [--seeds 0] # all runs that have no result yet
     python benchmarks/evidence.py page > page.md               # results so far: tables, differences, commands
 
 Several processes may `run` at once, in one folder: each takes the next run that nobody has taken; a killed one is taken
-again. Results are one small JSON file per run, in `--results`; keep them and the page under benchmarks/results/.
+again. The teacher is that of `tinymim pretrain-mae tinyimagenet40-mae`; the one of the page lies beside its results, so
+that runs which come later have the same: another machine's would differ in rounding. Results are one small JSON file per run, in
+`--results`; keep them and the page under benchmarks/results/.
 `evidence_arms.py` says what is compared, `evidence_page.py` how it is judged. Data: `--data`, shards of 20,000 labelled
 training and 2,000 validation images of 40 classes.
 """
@@ -64,7 +65,7 @@ class Lab:
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self.data, self.folder, self.results = flags.data, flags.folder, flags.results
-        self.teacher = self.folder / "teacher" / "encoder.safetensors" if flags.teacher is None else flags.teacher
+        self.teacher = flags.teacher
         self.threads = flags.threads
 
     def _run(self, folder: Path, seed: int = 0) -> list[str]:
@@ -141,7 +142,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="caches and run folders")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--teacher", type=Path, help="its weights; default FOLDER/teacher/encoder.safetensors")
+    parser.add_argument("--teacher", type=Path, default=RESULTS / "teacher.safetensors", help="its weights")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

@@ -22,7 +22,13 @@ def evidence(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def lab(evidence: Any, tmp_path: Path) -> Any:
-    flags = {"data": Path("data"), "folder": tmp_path, "results": tmp_path, "teacher": None, "threads": 1}
+    flags = {
+        "data": Path("data"),
+        "folder": tmp_path,
+        "results": tmp_path,
+        "teacher": Path("teacher.safetensors"),
+        "threads": 1,
+    }
     return evidence.Lab(argparse.Namespace(**flags))
 
 
