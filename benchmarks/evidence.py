@@ -6,10 +6,10 @@
 
 Several processes may `run` at once, in one folder: each takes the next run that nobody has taken; a killed one is taken
 again. The teacher is that of `tinymim pretrain-mae tinyimagenet40-mae`; the one of the page lies beside its results, so
-that runs which come later have the same: another machine's would differ in rounding. Results are one small JSON file per run, in
-`--results`; keep them and the page under benchmarks/results/.
-`evidence_arms.py` says what is compared, `evidence_page.py` how it is judged. Data: `--data`, shards of 20,000 labelled
-training and 2,000 validation images of 40 classes.
+that runs which come later have the same: another machine's would differ in rounding. Results are one small JSON file
+per run, in `--results`; keep them and the page under benchmarks/results/. `evidence_arms.py` says what is compared,
+`evidence_page.py` how it is judged. Data: `--data`, shards of 20,000 labelled training and 2,000 validation images of
+40 classes.
 """
 
 import argparse
