@@ -31,8 +31,8 @@ def page(results: Path, commands: Sequence[str]) -> str:
     records = _records(results)
     parts = [_header(records)]
     parts.append(
-        "## Learning rates\n\nBy 2,000 training images, which students saw without labels (supervised ones with them); seed 9.\n\n"
-        + rates(results)
+        "## Learning rates\n\nBy 2,000 training images, which students saw without labels "
+        "(supervised ones with them); seed 9.\n\n" + rates(results)
     )
     parts += [_experiment(number, each, records) for number, each in EXPERIMENTS.items()]
     parts.append("## Commands\n\nOf seed 0; other seeds differ in `run.seed` and `order.seed`.\n")
