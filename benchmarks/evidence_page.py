@@ -63,7 +63,8 @@ def _header(records: list[Record]) -> str:
     return f"""\
 # What students learn from a cache, {date.today()}
 
-- commit {commit.stdout.strip() or "unknown"}, `python benchmarks/evidence.py run`, then `page`
+- `python benchmarks/evidence.py run`, then `page`;
+  page of commit {commit.stdout.strip() or "unknown"}, of older runs (docs/evidence.md says of which)
 - {_processor()}, {os.cpu_count()} cores shared with other work, Python {platform.python_version()}; one thread a run;
   {cpu_h:.1f} CPU hours of training
 - teacher: MAE, 128 wide, 6 blocks, 4 heads, 6,000 steps of 64 (`tinyimagenet40-mae`); student: 64 wide, 4 blocks,
