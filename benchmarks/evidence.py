@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import evidence_online
 import evidence_page
+import provenance
 import torch
 from evidence_arms import CACHES, EXPERIMENTS, FINETUNE_STEPS, RATES, SEEDS, Arm, Kind, all_runs
 
@@ -176,6 +177,7 @@ def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
         record: dict[str, Any] = {"experiment": number, "arm": arm.name, "student": student, "seed": seed}
         record |= {key: found[key] for key in ("knn_top1", "knn_top5", "linear_top1", "linear_top5")}
         record |= {"weights_sha256": found["weights_sha256"], "model": found["model"], **train}
+        record["commit"] = provenance.commit()
         if arm.judged and arm.kind in ("cached", "online"):
             record |= held_out_kl(lab, model, folder / student)
         if arm.kind == "cached":
@@ -201,7 +203,8 @@ def _finetuned(lab: Lab, arm: Arm, seed: int) -> None:
     report = finetune.run(recipe)
     assert report is not None
     last = report["weights"][finetune.LAST_NAME]
-    write_json_atomic(result, {"arm": arm.name, "seed": seed, "finetune_top1": last["top1"], "top5": last["top5"]})
+    record = {"arm": arm.name, "seed": seed, "finetune_top1": last["top1"], "top5": last["top5"]}
+    write_json_atomic(result, record | {"commit": provenance.commit()})
 
 
 def _name(arm: Arm, seed: int) -> str:

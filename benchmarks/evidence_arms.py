@@ -130,7 +130,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "What do the published ways to shorten a row cost, at as many bytes?",
         (
             SKETCH,
-            Arm("top-2, renormalised", cache="top-2 renormalise"),
+            Arm("top-2, renormalised", cache="top-2 renormalise", finetuned=True),
             Arm("top-2, uniform tail", cache="top-2 uniform"),
             Arm("top-2, ghost bucket", cache="top-2 ghost"),
         ),

@@ -2,16 +2,15 @@
 
 import json
 import math
-import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from evidence_arms import EXPERIMENTS, FINETUNE_STEPS, STEPS, Arm, Experiment
+from provenance import commit, cores, processor
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom: few seeds, wide intervals.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -58,14 +57,13 @@ def _records(results: Path) -> list[Record]:
 
 
 def _header(records: list[Record]) -> str:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     cpu_h = sum(record["train_cpu_s"] for record in records) / 3600
     return f"""\
 # What students learn from a cache, {date.today()}
 
 - `python benchmarks/evidence.py run`, then `page`;
-  page of commit {commit.stdout.strip() or "unknown"}, of older runs (docs/evidence.md says of which)
-- {_processor()}, {os.cpu_count()} cores shared with other work, Python {platform.python_version()}; one thread a run;
+  page of commit {commit()}, of older runs (docs/evidence.md says of which)
+- {processor()}, {cores()} cores shared with other work, Python {platform.python_version()}; one thread a run;
   {cpu_h:.1f} CPU hours of training
 - teacher: MAE, 128 wide, 6 blocks, 4 heads, 6,000 steps of 64 (`tinyimagenet40-mae`); student: 64 wide, 4 blocks,
   {STEPS} steps of 64
@@ -127,10 +125,3 @@ def _difference(found: list[Record], first: list[Record], metric: Metric) -> str
         return f"{deltas[0]:+.{metric[2]}f}" if deltas else ""
     half = T95[len(deltas) - 1] * statistics.stdev(deltas) / math.sqrt(len(deltas))
     return f"{statistics.mean(deltas):+.{metric[2]}f} ± {half:.{metric[2]}f}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
