@@ -15,18 +15,9 @@ from tinymim import __version__
 from tinymim.cli_cache import cache_app
 from tinymim.cli_compare import compare
 from tinymim.cli_plan import plan
-from tinymim.cli_shared import RecipeArgument, SetOption, StdoutClosed, print_json, print_text
+from tinymim.cli_shared import StdoutClosed, print_json, print_text
+from tinymim.cli_stages import stages_app
 from tinymim.configs.errors import TinymimError, is_refusal
-from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import (
-    CacheTeacherRecipe,
-    ChainRecipe,
-    EvaluateRecipe,
-    FidelityRecipe,
-    FinetuneRecipe,
-    PretrainMaeRecipe,
-    TrainStudentRecipe,
-)
 from tinymim.stages import recipes
 from tinymim.stages.interrupt import Interrupted
 
@@ -61,12 +52,9 @@ RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""
     result_action="return_value",
 )
 app.command(cache_app)
+app.command(stages_app, name="*")
 app.command(plan, name="plan", sort_key=7)
 app.command(compare, name="compare", sort_key=7)
-
-
-def _help(text: str, stage: str) -> str:
-    return f"{text}\n\nShipped recipes: {', '.join(recipes.names_for(stage)) or 'none'}."
 
 
 # ---------------------------------------------------------------- commands
@@ -125,177 +113,6 @@ def make_shards(
         "unreadable": len(index["unreadable"]),
     }
     print_text(json.dumps(summary))
-
-
-@app.command(
-    name="pretrain-mae",
-    sort_key=2,
-    help=_help(
-        """Make a teacher, or a baseline student, from images alone (masked autoencoder).
-
-Reads the shards of `source`.
-Writes run.folder: encoder.safetensors (a timm ViT without head), metrics.jsonl,
-TensorBoard, the resolved recipe and versions, and state-STEP.pt, from which the
-same command continues. On several GPUs with --set workers=N.
-
-Example: tinymim pretrain-mae demo-teacher --set optim.steps=200""",
-        "pretrain-mae",
-    ),
-)
-def pretrain_mae(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
-    loaded = load_recipe(recipe, "pretrain-mae", overrides or ())
-    assert isinstance(loaded, PretrainMaeRecipe)
-    from tinymim.stages import pretrain_mae as stage
-
-    stage.run(loaded)
-
-
-@app.command(
-    name="cache-teacher",
-    sort_key=3,
-    help=_help(
-        """Run the teacher once over every view and store sketches of its relations.
-
-Reads the shards of `source` and the teacher's weights.
-Writes the folder `cache` (docs/cache-format.md) and run.folder. What is committed
-stays: a stopped run continues, a larger num_views or more shards add to it,
-another teacher or view law is refused.
-
-Example: tinymim cache-teacher imagenet-sample-cache --set num_views=4""",
-        "cache-teacher",
-    ),
-)
-def cache_teacher(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
-    loaded = load_recipe(recipe, "cache-teacher", overrides or ())
-    assert isinstance(loaded, CacheTeacherRecipe)
-    from tinymim.stages import cache_teacher as stage
-
-    stage.run(loaded)
-
-
-@app.command(
-    name="train-student",
-    sort_key=4,
-    help=_help(
-        """Train one student, or several, from a cache and its images; no teacher needed.
-
-Reads `cache` and the shards of `source`.
-Writes run.folder: student.safetensors (loads into timm with strict=True),
-trained.json (which tensors were trained), metrics.jsonl, TensorBoard, the
-resolved recipe and versions, and state-STEP.pt, from which the same command
-continues; of `students` into a folder each; with `audit` audit.jsonl. On several GPUs with --set workers=N.
-
-Example: tinymim train-student imagenet-sample-student --set optim.steps=600""",
-        "train-student",
-    ),
-)
-def train_student(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
-    loaded = load_recipe(recipe, "train-student", overrides or ())
-    assert isinstance(loaded, TrainStudentRecipe)
-    from tinymim.stages import train_student as stage
-
-    stage.run(loaded)
-
-
-@app.command(
-    name="chain",
-    sort_key=6,
-    help=_help(
-        """Commands one after the other: a teacher's cache, its student, the student's cache, ...
-
-Reads and writes what the recipes of its `steps` do. All of them are read and
-checked before the first begins; each step goes on from where it stopped, so the
-same command continues the chain.
-
-Example: tinymim chain imagenet-tinymim-chain --set set=[source.shards=shards/mine]""",
-        "chain",
-    ),
-)
-def chain(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
-    loaded = load_recipe(recipe, "chain", overrides or ())
-    assert isinstance(loaded, ChainRecipe)
-    from tinymim.stages import chain as stage
-
-    stage.run(loaded)
-
-
-@app.command(
-    name="evaluate",
-    sort_key=5,
-    help=_help(
-        """k-NN and linear probe of a frozen encoder on labelled shards.
-
-Reads the shards of `train` and `val`, and `weights`: a file, `hub`, `package:NAME`
-or `random`.
-Writes run.folder with evaluation.json, and prints the same JSON.
-
-Example: tinymim evaluate tinyimagenet40-eval --set weights=random""",
-        "evaluate",
-    ),
-)
-def evaluate(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
-    loaded = load_recipe(recipe, "evaluate", overrides or ())
-    assert isinstance(loaded, EvaluateRecipe)
-    from tinymim.stages import evaluate as stage
-
-    print_json(stage.run(loaded))
-
-
-@app.command(
-    name="finetune",
-    sort_key=5,
-    help=_help(
-        """Fine-tune an encoder with a new head on labels: top-1, top-5, confusion.
-
-Reads the shards of `train` and `val`, and `weights`: a file (a student, an
-encoder of pretrain-mae, an official MAE .pth, another fine-tuning), `hub`,
-`package:NAME`, or `random` for training from scratch. Weights that do not exist
-or do not fit are an error that lists missing and unexpected keys.
-Writes run.folder: last.safetensors and best.safetensors (by top-1 on `val`),
-which load into timm with strict=True, finetuned.json (scores, confusion),
-metrics.jsonl, TensorBoard, the resolved recipe and versions, and state-STEP.pt,
-from which the same command continues. On several GPUs with --set workers=N.
-Prints finetuned.json without history and classes.
-
-Example: tinymim finetune tinyimagenet40-finetune --set optim.epochs=2""",
-        "finetune",
-    ),
-)
-def finetune(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
-    loaded = load_recipe(recipe, "finetune", overrides or ())
-    assert isinstance(loaded, FinetuneRecipe)
-    from tinymim.stages import finetune as stage
-
-    report = stage.run(loaded)
-    if report is not None:
-        print_json({name: value for name, value in report.items() if name not in ("history", "classes_of_best")})
-
-
-@app.command(
-    name="fidelity",
-    sort_key=6,
-    help=_help(
-        """Compare codecs: what each does to a student's gradient, and what it costs.
-
-Runs the teacher over some views, encodes them with every codec in `codecs`, and
-compares the gradient of the student (at its start, and of the run folder
-`student_state` if given) with the one under the dense relation maps: bias with
-its standard error, noise ratio (added / image-to-image variance), angle, norm;
-bytes per view, time to encode and decode. Choose what you cache by it.
-Reads the shards of `source` and the teacher's weights.
-Writes run.folder with fidelity.json (per relation and head) and frontier.png,
-and prints the tables.
-
-Example: tinymim fidelity imagenet-sample-fidelity --set num_images=16""",
-        "fidelity",
-    ),
-)
-def fidelity(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
-    loaded = load_recipe(recipe, "fidelity", overrides or ())
-    assert isinstance(loaded, FidelityRecipe)
-    from tinymim.stages import fidelity as stage
-
-    print_text(stage.run(loaded))
 
 
 @app.command(name="export", sort_key=7)

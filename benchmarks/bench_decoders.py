@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import provenance
 import simplejpeg
 import torch
 from PIL import Image
@@ -212,15 +213,11 @@ def exactness(flags: argparse.Namespace) -> str:
 
 
 def header(flags: argparse.Namespace, count: int) -> str:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"""\
 # Decoders and resizes, {date.today()}
 
-- commit {commit.stdout.strip() or "unknown"}, command `python benchmarks/bench_decoders.py {" ".join(sys.argv[1:])}`
-- {names[0] if names else platform.machine()}, 1 thread; Python {platform.python_version()}, torch {torch.__version__}
+- commit {provenance.commit()}, command `{provenance.command()}`
+- {provenance.processor()}, 1 thread; Python {platform.python_version()}, torch {torch.__version__}
 - {count} JPEGs of {flags.shards.name}, boxes of scale 0.2 to 1 at {SIZE} px; {flags.repeats} rounds in turn: median, \
 smallest and largest
 """

@@ -9,15 +9,15 @@ A folder that holds finished demos is only read again. Keep the table under benc
 import argparse
 import contextlib
 import json
-import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
+
+import provenance
 
 from tinymim.stages import demo
 from tinymim.stages.progress import say
@@ -50,24 +50,15 @@ def _cpu_s() -> float:
 
 
 def _header(seeds: list[int], wall_s: float, cpu_s: float) -> str:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    commit_id = commit.stdout.strip() or "unknown"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"""\
 # The demo over {len(seeds)} seeds, {date.today()}
 
-- commit {commit_id}, command `python benchmarks/bench_demo_seeds.py --seeds {" ".join(map(str, seeds))}`
-- {_processor()}, {cores} cores, Python {platform.python_version()}; {wall_s:.0f} s wall, {cpu_s:.0f} CPU s in all
+- commit {provenance.commit()}, command `python benchmarks/bench_demo_seeds.py --seeds {" ".join(map(str, seeds))}`
+- {provenance.processor()}, {provenance.cores()} cores, Python {platform.python_version()}; \
+{wall_s:.0f} s wall, {cpu_s:.0f} CPU s in all
 - varies with the seed: views, sketches, initial weights, order, masks; fixed: teacher, 2,400 + 600 drawn images
 - mean ± sample standard deviation over n = {len(seeds)} seeds, in percent; in brackets the seeds in order
 """
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _arms(results: Results) -> str:

@@ -9,17 +9,15 @@ benchmarks/results/. Exit code 1 on a GPU where encoding adds more than 5 % to t
 """
 
 import argparse
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import NamedTuple
 
+import provenance
 import timm
 import torch
 from torch import Tensor
@@ -160,13 +158,12 @@ def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
 
 def header(device: torch.device, batch: int, teacher_batch: int, dtype: torch.dtype, head_k: int) -> str:
     """Where, what and how, as a list."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     flags = " ".join(sys.argv[1:]) or f"--device {device.type}"
     kind = str(dtype).removeprefix("torch.")
     return f"""\
 # Encoding beside the teacher, {date.today()}
 
-- commit {commit.stdout.strip() or "unknown"}, command `python benchmarks/bench_encode.py {flags}`
+- commit {provenance.commit()}, command `python benchmarks/bench_encode.py {flags}`
 - {_hardware(device)}; Python {platform.python_version()}, torch {torch.__version__}
 - {HEADS} heads x {TOKENS} tokens x {WIDTH}, {kind}; relations {" and ".join(RELATIONS)}, {ROWS} rows x \
 {TAIL_K} draws, head_k {head_k}; batch {batch}
@@ -189,11 +186,7 @@ def table(timings: list[Timing]) -> str:
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.machine()}, {cores} cores, 1 thread"
+    return f"{provenance.processor()}, {provenance.cores()} cores, 1 thread"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 import numcodecs
 import numpy as np
 import numpy.typing as npt
+import provenance
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
@@ -327,20 +328,13 @@ of each array. The last chunk is padded to its full length. Peaks are beyond wha
 
 def header(args: argparse.Namespace, source: str) -> str:
     """Where, what and how, as a list."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    command = " ".join(["python benchmarks/bench_layout.py", *sys.argv[1:]])
     versions = f"Python {platform.python_version()}, zarr {zarr.__version__}, numcodecs {numcodecs.__version__}"
     raw = 2 * HEADS * 64 * 8
     return f"""\
 # Layout of the cache's arrays, {date.today()}
 
-- commit {commit or "unknown"}, command `{command}`
-- {names[0] if names else platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {versions}
+- commit {provenance.commit()}, command `{provenance.command()}`
+- {provenance.processor()}, {provenance.cores()} cores, load {os.getloadavg()[0]:.1f}; {versions}
 - {source}: a unit of {args.records:,} records, {raw:,} bytes each before compression; n = {args.rounds} rounds
 """
 

@@ -8,16 +8,14 @@ GPU also peak memory, and the time of a student's step without targets. Keep pag
 """
 
 import argparse
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 
+import provenance
 import timm
 import torch
 from torch import Tensor
@@ -186,25 +184,17 @@ def table(times_ms: dict[str, list[float]], peaks_mib: dict[str, float], cuda: b
 
 
 def header(flags: argparse.Namespace, batch: int) -> str:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    where = f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {flags.threads} threads"
+    where = f"{provenance.processor()}, {provenance.cores()} cores, {flags.threads} threads"
     if flags.device == "cuda":
         where = f"{torch.cuda.get_device_name()}, bf16 autocast"
     return f"""\
 # The loss, {date.today()}
 
-- commit {commit.stdout.strip() or "unknown"}, command `python benchmarks/bench_loss.py {" ".join(sys.argv[1:])}`
+- commit {provenance.commit()}, command `{provenance.command()}`
 - {where}, torch {torch.__version__}, Python {platform.python_version()}
 - student {flags.student} ({HEADS} heads x {TOKENS} tokens x {WIDTHS[flags.student] // HEADS}), batch {batch}
 - relations qk and vv, forward and backward; n = {flags.repeats} rounds of all contenders in turn, ratios within a round
 """
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

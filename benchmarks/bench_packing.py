@@ -8,10 +8,8 @@ and v. Keep the table under benchmarks/results/.
 """
 
 import argparse
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import provenance
 import torch
 from numcodecs import Zstd
 
@@ -196,17 +195,11 @@ def _call_s(call: Callable[[], object]) -> float:
 
 def header(source: str, images: int) -> str:
     """Where, what and how, as a list."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    command = " ".join(["python benchmarks/bench_packing.py", *sys.argv[1:]])
     return f"""\
 # Bytes of stored indices, {date.today()}
 
-- commit {commit.stdout.strip() or "unknown"}, command `{command}`
-- {names[0] if names else platform.machine()}, {cores} cores, 1 thread; Python {platform.python_version()}
+- commit {provenance.commit()}, command `{provenance.command()}`
+- {provenance.processor()}, {provenance.cores()} cores, 1 thread; Python {platform.python_version()}
 - {source}: {images} images, one view each, {HEADS} heads x 64 rows x 8 draws of {TOKENS} \
 tokens, chunks of {CHUNK} records
 """

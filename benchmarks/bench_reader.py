@@ -21,7 +21,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import provenance
 import torch
 import zarr
 
@@ -442,17 +442,10 @@ def jpeg_us(data: Path) -> float:
 
 
 def header(args: argparse.Namespace, source: str) -> None:
-    version = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = f"Python {platform.python_version()}, zarr {zarr.__version__}, numpy {np.__version__}"
-    command = " ".join(["python benchmarks/bench_reader.py", *sys.argv[1:]])
     print(f"# Reading a cache, {date.today()}\n")
-    print(f"- commit {version or 'unknown'}, command `{command}`")
-    print(f"- {names[0] if names else platform.machine()}, one CPU of {os.cpu_count()}, load {os.getloadavg()[0]:.1f}")
+    print(f"- commit {provenance.commit()}, command `{provenance.command()}`")
+    print(f"- {provenance.processor()}, one CPU of {provenance.cores()}, load {os.getloadavg()[0]:.1f}")
     print(f"- {versions}; {source}")
     print(f"- n = {args.rounds} rounds of {args.units_per_pass} units, drawn anew each round; medians\n")
 

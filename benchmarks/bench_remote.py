@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import provenance
 
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import remote
@@ -28,7 +29,6 @@ from tinymim.pipeline.remote import BlockReader
 from tinymim.pipeline.shards import Shard, open_shards
 from tinymim.tests import s3_server
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARDS, SAMPLES, SAMPLE_BYTES = 4, 1000, 110_000
 SERIAL = 200  # samples of the variants that wait for every one of them
 MIB = 2**20
@@ -118,10 +118,9 @@ def report(folder: Path, latency_s: float, repeats: int) -> None:
         for name, shards, reads, settings in variants:
             reader = None if settings is None else BlockReader(remote.BLOCK_BYTES, *settings)
             results[name].append(measure(shards, reads, reader))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     print(f"# Reading shards from an object store, {time.strftime('%Y-%m-%d')}\n")
-    print(f"- commit {commit.stdout.strip()}, command `python benchmarks/bench_remote.py`")
-    print(f"- {platform.machine()}, {os.cpu_count()} cores shared with other work; Python {platform.python_version()}")
+    print(f"- commit {provenance.commit()}, command `{provenance.command()}`")
+    print(f"- {provenance.processor()}, {provenance.cores()} cores, shared; Python {platform.python_version()}")
     print(
         f"- {SHARDS} tars of {SAMPLES} samples of {SAMPLE_BYTES:,} bytes; {latency_s * 1000:.0f} ms per request; "
         f"blocks of {remote.BLOCK_BYTES // MIB} MiB, up to {remote.AHEAD_BLOCKS} ahead, {small // MIB} MiB budget; "

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -29,6 +28,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import provenance
 import timm
 import torch
 from safetensors.torch import save_file
@@ -265,23 +265,15 @@ def mib(count: float) -> str:
 
 
 def header(args: argparse.Namespace, reader: CacheReader, source: CachedSource) -> None:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     print(f"# Stage two's input, {date.today()}\n")
-    print(f"- commit {commit}, command `python benchmarks/bench_stage_two_input.py {' '.join(sys.argv[1:])}`")
+    print(f"- commit {provenance.commit()}, command `{provenance.command()}`")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"- {processor()}, {os.cpu_count()} cores, 1 thread; {versions}")
+    print(f"- {provenance.processor()}, {provenance.cores()} cores, 1 thread; {versions}")
     shards = f"{len(source.shards)} shards"
     print(f"- {sum(source.counts)} photographs in {shards}, {NUM_VIEWS} views at {TEACHER['img_size']} px")
     codec = reader.manifest.codec["name"]
     print(f"- codec {codec}, default settings, {HEADS} heads x {TOKENS} tokens; units of {args.views_per_unit} views")
     print(f"- batch {args.batch}; no workers\n")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import contextlib
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import provenance
 import timm
 import torch
 from safetensors.torch import save_file
@@ -162,13 +162,10 @@ def recipe(root: Path, args: argparse.Namespace, changes: dict[str, Any]) -> Tra
 
 
 def report(args: argparse.Namespace, steps: dict[str, list[float]], own: dict[str, list[float]]) -> int:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     kind = "wall" if args.device == "cuda" else "CPU"
     print(f"# Several students from one stream, {date.today()}\n")
-    print(f"- commit {commit}, command `{' '.join(['python benchmarks/bench_students.py', *sys.argv[1:]])}`")
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, 1 thread"
+    print(f"- commit {provenance.commit()}, command `{provenance.command()}`")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{provenance.processor()}, 1 thread"
     print(f"- {device}; Python {platform.python_version()}, torch {torch.__version__}")
     print(f"- batch {args.batch} at {GRID['img_size']} px, {args.precision}, {args.workers} loader workers")
     print(
@@ -192,11 +189,6 @@ def report(args: argparse.Namespace, steps: dict[str, list[float]], own: dict[st
     for label, values in ratios.items():
         print(f"| {label} | {statistics.median(values):.3f} | {min(values):.3f} to {max(values):.3f} |")
     return 0 if statistics.median(next(iter(ratios.values()))) <= MOST else 1
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

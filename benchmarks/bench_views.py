@@ -11,7 +11,6 @@ import argparse
 import io
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+import provenance
 import simplejpeg
 import timm
 import torch
@@ -218,16 +218,13 @@ def parts_table(shards: tuple[Shard, ...], places: list[tuple[int, int]], repeat
 
 def header(flags: argparse.Namespace, shards: tuple[Shard, ...], places: list[tuple[int, int]]) -> str:
     """Where, what and how, as a list."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     sizes = [jpeg_size(shards[shard].read(sample)) for shard, sample in places]
     megapixels = np.median([height * width / 1e6 for height, width in filter(None, sizes)])
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"""\
 # Views per second, {date.today()}
 
-- commit {commit.stdout.strip() or "unknown"}, command `python benchmarks/bench_views.py {" ".join(sys.argv[1:])}`
-- {names[0] if names else platform.machine()}, 1 thread; Python {platform.python_version()}, \
+- commit {provenance.commit()}, command `{provenance.command()}`
+- {provenance.processor()}, 1 thread; Python {platform.python_version()}, \
 torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, \
 simplejpeg {simplejpeg.__version__}, timm {timm.__version__}, webdataset {webdataset.__version__}
 - {len(places)} images of {flags.shards.name} (median {megapixels:.2f} megapixels) to {SIZE} px, scale {VIEWS.scale}, \

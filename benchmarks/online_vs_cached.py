@@ -19,7 +19,6 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import provenance
 import timm
 import torch
 from safetensors.torch import save_file
@@ -313,12 +313,9 @@ def flop_limit(scale: dict[str, Any], student: str) -> tuple[float, float]:
 
 
 def header(args: argparse.Namespace, scale: dict[str, Any], batch_size: int) -> Iterator[str]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     yield f"# The teacher online, or cached, {date.today()}\n"
-    yield f"- commit {commit}, command `{' '.join(['python benchmarks/online_vs_cached.py', *sys.argv[1:]])}`"
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, 1 thread"
+    yield f"- commit {provenance.commit()}, command `{provenance.command()}`"
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{provenance.processor()}, 1 thread"
     yield f"- {device}; Python {platform.python_version()}, torch {torch.__version__}"
     yield (
         f"- teacher {scale['teacher']}, block {scale['block']}, {scale['precision']}, random weights; "
@@ -383,11 +380,6 @@ def student_page(
 
 def spread(values: list[float], form: str) -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> int:
