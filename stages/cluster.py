@@ -1,11 +1,9 @@
 """Stage one on a Ray cluster: this process hands units to workers, each with a teacher, and adds up what they report.
 
-The only module that imports Ray. Units are calls of an actor's method, a few ahead of its work; a worker that dies
+Units are calls of an actor's method, a few ahead of its work; a worker that dies
 is replaced, and what it had comes again. Leases protect the units from other runs, and from a dead worker's ghost.
 """
 
-import logging
-import os
 import queue
 import threading
 import time
@@ -19,13 +17,14 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from tinymim.configs.errors import InternalError, RecipeError, TinymimError, first_line
+from tinymim.configs.errors import InternalError, RecipeError, TinymimError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import ClusterConfig
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages import cache_teacher
 from tinymim.stages.cache_board import CacheBoard
 from tinymim.stages.interrupt import Interrupted, StopFlag
+from tinymim.stages.join_ray import join_ray
 from tinymim.stages.progress import say
 from tinymim.stages.shared_work import LOOK_AGAIN_S, Ledger, UnitReport
 from tinymim.stages.teacher_job import TeacherJob
@@ -50,16 +49,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        # Without an address: where RAY_ADDRESS says, else the one that runs on this machine, else one begun now.
-        ray.init(address=None if config.address == "auto" else config.address, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RecipeError(
-            f"cannot join the Ray cluster: {first_line(error)}",
-            got=config.address,
-            hint="begin one by `ray start --head`, or take cluster.address: local",
-        ) from error
+    join_ray(config.address)
     try:
         yield
     finally:

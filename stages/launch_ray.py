@@ -16,6 +16,7 @@ from tinymim.configs.errors import RecipeError, TinymimError, is_refusal
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.stages.distributed import backend_of, environment_ranks, joined
 from tinymim.stages.interrupt import Interrupted, ask_to_stop
+from tinymim.stages.join_ray import join_ray
 from tinymim.stages.launch import R, Training, WorkersDied
 from tinymim.storage.atomic import write_json_atomic
 
@@ -31,7 +32,7 @@ class RayStart:
         recipe: of the run.
 
     Raises:
-        RecipeError: Ray Train is not installed.
+        RecipeError: Ray Train is not installed, or the cluster does not answer.
     """
 
     def __init__(self, recipe: TrainingRecipe) -> None:
@@ -42,7 +43,8 @@ class RayStart:
                 "cluster: ray needs Ray Train", got=error, hint="pip install 'tinymim[cluster]', or cluster: local"
             ) from error
         if not ray.is_initialized():
-            ray.init(include_dashboard=False)  # before our handlers of signals, of which it has its own
+            join_ray(include_dashboard=False)  # before our handlers of signals, of which it has its own
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # its print says every line twice
         self._file = recipe.run.folder.absolute() / STOP_NAME
         self._stopped = self._file.with_name(STOPPED_NAME)
 
