@@ -12,8 +12,7 @@ from tinymim.storage import layout
 from tinymim.storage.check import LOCK
 from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS
 from tinymim.storage.leases import Leases
-from tinymim.storage.store import Store, open_store
-from tinymim.storage.writer import explained_write_errors
+from tinymim.storage.store import Store, explained_write_errors, open_store
 
 _ARRAY = r"[A-Za-z][A-Za-z0-9_]*/(zarr\.json|c(/0)+)"
 _COMMIT = re.compile(rf"{COMMITS}/[A-Za-z0-9_-]+\.v[0-9]+-[0-9]+\.json")

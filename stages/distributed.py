@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinymim.configs.errors import RecipeError
+from tinymim.configs.schema import TrainingRecipe
 from tinymim.configs.sections import RunConfig
 from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.progress import silence
@@ -185,6 +186,18 @@ def rank_device(name: str, ranks: Ranks) -> torch.device:
             hint="lower workers, or train on the CPU with run.device=cpu",
         )
     return torch.device("cuda", ranks.local_rank)
+
+
+def set_up(recipe: TrainingRecipe, ranks: Ranks) -> torch.device:
+    """What every training begins with on each rank: its threads, its device, and a batch that divides.
+
+    Raises:
+        RecipeError: there is no such device, or the batch has no equal parts.
+    """
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    require_equal_parts(recipe.optim.batch_size, ranks, recipe.optim.accumulate)
+    return rank_device(recipe.run.device, ranks)
 
 
 def require_equal_parts(batch_size: int, ranks: Ranks, accumulate: int) -> None:

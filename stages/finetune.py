@@ -26,7 +26,7 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.distributed import Ranks, environment_ranks, rank_device, require_equal_parts
+from tinymim.stages.distributed import Ranks, environment_ranks, set_up
 from tinymim.stages.evaluate import count_classes
 from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.launch import on_ranks
@@ -67,12 +67,9 @@ def run(recipe: FinetuneRecipe) -> dict[str, Any] | None:
 def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     """`run` as one of the ranks."""
     # ---- sources
-    device = rank_device(recipe.run.device, ranks)
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+    device = set_up(recipe, ranks)
     require_view_size(recipe.views.size, recipe.model, "model")
     batch_size = recipe.optim.batch_size
-    require_equal_parts(batch_size, ranks, recipe.optim.accumulate)
     source, held_out = open_shards(recipe.train), open_shards(recipe.val)
     num_classes = size_of_head(source, held_out)
     order = SampleOrder(source.counts, recipe.order, batch_size, None, ranks.rank, ranks.world_size)

@@ -18,7 +18,7 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.distributed import Ranks, rank_device, require_equal_parts
+from tinymim.stages.distributed import Ranks, set_up
 from tinymim.stages.launch import on_ranks
 from tinymim.stages.learner import Learner
 from tinymim.stages.progress import say
@@ -45,12 +45,9 @@ def run(recipe: PretrainMaeRecipe) -> None:
 def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
     """`run` as one of the ranks."""
     # ---- source, model, optimiser
-    device = rank_device(recipe.run.device, ranks)
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+    device = set_up(recipe, ranks)
     require_view_size(recipe.views.size, recipe.model, "model")
     batch_size = recipe.optim.batch_size
-    require_equal_parts(batch_size, ranks, recipe.optim.accumulate)
     source = open_shards(recipe.source)
     order = SampleOrder(source.counts, recipe.order, batch_size, None, ranks.rank, ranks.world_size)
     torch.manual_seed(recipe.run.seed)

@@ -23,7 +23,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.calibrate import stored_constants
 from tinymim.stages.device_stream import CPU, DeviceStream, current
-from tinymim.stages.distributed import Ranks, rank_device, require_equal_parts
+from tinymim.stages.distributed import Ranks, rank_device, set_up
 from tinymim.stages.launch import on_ranks
 from tinymim.stages.learner import Learner
 from tinymim.stages.progress import say
@@ -72,9 +72,7 @@ def run(recipe: TrainStudentRecipe) -> None:
 def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     """`run` as one of the ranks."""
     # ---- cache joined with its images
-    device = rank_device(recipe.run.device, ranks)
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+    device = set_up(recipe, ranks)
     reader = CacheReader(resolve(recipe.cache))
     manifest = reader.manifest
     num_views = views_in_use(recipe, manifest)
@@ -90,7 +88,6 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             f"{source.without_record:,} images of the others that the cache holds no record of"
         )
     batch_size = recipe.optim.batch_size
-    require_equal_parts(batch_size, ranks, recipe.optim.accumulate)
     order = SampleOrder(source.counts, recipe.order, batch_size, num_views, ranks.rank, ranks.world_size)
     views = ReplayedViews(
         reader,

@@ -16,8 +16,9 @@ from tinymim.storage.commit import parse_commit, read_identity
 from tinymim.storage.layout import COMMITS, CONSTANTS, METADATA, UNITS, UnitId
 from tinymim.storage.leases import Leases, shard_lease
 from tinymim.storage.manifest import Manifest
-from tinymim.storage.store import Store
-from tinymim.storage.writer import CONSTANTS_LEASE, MANIFEST_LEASE, explained_write_errors
+from tinymim.storage.settle import MANIFEST_LEASE
+from tinymim.storage.store import Store, explained_write_errors
+from tinymim.storage.writer import CONSTANTS_LEASE
 
 
 @dataclass

@@ -4,6 +4,7 @@ A file is written whole or not at all, and `create` lets one of several writers 
 store, so the same code serves a disk, a network file system and S3.
 """
 
+import errno
 import os
 import shutil
 import time
@@ -20,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 
+from tinymim.configs.errors import UserError
 from tinymim.storage.atomic import (
     PARTIAL_SUFFIX,
     create_bytes_atomic,
@@ -294,6 +296,22 @@ def _insist(request: Callable[[], object]) -> None:
                 raise
             time.sleep(pause_s)
     request()
+
+
+@contextmanager
+def explained_write_errors(store: Store) -> Iterator[None]:
+    """Turn the operating system's refusals to write below `store` into a `UserError` with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise UserError(
+            f"cannot write the cache {store.place}: {error.strerror or error}",
+            got=error.filename,
+            hint="free some space and run the same command again; committed units are intact"
+            if full
+            else "check that the folder exists, is writable and is on a healthy disk; committed units are intact",
+        ) from error
 
 
 def _refuse_large(path: str, size_bytes: int, limit: int) -> None:

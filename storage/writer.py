@@ -6,7 +6,6 @@ that depends on time or chance is written, so a cache that was interrupted and r
 byte-identical to any other one.
 """
 
-import errno
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,10 +25,10 @@ from tinymim.storage.constants import constants_digest, constants_files, read_co
 from tinymim.storage.fitness import check_arrays, check_keys, problems_of
 from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS, UnitId
 from tinymim.storage.leases import DEFAULT_LEASE_S, Holder, Leases, shard_lease
-from tinymim.storage.manifest import Manifest, check_same, grown
-from tinymim.storage.store import Store, open_store
+from tinymim.storage.manifest import Manifest
+from tinymim.storage.settle import is_foreign, settle_manifest
+from tinymim.storage.store import Store, explained_write_errors, open_store
 
-MANIFEST_LEASE = "manifest"
 CONSTANTS_LEASE = "constants"
 
 
@@ -56,7 +55,7 @@ class CacheWriter:
         # Around what is claimed and what is committed: a unit is at every moment one of both, so that claiming its
         # shard's other views takes its files for no leftovers and does not lose their common lease.
         self._lock = threading.RLock()
-        self.manifest, self.environment_differences = _settle_manifest(store, manifest, leases)
+        self.manifest, self.environment_differences = settle_manifest(store, manifest, leases)
         self._shard_of_stem = {layout.shard_stem(name): name for name in self.manifest.shards}
         self._constants = constants_digest(store, self.manifest)
         self._committed = {info.unit for info in read_commits(store, self.manifest, self._constants)}
@@ -353,51 +352,5 @@ class CacheWriter:
                 leases.release(name)
 
 
-def is_foreign(store: Store) -> bool:
-    """Whether a place holds anything but what a writer that died before its manifest may have left."""
-    strangers = any(not entry.path.startswith(f"{LEASES}/") and entry.path != ".lock" for entry in store.list())
-    # Looked for last: another writer may be making the cache at this moment, and its manifest comes first.
-    return strangers and not store.exists(METADATA)
-
-
-@contextmanager
-def explained_write_errors(store: Store) -> Iterator[None]:
-    """Turn the operating system's refusals to write below `store` into a `UserError` with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(
-            f"cannot write the cache {store.place}: {error.strerror or error}",
-            got=error.filename,
-            hint="free some space and run the same command again; committed units are intact"
-            if full
-            else "check that the folder exists, is writable and is on a healthy disk; committed units are intact",
-        ) from error
-
-
 def _overlapping(unit: UnitId, others: Iterable[UnitId]) -> list[UnitId]:
     return [other for other in others if other.shard == unit.shard and set(other.views) & set(unit.views)]
-
-
-def _settle_manifest(store: Store, wanted: Manifest, leases: Leases) -> tuple[Manifest, list[str]]:
-    """The manifest now stored: the wanted one in a new cache, else the stored one, grown."""
-    if not store.exists(METADATA):
-        with leases.exclusively(MANIFEST_LEASE):
-            if not store.create_all({METADATA: layout.root_group(wanted)}):
-                return wanted, []
-    stored = layout.read_manifest(store)
-    warnings = check_same(stored, wanted)
-    if _after_growth(stored, wanted) != stored:
-        with leases.exclusively(MANIFEST_LEASE):
-            stored = layout.read_manifest(store)  # another writer may have let it grow meanwhile
-            check_same(stored, wanted)
-            stored = _after_growth(stored, wanted)
-            store.write(METADATA, layout.root_group(stored))
-    return stored, warnings
-
-
-def _after_growth(stored: Manifest, wanted: Manifest) -> Manifest:
-    result = grown(stored, wanted)
-    layout.check_stems(shard.name for shard in result.source)
-    return result
