@@ -1,4 +1,4 @@
-"""The manifest of a cache: stored by the first of its writers, grown by others, and nothing of a stranger's beside it."""
+"""The manifest of a cache: stored by the first of its writers, grown by others, and no stranger's files beside it."""
 
 from tinymim.storage import layout
 from tinymim.storage.layout import LEASES, METADATA
