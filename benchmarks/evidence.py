@@ -57,6 +57,11 @@ RESULTS = Path(__file__).parent / "results" / "evidence"
 TUNE_SEED = 9
 TRIED = (4e-3, 1.2e-2, 2.4e-2, 4.8e-2)
 TUNED: tuple[Kind, ...] = ("cached", "features", "mae", "supervised")
+ONLINE: dict[Kind, evidence_online.Wanted] = {
+    "online": "relations",
+    "features": "features",
+    "strange": "strange relations",
+}
 # No augmentation but the views, no smoothing, one rate for all layers: what the other arms have, with labels.
 PLAIN = ["augment={rand_augment: null, erasing: 0, mixup: 0, cutmix: 0}", "smoothing=0", "pool=cls"]
 
@@ -178,7 +183,7 @@ def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
         record |= {key: found[key] for key in ("knn_top1", "knn_top5", "linear_top1", "linear_top5")}
         record |= {"weights_sha256": found["weights_sha256"], "model": found["model"], **train}
         record["commit"] = provenance.commit()
-        if arm.judged and arm.kind in ("cached", "online"):
+        if arm.judged and arm.kind in ("cached", "online", "strange"):
             record |= held_out_kl(lab, model, folder / student)
         if arm.kind == "cached":
             record["bytes_per_view"] = describe(lab.cache(arm.cache).cache or "")["bytes_per_view"]
@@ -224,8 +229,8 @@ def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[Model
         pretrain_mae.run(cast(PretrainMaeRecipe, load_recipe(Path(base), command, sets)))
         return {"": (model, str(folder / pretrain_mae.ENCODER_NAME))}
     recipe = cast(TrainStudentRecipe, load_recipe(Path(base), command, sets))
-    if arm.kind in ("online", "features"):
-        evidence_online.train(recipe, lab.cache("64x8"), features=arm.kind == "features")
+    if arm.kind in ONLINE:
+        evidence_online.train(recipe, lab.cache("64x8"), ONLINE[arm.kind])
     else:
         train_student.run(recipe)
     return {

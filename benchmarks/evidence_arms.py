@@ -8,15 +8,23 @@ the same weights and see the same images in the same order: differences between 
 from dataclasses import dataclass, field
 from typing import Literal
 
-# How an arm's student is made: from a cache; with the teacher at its side, by its relations or by its features; by
-# `pretrain-mae`; by `finetune` from random weights; not at all.
-Kind = Literal["cached", "online", "features", "mae", "supervised", "random"]
+# How an arm's student is made: from a cache; with the teacher at its side, by its relations, by its features, or by its
+# relations of another image; by `pretrain-mae`; by `finetune` from random weights; not at all.
+Kind = Literal["cached", "online", "features", "strange", "mae", "supervised", "random"]
 
 SEEDS = (0, 1, 2)
 STEPS = 400
 FINETUNE_STEPS = 600
 # `optim.base_lr` (at batch 256) by kind: the best of `evidence.py tune`, by k-NN and linear probe together.
-RATES: dict[Kind, float] = {"cached": 4.8e-2, "online": 4.8e-2, "features": 4.8e-2, "mae": 4e-3, "supervised": 1.2e-2}
+# `online` and `strange` take that of `cached`.
+RATES: dict[Kind, float] = {
+    "cached": 4.8e-2,
+    "online": 4.8e-2,
+    "features": 4.8e-2,
+    "strange": 4.8e-2,
+    "mae": 4e-3,
+    "supervised": 1.2e-2,
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class Cache:
     sets: tuple[str, ...] = field(default=())
 
 
-def _topk(tail: str) -> Cache:
-    return Cache((f"codec={{name: sketch, rows: 65, head_k: 2, tail: {tail}}}",))
+def _topk(tail: str, kept: int = 2) -> Cache:
+    return Cache((f"codec={{name: sketch, rows: 65, head_k: {kept}, tail: {tail}}}",))
 
 
 def _hidden(block: int) -> Cache:
@@ -76,6 +84,7 @@ CACHES: dict[str, Cache] = {
     "top-2 renormalise": _topk("renormalise"),
     "top-2 uniform": _topk("uniform"),
     "top-2 ghost": _topk("ghost"),
+    "top-1": _topk("renormalise", kept=1),
     "16 views": Cache((f"source.pattern={FEW_SHARDS}", "num_views=16")),
     "hidden 3": _hidden(3),
     "hidden 4": _hidden(4),
@@ -133,6 +142,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Arm("top-2, renormalised", cache="top-2 renormalise", finetuned=True),
             Arm("top-2, uniform tail", cache="top-2 uniform"),
             Arm("top-2, ghost bucket", cache="top-2 ghost"),
+            Arm("top-1, renormalised", cache="top-1"),
         ),
     ),
     "3": Experiment(
@@ -146,6 +156,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             SKETCH,
             Arm("features, online", "features", judged=False, finetuned=True),
+            Arm("relations of another image, online", "strange"),
             Arm("masked autoencoder", "mae", judged=False, finetuned=True),
             Arm("supervised, with labels", "supervised", judged=False),
             Arm("not trained", "random", judged=False, finetuned=True),

@@ -1,10 +1,11 @@
-"""The students of `evidence.py` that have the teacher at their side: by its dense relations, or by its features.
+"""The students of `evidence.py` that have the teacher at their side: its dense relations, its features, or a control.
 
 Not a part of tinymim, which caches instead; made of its parts, so that all but the target is as in `train-student`:
 initial weights, images, their order, views, colours, optimiser, schedule, tap.
 """
 
 import contextlib
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ from tinymim.targets.relations import QKV
 
 CPU = torch.device("cpu")
 
+# What the student is to match: the relations of its image; the features of its image; the relations of another image.
+Wanted = Literal["relations", "features", "strange relations"]
+
 
 class FeatureStudent(nn.Module):
     """A plain ViT and a linear layer from its final norm to the teacher's channels, dropped at export."""
@@ -47,14 +51,14 @@ class FeatureStudent(nn.Module):
         return features
 
 
-def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, features: bool) -> None:
+def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted) -> None:
     """Train as `train_student.run` does with a cache of `cache`, and write `student.safetensors`.
 
     Args:
         recipe: of the student; `recipe.cache` is not opened.
         cache: says teacher, views and relations.
-        features: compare the student with the tapped block's input, standardised per token (mean squared error),
-            instead of with its relations.
+        wanted: `features` are the tapped block's input, standardised per token, compared by mean squared error;
+            `strange relations` are those of the image before in the batch, whatever it is.
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
@@ -65,9 +69,9 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, features: bool)
     torch.manual_seed(recipe.run.seed)
     student = StudentWithTap(build_vit(recipe.student, drop_path=recipe.drop_path))
     width = int(teacher.cut.model.embed_dim)  # type: ignore[arg-type]  # a module's attribute
-    module: nn.Module = FeatureStudent(student, width) if features else student
+    module: nn.Module = FeatureStudent(student, width) if wanted == "features" else student
     example = (torch.zeros(2, 3, recipe.student.img_size, recipe.student.img_size),)
-    content = [f"features={features}", *(shard.content_hash for shard in source.shards)]
+    content = [wanted, *(shard.content_hash for shard in source.shards)]
     learner = Learner("", "student", recipe, "student", module, example, Ranks(), order, content)
     books = Bookkeeping(recipe, [learner], Ranks(), order, [shard.name for shard in source.shards], "views_per_s")
     books.resume()
@@ -82,10 +86,12 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, features: bool)
             q, k, v, x = teacher(batch.pixels)
             images = normalise(jitter(batch.pixels, recipe.jitter, seeded(CPU, recipe.run.seed, step)))
             with learner.part_of_step(first=True, last=True):
-                if features:
-                    wanted = nn.functional.layer_norm(x, x.shape[-1:])
-                    learner.backward({"loss": nn.functional.mse_loss(learner.model(images), wanted)}, 1.0)
+                if wanted == "features":
+                    standard = nn.functional.layer_norm(x, x.shape[-1:])
+                    learner.backward({"loss": nn.functional.mse_loss(learner.model(images), standard)}, 1.0)
                 else:
+                    if wanted == "strange relations":
+                        q, k, v = (each.roll(1, dims=0) for each in (q, k, v))
                     student.draw(seeded(CPU, recipe.run.seed, step), torch.arange(len(images)), len(images))
                     target = exact_target(QKV(q, k, v), cache.codec.relations)
                     losses = relation_loss(QKV(*learner.model(images)).resplit(q.shape[1]), target)
