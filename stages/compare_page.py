@@ -36,10 +36,10 @@ def page(runs: Sequence[RunSummary], table: list[list[str]], differing: Mapping[
         *_costs(runs),
     ]
     for stage, rows in differing.items():
-        parts += [f"\n<h2>What differs in {html.escape(stage)}</h2>\n", f'<div class="k">{html_table(rows, ())}</div>']
+        parts += [f"\n<h2>What differs in {html.escape(stage)}</h2>\n", f'<div class="v">{html_table(rows, ())}</div>']
     if not differing:
         parts.append("\n<h2>Recipes</h2>\n<p>No two runs of one command differ in a field.</p>")
-    parts += ["\n<h2>Runs</h2>\n", f'<div class="k">{html_table(_identities(runs), ())}</div>\n']
+    parts += ["\n<h2>Runs</h2>\n", f'<div class="v">{html_table(_identities(runs), ())}</div>\n']
     return document(f"tinymim compare: {', '.join(run.name for run in runs)}", "".join(parts))
 
 

@@ -110,7 +110,8 @@ figure { margin: 1rem 0; }
 figure img { display: block; max-width: 100%; height: auto;
   background: #fff; border-radius: 6px; border: 1px solid var(--line); }
 code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
-.k td { overflow-wrap: anywhere; }
+.k td, .v td { overflow-wrap: anywhere; }
+.v td:first-child { white-space: nowrap; }
 """
 
 

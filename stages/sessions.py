@@ -57,7 +57,8 @@ def device_name(recipe: RunRecipe) -> str:
     """A GPU's name, or the processor's kind and the threads that torch uses."""
     if recipe.run.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name(recipe.run.device if ":" in recipe.run.device else None)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def read_sessions(folder: Path) -> list[Mapping[str, Any]]:
