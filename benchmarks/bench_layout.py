@@ -42,9 +42,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 Bytes = npt.NDArray[np.uint8]
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-HEADS, TOKENS = 16, 197
-SCALES = (1.35, 1.35, 0.8)  # of random q, k, v: their gaps then take as many bits as those of photographs
-IMAGES = 128  # whose relations are drawn from again and again: draws do not repeat
+HEADS = 16
 CHUNKS = ("1", "16", "32", "64", "128", "256", "whole")
 COMPRESSORS: dict[str, tuple[Any, Any]] = {  # the zarr codec that writes, the numcodecs one that reads
     "zstd 1": (ZstdCodec(level=1), numcodecs.Zstd()),
@@ -84,7 +82,7 @@ def main() -> int:
     ]
     found: dict[tuple[str, str], list[dict[str, float]]] = {layout: [] for layout in layouts}
     with tempfile.TemporaryDirectory() as folder:
-        source = make_records(args.data, args.records, Path(folder))
+        source = write_records(args.data, args.records, Path(folder))
         for number in range(args.rounds):
             start = number * len(layouts) // args.rounds
             for layout in layouts[start:] + layouts[:start]:
@@ -94,59 +92,17 @@ def main() -> int:
     return 0
 
 
-def make_records(data: Path, count: int, folder: Path) -> str:
+def write_records(data: Path, count: int, folder: Path) -> str:
     """Write the gap arrays [R, H, Q, K] of so many records as .npy files; say where their relations are from."""
+    import real_records
     import torch
 
-    from tinymim.configs.sections import codec_config
-    from tinymim.targets.codecs import make_codec
-    from tinymim.targets.relations import QKV
-
     torch.set_num_threads(1)
-    if real := data.is_dir():
-        blocks = real_blocks(data, min(count, IMAGES))
-    else:
-        generator = torch.Generator().manual_seed(0)
-        scale = torch.tensor(SCALES).reshape(3, 1, 1, 1, 1)
-        blocks = [QKV(*scale * torch.randn(3, 16, HEADS, TOKENS, 64, generator=generator)) for _ in range(4)]
-    codec = make_codec(codec_config(relation_heads=HEADS))
-    records: list[dict[str, torch.Tensor]] = []
-    done = 0
-    while done < count:
-        qkv = blocks[len(records) % len(blocks)]
-        records.append(codec.encode(qkv, torch.arange(done, done + len(qkv.q))))
-        done += len(qkv.q)
-    for name in records[0]:
+    arrays, source = real_records.make_records(data, count)
+    for name, array in arrays.items():
         if name.endswith("_gap"):
-            np.save(folder / f"{name}.npy", np.concatenate([record[name].numpy() for record in records])[:count])
-    return f"ViT-S/14 (DINOv2) on {IMAGES} ImageNet photographs" if real else "random q, k, v"
-
-
-def real_blocks(data: Path, images: int) -> list[Any]:
-    """q, k, v (`QKV`) of the recipe's teacher for one view of so many images, in batches."""
-    from tinymim.configs.load import load_recipe
-    from tinymim.configs.schema import CacheTeacherRecipe
-    from tinymim.models.teacher import Teacher
-    from tinymim.pipeline.dataset import ImageViews
-    from tinymim.pipeline.order import view_batches
-    from tinymim.pipeline.shards import open_shards
-    from tinymim.pipeline.views import RandomViews
-    from tinymim.targets.relations import QKV
-
-    overrides = [
-        f"source.shards={data / 'imagenet-sample'}",
-        f"teacher.weights={data / 'teachers' / 'vit_small_patch14_dinov2.fp16.safetensors'}",
-    ]
-    recipe = load_recipe(Path("imagenet-sample-cache"), "cache-teacher", overrides)
-    assert isinstance(recipe, CacheTeacherRecipe)
-    teacher, source = Teacher(recipe.teacher), open_shards(recipe.source)
-    views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
-    blocks: list[Any] = []
-    for number, shard in enumerate(source.shards):
-        for items in view_batches(number, shard.num_samples, range(1), 16):
-            if 16 * len(blocks) < images:
-                blocks.append(QKV(*teacher(views.batch(items).pixels)))
-    return blocks
+            np.save(folder / f"{name}.npy", array)
+    return str(source)
 
 
 def measured_apart(folder: Path, chunk: str, compressor: str) -> dict[str, float]:

@@ -24,15 +24,9 @@ import numpy.typing as npt
 import provenance
 import torch
 from numcodecs import Zstd
+from real_records import HEADS, TOKENS, real_blocks
 
-from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import codec_config
-from tinymim.models.teacher import Teacher
-from tinymim.pipeline.dataset import ImageViews
-from tinymim.pipeline.order import view_batches
-from tinymim.pipeline.shards import open_shards
-from tinymim.pipeline.views import RandomViews
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.record import from_gaps
 from tinymim.targets.relations import QKV
@@ -40,7 +34,6 @@ from tinymim.targets.relations import QKV
 Bytes = npt.NDArray[np.uint8]
 
 CHUNK = 64  # records that the cache compresses together
-HEADS, TOKENS = 16, 197
 LEVELS = (1, 3, 9)
 
 
@@ -60,26 +53,6 @@ def main() -> int:
         if head_k == 0:
             print("The way back, microseconds per view:\n", decode_table(gaps), "", sep="\n")
     return 0
-
-
-def real_blocks(data: Path, images: int) -> list[tuple[QKV, torch.Tensor]]:
-    """q, k, v of the recipe's teacher for one view of so many images, and the view keys, in batches."""
-    overrides = [
-        f"source.shards={data / 'imagenet-sample'}",
-        f"teacher.weights={data / 'teachers' / 'vit_small_patch14_dinov2.fp16.safetensors'}",
-    ]
-    recipe = load_recipe(Path("imagenet-sample-cache"), "cache-teacher", overrides)
-    assert isinstance(recipe, CacheTeacherRecipe)
-    teacher, source = Teacher(recipe.teacher), open_shards(recipe.source)
-    views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
-    blocks, missing = [], images
-    for number, shard in enumerate(source.shards):
-        for items in view_batches(number, shard.num_samples, range(1), CHUNK // 4):
-            if missing > 0:
-                batch = views.batch(items[:missing])
-                blocks.append((QKV(*teacher(batch.pixels)), batch.view_keys))
-                missing -= len(batch.keys)
-    return blocks
 
 
 def random_blocks(images: int) -> list[tuple[QKV, torch.Tensor]]:

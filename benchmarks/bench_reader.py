@@ -39,16 +39,11 @@ import numpy.typing as npt
 import provenance
 import torch
 import zarr
+from real_records import HEADS, TOKENS, make_records
 
-from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import SourceConfig, codec_config
-from tinymim.models.teacher import Teacher
-from tinymim.pipeline.dataset import ImageViews
+from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline.decode import decode
-from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import open_shards
-from tinymim.pipeline.views import RandomViews
 from tinymim.storage import commit, layout
 from tinymim.storage.atomic import digest_hex
 from tinymim.storage.commit import UnitInfo, key_digest
@@ -56,15 +51,10 @@ from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.relations import QKV
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-HEADS, TOKENS = 16, 197
-SCALES = (1.35, 1.35, 0.8)  # of random q, k, v: their gaps then take as many bits as those of photographs
-IMAGES = 128  # whose relations are drawn from again and again: draws do not repeat
 JPEGS = 150
 WAYS = ("read_units", "read_unit", "read_unit, verify=True", "raw preadv", "raw mmap and sum")
 TEACHER = {
@@ -125,43 +115,6 @@ def main() -> int:
                 breakdown(label, readers[label], args)
             digests(readers[args.caches[0]])
             return 0 if targets(args, warm, cold, args.caches[-1]) else 1
-
-
-def make_records(data: Path, count: int) -> tuple[Arrays, str]:
-    """The codec's arrays of so many records, and where their relations are from."""
-    if real := data.is_dir():
-        blocks = real_blocks(data, min(count, IMAGES))
-    else:
-        generator = torch.Generator().manual_seed(0)
-        scale = torch.tensor(SCALES).reshape(3, 1, 1, 1, 1)
-        blocks = [QKV(*scale * torch.randn(3, 16, HEADS, TOKENS, 64, generator=generator)) for _ in range(4)]
-    codec = make_codec(codec_config(relation_heads=HEADS))
-    records: list[dict[str, torch.Tensor]] = []
-    done = 0
-    while done < count:
-        qkv = blocks[len(records) % len(blocks)]
-        records.append(codec.encode(qkv, torch.arange(done, done + len(qkv.q))))
-        done += len(qkv.q)
-    arrays = {name: np.concatenate([record[name].numpy() for record in records])[:count] for name in records[0]}
-    return arrays, "ViT-S/14 (DINOv2) on ImageNet photographs" if real else "random q, k, v"
-
-
-def real_blocks(data: Path, images: int) -> list[QKV]:
-    """q, k, v of the recipe's teacher for one view of so many images, in batches."""
-    overrides = [
-        f"source.shards={data / 'imagenet-sample'}",
-        f"teacher.weights={data / 'teachers' / 'vit_small_patch14_dinov2.fp16.safetensors'}",
-    ]
-    recipe = load_recipe(Path("imagenet-sample-cache"), "cache-teacher", overrides)
-    assert isinstance(recipe, CacheTeacherRecipe)
-    teacher, source = Teacher(recipe.teacher), open_shards(recipe.source)
-    views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
-    blocks: list[QKV] = []
-    for number, shard in enumerate(source.shards):
-        for items in view_batches(number, shard.num_samples, range(1), 16):
-            if 16 * len(blocks) < images:
-                blocks.append(QKV(*teacher(views.batch(items).pixels)))
-    return blocks
 
 
 def make_cache(path: Path, units: int, codec_arrays: Arrays) -> None:
