@@ -398,7 +398,7 @@ def header(args: argparse.Namespace, source: str) -> None:
     versions = f"Python {platform.python_version()}, zarr {zarr.__version__}, numpy {np.__version__}"
     print(f"# Reading a cache, {date.today()}\n")
     print(f"- commit {provenance.commit()}, command `{provenance.command()}`")
-    print(f"- {provenance.processor()}, one CPU of {provenance.cores()}, load {os.getloadavg()[0]:.1f}")
+    print(f"- {provenance.processor()}, one CPU of {os.cpu_count()}, load {os.getloadavg()[0]:.1f}")
     print(f"- {versions}; {source}")
     print(f"- n = {args.rounds} rounds of {args.units_per_pass} units, drawn anew each round; medians\n")
 
