@@ -39,7 +39,7 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe
     """Reads and validates the recipe of one command.
 
     Args:
-        path: a file, or the bare name of a shipped recipe such as `demo/teacher`; a file wins.
+        path: a file, or the bare name of a shipped recipe such as `demo-teacher`; a file wins.
         stage: the command, a key of RECIPES; the recipe must say that it is for this command.
         overrides: `a.b=value` each, value in YAML; they beat the file, later ones beat earlier ones.
 
@@ -100,7 +100,7 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package, sorted, without `.yaml`: `demo/teacher`, ..."""
+    """Names of the recipes inside the package, sorted, without `.yaml`: `demo-teacher`, ..."""
     return sorted(_yaml_names(resources.files("tinymim.configs")))
 
 

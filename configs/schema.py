@@ -249,7 +249,7 @@ class FidelityRecipe(Section):
     views: ViewConfig = ViewConfig()
     teacher: TeacherConfig
     codecs: dict[str, CodecConfig]  # by a name of your choice
-    targets: TargetsConfig = TargetsConfig()  # what a hidden codec is asked for
+    targets: TargetsConfig = TargetsConfig()  # what all of them are asked for
     student: ModelConfig
     student_state: Path | None = None  # run folder of train-student: judge by that student too, not only at its start
     num_images: Annotated[int, Field(ge=4)] = 64  # one view of each

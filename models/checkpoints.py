@@ -21,6 +21,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, first_line
+from tinymim.models.heads import check_heads
 
 _SIZES = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads"
 _POOLED = (
@@ -91,7 +92,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata strings of a safetensors file (what made it)."""
+    """The metadata strings of a safetensors file (what made it); of another file none."""
+    if path.suffix != ".safetensors":
+        return {}
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
@@ -108,10 +111,12 @@ def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -
 
     Raises:
         CheckpointError: the file is absent or unreadable, or keys are missing, unexpected or of another
-            shape (all are listed).
+            shape (all are listed); or it was trained with another number of heads.
     """
     path = weights_path(weights)
-    return load_tensors(model, read_tensors(path), str(path), may_lack=unread)
+    loaded = load_tensors(model, read_tensors(path), str(path), may_lack=unread)
+    check_heads(model, read_metadata(path), path)
+    return loaded
 
 
 def load_tensors(

@@ -7,7 +7,15 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from tinymim.configs.sections import ModelConfig
-from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_tensors, tensors_sha256, weights_path
+from tinymim.models.checkpoints import (
+    LoadedWeights,
+    load_tensors,
+    read_metadata,
+    read_tensors,
+    tensors_sha256,
+    weights_path,
+)
+from tinymim.models.heads import check_heads
 from tinymim.models.teacher import build_pretrained
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model, size_overrides
 
@@ -62,6 +70,8 @@ def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> Load
         may_lack=("fc_norm.", *_head(model)),
         hint=hint,
     )
+    if weights != "hub":
+        check_heads(model, read_metadata(path), path)
     if any(name.startswith(_head(model)) for name in loaded.new):
         _initialise_head(model)
         loaded = LoadedWeights(tensors_sha256(model.state_dict()), loaded.dropped, loaded.new)

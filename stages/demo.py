@@ -236,7 +236,7 @@ def folder_hint(*kinds: type[UserError]) -> Iterator[None]:
 def measure(recipes: Recipes) -> list[Arm]:
     """k-NN and linear probe of the teacher, and of every student taught, alone and untrained."""
     block, depth = recipes.cache.teacher.block, recipes.cache.teacher.depth
-    made_of = _metadata(recipes.cache.teacher.weights)
+    made_of = read_metadata(weights_path(recipes.cache.teacher.weights))
     steps = int(made_of["steps"]) if made_of.get("steps", "").isdigit() else None
     arms = [_arm(recipes, "teacher", f"teacher, block {block} of {depth}", "masked autoencoder", steps, "-")]
     for name, student in recipes.students.items():
@@ -259,12 +259,6 @@ def _arm(recipes: Recipes, name: str, label: str, how_trained: str, steps: int |
         found = evaluate.run(recipe)
     parameters = count_parameters(model)
     return Arm(label, parameters, how_trained, steps, passes, found["knn_top1"], found["linear_top1"])
-
-
-def _metadata(weights: str) -> dict[str, str]:
-    """What a weights file says of itself; nothing where it is no safetensors file."""
-    path = weights_path(weights)
-    return read_metadata(path) if path.suffix == ".safetensors" else {}
 
 
 def describe_teacher(recipe: CacheTeacherRecipe, teacher: Arm) -> str:

@@ -3,13 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 from tinymim.configs.errors import CheckpointError, UserError
-from tinymim.configs.sections import ModelConfig
 from tinymim.models.checkpoints import read_metadata, read_tensors, to_official, weights_path
-from tinymim.models.vit import build_model
+from tinymim.models.heads import stated_heads
 from tinymim.stages.pretrain_mae import ENCODER_NAME
 from tinymim.stages.progress import say
 from tinymim.stages.train_student import STUDENT_NAME
@@ -35,10 +31,10 @@ def run(source: Path, target: Path) -> dict[str, Any]:
     if target.exists():
         raise UserError(f"{target} exists", hint="remove it, or give another name")
     tensors = read_tensors(weights)
-    metadata = read_metadata(weights) if weights.suffix == ".safetensors" else {}
+    metadata = read_metadata(weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(target, to_official(tensors, metadata))
-    width, heads = tensors["cls_token"].shape[-1], _heads(metadata)
+    width, heads = tensors["cls_token"].shape[-1], stated_heads(metadata)
     theirs = _THEIR_HEADS.get(width)
     if None not in (heads, theirs) and heads != theirs:
         say(f"export: warning: this model has {heads} heads; MAE's and TinyMIM's of width {width} have {theirs}")
@@ -59,14 +55,3 @@ def _weights(source: Path) -> Path:
         expected=f"{STUDENT_NAME} or {ENCODER_NAME}",
         hint=f"name one of its folders: {', '.join(below)}" if below else "let the run come to its end",
     )
-
-
-def _heads(metadata: dict[str, str]) -> int | None:
-    """Heads of the model that the recipe in a file's metadata describes."""
-    recipe = yaml.safe_load(metadata.get("recipe", "")) or {}
-    fields = recipe.get("student") or recipe.get("model")
-    if not fields:
-        return None
-    with torch.device("meta"):
-        model: Any = build_model(ModelConfig.model_validate(fields))
-    return int(model.blocks[0].attn.num_heads)

@@ -17,7 +17,7 @@ import torch
 from tinymim.configs.schema import RunRecipe
 
 SESSIONS_NAME = "sessions.jsonl"
-_EVERY_S = 30.0  # a kill costs no more than this of what is on record
+_EVERY_S = 30.0  # at least, between lines; they come with lines of metrics
 
 
 class Session:

@@ -1,0 +1,42 @@
+"""The number of heads behind a file's weights: no tensor's shape tells it, and another number is another model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import nn
+
+from tinymim.configs.errors import CheckpointError, RecipeError
+from tinymim.configs.sections import ModelConfig
+from tinymim.models.vit import build_model
+
+
+def stated_heads(metadata: Mapping[str, str]) -> int | None:
+    """Heads of the model in the recipe that a file of tinymim's carries; None where it does not say."""
+    try:
+        recipe = yaml.safe_load(metadata.get("recipe", "")) or {}
+        config = ModelConfig.model_validate(recipe.get("student") or recipe["model"])
+        with torch.device("meta"):
+            return heads_of(build_model(config))
+    except (yaml.YAMLError, AttributeError, KeyError, ValidationError, RecipeError):  # not a recipe of ours
+        return None
+
+
+def heads_of(model: nn.Module) -> int | None:
+    """Heads of a model's attention layers; None where there are none, or where they differ."""
+    numbers = (getattr(layer, "num_heads", None) for layer in model.modules())
+    found = {number for number in numbers if isinstance(number, int)}
+    return found.pop() if len(found) == 1 else None
+
+
+def check_heads(model: nn.Module, metadata: Mapping[str, str], origin: Path) -> None:
+    """Raises CheckpointError where a file states another number of heads than the model has: its shapes would fit."""
+    stated, own = stated_heads(metadata), heads_of(model)
+    if stated is not None and own is not None and stated != own:
+        raise CheckpointError(
+            f"{origin} was trained with another number of heads",
+            got=f"{stated} heads in its recipe, {own} in this model",
+            hint=f"set num_heads={stated}: shapes would fit either way, the function would not",
+        )
