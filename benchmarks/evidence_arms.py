@@ -68,8 +68,8 @@ class Cache:
     sets: tuple[str, ...] = field(default=())
 
 
-def _topk(tail: str, kept: int = 2) -> Cache:
-    return Cache((f"codec={{name: sketch, rows: 65, head_k: {kept}, tail: {tail}}}",))
+def _topk(tail: str, kept: int = 2, rows: int = 65) -> Cache:
+    return Cache((f"codec={{name: sketch, rows: {rows}, head_k: {kept}, tail: {tail}}}",))
 
 
 def _hidden(block: int) -> Cache:
@@ -85,6 +85,7 @@ CACHES: dict[str, Cache] = {
     "top-2 uniform": _topk("uniform"),
     "top-2 ghost": _topk("ghost"),
     "top-1": _topk("renormalise", kept=1),
+    "top-1 of 10 rows": _topk("renormalise", kept=1, rows=10),
     "16 views": Cache((f"source.pattern={FEW_SHARDS}", "num_views=16")),
     "hidden 3": _hidden(3),
     "hidden 4": _hidden(4),
@@ -95,6 +96,7 @@ CACHES: dict[str, Cache] = {
 _MORE = (0, 1, 2, 3, 4)
 ONLINE = Arm("online dense", "online", finetuned=True, seeds=_MORE)
 SKETCH = Arm("sketch 64x8 (default)", finetuned=True, seeds=_MORE)
+SMALL = Arm("sketch 8x4", cache="8x4", finetuned=True, seeds=_MORE)
 _FEW = f"source.pattern={FEW_SHARDS}"
 
 
@@ -131,7 +133,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             ONLINE,
             SKETCH,
             Arm("sketch 16x8", cache="16x8", finetuned=True, seeds=_MORE),
-            Arm("sketch 8x4", cache="8x4", finetuned=True, seeds=_MORE),
+            SMALL,
         ),
     ),
     "2": Experiment(
@@ -143,6 +145,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             Arm("top-2, uniform tail", cache="top-2 uniform"),
             Arm("top-2, ghost bucket", cache="top-2 ghost"),
             Arm("top-1, renormalised", cache="top-1"),
+            SMALL,
+            Arm("top-1 of 10 rows, renormalised", cache="top-1 of 10 rows"),
         ),
     ),
     "3": Experiment(
