@@ -271,7 +271,8 @@ def measure_input(args: argparse.Namespace, reader: CacheReader, batch_size: int
         drawn.batch(found.items)
         times["views of the cache"].append((middle - began) / batch_size)
         times["views drawn anew"].append((time.process_time() - middle) / batch_size)
-        batch = batch or found
+        if batch is None:
+            batch = found.pin_memory() if args.device == "cuda" else found  # as a loader hands it over
     reads = []
     for info in reader.units()[:4]:
         began = time.process_time()
@@ -389,7 +390,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument("--batch", type=int, help="None: 16 on a CPU, 256 on a GPU")
-    parser.add_argument("--steps", type=int, default=1, help="of a variant in a round")
+    parser.add_argument("--steps", type=int, help="of a variant in a round; None: 1 on a CPU, 10 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--input-steps", type=int, default=20, help="batches whose input is timed")
     args = parser.parse_args()
@@ -397,6 +398,7 @@ def main() -> int:
         print(f"no photographs in {args.data} (--data or TINYMIM_DATA name another folder)", file=sys.stderr)
         return 0
     torch.set_num_threads(1)
+    args.steps = args.steps or (10 if args.device == "cuda" else 1)
     scale, device = SCALES[args.device], torch.device(args.device)
     batch_size = args.batch or scale["batch"]
     missed = False

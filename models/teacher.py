@@ -43,7 +43,11 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> TappedBlock:
         images = self.normalise(pixels).to(_DTYPES[self.config.precision])
-        return self.cut(images)  # type: ignore[no-any-return]
+        cudnn = torch.backends.cudnn
+        kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+        # By default a convolution in fp32, here the patch embedding, is TF32 on a GPU; products of matrices are not.
+        with cudnn.flags(**kept, allow_tf32=self.config.precision != "fp32"):
+            return self.cut(images)  # type: ignore[no-any-return]
 
     def qkv_projection(self) -> tuple[Tensor, Tensor | None]:
         """Weight [W, C] and bias [W] (or None) of the tapped block's qkv layer, float32; rows q, k, v, each by head.

@@ -12,6 +12,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,21 @@ def erase(images: Float[Tensor, "B 3 S S"], view_keys: Int64[Tensor, " B"], prob
     with global_generators() as seed:
         for image, key in zip(images, view_keys.tolist(), strict=True):
             seed("erase", key)
-            erasing(image)
+            erasing(_Written(image))
+
+
+class _Written:
+    """An image as `RandomErasing` uses one: what it writes goes to a GPU without waiting for what that is at."""
+
+    def __init__(self, image: Float[Tensor, "3 S S"]) -> None:
+        self._image, self.dtype = image, image.dtype
+
+    def size(self) -> torch.Size:
+        return self._image.size()
+
+    def __setitem__(self, box: Any, noise: Tensor) -> None:
+        noise = noise.pin_memory() if self._image.is_cuda else noise
+        self._image[box].copy_(noise, non_blocking=True)
 
 
 class Mixing:
@@ -166,11 +181,12 @@ class Mixing:
             shares = zip(lanes, images.chunk(len(lanes)), labels.chunk(len(lanes)), strict=True)
             for lane, mixed, own in shares:
                 # A stand-in dims its partner, or covers part of it, and has the partner's label.
-                known = torch.where(own == UNLABELLED, own.flip(0), own).clamp(min=0).to(images.device)
+                known = torch.where(own == UNLABELLED, own.flip(0), own).clamp(min=0)
+                known = known.to(images.device, non_blocking=True)
                 if self._mixup is None:
                     targets.append(mixup_target(known, self._num_classes, 1.0, self._smoothing))
                 else:
                     seed("mix", *name, lane)
                     targets.append(self._mixup(mixed, known)[1])
-        stand_ins = (labels == UNLABELLED).to(images.device)
+        stand_ins = (labels == UNLABELLED).to(images.device, non_blocking=True)
         return torch.cat(targets).masked_fill_(stand_ins[:, None], 0.0)

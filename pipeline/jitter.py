@@ -5,6 +5,7 @@ The law of torchvision's ColorJitter without hue: brightness, contrast and satur
 """
 
 import itertools
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -61,8 +62,8 @@ def apply_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
     Returns:
         float [B, 3, S, S] in 0..255.
     """
-    table = torch.tensor(_ORDERS, device=images.device)[orders]  # [B, 3]
-    luma = torch.tensor(_LUMA, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
+    all_orders, luma = _tables(images.device, images.dtype)
+    table = all_orders[orders]  # [B, 3]
     for place in range(3):
         kind = table[:, place].view(-1, 1, 1, 1)
         factor = factors.gather(1, table[:, place : place + 1]).view(-1, 1, 1, 1)
@@ -71,3 +72,10 @@ def apply_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
         other = torch.where(kind == 0, torch.zeros_like(grey), torch.where(kind == 1, mean.expand_as(grey), grey))
         images = (other + factor * (images - other)).clamp(0.0, 255.0)
     return images
+
+
+@cache
+def _tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Orders [6, 3] and luma [1, 3, 1, 1] on a device: copied once, for each copy waits for a GPU."""
+    luma = torch.tensor(_LUMA, device=device, dtype=dtype).view(1, 3, 1, 1)
+    return torch.tensor(_ORDERS, device=device), luma

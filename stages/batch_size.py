@@ -49,7 +49,9 @@ def _fits(teacher: Teacher, codec: Codec, views: int, size: int, device: torch.d
     """Whether teacher and codec take so many views with memory to spare."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device)  # what this process holds already is there to be used
-    free_bytes = min(free_bytes, int(total_bytes * torch.cuda.get_per_process_memory_fraction(device)))
+    with torch.cuda.device(device):  # the next one takes no device without a number
+        fraction = torch.cuda.get_per_process_memory_fraction()
+    free_bytes = min(free_bytes, int(total_bytes * fraction))
     torch.cuda.reset_peak_memory_stats(device)
     try:
         pixels = torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device)

@@ -74,6 +74,8 @@ class CacheWorker:
         try:
             assert recipe.cluster is not None
             gpus = recipe.cluster.gpus_per_worker
+            if not gpus and recipe.run.device == "auto":  # Ray hides no GPU from an actor that asks for none
+                recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": "cpu"})})
             if 0 < gpus < 1 and torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(gpus)
             device, source, teacher, manifest = cache_teacher.prepare(recipe, source)

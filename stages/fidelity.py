@@ -105,7 +105,9 @@ def run(recipe: FidelityRecipe) -> str:
                     one = block.pick(torch.tensor([row], device=device)).resplit(heads)
                     exact = exact_target(one, tuple(first))
                     for student, model in students.items():
-                        probe = probes.setdefault((student, heads), GradientProbe(model, heads))
+                        if (student, heads) not in probes:
+                            probes[student, heads] = GradientProbe(model, heads)
+                        probe = probes[student, heads]
                         targets = [exact, *(target_of(t, row) for name in names for t in drawn[name])]
                         dense, *found = probe(pixels[row : row + 1], targets)
                         for name in names:

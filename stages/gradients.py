@@ -74,12 +74,15 @@ class GradientProbe:
         self.normalise = Normalise().to(device)
         self._trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         generator = torch.Generator().manual_seed(0)
-        self._coordinates: list[tuple[Tensor, float]] = []
+        chosen, scales, offset = [], [], 0
         for parameter in self._trained:
             size = parameter.numel()
             taken = min(size, COORDINATES_PER_TENSOR)
-            chosen = torch.randperm(size, generator=generator)[:taken].to(device)
-            self._coordinates.append((chosen, math.sqrt(size / taken)))  # keeps expected norms
+            chosen.append(offset + torch.randperm(size, generator=generator)[:taken])
+            scales.append(torch.full((taken,), math.sqrt(size / taken)))  # keeps expected norms
+            offset += size
+        # Of all parameters in a row: on a GPU three operations instead of three for each of 150 tensors.
+        self._chosen, self._scale = torch.cat(chosen).to(device), torch.cat(scales).to(device)
 
     def __call__(self, pixels: Tensor, targets: Iterable[Target]) -> Iterator[ViewGradient]:
         """The gradient under every target of one view; the student runs forward once.
@@ -110,12 +113,11 @@ class GradientProbe:
             yield ViewGradient(found, {relation: by_head[0].detach() for relation, by_head in cross_entropy.items()})
 
     def _sampled(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        parts = [
-            (gradient.flatten()[chosen] if gradient is not None else torch.zeros_like(chosen, dtype=torch.float))
-            * scale
-            for gradient, (chosen, scale) in zip(gradients, self._coordinates, strict=True)
+        flat = [
+            parameter.new_zeros(parameter.numel()) if gradient is None else gradient.flatten()
+            for gradient, parameter in zip(gradients, self._trained, strict=True)
         ]
-        return torch.cat(parts)[None]
+        return (torch.cat(flat)[self._chosen] * self._scale)[None]
 
 
 class Judged:

@@ -211,7 +211,7 @@ class LossWatch:
         if self._on_gpu:
             finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(loss.device))  # not the current device's: that may be another one
         self._seen.append(_Seen(step, finite, event))
 
     def first_broken(self, wait: bool) -> int:

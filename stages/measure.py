@@ -11,8 +11,9 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -190,14 +191,25 @@ def _decoded(views: ImageViews, items: Items, shard: Shard, budget_s: float) -> 
     return statistics.median(walls[1:] or walls), found
 
 
+def as_loaded(batch: ViewBatch, device: torch.device) -> Callable[[int], ViewBatch]:
+    """So many views, the sample's over and over, as a loader hands them over: pinned for a GPU."""
+
+    @cache
+    def loaded(count: int) -> ViewBatch:
+        repeated = batch.pick(np.arange(count) % len(batch.keys))
+        return repeated.pin_memory() if device.type == "cuda" else repeated
+
+    return loaded
+
+
 def _forward(teacher: Teacher, batch: ViewBatch, wanted: int, budget_s: float) -> tuple[QKV, Cost]:
     """The block of some views of the sample, and the cost per view of a batch like the recipe's."""
     device = teacher.normalise.mean.device
     held: list[QKV] = []
+    loaded = as_loaded(batch, device)
 
     def run(count: int) -> int:
-        repeated = torch.arange(count) % len(batch.pixels)
-        held[:] = [QKV(*teacher(batch.pixels[repeated].to(device, non_blocking=True)))]
+        held[:] = [QKV(*teacher(loaded(count).pixels.to(device, non_blocking=True)))]
         return count
 
     probe = timed(lambda: run(1), 0.1 * budget_s, device)

@@ -24,7 +24,7 @@ from tinymim.stages.clocks import fitting, loader_start_s, loader_threads, timed
 from tinymim.stages.distributed import Ranks
 from tinymim.stages.forecast import Cost, StudentCosts
 from tinymim.stages.learner import Learner
-from tinymim.stages.measure import Sampled
+from tinymim.stages.measure import Sampled, as_loaded
 from tinymim.stages.train_student import check_student_fits
 from tinymim.stages.training import autocast, pick_device, seeded
 from tinymim.targets.codecs import stored_codec
@@ -155,12 +155,13 @@ def _step(
             (own.jitter, student, Learner(name, name, own, "student", student, example, Ranks(), order, []))
         )
     normalise = Normalise().to(device)
+    loaded = as_loaded(batch, device)
 
     def part(count: int) -> int:
-        repeated, places = torch.arange(count) % len(batch.pixels), torch.arange(count)
-        pixels = batch.pixels[repeated].to(device, non_blocking=True)
-        records = {name: array[repeated].to(device, non_blocking=True) for name, array in batch.records.items()}
-        target = codec.decode(records, batch.view_keys[repeated].to(device), tokens)
+        views, places = loaded(count), torch.arange(count)
+        pixels = views.pixels.to(device, non_blocking=True)
+        records = {name: array.to(device, non_blocking=True) for name, array in views.records.items()}
+        target = codec.decode(records, views.view_keys.to(device, non_blocking=True), tokens)
         images: dict[JitterConfig, Tensor] = {}
         for colours, student, learner in learners:
             if colours not in images:

@@ -74,7 +74,7 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
         pin_memory=device.type == "cuda",
         batches_per_entry=recipe.order.views_per_decode,
     )
-    places = torch.from_numpy(order.places)
+    places = torch.from_numpy(order.places).to(device)
     with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
         for step, batch in enumerate(stream, start=books.first_step):
             if not batch.keys:
@@ -82,7 +82,7 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
             pixels = batch.pixels.to(device, non_blocking=True)
             # Drawn for the whole batch over all ranks: every rank finds the same numbers at a place.
             generator = seeded(device, recipe.run.seed, step)
-            noise = torch.rand(batch_size, num_patches, device=device, generator=generator)[places.to(device)]
+            noise = torch.rand(batch_size, num_patches, device=device, generator=generator)[places]
             for part in parts_of(len(places), recipe.optim.accumulate, present=len(pixels)):
                 with learner.part_of_step(part.first, part.last):
                     with autocast(device, recipe.precision):

@@ -100,8 +100,8 @@ class TeacherJob:
             if recipe.batch_size == "auto"
             else recipe.batch_size
         )
-        # The audit's small operations must not wait behind the teacher's large ones.
-        self._audit_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # The audit's small operations must not wait behind the teacher's large ones: -1 is the higher priority.
+        self._audit_stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     @property
     def units_ahead(self) -> int:
@@ -253,6 +253,8 @@ class _Collector:
             teacher_s, codec_s, copy_s = encoded.marks.between_s()
             self._watch.add("teacher", teacher_s)
             self._watch.add("encode", codec_s + copy_s)
+        for check in encoded.checks:
+            check.make()
         if encoded.audited is not None:
             with self._watch.during("audit"):
                 self._job.compare(self._draft, encoded.audited)

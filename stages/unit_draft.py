@@ -16,7 +16,7 @@ from tinymim.stages.progress import say
 from tinymim.stages.shared_work import Piece
 from tinymim.stages.where_time_goes import Marks
 from tinymim.storage.layout import UnitId
-from tinymim.targets.record import Codec
+from tinymim.targets.record import Codec, FiniteCheck, finite_checks_deferred
 from tinymim.targets.relations import QKV
 
 
@@ -45,6 +45,7 @@ class Encoded:
         arrays: the codec's, on the CPU once `marks` has been waited for.
         marks: before the teacher, behind it, behind the codec, behind the copy to the CPU.
         audited: for the unit's audit, from its first batches.
+        checks: of the teacher's numbers, to be made once `marks` has been waited for.
     """
 
     piece: Piece
@@ -52,6 +53,7 @@ class Encoded:
     arrays: dict[str, Tensor] = field(default_factory=dict)
     marks: Marks | None = None
     audited: AuditedViews | None = None
+    checks: list[FiniteCheck] = field(default_factory=list)
 
 
 def encode(
@@ -71,17 +73,27 @@ def encode(
     marks.mark()
     block = QKV(*teacher(pixels))
     marks.mark()
-    records = codec.encode(block, view_keys)
+    with finite_checks_deferred() as checks:
+        records = codec.encode(block, view_keys)
     marks.mark()
     audited = None
     if audit_views > 0:
         first = np.flatnonzero(batch.items[:, 2] == batch.items[0, 2])[:audit_views]
         some = torch.from_numpy(first).to(device)
-        picked = {name: array[some] for name, array in records.items()}
+        picked = {name: _picked(array, some) for name, array in records.items()}
         audited = AuditedViews(block.pick(some), pixels[some], picked, view_keys[some])
     arrays = {name: array.to("cpu", non_blocking=True) for name, array in records.items()}
+    for check in checks:
+        check.per_view = check.per_view.to("cpu", non_blocking=True)
     marks.mark()
-    return Encoded(piece, batch, arrays, marks, audited)
+    return Encoded(piece, batch, arrays, marks, audited, checks)
+
+
+def _picked(array: Tensor, some: Tensor) -> Tensor:
+    """`array[some]`; of more than 256 tokens indices are uint16, which CUDA cannot index."""
+    if array.dtype == torch.uint16:
+        return array.view(torch.int16)[some].view(torch.uint16)
+    return array[some]
 
 
 class Draft:

@@ -53,10 +53,11 @@ class GradientMoments:
     def add(self, dense: Gradients, draws: Sequence[Gradients]) -> None:
         """One view: its gradient under the dense maps and under one or more independent draws of the codec."""
         group = self.views % self.groups
-        for name, exact in dense.items():
+        for name, gradient in dense.items():
+            exact = gradient.cpu()  # summed there: whoever asks for the summary must not wait behind a GPU's teacher
             if name not in self._parts:
                 self._parts[name] = _PartMoments(self.groups, exact)
-            self._parts[name].add(group, exact, torch.stack([draw[name] for draw in draws]))
+            self._parts[name].add(group, exact, torch.stack([draw[name] for draw in draws]).cpu())
         self.views += 1
 
     def summary(self) -> dict[str, dict[str, list[float]]]:
@@ -176,4 +177,4 @@ def merged(*summaries: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any
 
 def _square(x: Float[Tensor, "... N"]) -> Tensor:
     """Squared norms over the last axis, float64."""
-    return x.double().square().sum(-1).cpu()
+    return x.double().square().sum(-1)

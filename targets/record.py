@@ -3,7 +3,9 @@
 Shapes: B view, H head, Q query row, K kept entry, T token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -114,8 +116,42 @@ def mean_entropy(probs: Float[Tensor, "B H Q T"], relation: Relation) -> Float32
     return entropy
 
 
+@dataclass
+class FiniteCheck:
+    """A check of `require_finite_teacher` that is still to be made."""
+
+    per_view: Float[Tensor, " B"]
+    what: str
+
+    def make(self) -> None:
+        """Raises RecipeError, as `require_finite_teacher`."""
+        _require_finite(self.per_view, self.what)
+
+
+_deferred: ContextVar[list[FiniteCheck] | None] = ContextVar("deferred", default=None)
+
+
+@contextmanager
+def finite_checks_deferred() -> Iterator[list[FiniteCheck]]:
+    """Meanwhile, checks come into the list and are the caller's to make: each of them would wait for the device."""
+    checks: list[FiniteCheck] = []
+    token = _deferred.set(checks)
+    try:
+        yield checks
+    finally:
+        _deferred.reset(token)
+
+
 def require_finite_teacher(per_view: Float[Tensor, " B"], what: str) -> None:
-    """Raises RecipeError where a number per view, such as an entropy, is inf or nan."""
+    """Raises RecipeError where a number per view, such as an entropy, is inf or nan; see `finite_checks_deferred`."""
+    deferred = _deferred.get()
+    if deferred is None:
+        _require_finite(per_view, what)
+    else:
+        deferred.append(FiniteCheck(per_view, what))
+
+
+def _require_finite(per_view: Float[Tensor, " B"], what: str) -> None:
     if not per_view.isfinite().all():
         raise RecipeError(
             f"the teacher's {what} relation is not finite",

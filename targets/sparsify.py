@@ -3,6 +3,7 @@
 Shapes: B view, H head, Q query row, K kept entry, T token; "..." is any shape.
 """
 
+from functools import cache
 from typing import Final
 
 import torch
@@ -37,7 +38,13 @@ def quantise(probs: Float[Tensor, "..."], uniform: Float64[Tensor, "..."]) -> In
 
 def dequantise(code: Shaped[Tensor, "..."]) -> Float32[Tensor, "..."]:
     """The grid value of each code: float32, same shape."""
-    return LOG_GRID.to(code.device)[code.long()]
+    return _grid(code.device)[code.long()]
+
+
+@cache
+def _grid(device: torch.device) -> Tensor:
+    """The grid on a device: copied once, for each copy waits for a GPU."""
+    return LOG_GRID.to(device)
 
 
 def top_entries(

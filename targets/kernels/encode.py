@@ -9,8 +9,6 @@ Shapes: B view, H head, Q query row, K kept entry, T token, D head width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Final
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from tinymim.configs.sections import Relation
 from tinymim.targets.counter import stream_of, uniforms
+from tinymim.targets.kernels.triton_works import triton_works
 from tinymim.targets.relations import QKV, relation_probs
 from tinymim.targets.sparsify import quantise, systematic_draws, top_entries
 
@@ -74,7 +73,7 @@ def fused(qkv: QKV, relation: Relation) -> bool:
     """Whether `sketch_rows` takes the Triton kernel: GPU tensors of up to 32 bits, rows that fit into one block."""
     a, b = qkv.pair(relation)
     dtypes_fit = a.dtype == b.dtype and a.dtype in _FUSED_DTYPES
-    return a.is_cuda and dtypes_fit and a.shape[2] <= MAX_FUSED_TOKENS and _has_triton()
+    return a.is_cuda and dtypes_fit and a.shape[2] <= MAX_FUSED_TOKENS and triton_works()
 
 
 def sketch_rows_torch(
@@ -139,8 +138,3 @@ def _mean_of_views(row_entropy: list[Float[Tensor, "b H Q"]]) -> Float32[Tensor,
     """One mean over all chunks at once: a sum's order, and so its last bit, may depend on the shape."""
     mean: Tensor = torch.cat(row_entropy).mean((1, 2)).float()
     return mean
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

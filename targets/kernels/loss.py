@@ -18,16 +18,15 @@ in chunks that stay in the cache for everything else. Neither ever holds [B, H, 
 Shapes: B view, H head, Q query row, K kept entry, T token, D head width.
 """
 
-import importlib.util
 import math
 import os
-from functools import cache
 from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from tinymim.targets.kernels.triton_works import triton_works
 from tinymim.targets.target import SparseRows, Tail
 
 # Logits held at a time. On a CPU a chunk is to stay in a core's second-level cache; elsewhere launches are to be few.
@@ -204,9 +203,4 @@ def _accumulator(a: Tensor, b: Tensor) -> torch.dtype:
 def _use_triton(a: Tensor, b: Tensor) -> bool:
     """On CUDA, and where Triton's interpreter is asked for; not in fp64, which is for checks."""
     wanted = a.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return wanted and _accumulator(a, b) == torch.float32 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return wanted and _accumulator(a, b) == torch.float32 and triton_works()

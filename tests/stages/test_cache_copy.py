@@ -20,7 +20,7 @@ from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.stages.caches import flip, recipe, repaired
-from tinymim.tests.stages.tiny import tree
+from tinymim.tests.stages.tiny import run_in, tree
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -63,7 +63,7 @@ def test_an_interrupted_copy_continues(home: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_cache_that_grew_is_copied_into_its_older_copy(home: Path, made: Path) -> None:
-    cache_teacher.run(recipe(made, num_views=2, cache=home / "small", run={"folder": home / "run"}))
+    cache_teacher.run(recipe(made, num_views=2, cache=home / "small", run=run_in(home / "run")))
     report = cache_copy.run(home / "cache", home / "small")
     assert (report["copied"], report["already_there"]) == (3, 3)
     assert tree(home / "small") == tree(home / "cache")
@@ -113,7 +113,7 @@ def test_what_a_copy_must_not_overwrite_is_refused(home: Path, made: Path) -> No
         cache_copy.run(home / "cache", home)
     with pytest.raises(UserError, match="onto itself"):
         cache_copy.run(home / "cache", home / "cache")
-    cache_teacher.run(recipe(made, cache=home / "own", run={"folder": home / "run"}))  # the same views in other units
+    cache_teacher.run(recipe(made, cache=home / "own", run=run_in(home / "run")))  # the same views in other units
     own = tree(home / "own")
     with pytest.raises(CacheMismatch, match="records of its own"):
         cache_copy.run(home / "cache", home / "own")

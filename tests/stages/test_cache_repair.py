@@ -16,7 +16,7 @@ from tinymim.storage.layout import METADATA
 from tinymim.storage.leases import Leases
 from tinymim.storage.store import open_store
 from tinymim.tests.stages.caches import flip, hidden, recipe, repaired
-from tinymim.tests.stages.tiny import tree, write_teacher
+from tinymim.tests.stages.tiny import run_in, tree, write_teacher
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -98,7 +98,7 @@ def test_a_shard_that_somebody_is_writing_is_left_alone(home: Path, made: Path) 
 
 
 def rehidden(root: Path, made: Path) -> dict[str, Any]:
-    return cache_repair.run(hidden(made, cache=root / "hidden", run={"folder": root / "run"}))
+    return cache_repair.run(hidden(made, cache=root / "hidden", run=run_in(root / "run")))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,8 @@ def test_constants_that_come_out_otherwise_are_not_written(
 
 def test_repair_prints_what_it_did(home: Path, made: Path, run: Run) -> None:
     flip(home / "cache/units/shard-000002/v2-2/digest/c/0")
-    (home / "recipe.yaml").write_text(dump_recipe(recipe(made, cache=home / "cache", run={"folder": home / "run"})))
+    own = run_in(home / "run")
+    (home / "recipe.yaml").write_text(dump_recipe(recipe(made, cache=home / "cache", run=own)))
     code, out, err = run("cache", "repair", home / "recipe.yaml", "--json")
     assert code == 0 and json.loads(out)["computed"] == ["shard-000002.tar v2-2"] and "digest/c/0" in err
     code, text, _ = run("cache", "repair", home / "recipe.yaml")

@@ -21,7 +21,9 @@ from ray.cluster_utils import Cluster
 from tinymim.configs.errors import CacheMismatch, RecipeError, UnitsFailed
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.pipeline.shards import ShardSet
 from tinymim.stages import cache_teacher, make_shards
+from tinymim.stages.cluster import CacheWorker
 from tinymim.stages.runfolder import read_metrics
 from tinymim.tests.stages.tiny import cache_recipe, tree, write_teacher
 
@@ -166,6 +168,24 @@ def test_a_driver_is_killed_or_stopped_and_the_next_one_finishes(
     assert 0 < committed(tmp_path) < SHARDS
     cache_teacher.run(recipe(made, tmp_path))
     assert tree(tmp_path / "cache") == tree(made / "cache")
+
+
+@pytest.mark.parametrize(("gpus", "asked", "used"), [(0, "auto", "cpu"), (1, "auto", "auto"), (0, "cuda", "cuda")])
+def test_workers_without_gpus_compute_on_the_cpu_where_the_device_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, asked: str, used: str
+) -> None:
+    """Ray hides no GPU from an actor that asked for none."""
+    seen: list[str] = []
+
+    def prepare(recipe: CacheTeacherRecipe, source: Any) -> None:
+        seen.append(recipe.run.device)
+        raise RecipeError("far enough")
+
+    monkeypatch.setattr(cache_teacher, "prepare", prepare)
+    own = {"gpus_per_worker": gpus, "cpus_per_worker": 1}
+    wanted = recipe(tmp_path, tmp_path, cluster=own, run={"folder": tmp_path, "device": asked})
+    answer = CacheWorker().open(wanted, ShardSet(()))
+    assert isinstance(answer, RecipeError) and seen == [used]
 
 
 def test_a_cluster_without_room_and_one_that_is_not_there_are_refused(

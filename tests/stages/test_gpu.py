@@ -112,7 +112,11 @@ def test_students_on_several_devices_share_one_stream_and_train_as_alone(tmp_pat
         folder = tmp_path / f"alone-{name}"
         train_student.run(alone.model_copy(update={"run": alone.run.model_copy(update={"folder": folder})}))
         shared = [line["loss"] for line in read_metrics(tmp_path / "run-student" / name)]
-        assert shared == [line["loss"] for line in read_metrics(folder)]
+        one = [line["loss"] for line in read_metrics(folder)]
+        if devices[name] == "cpu":
+            assert shared == one
+        else:  # a GPU adds up a convolution's gradients in any order
+            np.testing.assert_allclose(shared, one, rtol=2e-3, atol=2e-4)
     assert len(shared) == 20
 
 

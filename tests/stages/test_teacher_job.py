@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tinymim import cli
-from tinymim.configs.errors import SourceError, UnitsFailed, UserError
+from tinymim.configs.errors import RecipeError, SourceError, UnitsFailed, UserError
 from tinymim.configs.load import dump_recipe
 from tinymim.pipeline import dataset
 from tinymim.stages import batch_size, cache_teacher, make_shards, unit_draft
@@ -100,6 +101,18 @@ def test_a_failure_that_passes_is_made_good(made: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("tinymim.pipeline.dataset.render_items", sometimes)
     cache_teacher.run(recipe(made, tmp_path))
     assert tree(tmp_path / "cache") == tree(made / "cache")
+
+
+def test_a_teacher_that_overflows_is_refused_behind_the_device_and_nothing_is_committed(
+    made: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(made / "teacher.safetensors")
+    tensors["blocks.1.attn.qkv.weight"][0, 0] = float("inf")
+    save_file(tensors, tmp_path / "broken.safetensors")
+    teacher = recipe(made, tmp_path).teacher.model_copy(update={"weights": str(tmp_path / "broken.safetensors")})
+    with pytest.raises(RecipeError, match="relation is not finite"):
+        cache_teacher.run(recipe(made, tmp_path, teacher=teacher))
+    assert not list((tmp_path / "cache" / "commits").glob("*.json"))
 
 
 def test_a_full_disk_ends_the_run_at_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

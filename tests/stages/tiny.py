@@ -21,6 +21,11 @@ STUDENT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 8, "dept
 Overrides = dict[str, Any]
 
 
+def run_in(folder: Path) -> dict[str, Any]:
+    """A `run` section whose numbers are the same on every machine: one thread of the CPU."""
+    return {"folder": folder, "device": "cpu", "threads": 1}
+
+
 def cache_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
     fields: dict[str, Any] = {
         "stage": "cache-teacher",
@@ -33,7 +38,7 @@ def cache_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
         "audit_views": 0,  # audits are most of the work of so small a cache; where they matter a test asks for them
         "batch_size": 8,
         "loader": {"workers": 0},
-        "run": {"folder": root / "run-cache", "device": "cpu", "threads": 1},
+        "run": run_in(root / "run-cache"),
     }
     return CacheTeacherRecipe.model_validate(fields | changes)
 
@@ -48,7 +53,7 @@ def student_recipe(root: Path, **changes: Any) -> TrainStudentRecipe:
         "order": {"shuffle_units": 2},
         "verify": {"first": 10**6},
         "loader": {"workers": 0},
-        "run": {"folder": root / "run-student", "device": "cpu", "threads": 1, "log_every": 1},
+        "run": run_in(root / "run-student") | {"log_every": 1},
     }
     return TrainStudentRecipe.model_validate(fields | changes)
 

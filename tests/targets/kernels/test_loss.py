@@ -115,7 +115,11 @@ def check(operator: Callable[..., tuple[Tensor, ...]], case: Case, device: str =
         error, largest = (x.abs().max().item() if x.numel() else 0.0 for x in (got - expected, expected))
         assert error <= tolerance * largest, f"{name} is {error / largest:.1e} of its largest entry off"
     if case.T <= 65:
-        assert torch.equal(operator(*arguments(a, b, target, with_grad=False))[0], found[0])
+        alone = operator(*arguments(a, b, target, with_grad=False))[0]
+        if device == "cuda":  # another variant of the kernel: a compiler may contract other products
+            torch.testing.assert_close(alone, found[0], rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(alone, found[0])
     if device == "cuda":
         assert all(torch.equal(x, y) for x, y in zip(found, operator(*arguments(a, b, target)), strict=True))
 
