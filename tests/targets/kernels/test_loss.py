@@ -171,8 +171,14 @@ def interpreted() -> None:
     print(f"{len(CASES) + 2 * len(TAILS)} checks passed")
 
 
+VARIANTS = [(0, True), (1, True), (2, True), (0, False)]  # tail; half precision, whose products are split
+
+
+@pytest.mark.parametrize(("tail", "half"), VARIANTS)
 @pytest.mark.parametrize("kernel", ["_rows_kernel", "_columns_kernel"])
-def test_the_kernels_compile_without_a_gpu(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_compile_without_a_gpu(
+    kernel: str, tail: int, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -182,18 +188,20 @@ def test_the_kernels_compile_without_a_gpu(kernel: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(loss_triton, kernel)
     names = function.arg_names
-    block_q, block_t, warps = loss_triton._HALF.rows if kernel == "_rows_kernel" else loss_triton._HALF.columns
+    tiles = loss_triton._HALF if half else loss_triton._FLOAT
+    block_q, block_t, warps = tiles.rows if kernel == "_rows_kernel" else tiles.columns
     constants: dict[str, Any] = {
         "K": 8,
-        "TAIL": 0,
+        "TAIL": tail,
         "HAS_ROWS": True,
-        "SPLIT": True,
+        "SPLIT": half,
         "WITH_GRAD": True,
         "Q": 64,
         "T": 197,
     }
     constants |= {"BLOCK_Q": block_q, "BLOCK_T": block_t, "BLOCK_D": 64}
-    pointers = {"a": "*bf16", "b": "*bf16", "rows": "*i64", "index": "*i64"}
+    side = "*bf16" if half else "*fp32"
+    pointers = {"a": side, "b": side, "rows": "*i64", "index": "*i64"}
 
     def kind(name: str) -> str:
         if name in constants:
