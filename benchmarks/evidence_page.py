@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -58,11 +59,13 @@ def _records(results: Path) -> list[Record]:
 
 def _header(records: list[Record]) -> str:
     cpu_h = sum(record["train_cpu_s"] for record in records) / 3600
+    commits = Counter(record.get("commit", "commits that they do not name") for record in records)
+    made_at = ", ".join(f"{name} ({count})" for name, count in sorted(commits.items()))
     return f"""\
 # What students learn from a cache, {date.today()}
 
 - `python benchmarks/evidence.py run`, then `page`;
-  page of commit {commit()}, of older runs (docs/evidence.md says of which)
+  page of commit {commit()}, runs of {made_at} (docs/evidence.md)
 - {processor()}, {cores()} cores shared with other work, Python {platform.python_version()}; one thread a run;
   {cpu_h:.1f} CPU hours of training
 - teacher: MAE, 128 wide, 6 blocks, 4 heads, 6,000 steps of 64 (`tinyimagenet40-mae`); student: 64 wide, 4 blocks,
