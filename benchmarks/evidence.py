@@ -25,7 +25,7 @@ import evidence_online
 import evidence_page
 import provenance
 import torch
-from evidence_arms import CACHES, EXPERIMENTS, FINETUNE_STEPS, RATES, SEEDS, Arm, Kind, all_runs
+from evidence_arms import CACHES, EXPERIMENTS, FINETUNE_STEPS, RATES, Arm, Kind, all_runs
 
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (
@@ -136,7 +136,7 @@ def main() -> None:
             if number in flags.only and seed in flags.seeds:
                 _once(lab, number, arm, seed)
         for number, arm, seed in all_runs():
-            if number in flags.only and seed in flags.seeds and arm.finetuned and seed in SEEDS:
+            if number in flags.only and seed in flags.seeds and seed in arm.finetuned:
                 _finetuned(lab, arm, seed)
 
 
