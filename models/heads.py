@@ -18,8 +18,12 @@ def stated_heads(metadata: Mapping[str, str]) -> int | None:
     try:
         recipe = yaml.safe_load(metadata.get("recipe", "")) or {}
         config = ModelConfig.model_validate(recipe.get("student") or recipe["model"])
+        if config.num_heads is not None:
+            return config.num_heads
+        if ":" in config.name:  # a file's words must not send timm to a hub or a folder
+            return None
         with torch.device("meta"):
-            return heads_of(build_model(config))
+            return heads_of(build_model(ModelConfig(name=config.name)))
     except (yaml.YAMLError, AttributeError, KeyError, ValidationError, RecipeError):  # not a recipe of ours
         return None
 

@@ -51,6 +51,12 @@ def test_another_number_of_heads_is_refused(weights: str, load: Callable[[str, i
     assert caught.value.got == "3 heads in its recipe, 4 in this model" and "num_heads=3" in str(caught.value.hint)
 
 
+def test_what_the_recipe_leaves_open_is_timms_and_a_file_sends_nobody_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stated_heads({"recipe": "model: {name: vit_small_patch16_224, depth: 1000000000}"}) == 6
+    monkeypatch.setattr("tinymim.models.heads.build_model", lambda _: pytest.fail("the hub was asked"))
+    assert stated_heads({"recipe": "model: {name: 'hf-hub:somebody/something'}"}) is None
+
+
 @pytest.mark.parametrize("recipe", [None, "[", "a list", "[1, 2]", "{model: {name: no_such_model}}", "{student: null}"])
 def test_a_file_that_states_no_heads_is_taken_at_its_shapes(tmp_path: Path, recipe: str | None) -> None:
     metadata = {} if recipe is None else {"recipe": recipe}
