@@ -19,7 +19,7 @@ from tinymim.cli_shared import StdoutClosed, print_json, print_text
 from tinymim.cli_stages import stages_app
 from tinymim.configs.errors import TinymimError, is_refusal
 from tinymim.stages import recipes
-from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.run.interrupt import Interrupted
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT

@@ -20,7 +20,7 @@ from pathlib import Path
 import provenance
 
 from tinymim.stages import demo
-from tinymim.stages.progress import say
+from tinymim.stages.run.progress import say
 
 Results = list[list[dict[str, float | str]]]  # by seed, then arm
 

@@ -46,7 +46,8 @@ from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, trai
 from tinymim.stages.cache_info import describe
 from tinymim.stages.checkpoints import read_state
 from tinymim.stages.fidelity import spread_items
-from tinymim.stages.progress import say
+from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
+from tinymim.stages.run.progress import say
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.targets.fidelity import exact_target
 from tinymim.targets.losses import relation_loss
@@ -201,7 +202,7 @@ def _finetuned(lab: Lab, arm: Arm, seed: int) -> None:
     folder = lab.folder / "finetuned" / _name(arm, seed)
     if not (lab.results / f"{_name(arm, seed)}.json").exists() or result.exists() or not _taken(folder):
         return
-    name = pretrain_mae.ENCODER_NAME if arm.kind == "mae" else train_student.STUDENT_NAME
+    name = ENCODER_NAME if arm.kind == "mae" else STUDENT_NAME
     weights = "random" if arm.kind == "random" else trained / name
     sets = lab.finetuning(FINETUNE_STEPS, seed, folder, [f"weights={weights}"])
     recipe = cast(FinetuneRecipe, load_recipe(Path("tinyimagenet40-finetune"), "finetune", sets))
@@ -227,16 +228,13 @@ def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[Model
         return {"": (model, str(folder / finetune.LAST_NAME))}
     if arm.kind == "mae":
         pretrain_mae.run(cast(PretrainMaeRecipe, load_recipe(Path(base), command, sets)))
-        return {"": (model, str(folder / pretrain_mae.ENCODER_NAME))}
+        return {"": (model, str(folder / ENCODER_NAME))}
     recipe = cast(TrainStudentRecipe, load_recipe(Path(base), command, sets))
     if arm.kind in ONLINE:
         evidence_online.train(recipe, lab.cache("64x8"), ONLINE[arm.kind])
     else:
         train_student.run(recipe)
-    return {
-        name: (own.student or model, str(own.run.folder / train_student.STUDENT_NAME))
-        for name, own in recipe.each().items()
-    }
+    return {name: (own.student or model, str(own.run.folder / STUDENT_NAME)) for name, own in recipe.each().items()}
 
 
 @torch.no_grad()

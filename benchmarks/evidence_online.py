@@ -24,7 +24,7 @@ from tinymim.pipeline.views import RandomViews
 from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.distributed import Ranks
 from tinymim.stages.learner import Learner
-from tinymim.stages.train_student import STUDENT_NAME
+from tinymim.stages.run.folder import STUDENT_NAME
 from tinymim.stages.training import seeded
 from tinymim.storage.atomic import write_bytes_atomic
 from tinymim.targets.fidelity import exact_target

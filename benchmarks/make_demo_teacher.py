@@ -14,6 +14,7 @@ from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
 from tinymim.models.checkpoints import read_metadata, read_tensors, to_safetensors
 from tinymim.stages import make_shards, pretrain_mae
+from tinymim.stages.run.folder import ENCODER_NAME
 from tinymim.storage.atomic import write_bytes_atomic
 
 WEIGHTS = Path(__file__).parent.parent / "models" / "weights"
@@ -30,7 +31,7 @@ def main() -> None:
         if not (shards / "index.json").exists():
             make_shards.run("drawn", shards, make_shards.Options(count=10_000, seed=1))
         pretrain_mae.run(recipe)
-        encoder = recipe.run.folder / pretrain_mae.ENCODER_NAME
+        encoder = recipe.run.folder / ENCODER_NAME
     packed = to_safetensors(read_tensors(encoder), read_metadata(encoder), half=True)
     write_bytes_atomic(WEIGHTS / "demo-teacher.safetensors", packed)
     shutil.copyfile(encoder.parent / "metrics.jsonl", WEIGHTS / "demo-teacher.metrics.jsonl")

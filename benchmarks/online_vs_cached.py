@@ -57,7 +57,8 @@ from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher
-from tinymim.stages.training import autocast, make_optimiser, make_scaler, optimiser_step, seeded
+from tinymim.stages.run.device import autocast
+from tinymim.stages.training import make_optimiser, make_scaler, optimiser_step, seeded
 from tinymim.storage.layout import encode_array
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import make_codec

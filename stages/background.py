@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.run.interrupt import Interrupted
 
 T = TypeVar("T")
 LOOK_S = 0.05  # how soon an error is noticed by who waits in `give`

@@ -7,7 +7,7 @@ import torch
 
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
-from tinymim.stages.progress import say
+from tinymim.stages.run.progress import say
 from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
 

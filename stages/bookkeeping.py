@@ -8,9 +8,9 @@ from tinymim.configs.schema import TrainingRecipe
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.checkpoints import load_states
 from tinymim.stages.distributed import Ranks, batch_arithmetic
-from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.learner import NEVER, Learner
-from tinymim.stages.progress import Meter, say
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import Meter, say
 
 
 @dataclass

@@ -4,8 +4,8 @@ from collections import Counter
 
 from tinymim.configs.errors import UnitsFailed
 from tinymim.pipeline.shards import ShardSet
-from tinymim.stages.progress import Meter, say
-from tinymim.stages.runfolder import RunFolder
+from tinymim.stages.run.folder import RunFolder
+from tinymim.stages.run.progress import Meter, say
 from tinymim.stages.shared_work import Ledger, UnitReport
 from tinymim.stages.where_time_goes import percentages, shares
 from tinymim.storage.layout import UnitId

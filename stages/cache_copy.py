@@ -7,8 +7,8 @@ from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.stages.cache_info import format_bytes
-from tinymim.stages.interrupt import Interrupted, StopFlag
-from tinymim.stages.progress import Meter, say
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import Meter, say
 from tinymim.storage import layout
 from tinymim.storage.catalog import resolve
 from tinymim.storage.check import unit_bytes

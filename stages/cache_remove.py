@@ -7,7 +7,7 @@ from typing import Any
 
 from tinymim.configs.errors import UserError
 from tinymim.stages.cache_info import format_bytes
-from tinymim.stages.progress import Meter
+from tinymim.stages.run.progress import Meter
 from tinymim.storage import layout
 from tinymim.storage.check import LOCK
 from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS

@@ -11,7 +11,7 @@ from tinymim.stages import cache_teacher
 from tinymim.stages.cache_teacher import Prepared, cache_place, prepare
 from tinymim.stages.calibrate import calibrated
 from tinymim.stages.inspection import Inspection, inspect_cache
-from tinymim.stages.progress import say
+from tinymim.stages.run.progress import say
 from tinymim.storage import layout
 from tinymim.storage.check import Finding
 from tinymim.storage.constants import constants_digest, constants_files

@@ -16,12 +16,12 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.stages.cache_board import CacheBoard, raise_failures
 from tinymim.stages.calibrate import require_rebuildable
-from tinymim.stages.interrupt import Interrupted, StopFlag
-from tinymim.stages.progress import Meter, say
-from tinymim.stages.runfolder import RunFolder
+from tinymim.stages.run.device import pick_device, require_view_size
+from tinymim.stages.run.folder import RunFolder
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import Meter, say
 from tinymim.stages.shared_work import LOOK_AGAIN_S, Ledger, UnitReport, missing_units
 from tinymim.stages.teacher_job import TeacherJob
-from tinymim.stages.training import pick_device, require_view_size
 from tinymim.storage.layout import UnitId
 from tinymim.storage.manifest import Manifest, SourceShard
 from tinymim.storage.writer import CacheWriter

@@ -15,7 +15,7 @@ from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.progress import say
+from tinymim.stages.run.progress import say
 from tinymim.storage.constants import read_constants
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.store import Store

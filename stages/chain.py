@@ -10,7 +10,7 @@ from tinymim.configs.schema import (
     TrainStudentRecipe,
 )
 from tinymim.stages import cache_teacher, finetune, pretrain_mae, train_student
-from tinymim.stages.progress import say
+from tinymim.stages.run.progress import say
 
 
 def run(recipe: ChainRecipe) -> None:

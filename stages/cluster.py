@@ -23,9 +23,9 @@ from tinymim.configs.sections import ClusterConfig
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages import cache_teacher
 from tinymim.stages.cache_board import CacheBoard
-from tinymim.stages.interrupt import Interrupted, StopFlag
-from tinymim.stages.join_ray import join_ray
-from tinymim.stages.progress import say
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import say
+from tinymim.stages.run.ray import join_ray
 from tinymim.stages.shared_work import LOOK_AGAIN_S, Ledger, UnitReport
 from tinymim.stages.teacher_job import TeacherJob
 from tinymim.storage.layout import UnitId

@@ -8,7 +8,7 @@ from typing import Any
 from tinymim.configs.errors import UserError
 from tinymim.stages.compare_page import page
 from tinymim.stages.page import plain_table
-from tinymim.stages.progress import say
+from tinymim.stages.run.progress import say
 from tinymim.stages.run_summary import RunSummary, differences, read_runs
 from tinymim.storage.atomic import write_bytes_atomic
 

@@ -17,7 +17,7 @@ from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.cache_teacher import prepare
 from tinymim.stages.calibrate import stored_constants
-from tinymim.stages.progress import Meter
+from tinymim.stages.run.progress import Meter
 from tinymim.storage.catalog import resolve
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.manifest import check_same

@@ -20,9 +20,9 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import INDEX_NAME, read_index
 from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student
 from tinymim.stages.demo_examples import relation_examples
-from tinymim.stages.progress import say
 from tinymim.stages.report import Arm, Report, text_table, write_report
-from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.run.folder import ENCODER_NAME, EVALUATION_NAME, STUDENT_NAME, read_metrics
+from tinymim.stages.run.progress import say
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.reader import CacheReader
 
@@ -153,8 +153,8 @@ def load_recipes(root: Path, seed: int, size: DemoSize, teacher_weights: str) ->
     for name, student in students.items():
         assert student.student is not None  # the demo's recipes have one each
         arms = {
-            name: str(student.run.folder / train_student.STUDENT_NAME),
-            f"{name}-mae": str(autoencoders[name].run.folder / pretrain_mae.ENCODER_NAME),
+            name: str(student.run.folder / STUDENT_NAME),
+            f"{name}-mae": str(autoencoders[name].run.folder / ENCODER_NAME),
             f"{name}-random": "random",
         }
         for arm, weights in arms.items():
@@ -253,7 +253,7 @@ def _arm(recipes: Recipes, name: str, label: str, how_trained: str, steps: int |
     recipe = recipes.probes[name]
     model, _, _ = evaluate.load_encoder(recipe)
     identity = {"recipe_digest": recipe_digest(recipe), "weights_sha256": tensors_sha256(model.state_dict())}
-    stored = recipe.run.folder / evaluate.EVALUATION_NAME
+    stored = recipe.run.folder / EVALUATION_NAME
     found = json.loads(stored.read_bytes()) if stored.exists() else {}
     if any(found.get(key) != value for key, value in identity.items()):
         found = evaluate.run(recipe)

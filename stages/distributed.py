@@ -16,9 +16,9 @@ from torch import Tensor
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.configs.sections import RunConfig
-from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.progress import silence
-from tinymim.stages.training import pick_device
+from tinymim.stages.run.device import pick_device
+from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.run.progress import silence
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 

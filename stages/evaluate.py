@@ -21,15 +21,13 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import Shard, ShardSet, labels_of, open_shards
 from tinymim.pipeline.views import CentreView, ViewLaw
-from tinymim.stages.interrupt import Interrupted, StopFlag
-from tinymim.stages.progress import Meter, say
-from tinymim.stages.runfolder import RunFolder
-from tinymim.stages.training import pick_device
+from tinymim.stages.run.device import pick_device
+from tinymim.stages.run.folder import EVALUATION_NAME, RunFolder
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import Meter, say
 from tinymim.storage.atomic import write_json_atomic
 
 Rgb = tuple[float, float, float]
-
-EVALUATION_NAME = "evaluation.json"
 
 
 class Encoded(NamedTuple):

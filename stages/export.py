@@ -6,9 +6,8 @@ from typing import Any
 from tinymim.configs.errors import CheckpointError, UserError
 from tinymim.models.checkpoints import read_metadata, read_tensors, to_official, weights_path
 from tinymim.models.heads import stated_heads
-from tinymim.stages.pretrain_mae import ENCODER_NAME
-from tinymim.stages.progress import say
-from tinymim.stages.train_student import STUDENT_NAME
+from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
+from tinymim.stages.run.progress import say
 from tinymim.storage.atomic import write_bytes_atomic
 
 # The heads that their fine-tuning code has for a width; a checkpoint does not say how many its model has.

@@ -28,11 +28,12 @@ from tinymim.pipeline.views import RandomViews
 from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.distributed import Ranks, environment_ranks, set_up
 from tinymim.stages.evaluate import count_classes
-from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.launch import on_ranks
 from tinymim.stages.learner import Learner
-from tinymim.stages.progress import Meter, say
-from tinymim.stages.training import autocast, parts_of, require_view_size, seeded
+from tinymim.stages.run.device import autocast, require_view_size
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.training import parts_of, seeded
 from tinymim.stages.validation import Counts, Record, Validation, by_class, merged
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 

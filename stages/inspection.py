@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tinymim.stages.progress import Meter
+from tinymim.stages.run.progress import Meter
 from tinymim.storage.check import Finding, Survey, check_unit, survey, unit_bytes
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.store import Store

@@ -25,8 +25,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tinymim.configs.errors import InternalError, TinymimError, is_refusal
 from tinymim.configs.schema import FinetuneRecipe, PretrainMaeRecipe, TrainingRecipe, TrainStudentRecipe
 from tinymim.stages.distributed import Ranks, joined, launched
-from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.progress import say
+from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.run.progress import say
 
 R = TypeVar("R", PretrainMaeRecipe, TrainStudentRecipe, FinetuneRecipe)
 Training = Callable[[R, Ranks], None]

@@ -15,9 +15,9 @@ from typing import Any
 from tinymim.configs.errors import RecipeError, TinymimError, is_refusal
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.stages.distributed import backend_of, environment_ranks, joined
-from tinymim.stages.interrupt import Interrupted, ask_to_stop
-from tinymim.stages.join_ray import join_ray
 from tinymim.stages.launch import R, Training, WorkersDied
+from tinymim.stages.run.interrupt import Interrupted, ask_to_stop
+from tinymim.stages.run.ray import join_ray
 from tinymim.storage.atomic import write_json_atomic
 
 STOP_NAME = "stop-requested"  # the driver's wish

@@ -16,7 +16,7 @@ from tinymim.configs.schema import TrainingRecipe
 from tinymim.pipeline.order import Items, SampleOrder
 from tinymim.stages.checkpoints import drop_states, dump_state, prune_states, save_state
 from tinymim.stages.distributed import Ranks
-from tinymim.stages.runfolder import RunFolder
+from tinymim.stages.run.folder import RunFolder
 from tinymim.stages.training import make_optimiser, make_scaler, make_schedule, optimiser_step, state_identity
 
 NEVER = 2**62  # later than any step

@@ -22,8 +22,8 @@ from tinymim.pipeline import drawn
 from tinymim.pipeline.decode import IMAGE_EXTENSIONS, decode
 from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, UNLABELLED, hash_file, open_shards
 from tinymim.pipeline.workers import prepare_worker, worker_context
-from tinymim.stages.interrupt import Interrupted, StopFlag
-from tinymim.stages.progress import Meter, say
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import Meter, say
 from tinymim.storage.atomic import write_json_atomic
 
 DRAWN = "drawn"  # the SRC word for the embedded image set

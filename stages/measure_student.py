@@ -25,8 +25,9 @@ from tinymim.stages.distributed import Ranks
 from tinymim.stages.forecast import Cost, StudentCosts
 from tinymim.stages.learner import Learner
 from tinymim.stages.measure import Sampled, as_loaded
+from tinymim.stages.run.device import autocast, pick_device
 from tinymim.stages.train_student import check_student_fits
-from tinymim.stages.training import autocast, pick_device, seeded
+from tinymim.stages.training import seeded
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
 from tinymim.targets.record import Codec

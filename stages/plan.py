@@ -28,9 +28,9 @@ from tinymim.stages.clocks import available_cores
 from tinymim.stages.forecast import Forecast, StudentCosts, TeacherCosts, forecast
 from tinymim.stages.measure import Sampled, measured_teacher
 from tinymim.stages.measure_student import measured_student
-from tinymim.stages.progress import say
-from tinymim.stages.runfolder import provenance, read_metrics
-from tinymim.stages.training import pick_device
+from tinymim.stages.run.device import pick_device
+from tinymim.stages.run.folder import provenance, read_metrics
+from tinymim.stages.run.progress import say
 from tinymim.storage.catalog import resolve
 from tinymim.storage.layout import METADATA
 from tinymim.storage.reader import CacheReader

@@ -21,11 +21,12 @@ from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.distributed import Ranks, set_up
 from tinymim.stages.launch import on_ranks
 from tinymim.stages.learner import Learner
-from tinymim.stages.progress import say
-from tinymim.stages.training import autocast, parts_of, require_view_size, seeded
+from tinymim.stages.run.device import autocast, require_view_size
+from tinymim.stages.run.folder import ENCODER_NAME
+from tinymim.stages.run.progress import say
+from tinymim.stages.training import parts_of, seeded
 from tinymim.storage.atomic import write_bytes_atomic
 
-ENCODER_NAME = "encoder.safetensors"
 EMA_NAME = "encoder-ema.safetensors"
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from tinymim.configs.errors import RecipeError, UserError
 from tinymim.models.checkpoints import tensors_sha256
-from tinymim.stages.runfolder import AUDIT_NAME
-from tinymim.stages.sessions import read_sessions
+from tinymim.stages.run.folder import AUDIT_NAME
+from tinymim.stages.run.sessions import read_sessions
 
 STAGES: Final = ("train-student", "pretrain-mae", "finetune", "evaluate", "cache-teacher")
 _ACCURACIES = ("_top1", "_top5")

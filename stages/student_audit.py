@@ -22,10 +22,10 @@ from tinymim.stages.audit_alarm import Audited, alarms, points_of
 from tinymim.stages.audit_batch import AuditBatch, AuditKnn
 from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.distributed import Ranks
-from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.learner import Learner
-from tinymim.stages.progress import say
-from tinymim.stages.runfolder import AUDIT_NAME
+from tinymim.stages.run.folder import AUDIT_NAME
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import say
 from tinymim.storage.manifest import Manifest
 
 _RECENT_STEPS = 16  # over which the training's own KL is a mean, about

@@ -29,8 +29,8 @@ from tinymim.stages.background import Background
 from tinymim.stages.batch_size import find_images_per_batch
 from tinymim.stages.calibrate import settle_constants
 from tinymim.stages.gradients import GradientProbe, reference_student
-from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.progress import say
+from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.run.progress import say
 from tinymim.stages.shared_work import Piece, UnitBatches, UnitReport
 from tinymim.stages.unit_draft import AuditedViews, Draft, Encoded, encode
 from tinymim.stages.where_time_goes import Stopwatch

@@ -26,10 +26,11 @@ from tinymim.stages.device_stream import CPU, DeviceStream, current
 from tinymim.stages.distributed import Ranks, rank_device, set_up
 from tinymim.stages.launch import on_ranks
 from tinymim.stages.learner import Learner
-from tinymim.stages.progress import say
-from tinymim.stages.runfolder import write_provenance
+from tinymim.stages.run.device import autocast
+from tinymim.stages.run.folder import STUDENT_NAME, write_provenance
+from tinymim.stages.run.progress import say
 from tinymim.stages.student_audit import StudentAudits
-from tinymim.stages.training import autocast, parts_of, seeded
+from tinymim.stages.training import parts_of, seeded
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.constants import constants_digest
@@ -40,7 +41,6 @@ from tinymim.targets.losses import relation_loss
 from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
 
-STUDENT_NAME = "student.safetensors"
 EMA_NAME = "student-ema.safetensors"
 
 

@@ -1,10 +1,8 @@
 """What the training stages share: device, AdamW with its parameter groups, the schedule, randomness by step."""
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,34 +10,10 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from tinymim.configs.errors import RecipeError, UserError
+from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainingRecipe
-from tinymim.configs.sections import LayerwiseOptimConfig, ModelConfig, OptimConfig
+from tinymim.configs.sections import LayerwiseOptimConfig, OptimConfig
 from tinymim.storage.atomic import canonical_json, digest_hex
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises RecipeError where CUDA is asked for and absent."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError("run.device asks for CUDA", got=name, expected="a machine with CUDA, or device: cpu")
-    return torch.device(name)
-
-
-def require_view_size(size: int, model: ModelConfig, section: str) -> None:
-    """Raises RecipeError where views of `size` pixels do not fit the model that `section` of the recipe describes."""
-    if size != model.img_size:
-        raise RecipeError(f"views.size is not {section}.img_size", got=size, expected=model.img_size)
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Mixed precision for one forward pass; fp32 is a no-op."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[precision])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tinymim.configs.errors import SourceError
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.stages.audit import Audit
-from tinymim.stages.progress import say
+from tinymim.stages.run.progress import say
 from tinymim.stages.shared_work import Piece
 from tinymim.stages.where_time_goes import Marks
 from tinymim.storage.layout import UnitId

@@ -18,7 +18,7 @@ from tinymim.configs.errors import InternalError, SourceError
 from tinymim.configs.load import shipped_recipes
 from tinymim.configs.schema import RECIPES
 from tinymim.stages import make_shards
-from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.run.interrupt import Interrupted
 
 COMMITTED_CACHE = Path(__file__).parent / "data" / "cache_v1"
 VERBS = [["make-shards"], ["pretrain-mae"], ["cache-teacher"], ["train-student"], ["evaluate"], ["recipes"], ["demo"]]

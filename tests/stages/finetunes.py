@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.schema import FinetuneRecipe
-from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.run.folder import read_metrics
 
 MODEL: dict[str, Any] = {
     "name": "vit_tiny_patch16_224",

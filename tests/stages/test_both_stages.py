@@ -22,8 +22,8 @@ from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, Uni
 from tinymim.pipeline import drawn
 from tinymim.pipeline.decode import decode, environment
 from tinymim.stages import cache_teacher, make_shards, train_student, unit_draft
-from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import (
     STUDENT,

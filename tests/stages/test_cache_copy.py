@@ -14,7 +14,7 @@ import pytest
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.stages import cache_copy, cache_teacher
-from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store

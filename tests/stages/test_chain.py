@@ -12,7 +12,7 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import ChainRecipe
 from tinymim.stages import cache_teacher, chain, make_shards
-from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages import finetunes
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, tree, write_teacher

@@ -22,7 +22,7 @@ from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
 from tinymim.stages import finetune, make_shards
-from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import make_optimiser, state_identity
 from tinymim.stages.validation import Validation
 from tinymim.tests.stages.conftest import Run

@@ -19,7 +19,7 @@ from tinymim.configs.sections import TargetsConfig
 from tinymim.models.teacher import Teacher
 from tinymim.stages import cache_teacher, make_shards, train_student, unit_draft
 from tinymim.stages.calibrate import stored_constants
-from tinymim.stages.interrupt import Interrupted
+from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.layout import root_group
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store

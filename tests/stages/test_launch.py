@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tinymim.stages import launch
-from tinymim.stages.interrupt import Interrupted
 from tinymim.stages.launch import LocalStart, resuming
+from tinymim.stages.run.interrupt import Interrupted
 from tinymim.tests.stages.tiny import student_recipe
 
 

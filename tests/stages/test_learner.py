@@ -14,9 +14,9 @@ from tinymim.configs.sections import OrderConfig
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.bookkeeping import Bookkeeping
 from tinymim.stages.distributed import Ranks
-from tinymim.stages.interrupt import StopFlag
 from tinymim.stages.learner import NEVER, Learner, LossWatch, _Seen
-from tinymim.stages.progress import Meter
+from tinymim.stages.run.interrupt import StopFlag
+from tinymim.stages.run.progress import Meter
 from tinymim.stages.training import state_identity
 from tinymim.tests.stages.tiny import STUDENT, student_recipe
 

@@ -16,8 +16,8 @@ from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import drawn
 from tinymim.pipeline.shards import INDEX_NAME, UNLABELLED, Shard, hash_file, open_shards
 from tinymim.stages import make_shards
-from tinymim.stages.interrupt import Interrupted, StopFlag
 from tinymim.stages.make_shards import Options
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
 
 
 def picture(number: int, fmt: str = "JPEG") -> bytes:

@@ -16,8 +16,8 @@ from tinymim.configs.sections import MaeConfig, ModelConfig
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
 from tinymim.stages import pretrain_mae
-from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.run.interrupt import Interrupted
 from tinymim.tests.stages.tiny import signal_in_step
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

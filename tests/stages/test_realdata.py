@@ -7,7 +7,7 @@ import pytest
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.stages import cache_teacher, train_student
-from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.run.folder import read_metrics
 from tinymim.storage.reader import CacheReader
 
 

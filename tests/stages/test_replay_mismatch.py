@@ -15,7 +15,7 @@ from tinymim.configs.errors import CacheMismatch, ViewMismatch
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.pipeline.decode import decode, environment, render
 from tinymim.stages import cache_teacher, make_shards, train_student
-from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.run.folder import read_metrics
 from tinymim.storage.reader import CacheReader
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}

@@ -17,8 +17,8 @@ from tinymim.configs.errors import RecipeError, SourceError, UnitsFailed, UserEr
 from tinymim.configs.load import dump_recipe
 from tinymim.pipeline import dataset
 from tinymim.stages import batch_size, cache_teacher, make_shards, unit_draft
-from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.layout import UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter, UnitTaken
@@ -163,7 +163,7 @@ def test_sigterm_is_exit_code_75(made: Path, tmp_path: Path, monkeypatch: pytest
 def test_progress_says_units_rates_gib_and_what_limits(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tinymim.stages.progress._PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("tinymim.stages.run.progress._PLAIN_EVERY_S", 0.0)
     cache_teacher.run(recipe(made, tmp_path))
     shares = r"decode \d+ % teacher \d+ % encode \d+ % audit \d+ % write \d+ %"
     line = rf"cache-teacher: 70/70 views, [\d.]+/s, ETA 0m00s 5/5 units, [\d.]+ images/s, 0\.00 GiB, {shares}"

@@ -11,6 +11,7 @@ from tinymim.configs.errors import RecipeError, UserError
 from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
+from tinymim.stages.run.device import pick_device
 from tinymim.stages.training import (
     Schedule,
     make_optimiser,
@@ -18,7 +19,6 @@ from tinymim.stages.training import (
     make_schedule,
     optimiser_step,
     parts_of,
-    pick_device,
     seeded,
 )
 

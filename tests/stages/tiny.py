@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.stages.runfolder import read_metrics
+from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training import seeded
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tinymim.stages import cache_teacher, make_shards, sessions, train_student
-from tinymim.stages.interrupt import Interrupted
-from tinymim.stages.runfolder import RunFolder
-from tinymim.stages.sessions import SESSIONS_NAME, Session, read_sessions
+from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages.run import sessions
+from tinymim.stages.run.folder import RunFolder
+from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.run.sessions import SESSIONS_NAME, Session, read_sessions
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, signal_in_step, student_recipe, write_teacher
 
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from tinymim.stages import progress
-from tinymim.stages.progress import Meter, say
+from tinymim.stages.run import progress
+from tinymim.stages.run.progress import Meter, say
 
 
 class Clock:

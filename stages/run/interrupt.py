@@ -4,7 +4,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-from tinymim.stages.progress import say
+from tinymim.stages.run.progress import say
 
 
 class Interrupted(Exception):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tinymim import cli
-from tinymim.stages.interrupt import StopFlag, ask_to_stop
+from tinymim.stages.run.interrupt import StopFlag, ask_to_stop
 
 RECIPE = """
 stage: pretrain-mae

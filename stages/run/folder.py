@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
-from tinymim.stages.sessions import Session
+from tinymim.stages.run.sessions import Session
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
 AUDIT_NAME = "audit.jsonl"
@@ -95,3 +95,12 @@ def provenance(recipe: RunRecipe) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+EVALUATION_NAME = "evaluation.json"
+
+
+STUDENT_NAME = "student.safetensors"
+
+
+ENCODER_NAME = "encoder.safetensors"

@@ -1,0 +1,1 @@
+"""What every run has: its folder, progress, sessions, signals, device, Ray."""

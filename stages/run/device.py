@@ -1,0 +1,34 @@
+"""The device and dtype of a run."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.sections import ModelConfig
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises RecipeError where CUDA is asked for and absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError("run.device asks for CUDA", got=name, expected="a machine with CUDA, or device: cpu")
+    return torch.device(name)
+
+
+def require_view_size(size: int, model: ModelConfig, section: str) -> None:
+    """Raises RecipeError where views of `size` pixels do not fit the model that `section` of the recipe describes."""
+    if size != model.img_size:
+        raise RecipeError(f"views.size is not {section}.img_size", got=size, expected=model.img_size)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Mixed precision for one forward pass; fp32 is a no-op."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_DTYPES[precision])
