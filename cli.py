@@ -17,8 +17,8 @@ from tinymim.cli_compare import compare
 from tinymim.cli_plan import plan
 from tinymim.cli_shared import StdoutClosed, print_json, print_text
 from tinymim.cli_stages import stages_app
+from tinymim.configs import shipped
 from tinymim.configs.errors import TinymimError, is_refusal
-from tinymim.stages import recipes
 from tinymim.stages.run.interrupt import Interrupted
 
 EXIT_USAGE = 2
@@ -153,7 +153,7 @@ def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) 
     name
         The recipe whose YAML is printed; without it, all names.
     """
-    print_text(recipes.listing() if name is None else recipes.text(name).rstrip("\n"))
+    print_text(shipped.listing() if name is None else shipped.text(name).rstrip("\n"))
 
 
 @app.command(name="demo", sort_key=0)

@@ -8,6 +8,7 @@ from cyclopts import App
 from pydantic import BaseModel
 
 from tinymim.cli_shared import RecipeArgument, SetOption, print_json, print_text
+from tinymim.configs import shipped
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (
     CacheTeacherRecipe,
@@ -18,7 +19,6 @@ from tinymim.configs.schema import (
     PretrainMaeRecipe,
     TrainStudentRecipe,
 )
-from tinymim.stages import recipes
 
 stages_app = App()  # its commands become tinymim's own
 
@@ -34,7 +34,7 @@ def _recipe_command(name: str, kind: type[R], *, sort_key: int) -> Callable[[Cal
             assert isinstance(loaded, kind)
             run(loaded)
 
-        shipped = ", ".join(recipes.names_for(name)) or "none"
+        shipped = ", ".join(shipped.names_for(name)) or "none"
         text = f"{inspect.getdoc(run)}\n\nShipped recipes: {shipped}."
         stages_app.command(command, name=name, sort_key=sort_key, help=text)
         return run

@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import Relation, codec_config
+from tinymim.configs.codecs import Relation, codec_config
 from tinymim.models.taps import CutTeacher, split_qkv
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.counter import sample_rows, stream_of, uniforms

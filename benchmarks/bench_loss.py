@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import Relation, SketchCodec
+from tinymim.configs.codecs import Relation, SketchCodec
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.kernels.loss import relation_cross_entropy_chunked
 from tinymim.targets.losses import reference_cross_entropy, relation_loss

@@ -26,7 +26,7 @@ import torch
 from numcodecs import Zstd
 from real_records import HEADS, TOKENS, real_blocks
 
-from tinymim.configs.sections import codec_config
+from tinymim.configs.codecs import codec_config
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.record import from_gaps
 from tinymim.targets.relations import QKV

@@ -35,13 +35,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinymim.configs.codecs import SketchCodec
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import (
     JitterConfig,
     ModelConfig,
     OptimConfig,
     OrderConfig,
-    SketchCodec,
     SourceConfig,
     TeacherConfig,
     VerifyConfig,

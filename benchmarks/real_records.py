@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tinymim.configs.codecs import codec_config
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import codec_config
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.order import view_batches

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tinymim.configs.codecs import CodecConfig, SketchCodec, TargetsConfig
 from tinymim.configs.place import Place
 from tinymim.configs.sections import (
     AuditConfig,
@@ -16,7 +17,6 @@ from tinymim.configs.sections import (
     CheckpointConfig,
     Cluster,
     ClusterConfig,
-    CodecConfig,
     Device,
     EmaConfig,
     Fraction,
@@ -34,9 +34,7 @@ from tinymim.configs.sections import (
     Restarts,
     RunConfig,
     Section,
-    SketchCodec,
     SourceConfig,
-    TargetsConfig,
     TeacherConfig,
     ValidationConfig,
     VerifyConfig,

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tinymim.configs.codecs import Relation, TargetsConfig
 from tinymim.configs.errors import CacheMismatch, UserError
-from tinymim.configs.sections import AuditConfig, AuditKnnConfig, LoaderConfig, Relation, TargetsConfig, VerifyConfig
+from tinymim.configs.sections import AuditConfig, AuditKnnConfig, LoaderConfig, VerifyConfig
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tinymim.configs.codecs import HiddenCodec
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import HiddenCodec
 from tinymim.stages import cache_teacher
 from tinymim.stages.cache_teacher import Prepared, cache_place, prepare
 from tinymim.stages.calibrate import calibrated

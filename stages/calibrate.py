@@ -8,9 +8,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tinymim.configs.codecs import HiddenCodec
 from tinymim.configs.errors import CacheMismatch, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import HiddenCodec, ViewConfig
+from tinymim.configs.sections import ViewConfig
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import ShardSet

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tinymim.configs.codecs import SketchCodec
 from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError, UserError
 from tinymim.configs.load import load_recipe, recipe_digest
 from tinymim.configs.schema import RECIPES, CacheTeacherRecipe, EvaluateRecipe, PretrainMaeRecipe, TrainStudentRecipe
-from tinymim.configs.sections import ModelConfig, SketchCodec
+from tinymim.configs.sections import ModelConfig
 from tinymim.models.checkpoints import read_metadata, tensors_sha256, weights_path
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.decode import environment

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tinymim.configs.codecs import CodecConfig, HiddenCodec
 from tinymim.configs.errors import CheckpointError, SourceError
 from tinymim.configs.load import recipe_digest
 from tinymim.configs.schema import FidelityRecipe
-from tinymim.configs.sections import CodecConfig, HiddenCodec
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit

@@ -11,7 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import ModelConfig, Relation
+from tinymim.configs.codecs import Relation
+from tinymim.configs.sections import ModelConfig
 from tinymim.models.taps import StudentWithTap, split_qkv
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.targets.fidelity import GradientMoments, merged, rounded

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, SketchCodec
 from tinymim.configs.errors import RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import CodecConfig, DenseCodec, HiddenCodec, SketchCodec
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.order import Items

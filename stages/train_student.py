@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import JitterConfig, ModelConfig, TargetsConfig
+from tinymim.configs.sections import JitterConfig, ModelConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import StudentWithTap, count_tokens
 from tinymim.models.vit import build_model, build_vit, count_parameters

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, SketchCodec, TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch, RecipeError
-from tinymim.configs.sections import CodecConfig, DenseCodec, HiddenCodec, SketchCodec, TargetsConfig, codec_config
 from tinymim.targets.dense import Dense
 from tinymim.targets.hidden import Hidden
 from tinymim.targets.record import Codec

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from tinymim.configs.sections import Relation
+from tinymim.configs.codecs import Relation
 
 Purpose = Literal["rows", "rounding", "tail"]
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from tinymim.configs.sections import DenseCodec
+from tinymim.configs.codecs import DenseCodec
 from tinymim.targets.counter import sample_rows
 from tinymim.targets.record import ArraySpec, mean_entropy, specs_of, stored
 from tinymim.targets.relations import QKV, relation_probs

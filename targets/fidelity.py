@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tinymim.configs.sections import Relation
+from tinymim.configs.codecs import Relation
 from tinymim.targets.relations import QKV, relation_probs
 from tinymim.targets.target import DenseRows, SparseRows, Target
 

@@ -18,8 +18,8 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tinymim.configs.codecs import HiddenCodec, Relation, TargetsConfig
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import HiddenCodec, Relation, TargetsConfig
 from tinymim.targets.counter import RELATIONS, sample_rows
 from tinymim.targets.record import ArraySpec, require_finite_teacher
 from tinymim.targets.relations import QKV, relation_logits

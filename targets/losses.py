@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tinymim.configs.sections import Relation
+from tinymim.configs.codecs import Relation
 from tinymim.targets.kernels.loss import cross_entropy
 from tinymim.targets.relations import QKV, relation_logits
 from tinymim.targets.target import DenseRows, RowTarget, Target

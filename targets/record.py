@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Float32, Int64, Integer
 from torch import Tensor
 
+from tinymim.configs.codecs import Relation
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import Relation
 from tinymim.targets.relations import QKV
 from tinymim.targets.target import Target
 

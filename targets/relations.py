@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from tinymim.configs.codecs import Relation
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import Relation
 
 
 @dataclass(frozen=True)

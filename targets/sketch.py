@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from tinymim.configs.sections import Relation, SketchCodec
+from tinymim.configs.codecs import Relation, SketchCodec
 from tinymim.targets.counter import sample_rows
 from tinymim.targets.kernels.encode import sketch_rows, top_rows
 from tinymim.targets.record import (

@@ -9,7 +9,7 @@ from typing import Literal
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tinymim.configs.sections import Relation
+from tinymim.configs.codecs import Relation
 
 # What the mass 1 - sum of weights of a row means: there is none; it lies evenly on the tokens that were not kept; it
 # is one more bucket, compared with the student's own mass on the tokens that were not kept.

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinymim.configs.codecs import Relation, SketchCodec
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.configs.sections import ModelConfig, OptimConfig, Relation, SketchCodec, TeacherConfig
+from tinymim.configs.sections import ModelConfig, OptimConfig, TeacherConfig
 from tinymim.models.checkpoints import load_weights
 from tinymim.models.drop_path import HandedDropPath
 from tinymim.models.taps import StudentWithTap

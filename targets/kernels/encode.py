@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from tinymim.configs.sections import Relation
+from tinymim.configs.codecs import Relation
 from tinymim.targets.counter import stream_of, uniforms
 from tinymim.targets.kernels.triton_works import triton_works
 from tinymim.targets.relations import QKV, relation_probs

@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from tinymim.configs.sections import Relation
+from tinymim.configs.codecs import Relation
 from tinymim.targets.counter import stream_of
 from tinymim.targets.relations import QKV
 from tinymim.targets.sparsify import LOG_GRID

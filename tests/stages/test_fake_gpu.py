@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinymim.configs.sections import JitterConfig, TeacherConfig, codec_config
+from tinymim.configs.codecs import codec_config
+from tinymim.configs.sections import JitterConfig, TeacherConfig
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline import jitter as colours
 from tinymim.pipeline.dataset import ViewBatch

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import ModelConfig, codec_config
+from tinymim.configs.codecs import codec_config
+from tinymim.configs.sections import ModelConfig
 from tinymim.models.taps import StudentWithTap, count_tokens, split_qkv
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.stages.gradients import COORDINATES_PER_TENSOR, GradientProbe, reference_student, target_of

@@ -13,9 +13,9 @@ import pytest
 import timm
 import torch
 
+from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.configs.sections import TargetsConfig
 from tinymim.models.teacher import Teacher
 from tinymim.stages import cache_teacher, make_shards, train_student, unit_draft
 from tinymim.stages.calibrate import stored_constants

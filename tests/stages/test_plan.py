@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tinymim.configs import shipped
 from tinymim.configs.errors import CheckpointError, RecipeError, UserError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.stages import cache_teacher, clocks, make_shards, plan, recipes, train_student
+from tinymim.stages import cache_teacher, clocks, make_shards, plan, train_student
 from tinymim.stages.plan_page import format_plan
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_teacher
@@ -196,7 +197,7 @@ def test_recipes_of_other_commands_are_refused(run: Run) -> None:
 
 def test_the_example_of_the_help_names_recipes_that_exist(run: Run) -> None:
     example = run("plan", "--help")[1].partition("Example: tinymim plan ")[2].partition("--")[0].split()
-    assert [yaml.safe_load(recipes.text(name))["stage"] for name in example] == [
+    assert [yaml.safe_load(shipped.text(name))["stage"] for name in example] == [
         "cache-teacher",
         "train-student",
         "train-student",

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.errors import CacheMismatch, RecipeError, UserError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.configs.sections import AuditConfig, TargetsConfig
+from tinymim.configs.sections import AuditConfig
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit

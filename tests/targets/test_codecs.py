@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinymim.configs.codecs import TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch, RecipeError
-from tinymim.configs.sections import TargetsConfig, codec_config
 from tinymim.targets.codecs import make_codec, stored_codec
 from tinymim.targets.counter import sample_rows
 from tinymim.targets.record import Codec

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tinymim.configs.sections import Relation
+from tinymim.configs.codecs import Relation
 from tinymim.targets.counter import _GAMMA, PURPOSES, RELATIONS, _mix, sample_rows, stream_of, uniforms
 
 KEYS = torch.tensor([0, 1, -1, 0x0123456789ABCDEF, -(1 << 63)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import codec_config
+from tinymim.configs.codecs import codec_config
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.fidelity import GradientMoments, MapMoments, exact_target, merged, rounded
 from tinymim.targets.relations import QKV, relation_probs

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import Tensor
 
+from tinymim.configs.codecs import HiddenCodec, TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch, RecipeError
-from tinymim.configs.sections import HiddenCodec, TargetsConfig, codec_config
 from tinymim.models.taps import CutTeacher, split_qkv
 from tinymim.targets.codecs import make_codec, stored_codec
 from tinymim.targets.counter import sample_rows

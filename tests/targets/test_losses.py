@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import Relation, codec_config
+from tinymim.configs.codecs import Relation, codec_config
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.losses import cross_entropy_per_head, relation_loss
 from tinymim.targets.relations import QKV, relation_probs

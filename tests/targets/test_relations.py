@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinymim.configs.codecs import Relation
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import Relation
 from tinymim.targets.counter import sample_rows
 from tinymim.targets.relations import QKV, relation_logits, relation_probs
 

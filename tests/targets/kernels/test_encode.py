@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinymim.configs.codecs import Relation, codec_config
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import Relation, codec_config
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.counter import sample_rows, stream_of, uniforms
 from tinymim.targets.kernels import encode

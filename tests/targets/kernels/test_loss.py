@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinymim.configs.sections import codec_config
+from tinymim.configs.codecs import codec_config
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.kernels.loss import (
     CPU_CHUNK_BYTES,
