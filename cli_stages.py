@@ -34,8 +34,8 @@ def _recipe_command(name: str, kind: type[R], *, sort_key: int) -> Callable[[Cal
             assert isinstance(loaded, kind)
             run(loaded)
 
-        shipped = ", ".join(shipped.names_for(name)) or "none"
-        text = f"{inspect.getdoc(run)}\n\nShipped recipes: {shipped}."
+        names = ", ".join(shipped.names_for(name)) or "none"
+        text = f"{inspect.getdoc(run)}\n\nShipped recipes: {names}."
         stages_app.command(command, name=name, sort_key=sort_key, help=text)
         return run
 

@@ -32,6 +32,10 @@ _short = Repr()
 _short.maxstring = _short.maxother = 60
 
 
+# The shipped recipes, inside the package.
+RECIPE_FILES = resources.files("tinymim.configs") / "recipes"
+
+
 # ---- reading ----
 
 
@@ -101,7 +105,7 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package, sorted, without `.yaml`: `demo-teacher`, ..."""
-    return sorted(_yaml_names(resources.files("tinymim.configs")))
+    return sorted(_yaml_names(RECIPE_FILES))
 
 
 def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
@@ -117,7 +121,7 @@ def _read(path: Path) -> str:
         if path.exists() and not path.is_dir():  # not is_file(): a pipe will do
             data = path.read_bytes()
         elif (name := path.as_posix()) in (shipped := shipped_recipes()):
-            data = resources.files("tinymim.configs").joinpath(f"{name}.yaml").read_bytes()
+            data = RECIPE_FILES.joinpath(f"{name}.yaml").read_bytes()
         else:
             raise RecipeError(
                 f"recipe {path} not found",

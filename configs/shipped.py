@@ -1,16 +1,14 @@
 """`tinymim recipes`: the recipes that are shipped inside the package, listed and shown. Imports nothing heavy."""
 
-from importlib import resources
-
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.load import shipped_recipes
+from tinymim.configs.load import RECIPE_FILES, shipped_recipes
 
 
 def text(name: str) -> str:
     """The YAML of a shipped recipe, comments included. Raises RecipeError where there is none of that name."""
     if name not in (shipped := shipped_recipes()):
         raise RecipeError(f"there is no shipped recipe '{name}'", expected=", ".join(shipped))
-    return resources.files("tinymim.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return RECIPE_FILES.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def listing() -> str:

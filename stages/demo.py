@@ -29,7 +29,7 @@ from tinymim.storage.reader import CacheReader
 
 RESULTS_NAME = "results.json"
 TEACHER = "package:demo-teacher"
-TEACHER_IMAGES, TEACHER_IMAGE_SEED = 10_000, 1  # what configs/demo-teacher.yaml was run on
+TEACHER_IMAGES, TEACHER_IMAGE_SEED = 10_000, 1  # what configs/recipes/demo-teacher.yaml was run on
 STUDENTS = ("wide", "narrow")
 # Not the teacher's; and 101 held the images on which the demo's recipes were tuned.
 TRAIN_IMAGE_SEED, VAL_IMAGE_SEED = 100, 102

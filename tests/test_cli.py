@@ -160,7 +160,7 @@ def test_recipes_are_listed_with_their_headline_and_printed_as_they_are(run: Run
     assert all(len(line.split()) > 4 for line in lines), "every recipe begins with a comment that says what it is"
     for name in shipped_recipes():
         code, out, _ = run("recipes", name)
-        file = Path(cli.__file__).parent / "configs" / f"{name}.yaml"
+        file = Path(cli.__file__).parent / "configs" / "recipes" / f"{name}.yaml"
         assert code == 0 and out == file.read_text()
     code, out, err = run("recipes", "nothing")
     assert (code, out) == (2, "") and "demo-teacher" in err

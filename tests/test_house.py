@@ -176,5 +176,5 @@ def test_the_wheel_holds_every_module_recipe_and_weight(tmp_path: Path) -> None:
         for path in (ROOT / "models" / "weights").glob("*")
         if path.suffix in {".safetensors", ".json"}
     ]
-    recipes = [Path("configs", f"{name}.yaml") for name in shipped_recipes()]
+    recipes = [Path("configs", "recipes", f"{name}.yaml") for name in shipped_recipes()]
     assert held == {Path("tinymim", path).as_posix() for path in [*_modules(), *recipes, *weights]}

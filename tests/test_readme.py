@@ -15,7 +15,7 @@ OTHER_VERBS = {"compare", "make-shards", "cache", "recipes", "demo"}
 
 
 def commands() -> list[list[str]]:
-    texts = [ROOT / "README.md", *(ROOT / "configs").glob("*.yaml")]
+    texts = [ROOT / "README.md", *(ROOT / "configs" / "recipes").glob("*.yaml")]
     lines = [line for text in texts for line in re.findall(r"^(?:    |#   )(tinymim .*)$", text.read_text(), re.M)]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
@@ -40,7 +40,7 @@ def test_a_shown_command_names_a_verb_and_a_recipe_that_exist(command: list[str]
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(name: str) -> None:
-    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    text = (ROOT / "configs" / "recipes" / f"{name}.yaml").read_text()
     stage = re.search(r"^stage: (\S+)$", text, re.M)
     assert stage is not None
     load_recipe(Path(name), stage[1])

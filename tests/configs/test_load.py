@@ -285,8 +285,7 @@ def _shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (package / "demo").mkdir(parents=True)
     (package / "demo" / "student.yaml").write_text(STUDENT)
     (package / "plain.yaml").write_text(STUDENT)
-    (package / "load.py").touch()
-    monkeypatch.setattr("importlib.resources.files", lambda _: package)
+    monkeypatch.setattr(load, "RECIPE_FILES", package)
     monkeypatch.chdir(tmp_path)
 
 
