@@ -30,12 +30,12 @@ from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import clocks
-from tinymim.stages.audit import Audit
-from tinymim.stages.cache_teacher import Prepared
 from tinymim.stages.clocks import fitting, loader_start_s, loader_threads, timed
 from tinymim.stages.fidelity import stored_bytes
 from tinymim.stages.forecast import Cost, TeacherCosts
-from tinymim.stages.gradients import GradientProbe, reference_student
+from tinymim.stages.units.audit import Audit
+from tinymim.stages.units.gradients import GradientProbe, reference_student
+from tinymim.stages.units.prepare import Prepared
 from tinymim.storage.commit import UnitInfo, encode_commit
 from tinymim.storage.layout import CHUNK_RECORDS, METADATA, UnitId
 from tinymim.storage.reader import CacheReader

@@ -19,7 +19,6 @@ from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import clocks
-from tinymim.stages.calibrate import stored_constants
 from tinymim.stages.clocks import fitting, loader_start_s, loader_threads, timed
 from tinymim.stages.distributed import Ranks
 from tinymim.stages.forecast import Cost, StudentCosts
@@ -28,6 +27,7 @@ from tinymim.stages.measure import Sampled, as_loaded
 from tinymim.stages.run.device import autocast, pick_device
 from tinymim.stages.train_student import check_student_fits
 from tinymim.stages.training import seeded
+from tinymim.stages.units.constants import stored_constants
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
 from tinymim.targets.record import Codec

@@ -23,7 +23,6 @@ from tinymim.models.vit import build_model
 from tinymim.pipeline.replay import join
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.stages import clocks
-from tinymim.stages.cache_teacher import prepare
 from tinymim.stages.clocks import available_cores
 from tinymim.stages.forecast import Forecast, StudentCosts, TeacherCosts, forecast
 from tinymim.stages.measure import Sampled, measured_teacher
@@ -31,6 +30,7 @@ from tinymim.stages.measure_student import measured_student
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.folder import provenance, read_metrics
 from tinymim.stages.run.progress import say
+from tinymim.stages.units.prepare import prepare
 from tinymim.storage.catalog import resolve
 from tinymim.storage.layout import METADATA
 from tinymim.storage.reader import CacheReader

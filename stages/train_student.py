@@ -22,7 +22,6 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.calibrate import stored_constants
 from tinymim.stages.device_stream import CPU, DeviceStream, current
 from tinymim.stages.distributed import Ranks, rank_device, set_up
 from tinymim.stages.launch import on_ranks
@@ -32,6 +31,7 @@ from tinymim.stages.run.folder import STUDENT_NAME, write_provenance
 from tinymim.stages.run.progress import say
 from tinymim.stages.student_audit import StudentAudits
 from tinymim.stages.training import parts_of, seeded
+from tinymim.stages.units.constants import stored_constants
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.constants import constants_digest

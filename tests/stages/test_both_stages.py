@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, UnitsFailed, UserError, ViewMismatch
 from tinymim.pipeline import drawn
 from tinymim.pipeline.decode import decode, environment
-from tinymim.stages import cache_teacher, make_shards, train_student, unit_draft
+from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.units import draft
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import (
     STUDENT,
@@ -326,17 +327,17 @@ def test_an_interrupted_cache_continues_to_the_same_bytes(
     made: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(home / "cache")
-    encode, calls = unit_draft.encode, iter(range(100))
+    encode, calls = draft.encode, iter(range(100))
 
     def interrupt(*args: Any) -> Any:
         if next(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return encode(*args)
 
-    monkeypatch.setattr("tinymim.stages.teacher_job.encode", interrupt)
+    monkeypatch.setattr("tinymim.stages.units.job.encode", interrupt)
     with pytest.raises(Interrupted):
         cache_teacher.run(cache_recipe(home))
-    monkeypatch.setattr("tinymim.stages.teacher_job.encode", encode)
+    monkeypatch.setattr("tinymim.stages.units.job.encode", encode)
     committed = CacheReader(home / "cache").coverage().complete_shards
     assert 0 < committed < 3
     cache_teacher.run(cache_recipe(home))

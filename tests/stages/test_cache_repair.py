@@ -10,8 +10,9 @@ import pytest
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.configs.load import dump_recipe
-from tinymim.stages import cache_repair, unit_draft
-from tinymim.stages.calibrate import calibrated
+from tinymim.stages import cache_repair
+from tinymim.stages.units import draft
+from tinymim.stages.units.constants import calibrated
 from tinymim.storage.layout import METADATA
 from tinymim.storage.leases import Leases
 from tinymim.storage.store import open_store
@@ -37,13 +38,13 @@ def test_a_repaired_cache_has_the_bytes_that_it_had(home: Path, made: Path, monk
         record.unlink()
     shutil.copytree(cache / "units/shard-000002/v2-2", cache / "units/shard-000002/v3-3")
     encoded = []
-    encode = unit_draft.encode
+    encode = draft.encode
 
     def counted(*args: Any) -> Any:
         encoded.append(len(args[2].keys))
         return encode(*args)
 
-    monkeypatch.setattr("tinymim.stages.teacher_job.encode", counted)
+    monkeypatch.setattr("tinymim.stages.units.job.encode", counted)
     report = repaired(home, made)
     assert tree(cache) == whole
     # 8 images of shards 0 and 2 in three views, and one view of shard 1.

@@ -17,8 +17,8 @@ from tinymim.models.teacher import Teacher
 from tinymim.pipeline import jitter as colours
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.views import View
-from tinymim.stages.shared_work import Piece
-from tinymim.stages.unit_draft import encode
+from tinymim.stages.units.draft import encode
+from tinymim.stages.units.ledger import Piece
 from tinymim.storage.layout import UnitId
 from tinymim.targets import sparsify
 from tinymim.targets.codecs import make_codec

@@ -17,9 +17,10 @@ from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.models.teacher import Teacher
-from tinymim.stages import cache_teacher, make_shards, train_student, unit_draft
-from tinymim.stages.calibrate import stored_constants
+from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.units import draft
+from tinymim.stages.units.constants import stored_constants
 from tinymim.storage.layout import root_group
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
@@ -92,7 +93,7 @@ def test_a_resumed_cache_has_the_same_bytes_and_the_same_constants(
     shutil.rmtree(home / "cache" / "units" / last.unit.shard.removesuffix(".tar"))
     (home / "cache" / "commits" / f"{last.unit.shard.removesuffix('.tar')}.v0-1.json").unlink()
     # A resumed run does not calibrate: those who changed images since then would get other constants.
-    monkeypatch.setattr("tinymim.stages.calibrate.calibrate", None)
+    monkeypatch.setattr("tinymim.stages.units.constants.calibrate", None)
     cache_teacher.run(hidden_recipe(home, codec=codec))
     assert stored(home) == whole
 
@@ -100,18 +101,18 @@ def test_a_resumed_cache_has_the_same_bytes_and_the_same_constants(
 def test_a_cache_stopped_before_its_first_unit_is_calibrated_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stored(home)
     shutil.rmtree(home / "cache")
-    encode = unit_draft.encode
+    encode = draft.encode
 
     def interrupt(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return encode(*args)
 
-    monkeypatch.setattr("tinymim.stages.teacher_job.encode", interrupt)
+    monkeypatch.setattr("tinymim.stages.units.job.encode", interrupt)
     with pytest.raises(Interrupted):
         cache_teacher.run(hidden_recipe(home))
     assert CacheReader(home / "cache").units() == [] and (home / "cache" / "constants.json").exists()
-    monkeypatch.setattr("tinymim.stages.teacher_job.encode", encode)
-    monkeypatch.setattr("tinymim.stages.calibrate.calibrate", None)
+    monkeypatch.setattr("tinymim.stages.units.job.encode", encode)
+    monkeypatch.setattr("tinymim.stages.units.constants.calibrate", None)
     cache_teacher.run(hidden_recipe(home))
     assert stored(home) == whole
 

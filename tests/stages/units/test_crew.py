@@ -23,8 +23,8 @@ from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages import cache_teacher, make_shards
-from tinymim.stages.cluster import CacheWorker
 from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.units.crew import CacheWorker
 from tinymim.tests.stages.tiny import cache_recipe, tree, write_teacher
 
 SHARDS, IMAGES = 12, 10

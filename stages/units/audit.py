@@ -5,7 +5,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tinymim.stages.gradients import GradientProbe, Judged, target_of
+from tinymim.stages.units.gradients import GradientProbe, Judged, target_of
 from tinymim.targets.fidelity import MapMoments, exact_target, merged
 from tinymim.targets.relations import QKV
 from tinymim.targets.target import Target

@@ -16,9 +16,10 @@ from tinymim import cli
 from tinymim.configs.errors import RecipeError, SourceError, UnitsFailed, UserError
 from tinymim.configs.load import dump_recipe
 from tinymim.pipeline import dataset
-from tinymim.stages import batch_size, cache_teacher, make_shards, unit_draft
+from tinymim.stages import cache_teacher, make_shards
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.units import batch_size, draft
 from tinymim.storage.layout import UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter, UnitTaken
@@ -67,7 +68,7 @@ def test_neither_batches_nor_loaders_change_a_byte(made: Path, tmp_path: Path, c
 
 def test_ray_is_not_imported_without_a_cluster(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setitem(sys.modules, "tinymim.stages.cluster", None)
+    monkeypatch.setitem(sys.modules, "tinymim.stages.units.crew", None)
     cache_teacher.run(recipe(made, tmp_path))
 
 
@@ -133,14 +134,14 @@ def test_a_full_disk_ends_the_run_at_once(made: Path, tmp_path: Path, monkeypatc
 def test_a_stopped_job_commits_what_is_whole_and_says_whether_to_come_back(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, requeue: bool
 ) -> None:
-    encode, calls = unit_draft.encode, iter(range(100))
+    encode, calls = draft.encode, iter(range(100))
 
     def stop_in_the_third_unit(*args: Any) -> Any:
         if next(calls) == 2:
             os.kill(os.getpid(), number)
         return encode(*args)
 
-    monkeypatch.setattr("tinymim.stages.teacher_job.encode", stop_in_the_third_unit)
+    monkeypatch.setattr("tinymim.stages.units.job.encode", stop_in_the_third_unit)
     with pytest.raises(Interrupted) as caught:
         cache_teacher.run(recipe(made, tmp_path))
     assert caught.value.requeue is requeue

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tinymim.stages.background import Background
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.units.background import Background
 
 
 def test_things_are_done_in_order_and_all_of_them() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from tinymim.configs.errors import SourceError
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ViewBatch
-from tinymim.stages.audit import Audit
 from tinymim.stages.run.progress import say
-from tinymim.stages.shared_work import Piece
-from tinymim.stages.where_time_goes import Marks
+from tinymim.stages.units.audit import Audit
+from tinymim.stages.units.ledger import Piece
+from tinymim.stages.units.timing import Marks
 from tinymim.storage.layout import UnitId
 from tinymim.targets.record import Codec, FiniteCheck, finite_checks_deferred
 from tinymim.targets.relations import QKV

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinymim.stages.where_time_goes import PHASES, Stopwatch, percentages, shares
+from tinymim.stages.units.timing import PHASES, Stopwatch, percentages, shares
 
 
 def test_a_job_that_waits_for_images_is_limited_by_decoding() -> None:

@@ -21,13 +21,13 @@ from tinymim.configs.errors import InternalError, RecipeError, TinymimError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import ClusterConfig
 from tinymim.pipeline.shards import ShardSet
-from tinymim.stages import cache_teacher
-from tinymim.stages.cache_board import CacheBoard
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import say
 from tinymim.stages.run.ray import join_ray
-from tinymim.stages.shared_work import LOOK_AGAIN_S, Ledger, UnitReport
-from tinymim.stages.teacher_job import TeacherJob
+from tinymim.stages.units.board import CacheBoard
+from tinymim.stages.units.job import TeacherJob
+from tinymim.stages.units.ledger import LOOK_AGAIN_S, Ledger, UnitReport
+from tinymim.stages.units.prepare import cache_place, prepare
 from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter
 
@@ -78,8 +78,8 @@ class CacheWorker:
                 recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": "cpu"})})
             if 0 < gpus < 1 and torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(gpus)
-            device, source, teacher, manifest = cache_teacher.prepare(recipe, source)
-            writer = CacheWriter.open(cache_teacher.cache_place(recipe, manifest), manifest, recipe.lease_s)
+            device, source, teacher, manifest = prepare(recipe, source)
+            writer = CacheWriter.open(cache_place(recipe, manifest), manifest, recipe.lease_s)
             try:
                 job = TeacherJob(recipe, device, source, teacher, writer)
             except BaseException:

@@ -6,8 +6,8 @@ from tinymim.configs.errors import UnitsFailed
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages.run.folder import RunFolder
 from tinymim.stages.run.progress import Meter, say
-from tinymim.stages.shared_work import Ledger, UnitReport
-from tinymim.stages.where_time_goes import percentages, shares
+from tinymim.stages.units.ledger import Ledger, UnitReport
+from tinymim.stages.units.timing import percentages, shares
 from tinymim.storage.layout import UnitId
 
 LISTED = 20

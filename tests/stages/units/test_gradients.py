@@ -10,7 +10,7 @@ from tinymim.configs.codecs import codec_config
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.taps import StudentWithTap, count_tokens, split_qkv
 from tinymim.models.vit import Normalise, build_vit
-from tinymim.stages.gradients import COORDINATES_PER_TENSOR, GradientProbe, reference_student, target_of
+from tinymim.stages.units.gradients import COORDINATES_PER_TENSOR, GradientProbe, reference_student, target_of
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.fidelity import exact_target
 from tinymim.targets.losses import relation_loss

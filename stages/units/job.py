@@ -24,16 +24,16 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.audit import Audit
-from tinymim.stages.background import Background
-from tinymim.stages.batch_size import find_images_per_batch
-from tinymim.stages.calibrate import settle_constants
-from tinymim.stages.gradients import GradientProbe, reference_student
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.run.progress import say
-from tinymim.stages.shared_work import Piece, UnitBatches, UnitReport
-from tinymim.stages.unit_draft import AuditedViews, Draft, Encoded, encode
-from tinymim.stages.where_time_goes import Stopwatch
+from tinymim.stages.units.audit import Audit
+from tinymim.stages.units.background import Background
+from tinymim.stages.units.batch_size import find_images_per_batch
+from tinymim.stages.units.constants import settle_constants
+from tinymim.stages.units.draft import AuditedViews, Draft, Encoded, encode
+from tinymim.stages.units.gradients import GradientProbe, reference_student
+from tinymim.stages.units.ledger import Piece, UnitBatches, UnitReport
+from tinymim.stages.units.timing import Stopwatch
 from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter, UnitTaken
 from tinymim.targets.codecs import make_codec

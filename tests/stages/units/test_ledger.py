@@ -6,7 +6,7 @@ import pytest
 
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline.shards import ShardSet, open_shards
-from tinymim.stages.shared_work import NOTHING, Ledger, UnitBatches, UnitReport
+from tinymim.stages.units.ledger import NOTHING, Ledger, UnitBatches, UnitReport
 from tinymim.storage.layout import UnitId
 
 A, B, C = (UnitId(f"{name}.tar", 0, 2) for name in "abc")

@@ -1,0 +1,1 @@
+"""Stage one, from the teacher to committed units."""

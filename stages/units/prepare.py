@@ -1,0 +1,71 @@
+"""What a cache-teacher recipe names, opened and loaded; which manifest it makes."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tinymim.configs.place import joined
+from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.models.teacher import Teacher
+from tinymim.pipeline.decode import environment
+from tinymim.pipeline.shards import ShardSet, open_shards
+from tinymim.stages.run.device import pick_device, require_view_size
+from tinymim.storage.manifest import Manifest, SourceShard
+from tinymim.targets.codecs import make_codec
+from tinymim.targets.record import Codec
+
+
+class Prepared(NamedTuple):
+    """What a recipe names, opened and loaded."""
+
+    device: torch.device
+    source: ShardSet
+    teacher: Teacher
+    manifest: Manifest
+
+
+def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepared:
+    """Open the source, load the teacher, and say what cache they make with the recipe's codec; writes nothing.
+
+    Args:
+        recipe: of the cache.
+        source: its shards, where they have been opened.
+
+    Raises:
+        RecipeError: sizes that do not fit one another.
+        SourceError: bad shards.
+        CheckpointError: the teacher's weights do not exist or do not fit.
+    """
+    device = pick_device(recipe.run.device)
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    require_view_size(recipe.views.size, recipe.teacher, "teacher")
+    source = open_shards(recipe.source) if source is None else source
+    teacher = Teacher(recipe.teacher).to(device)
+    codec = make_codec(recipe.codec)
+    manifest = make_manifest(recipe, source, teacher, codec)
+    codec.arrays(manifest.teacher["heads"], manifest.teacher["tokens"])  # refuses a codec that does not fit the teacher
+    return Prepared(device, source, teacher, manifest)
+
+
+def cache_place(recipe: CacheTeacherRecipe, manifest: Manifest) -> Path | str:
+    """Where the recipe's cache is: named, or in a root that holds one cache per spec."""
+    if recipe.cache is not None:
+        return recipe.cache
+    assert recipe.cache_root is not None  # the schema wants one of both
+    return joined(recipe.cache_root, manifest.spec_id)
+
+
+def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher, codec: Codec) -> Manifest:
+    """The identity of the cache that this recipe makes (I6)."""
+    views = recipe.views
+    shards = tuple(SourceShard(s.name, s.size_bytes, s.num_samples, s.content_hash) for s in source.shards)
+    return Manifest(
+        source=shards,
+        teacher=teacher.describe(),
+        views=views.identity(),
+        num_views=recipe.num_views,
+        codec={"name": codec.name, "version": codec.version, "parameters": recipe.codec.model_dump(mode="json")},
+        environment=environment(),
+    )
