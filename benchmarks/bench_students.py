@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.stages import cache_teacher, train_student
-from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.learner import Learner
+from tinymim.stages.training.bookkeeping import Bookkeeping
+from tinymim.stages.training.learner import Learner
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 GRID: dict[str, Any] = {"img_size": 196, "patch_size": 14}

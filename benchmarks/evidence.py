@@ -44,10 +44,10 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, train_student
 from tinymim.stages.cache_info import describe
-from tinymim.stages.checkpoints import read_state
 from tinymim.stages.fidelity import spread_items
 from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import say
+from tinymim.stages.training.states import read_state
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.targets.fidelity import exact_target
 from tinymim.targets.losses import relation_loss

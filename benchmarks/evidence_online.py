@@ -21,11 +21,11 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.distributed import Ranks
-from tinymim.stages.learner import Learner
 from tinymim.stages.run.folder import STUDENT_NAME
-from tinymim.stages.training import seeded
+from tinymim.stages.training.bookkeeping import Bookkeeping
+from tinymim.stages.training.learner import Learner
+from tinymim.stages.training.optim import seeded
+from tinymim.stages.training.ranks import Ranks
 from tinymim.storage.atomic import write_bytes_atomic
 from tinymim.targets.fidelity import exact_target
 from tinymim.targets.losses import relation_loss

@@ -58,7 +58,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher
 from tinymim.stages.run.device import autocast
-from tinymim.stages.training import make_optimiser, make_scaler, optimiser_step, seeded
+from tinymim.stages.training.optim import make_optimiser, make_scaler, optimiser_step, seeded
 from tinymim.storage.layout import encode_array
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import make_codec

@@ -14,10 +14,10 @@ from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
-from tinymim.stages.checkpoints import load_states
 from tinymim.stages.report import SKETCH, Example
-from tinymim.stages.train_student import trained_on
-from tinymim.stages.training import state_identity
+from tinymim.stages.training.optim import state_identity
+from tinymim.stages.training.states import load_states
+from tinymim.stages.training.student_step import trained_on
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.relations import QKV, relation_probs

@@ -24,12 +24,12 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.checkpoints import read_state
 from tinymim.stages.fidelity_page import draw_frontier, format_tables
 from tinymim.stages.run.device import pick_device, require_view_size
 from tinymim.stages.run.folder import RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.training.states import read_state
 from tinymim.stages.units.constants import calibrated
 from tinymim.stages.units.gradients import GradientProbe, Judged, target_of
 from tinymim.storage.atomic import write_json_atomic

@@ -25,16 +25,16 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.distributed import Ranks, environment_ranks, set_up
 from tinymim.stages.evaluate import count_classes
-from tinymim.stages.launch import on_ranks
-from tinymim.stages.learner import Learner
 from tinymim.stages.run.device import autocast, require_view_size
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
-from tinymim.stages.training import parts_of, seeded
-from tinymim.stages.validation import Counts, Record, Validation, by_class, merged
+from tinymim.stages.training.bookkeeping import Bookkeeping
+from tinymim.stages.training.launch import on_ranks
+from tinymim.stages.training.learner import Learner
+from tinymim.stages.training.optim import parts_of, seeded
+from tinymim.stages.training.ranks import Ranks, environment_ranks, set_up
+from tinymim.stages.training.validation import Counts, Record, Validation, by_class, merged
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
 LAST_NAME = "last.safetensors"

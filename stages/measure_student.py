@@ -20,13 +20,13 @@ from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import clocks
 from tinymim.stages.clocks import fitting, loader_start_s, loader_threads, timed
-from tinymim.stages.distributed import Ranks
 from tinymim.stages.forecast import Cost, StudentCosts
-from tinymim.stages.learner import Learner
 from tinymim.stages.measure import Sampled, as_loaded
 from tinymim.stages.run.device import autocast, pick_device
-from tinymim.stages.train_student import check_student_fits
-from tinymim.stages.training import seeded
+from tinymim.stages.training.learner import Learner
+from tinymim.stages.training.optim import seeded
+from tinymim.stages.training.ranks import Ranks
+from tinymim.stages.training.student_step import check_student_fits
 from tinymim.stages.units.constants import stored_constants
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss

@@ -17,14 +17,14 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.distributed import Ranks, set_up
-from tinymim.stages.launch import on_ranks
-from tinymim.stages.learner import Learner
 from tinymim.stages.run.device import autocast, require_view_size
 from tinymim.stages.run.folder import ENCODER_NAME
 from tinymim.stages.run.progress import say
-from tinymim.stages.training import parts_of, seeded
+from tinymim.stages.training.bookkeeping import Bookkeeping
+from tinymim.stages.training.launch import on_ranks
+from tinymim.stages.training.learner import Learner
+from tinymim.stages.training.optim import parts_of, seeded
+from tinymim.stages.training.ranks import Ranks, set_up
 from tinymim.storage.atomic import write_bytes_atomic
 
 EMA_NAME = "encoder-ema.safetensors"

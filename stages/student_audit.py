@@ -20,12 +20,12 @@ from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.taps import StudentWithTap
 from tinymim.stages.audit_alarm import Audited, alarms, points_of
 from tinymim.stages.audit_batch import AuditBatch, AuditKnn
-from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.distributed import Ranks
-from tinymim.stages.learner import Learner
 from tinymim.stages.run.folder import AUDIT_NAME
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import say
+from tinymim.stages.training.bookkeeping import Bookkeeping
+from tinymim.stages.training.learner import Learner
+from tinymim.stages.training.ranks import Ranks
 from tinymim.storage.manifest import Manifest
 
 _RECENT_STEPS = 16  # over which the training's own KL is a mean, about

@@ -2,40 +2,35 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinymim.configs.codecs import TargetsConfig
-from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import JitterConfig, ModelConfig
 from tinymim.models.checkpoints import to_safetensors
-from tinymim.models.taps import StudentWithTap, count_tokens
-from tinymim.models.vit import build_model, build_vit, count_parameters
+from tinymim.models.taps import StudentWithTap
+from tinymim.models.vit import build_vit, count_parameters
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
+from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
-from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.device_stream import CPU, DeviceStream, current
-from tinymim.stages.distributed import Ranks, rank_device, set_up
-from tinymim.stages.launch import on_ranks
-from tinymim.stages.learner import Learner
 from tinymim.stages.run.device import autocast
 from tinymim.stages.run.folder import STUDENT_NAME, write_provenance
 from tinymim.stages.run.progress import say
 from tinymim.stages.student_audit import StudentAudits
-from tinymim.stages.training import parts_of, seeded
+from tinymim.stages.training.bookkeeping import Bookkeeping
+from tinymim.stages.training.device_stream import CPU, DeviceStream, current
+from tinymim.stages.training.launch import on_ranks
+from tinymim.stages.training.learner import Learner
+from tinymim.stages.training.optim import parts_of, seeded
+from tinymim.stages.training.ranks import Ranks, rank_device, set_up
+from tinymim.stages.training.student_step import Taught, check_student_fits, trained_on, views_in_use
 from tinymim.stages.units.constants import stored_constants
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
-from tinymim.storage.constants import constants_digest
-from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
@@ -43,14 +38,6 @@ from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
 
 EMA_NAME = "student-ema.safetensors"
-
-
-class Taught(NamedTuple):
-    """A student, its colours and what trains it."""
-
-    colours: JitterConfig
-    student: StudentWithTap
-    learner: Learner
 
 
 def run(recipe: TrainStudentRecipe) -> None:
@@ -197,59 +184,6 @@ def opened_codec(reader: CacheReader, targets: TargetsConfig, device: torch.devi
     """The cache's codec with its constants on `device`, for what a student is compared on."""
     constants = stored_constants(reader.store, reader.manifest, device)
     return stored_codec(reader.manifest.codec, targets, constants)
-
-
-def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:
-    """Views of every image that the student is trained on. Raises RecipeError where the cache is for fewer."""
-    if recipe.num_views is not None and recipe.num_views > manifest.num_views:
-        raise RecipeError(
-            "num_views is more than the cache is for",
-            got=recipe.num_views,
-            expected=f"at most {manifest.num_views}",
-            hint="`tinymim cache-teacher` with a larger num_views adds to the cache",
-        )
-    return recipe.num_views or manifest.num_views
-
-
-def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
-    """What a training state depends on beside the recipe: the cache's spec and constants, the bytes of its images."""
-    constants = constants_digest(reader.store, reader.manifest)
-    hashes = [shard.content_hash for shard in source.shards]
-    return [reader.manifest.spec_id, *([constants] if constants else []), *hashes]
-
-
-def check_student_fits(student: ModelConfig, teacher: Mapping[str, Any], views: Mapping[str, Any], heads: int) -> None:
-    """Compare the student's input and tokens with the teacher's; `heads` is the number of relation heads.
-
-    Raises:
-        CacheMismatch: names the field that differs.
-        RecipeError: the student's width cannot be split into the teacher's heads.
-    """
-    if student.img_size != views["size"]:
-        raise CacheMismatch(
-            "student.img_size is not the size of the cached views",
-            got=student.img_size,
-            expected=views["size"],
-            hint="students train at the size of the teacher's views",
-        )
-    with torch.device("meta"):
-        model = build_model(student)
-    width = int(model.embed_dim)  # type: ignore[arg-type]
-    if width % heads:
-        raise RecipeError(
-            f"a student of width {width} cannot be split into {heads} relation heads",
-            got=f"student.embed_dim {width}",
-            expected=f"a multiple of {heads}",
-            hint=f"the nearest are {width // heads * heads or heads} and {(width // heads + 1) * heads}",
-        )
-    grid, prefix = count_tokens(model)
-    if (list(grid), prefix) != (list(teacher["grid"]), teacher["prefix_tokens"]):
-        raise CacheMismatch(
-            "the student's tokens are not the teacher's",
-            got=f"a grid of {grid[0]} x {grid[1]} and {prefix} prefix tokens",
-            expected=f"{teacher['grid'][0]} x {teacher['grid'][1]} and {teacher['prefix_tokens']}",
-            hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
-        )
 
 
 def trained_report(student: StudentWithTap, optimiser: torch.optim.Optimizer) -> dict[str, list[str]]:

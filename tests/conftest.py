@@ -19,8 +19,8 @@ DATA = Path(os.environ.get("TINYMIM_DATA", ROOT.parent / "shared" / "data"))
 # Files whose tests start Ray, ranks or jobs, and wait for them: one after the other in one of the processes.
 MANY_PROCESSES = [
     "tests/stages/units/test_crew.py",
-    "tests/stages/test_distributed.py",
-    "tests/stages/test_launch_ray.py",
+    "tests/stages/training/test_ranks.py",
+    "tests/stages/training/test_start_ray.py",
     "tests/stages/test_shared_cache.py",
 ]
 

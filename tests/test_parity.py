@@ -22,7 +22,7 @@ from tinymim.models.drop_path import HandedDropPath
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
-from tinymim.stages.training import make_optimiser, make_schedule
+from tinymim.stages.training.optim import make_optimiser, make_schedule
 from tinymim.targets.losses import relation_loss
 from tinymim.targets.relations import QKV, relation_probs
 from tinymim.targets.target import DenseRows, Target

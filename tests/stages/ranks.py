@@ -15,8 +15,8 @@ from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.configs.schema import PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.configs.sections import AuditConfig
 from tinymim.stages import pretrain_mae, train_student
-from tinymim.stages.distributed import Ranks
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.training.ranks import Ranks
 from tinymim.targets.losses import relation_loss
 from tinymim.tests.stages.tiny import SIZES, signal_in_step
 

@@ -23,8 +23,8 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
 from tinymim.stages import finetune, make_shards
 from tinymim.stages.run.interrupt import Interrupted
-from tinymim.stages.training import make_optimiser, state_identity
-from tinymim.stages.validation import Validation
+from tinymim.stages.training.optim import make_optimiser, state_identity
+from tinymim.stages.training.validation import Validation
 from tinymim.tests.stages.conftest import Run
 from tinymim.tests.stages.finetunes import losses, recipe, validations
 from tinymim.tests.stages.tiny import signal_in_step

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.stages import cache_teacher, finetune, make_shards, train_student
-from tinymim.stages.learner import LossWatch
 from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.training.learner import LossWatch
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.finetunes import losses, recipe
 from tinymim.tests.stages.tiny import STUDENT, student_recipe, write_teacher

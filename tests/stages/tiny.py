@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.stages.run.folder import read_metrics
-from tinymim.stages.training import seeded
+from tinymim.stages.training.optim import seeded
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
 TEACHER: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, **SIZES}

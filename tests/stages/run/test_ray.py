@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from tinymim.configs.errors import RecipeError
-from tinymim.stages.launch_ray import RayStart
 from tinymim.stages.run.ray import join_ray
+from tinymim.stages.training.start_ray import RayStart
 from tinymim.tests.stages.tiny import student_recipe
 
 

@@ -11,7 +11,7 @@ from tinymim.configs.sections import JitterConfig
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
-from tinymim.stages.training import seeded
+from tinymim.stages.training.optim import seeded
 from tinymim.targets.record import Codec
 from tinymim.targets.target import Target
 

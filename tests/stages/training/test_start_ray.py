@@ -13,9 +13,9 @@ import pytest
 
 from tinymim.configs.errors import CacheCorrupt, RecipeError
 from tinymim.stages import cache_teacher, make_shards, train_student
-from tinymim.stages.launch import WorkersDied
-from tinymim.stages.launch_ray import RayStart, _reason
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.training.start import WorkersDied
+from tinymim.stages.training.start_ray import RayStart, _reason
 from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, write_teacher
 
 OPTIM = {"batch_size": 8, "steps": 120, "base_lr": 0.1, "warmup": 0.2}

@@ -7,8 +7,8 @@ from torch import Tensor
 from tinymim.configs.sections import JitterConfig
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
-from tinymim.stages.device_stream import CPU, DeviceStream, current
-from tinymim.stages.training import seeded
+from tinymim.stages.training.device_stream import CPU, DeviceStream, current
+from tinymim.stages.training.optim import seeded
 from tinymim.targets.target import Target
 
 B, SIZE, TOKENS = 8, 16, 5

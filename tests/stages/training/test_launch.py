@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tinymim.stages import launch
-from tinymim.stages.launch import LocalStart, resuming
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.training import launch
+from tinymim.stages.training.launch import resuming
+from tinymim.stages.training.start_local import LocalStart
 from tinymim.tests.stages.tiny import student_recipe
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from tinymim.configs.errors import RecipeError, TinymimError, is_refusal
 from tinymim.configs.schema import TrainingRecipe
-from tinymim.stages.distributed import backend_of, environment_ranks, joined
-from tinymim.stages.launch import R, Training, WorkersDied
 from tinymim.stages.run.interrupt import Interrupted, ask_to_stop
 from tinymim.stages.run.ray import join_ray
+from tinymim.stages.training.ranks import backend_of, environment_ranks, joined
+from tinymim.stages.training.start import R, Training, WorkersDied
 from tinymim.storage.atomic import write_json_atomic
 
 STOP_NAME = "stop-requested"  # the driver's wish
@@ -49,7 +49,7 @@ class RayStart:
         self._stopped = self._file.with_name(STOPPED_NAME)
 
     def __call__(self, train: Training[R], recipe: R) -> tuple[str, bool] | None:
-        """As `tinymim.stages.launch.Start` says."""
+        """As `tinymim.stages.training.start.Start` says."""
         import ray
         from ray.train import RunConfig, ScalingConfig, WorkerGroupError
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -79,7 +79,7 @@ class RayStart:
         return stopped["message"], stopped["requeue"]
 
     def stop(self, requeue: bool) -> bool:
-        """As `tinymim.stages.launch.Start` says; seen by rank 0 within a second."""
+        """As `tinymim.stages.training.start.Start` says; seen by rank 0 within a second."""
         self._file.write_text("requeue" if requeue else "")
         return True
 

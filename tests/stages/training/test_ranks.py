@@ -29,11 +29,17 @@ from tinymim.configs.errors import CacheCorrupt, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.stages import cache_teacher, make_shards, pretrain_mae, train_student
-from tinymim.stages.distributed import Ranks, batch_arithmetic, environment_ranks, rank_device, require_equal_parts
-from tinymim.stages.launch import on_ranks
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.student_audit import read_audits
+from tinymim.stages.training.launch import on_ranks
+from tinymim.stages.training.ranks import (
+    Ranks,
+    batch_arithmetic,
+    environment_ranks,
+    rank_device,
+    require_equal_parts,
+)
 from tinymim.tests.stages.ranks import BROKEN_STEP, LAST_ERROR, all_that_four_ranks_do, mae_recipe
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, losses, signal_in_step, student_recipe, write_teacher
 

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.pipeline.order import Items, SampleOrder
-from tinymim.stages.checkpoints import drop_states, dump_state, prune_states, save_state
-from tinymim.stages.distributed import Ranks
 from tinymim.stages.run.folder import RunFolder
-from tinymim.stages.training import make_optimiser, make_scaler, make_schedule, optimiser_step, state_identity
+from tinymim.stages.training.optim import make_optimiser, make_scaler, make_schedule, optimiser_step, state_identity
+from tinymim.stages.training.ranks import Ranks
+from tinymim.stages.training.states import drop_states, dump_state, prune_states, save_state
 
 NEVER = 2**62  # later than any step
 

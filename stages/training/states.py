@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import CheckpointError, UserError
-from tinymim.stages.distributed import Ranks
 from tinymim.stages.run.progress import say
+from tinymim.stages.training.ranks import Ranks
 from tinymim.storage.atomic import PARTIAL_SUFFIX, write_bytes_atomic
 
 OLD_NAME = "state.pt"  # the one state of runs from before there were several; it still loads

@@ -18,10 +18,10 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import Shard
 from tinymim.pipeline.views import CentreView
-from tinymim.stages.distributed import Ranks
 from tinymim.stages.run.device import autocast
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter
+from tinymim.stages.training.ranks import Ranks
 
 
 class Counts:

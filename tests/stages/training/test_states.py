@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, UserError
-from tinymim.stages.checkpoints import (
+from tinymim.stages.training.states import (
     drop_states,
     dump_state,
     load_states,

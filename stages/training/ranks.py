@@ -1,7 +1,7 @@
 """Ranks: the processes that train together, as the environment names them (RANK, WORLD_SIZE, LOCAL_RANK).
 
-torchrun sets these variables, and so do `tinymim.stages.launch` and Ray Train. Without them there is one rank, and
-nothing here talks to anybody.
+torchrun sets these variables, and so do `stages/training/launch.py` and Ray Train. Without them there is one rank and
+no communication.
 """
 
 import contextlib

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.pipeline.order import SampleOrder
-from tinymim.stages.checkpoints import load_states
-from tinymim.stages.distributed import Ranks, batch_arithmetic
-from tinymim.stages.learner import NEVER, Learner
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.training.learner import NEVER, Learner
+from tinymim.stages.training.ranks import Ranks, batch_arithmetic
+from tinymim.stages.training.states import load_states
 
 
 @dataclass

@@ -12,12 +12,12 @@ from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import OrderConfig
 from tinymim.pipeline.order import SampleOrder
-from tinymim.stages.bookkeeping import Bookkeeping
-from tinymim.stages.distributed import Ranks
-from tinymim.stages.learner import NEVER, Learner, LossWatch, _Seen
 from tinymim.stages.run.interrupt import StopFlag
 from tinymim.stages.run.progress import Meter
-from tinymim.stages.training import state_identity
+from tinymim.stages.training.bookkeeping import Bookkeeping
+from tinymim.stages.training.learner import NEVER, Learner, LossWatch, _Seen
+from tinymim.stages.training.optim import state_identity
+from tinymim.stages.training.ranks import Ranks
 from tinymim.tests.stages.tiny import STUDENT, student_recipe
 
 

@@ -12,7 +12,7 @@ from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
 from tinymim.stages.run.device import pick_device
-from tinymim.stages.training import (
+from tinymim.stages.training.optim import (
     Schedule,
     make_optimiser,
     make_scaler,

@@ -1,0 +1,1 @@
+"""What all training runs share: learner, states, ranks, optimiser, validation, launching."""
