@@ -20,7 +20,8 @@ from tinymim.models.vit import count_parameters
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import INDEX_NAME, read_index
 from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student
-from tinymim.stages.demo_examples import relation_examples
+from tinymim.stages.evaluation.encode import load_encoder
+from tinymim.stages.evaluation.relation_rows import relation_examples
 from tinymim.stages.report import Arm, Report, text_table, write_report
 from tinymim.stages.run.folder import ENCODER_NAME, EVALUATION_NAME, STUDENT_NAME, read_metrics
 from tinymim.stages.run.progress import say
@@ -252,7 +253,7 @@ def measure(recipes: Recipes) -> list[Arm]:
 
 def _arm(recipes: Recipes, name: str, label: str, how_trained: str, steps: int | None, passes: str) -> Arm:
     recipe = recipes.probes[name]
-    model, _, _ = evaluate.load_encoder(recipe)
+    model, _, _ = load_encoder(recipe)
     identity = {"recipe_digest": recipe_digest(recipe), "weights_sha256": tensors_sha256(model.state_dict())}
     stored = recipe.run.folder / EVALUATION_NAME
     found = json.loads(stored.read_bytes()) if stored.exists() else {}

@@ -25,7 +25,7 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.evaluate import count_classes
+from tinymim.stages.evaluation.classes import count_classes
 from tinymim.stages.run.device import autocast, require_view_size
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say

@@ -21,7 +21,8 @@ from tinymim.models.vit import IMAGENET_MEAN, Normalise, build_vit
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
 from tinymim.stages import evaluate, make_shards
-from tinymim.stages.evaluate import Encoded, encode, load_encoder, probe
+from tinymim.stages.evaluation.encode import Encoded, encode, load_encoder
+from tinymim.stages.evaluation.probes import probe
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 
 MODEL = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

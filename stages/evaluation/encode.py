@@ -1,0 +1,108 @@
+"""Frozen features of a labelled set, and the encoder that gives them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tinymim.configs.errors import SourceError
+from tinymim.configs.schema import EvaluateRecipe
+from tinymim.configs.sections import LoaderConfig
+from tinymim.models.checkpoints import load_weights
+from tinymim.models.probes import pooled_features
+from tinymim.models.teacher import build_pretrained
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model, build_vit
+from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.loader import batches
+from tinymim.pipeline.order import view_batches
+from tinymim.pipeline.shards import Shard
+from tinymim.pipeline.views import ViewLaw
+from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.progress import Meter, say
+
+Rgb = tuple[float, float, float]
+
+
+class Encoded(NamedTuple):
+    """Frozen features of a labelled set, in shard order, on the CPU."""
+
+    features: Tensor  # float32 [N, C]
+    labels: Tensor  # int64 [N]
+    unreadable: list[tuple[str, str]]  # (key, reason); these images have no row
+
+
+def load_encoder(recipe: EvaluateRecipe) -> tuple[nn.Module, Rgb, Rgb]:
+    """The model of a recipe with its weights, and the mean and deviation of the pixels it wants (0..1).
+
+    "random" weights are those a student or a masked pre-training of `run.seed` starts from: plain ViTs only.
+
+    Raises:
+        CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
+        RecipeError: timm cannot build the model.
+    """
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    model: nn.Module
+    if recipe.weights == "random":
+        torch.manual_seed(recipe.run.seed)
+        model = build_vit(recipe.model)
+    elif recipe.weights == "hub":
+        model = build_pretrained(recipe.model)
+        stated: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        mean, std = stated.get("mean", mean), stated.get("std", std)
+    else:
+        model = build_model(recipe.model)
+        load_weights(model, recipe.weights)
+    return model, recipe.mean or mean, recipe.std or std
+
+
+@torch.no_grad()
+def encode(
+    model: nn.Module,
+    shards: Sequence[Shard],
+    law: ViewLaw,
+    normalise: nn.Module,
+    *,
+    block: int | None,
+    pool: str,
+    batch_size: int,
+    loader: LoaderConfig,
+    device: torch.device,
+    stop: StopFlag,
+    label: str = "encode",
+) -> Encoded:
+    """One feature vector per image of `shards`; leaves the model on `device` in eval mode.
+
+    Args:
+        law: which view of an image is seen, `CentreView` as a rule.
+        normalise: uint8 pixels -> the model's input.
+        block: see `pooled_features`, as for `pool`.
+        label: what the progress line says.
+
+    Raises:
+        SourceError: no image can be read.
+        RecipeError: the model has no such block or no class token.
+        Interrupted: `stop` was requested.
+    """
+    model.to(device).eval()
+    normalise.to(device)
+    counts = [shard.num_samples for shard in shards]
+    plan = (items for unit, count in enumerate(counts) for items in view_batches(unit, count, (0,), batch_size))
+    found: list[Tensor] = []
+    labels: list[Tensor] = []
+    unreadable: list[tuple[str, str]] = []
+    with Meter(label, sum(counts), "images") as meter:
+        for batch in batches(ImageViews(tuple(shards), law), plan, loader, pin_memory=device.type == "cuda"):
+            if stop.requested:
+                raise Interrupted("no evaluation written; the same command starts again")
+            unreadable += batch.unreadable
+            if batch.keys:
+                images = normalise(batch.pixels.to(device, non_blocking=True))
+                found.append(pooled_features(model, images, block, pool).float().cpu())
+                labels.append(batch.labels)
+            meter.advance(len(batch.keys) + len(batch.unreadable))
+    if not found:
+        raise SourceError(f"{label}: no image can be read", got=f"{len(unreadable)} unreadable images")
+    for key, reason in unreadable[:10]:
+        say(f"{label}: unreadable: {key}: {reason}")
+    return Encoded(torch.cat(found), torch.cat(labels), unreadable)
