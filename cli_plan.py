@@ -62,7 +62,7 @@ def plan(
     paths = [recipe, *more]
     loaded = load_recipes(paths, ("cache-teacher", "train-student"), overrides or ())
     from tinymim.stages import plan as stage
-    from tinymim.stages.plan_page import format_plan
+    from tinymim.stages.pages.plan import format_plan
 
     named = [
         (path.name.removesuffix(".yaml"), recipe)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
-from tinymim.stages.cache_info import format_bytes
+from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
 from tinymim.storage import layout

@@ -6,6 +6,7 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
+from tinymim.stages.pages.numbers import format_bytes, format_value
 from tinymim.storage.catalog import resolve
 from tinymim.storage.layout import COMMITS, KEY_ARRAYS
 from tinymim.storage.leases import Leases
@@ -137,7 +138,9 @@ def format_info(info: Mapping[str, Any]) -> str:
     """`describe`'s dictionary as text for a terminal, the arithmetic of its size said aloud."""
     teacher, codec, coverage = info["teacher"], info["codec"], info["coverage"]
     views, fidelity = info["views"], info["fidelity"]
-    parameters = ", ".join(f"{name} {_plain(value)}" for name, value in codec["parameters"].items() if name != "name")
+    parameters = ", ".join(
+        f"{name} {format_value(value)}" for name, value in codec["parameters"].items() if name != "name"
+    )
     state = "complete" if coverage["complete"] else "PARTIAL: a student trains on what is there"
     lines = [
         f"cache     {info['path']}",
@@ -146,8 +149,8 @@ def format_info(info: Mapping[str, Any]) -> str:
         f"{teacher['precision']}",
         f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {teacher['license']}",
         f"codec     {codec['name']} version {codec['version']}: {parameters}",
-        f"views     {views['size']} px, scale {_plain(views['scale'])}, ratio {_plain(views['ratio'])}, "
-        f"{views['interpolation']}, flip {_plain(views['flip'])}, seed {views['seed']}",
+        f"views     {views['size']} px, scale {format_value(views['scale'])}, ratio {format_value(views['ratio'])}, "
+        f"{views['interpolation']}, flip {format_value(views['flip'])}, seed {views['seed']}",
         "",
         f"coverage  {state}",
         f"  shards  {coverage['complete_shards']:,} of {coverage['num_shards']:,} with all views",
@@ -192,7 +195,7 @@ def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
         return lines
     lines.append(" " * 18 + "".join(f"{column:>12}" for column in columns))
     for row, values in table.items():
-        cells = (_plain(values[column]) if column in values else "" for column in columns)
+        cells = (format_value(values[column]) if column in values else "" for column in columns)
         lines.append(f"  {row:<16}" + "".join(f"{cell:>12}" for cell in cells).rstrip())
     return lines
 
@@ -220,19 +223,3 @@ def _size_lines(info: Mapping[str, Any]) -> list[str]:
         f"{more['views']:,} are {format_bytes(more['bytes'])}"
     )
     return lines
-
-
-def format_bytes(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.2f} TiB"
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_plain, value)) + "]"
-    return str(value)

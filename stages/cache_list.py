@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
-from tinymim.stages.cache_info import format_bytes
+from tinymim.stages.pages.numbers import format_bytes
 from tinymim.storage.catalog import FoundCache, caches_below
 from tinymim.storage.reader import CacheReader
 

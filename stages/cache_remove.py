@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import UserError
-from tinymim.stages.cache_info import format_bytes
+from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.run.progress import Meter
 from tinymim.storage import layout
 from tinymim.storage.check import LOCK

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import UserError
-from tinymim.stages.compare_page import page
-from tinymim.stages.page import plain_table
+from tinymim.stages.pages.compare import page
+from tinymim.stages.pages.summary import RunSummary, differences, read_runs
+from tinymim.stages.pages.tables import plain_table
 from tinymim.stages.run.progress import say
-from tinymim.stages.run_summary import RunSummary, differences, read_runs
 from tinymim.storage.atomic import write_bytes_atomic
 
 MISSING = "-"

@@ -24,7 +24,7 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.fidelity_page import draw_frontier, format_tables
+from tinymim.stages.pages.fidelity import draw_frontier, format_tables
 from tinymim.stages.run.device import pick_device, require_view_size
 from tinymim.stages.run.folder import RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag

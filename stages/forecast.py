@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-GB = 1e9  # storage is sold by
+from tinymim.stages.pages.numbers import GB
 
 
 @dataclass(frozen=True)

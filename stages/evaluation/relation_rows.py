@@ -14,7 +14,7 @@ from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
-from tinymim.stages.report import SKETCH, Example
+from tinymim.stages.pages.demo import SKETCH, Example
 from tinymim.stages.training.optim import state_identity
 from tinymim.stages.training.states import load_states
 from tinymim.stages.training.student_step import trained_on

@@ -14,7 +14,7 @@ from tinymim.configs.errors import RecipeError, UserError
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.stages import compare
 from tinymim.stages.compare import as_json, as_text, table_cells
-from tinymim.stages.run_summary import RunSummary, differences, read_runs
+from tinymim.stages.pages.summary import RunSummary, differences, read_runs
 from tinymim.tests.stages.conftest import Run
 
 STUDENT: dict[str, Any] = {"stage": "train-student", "cache": "caches/mine", "optim": {"base_lr": 0.1, "steps": 20}}

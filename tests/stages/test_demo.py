@@ -15,7 +15,7 @@ from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.stages import demo
-from tinymim.stages.report import RELATIONS_NAME
+from tinymim.stages.pages.demo import RELATIONS_NAME
 
 SIZE = demo.DemoSize(train_images=20, val_images=10, images_per_shard=10, steps=2, batch_size=8, workers=0, threads=1)
 ARMS = [

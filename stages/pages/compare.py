@@ -7,8 +7,9 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from tinymim.stages.page import COLOURS, DASHES, document, dress, html_figure, html_table, log_scale, png, prose
-from tinymim.stages.run_summary import RunSummary
+from tinymim.stages.pages.look import COLOURS, DASHES, document, dress, html_figure, log_scale, png, prose
+from tinymim.stages.pages.summary import RunSummary
+from tinymim.stages.pages.tables import html_table
 
 Wanted = Callable[[RunSummary, str], bool]
 

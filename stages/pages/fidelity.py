@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from matplotlib.figure import Figure
 
+from tinymim.stages.pages.tables import markdown_table
 from tinymim.storage.atomic import write_bytes_atomic
 
 NOISE_FLOOR: Final = 1e-4  # where codecs without noise are drawn
@@ -37,11 +38,13 @@ def format_tables(result: Mapping[str, Any]) -> str:
             "",
             f"Student {student}: gradient of all its parameters, against dense maps",
             "",
-            *_table(header, rows),
+            *markdown_table(header, rows),
         ]
         lines += ["", f"Student {student}: gradient of the tap, means over heads", ""]
         header = ["codec", "relation", "entropy", "kept", "KL", "bias ± se", "noise ratio", "angle °", "norm"]
-        lines += _table(header, [row for name, values in by_codec.items() for row in _relation_rows(name, values)])
+        lines += markdown_table(
+            header, [row for name, values in by_codec.items() for row in _relation_rows(name, values)]
+        )
     return "\n".join(lines)
 
 
@@ -83,18 +86,6 @@ def _relation_rows(name: str, values: Mapping[str, Any]) -> list[list[str]]:
         for relation, part in values.items()
         if relation != "all"
     ]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = [(cell, width) for cell, width in zip(cells, widths, strict=True)]
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return [line(header), rule, *map(line, rows)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,8 +3,18 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tinymim.stages.cache_info import format_bytes
-from tinymim.stages.forecast import GB
+from tinymim.stages.pages.numbers import (
+    GB,
+    exact_bytes,
+    format_amount,
+    format_bytes,
+    format_cores,
+    format_duration,
+    format_rate,
+    format_short_time,
+    format_speed,
+    plural,
+)
 
 _WAITS_FOR = {
     "models": "the models decide",
@@ -19,8 +29,8 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     teacher, students = plan["measured"]["teacher"], plan["measured"]["students"]
     device = machine["device"]
     lines = [
-        f"measured  for {machine['measured_for_s']:.0f} s on {device}, {_plural(machine['cores'], 'core')}, "
-        f"{_plural(machine['torch_threads'], 'torch thread')}"
+        f"measured  for {machine['measured_for_s']:.0f} s on {device}, {plural(machine['cores'], 'core')}, "
+        f"{plural(machine['torch_threads'], 'torch thread')}"
         + (", random weights: sketches of a trained teacher take more" if plan["options"]["random_weights"] else "")
     ]
     if teacher is not None:
@@ -39,10 +49,13 @@ def _measured_teacher(costs: Mapping[str, Any]) -> Iterator[str]:
         "encode": (costs["encode"]["seconds"], "q, k, v to records"),
         "audit": (
             costs["audit"]["seconds"],
-            f"{_plural(costs['audit_views'], 'view')} of each of {_plural(costs['num_units'], 'unit')}",
+            f"{plural(costs['audit_views'], 'view')} of each of {plural(costs['num_units'], 'unit')}",
         ),
-        "write": (costs["write"]["seconds"], f"records, {_speed(costs['record_bytes'], costs['write']['seconds'])}"),
-        "decode": (costs["decode_s"], f"on one core, {_plural(costs['num_views'], 'view')} of an image at a time"),
+        "write": (
+            costs["write"]["seconds"],
+            f"records, {format_speed(costs['record_bytes'], costs['write']['seconds'])}",
+        ),
+        "decode": (costs["decode_s"], f"on one core, {plural(costs['num_views'], 'view')} of an image at a time"),
     }
     for name, (seconds, what) in rates.items():
         if seconds:
@@ -51,17 +64,17 @@ def _measured_teacher(costs: Mapping[str, Any]) -> Iterator[str]:
 
 def _stage_one(costs: Mapping[str, Any], one: Mapping[str, Any]) -> Iterator[str]:
     records, per_view = one["num_records"], one["per_view"]
-    count = f"{costs['num_images']:,} images x {_plural(costs['num_views'], 'view')}"
-    yield f"cache     {count} x {_bytes(costs['record_bytes'])} = {format_bytes(one['cache_bytes'])}"
+    count = f"{costs['num_images']:,} images x {plural(costs['num_views'], 'view')}"
+    yield f"cache     {count} x {exact_bytes(costs['record_bytes'])} = {format_bytes(one['cache_bytes'])}"
     for number, (name, size_bytes) in enumerate(one["codec_bytes"].items()):
         own = "  (this recipe)" if number == 0 else ""
         yield f"  {name:<32}{format_bytes(size_bytes):>12}{own}"
     yield (
-        f"stage one {records:,} views x {_short(per_view['seconds'])} + {costs['start_s']:.1f} s start = "
-        f"{_time(one['seconds'])} on one device, {_rate(one['views_per_s'])}; "
+        f"stage one {records:,} views x {format_short_time(per_view['seconds'])} + {costs['start_s']:.1f} s start = "
+        f"{format_duration(one['seconds'])} on one device, {format_rate(one['views_per_s'])}; "
         f"{_WAITS_FOR[per_view['waits_for']]}"
     )
-    yield f"  loading {_cores(one['loader_cores'])}; the recipe has loader.workers {costs['workers']}"
+    yield f"  loading {format_cores(one['loader_cores'])}; the recipe has loader.workers {costs['workers']}"
 
 
 def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[str]:
@@ -72,40 +85,40 @@ def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
         f"{training['epochs']:,.1f} epochs"
     )
     yield (
-        f"  step    {_short(costs['step']['seconds'])} a view; a view of the cache {_short(costs['replay_s'])} on one "
-        f"core, drawn anew {_short(costs['draw_s'])}"
+        f"  step    {format_short_time(costs['step']['seconds'])} a view; a view of the cache {format_short_time(costs['replay_s'])} on one "
+        f"core, drawn anew {format_short_time(costs['draw_s'])}"
     )
     yield (
-        f"  cached  {training['views']:,} x {_short(per_view['seconds'])}{ranks} + {costs['start_s']:.1f} s start = "
-        f"{_time(training['cached_s'])}, {_rate(training['views_per_s'])}; {_WAITS_FOR[per_view['waits_for']]}"
+        f"  cached  {training['views']:,} x {format_short_time(per_view['seconds'])}{ranks} + {costs['start_s']:.1f} s start = "
+        f"{format_duration(training['cached_s'])}, {format_rate(training['views_per_s'])}; {_WAITS_FOR[per_view['waits_for']]}"
     )
     if online is not None:
         yield (
-            f"  online  {training['views']:,} x {_short(online['seconds'])}{ranks} + {costs['start_s']:.1f} s start = "
-            f"{_time(training['online_s'])}: the teacher beside the student at every step"
+            f"  online  {training['views']:,} x {format_short_time(online['seconds'])}{ranks} + {costs['start_s']:.1f} s start = "
+            f"{format_duration(training['online_s'])}: the teacher beside the student at every step"
         )
     if training["ranks"] > 1:
         yield "          (each rank taken to have a machine like this one; the exchange of gradients is not measured)"
     amplified, each = training["records_read_per_view"], " for each rank" if training["ranks"] > 1 else ""
     yield (
-        f"  reading {_rate(training['views_per_s'])} x {amplified:,.0f} records x "
-        f"{_bytes(costs['record_bytes'])} = {training['read_bytes_per_s'] / 2**20:,.1f} MiB/s "
-        f"(whole units, {_plural(max(costs['workers'], 1), 'loading process', 'loading processes')} a rank); measured "
-        f"{_speed(costs['record_bytes'], costs['read_s'])} a core"
+        f"  reading {format_rate(training['views_per_s'])} x {amplified:,.0f} records x "
+        f"{exact_bytes(costs['record_bytes'])} = {training['read_bytes_per_s'] / 2**20:,.1f} MiB/s "
+        f"(whole units, {plural(max(costs['workers'], 1), 'loading process', 'loading processes')} a rank); measured "
+        f"{format_speed(costs['record_bytes'], costs['read_s'])} a core"
     )
     enough = training["loader_cores"]
     if enough is None:
         yield "  loading no number of workers keeps the student fed: raise order.views_per_decode, so that a unit that"
         yield "          is read serves more of its views"
     else:
-        yield f"  loading {_cores(enough)}{each}; the recipe has loader.workers {costs['workers']}"
+        yield f"  loading {format_cores(enough)}{each}; the recipe has loader.workers {costs['workers']}"
     if online is not None:
         trainings, single = training["pays_from_trainings"], training["pays_from_epochs"]
         if trainings is None:
             yield "  pays    never: with the cache the training takes no less time than with the teacher beside"
         else:
-            few = _plural(trainings, "such training")
-            yield f"  pays    from {few} on; a single one, from {_plural(single, 'epoch')} on"
+            few = plural(trainings, "such training")
+            yield f"  pays    from {few} on; a single one, from {plural(single, 'epoch')} on"
 
 
 def _verdict(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -113,17 +126,17 @@ def _verdict(plan: Mapping[str, Any]) -> Iterator[str]:
     one = plan["forecast"]["stage_one"]
     if verdict["storage_per_month"] is not None:
         yield (
-            f"storage   {_amount(one['cache_bytes'] / GB)} GB x {options['per_gb_month']:g} = "
-            f"{_amount(verdict['storage_per_month'])} a month"
+            f"storage   {format_amount(one['cache_bytes'] / GB)} GB x {options['per_gb_month']:g} = "
+            f"{format_amount(verdict['storage_per_month'])} a month"
         )
     if verdict["cached_device_s"] is not None:
         each = f"{verdict['trainings']} x " if verdict["trainings"] > 1 else ""
         yield (
-            f"in all    cached {_time(verdict['cached_device_s'])}, online {_time(verdict['online_device_s'])} of a "
-            f"device: stage one and {each}{_plural(len(plan['forecast']['trainings']), 'training')}"
+            f"in all    cached {format_duration(verdict['cached_device_s'])}, online {format_duration(verdict['online_device_s'])} of a "
+            f"device: stage one and {each}{plural(len(plan['forecast']['trainings']), 'training')}"
         )
     if verdict["saved"] is not None:
-        line = f"saved     {_amount(verdict['saved'])} at {options['per_device_hour']:g} a device hour"
+        line = f"saved     {format_amount(verdict['saved'])} at {options['per_device_hour']:g} a device hour"
         if verdict["saved"] > 0 and verdict["storage_per_month"]:
             line += f": what {verdict['saved'] / verdict['storage_per_month']:,.1f} months of storage cost"
         yield line
@@ -136,7 +149,7 @@ def _verdict(plan: Mapping[str, Any]) -> Iterator[str]:
 def _compared(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "finished runs of these recipes"
     for row in rows:
-        show = _time if row["what"] == "seconds" else format_bytes
+        show = format_duration if row["what"] == "seconds" else format_bytes
         notes = [] if row["same_recipe"] else ["the recipe there is another"]
         notes += [] if row["same_machine"] else ["made on another machine"]
         note = f" ({', '.join(notes)})" if notes else ""
@@ -147,40 +160,3 @@ def _compared(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------- numbers as words
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def _short(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.3g} us"
-
-
-def _rate(per_s: float) -> str:
-    return f"{per_s:,.0f} views/s" if per_s >= 10 else f"{per_s:.2f} views/s"
-
-
-def _bytes(size_bytes: float) -> str:
-    return f"{size_bytes:,.0f} B"
-
-
-def _speed(size_bytes: float, seconds: float) -> str:
-    return f"{size_bytes / seconds / 2**20:,.1f} MiB/s"
-
-
-def _amount(value: float) -> str:
-    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.2g}"
-
-
-def _cores(count: float) -> str:
-    return f"{count:,.1f} cores keep it fed" if count >= 0.05 else "a small part of one core keeps it fed"
-
-
-def _plural(count: int, noun: str, nouns: str | None = None) -> str:
-    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tinymim.stages.report import RELATIONS_NAME, SKETCH, Arm, Example, Report, table_cells, text_table, write_report
+from tinymim.stages.pages.demo import (
+    RELATIONS_NAME,
+    SKETCH,
+    Arm,
+    Example,
+    Report,
+    table_cells,
+    text_table,
+    write_report,
+)
 
 ARMS = (
     Arm("teacher", 1_223_040, "masked autoencoder", None, "-", 0.42, 0.433),

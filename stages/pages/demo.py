@@ -12,20 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Rectangle
 
-from tinymim.stages.page import (
-    COLOURS,
-    DASHES,
-    FAINT,
-    INK,
-    document,
-    dress,
-    html_figure,
-    html_table,
-    log_scale,
-    plain_table,
-    png,
-    prose,
-)
+from tinymim.stages.pages.look import COLOURS, DASHES, FAINT, INK, document, dress, html_figure, log_scale, png, prose
+from tinymim.stages.pages.tables import html_table, plain_table
 from tinymim.storage.atomic import write_bytes_atomic
 
 REPORT_NAME = "report.html"

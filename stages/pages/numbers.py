@@ -1,0 +1,56 @@
+"""Numbers as people read them: bytes, times, rates, counts."""
+
+GB = 1e9  # the unit that storage is sold in
+
+
+def format_bytes(size_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.2f} TiB"
+
+
+def format_value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(format_value, value)) + "]"
+    return str(value)
+
+
+def format_duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def format_short_time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.3g} us"
+
+
+def format_rate(per_s: float) -> str:
+    return f"{per_s:,.0f} views/s" if per_s >= 10 else f"{per_s:.2f} views/s"
+
+
+def exact_bytes(size_bytes: float) -> str:
+    return f"{size_bytes:,.0f} B"
+
+
+def format_speed(size_bytes: float, seconds: float) -> str:
+    return f"{size_bytes / seconds / 2**20:,.1f} MiB/s"
+
+
+def format_amount(value: float) -> str:
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.2g}"
+
+
+def format_cores(count: float) -> str:
+    return f"{count:,.1f} cores keep it fed" if count >= 0.05 else "a small part of one core keeps it fed"
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

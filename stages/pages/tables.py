@@ -1,0 +1,44 @@
+"""Tables for a terminal, for HTML and for Markdown."""
+
+import html
+from collections.abc import Collection, Sequence
+
+
+def plain_table(rows: Sequence[Sequence[str]], numbers: Collection[int]) -> str:
+    """A table for a terminal; the first row is the header, `numbers` are columns that align to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])])
+
+
+def html_table(rows: Sequence[Sequence[str]], numbers: Collection[int], strong: Collection[int] = ()) -> str:
+    """The first row is the header; `numbers` are columns, `strong` are rows counted without the header."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        classes = (' class="n"' if column in numbers else "" for column in range(len(row)))
+        return "".join(f"<{tag}{cls}>{html.escape(cell)}</{tag}>" for cls, cell in zip(classes, row, strict=True))
+
+    classes = (' class="s"' if number in strong else "" for number in range(len(rows) - 1))
+    body = "\n".join(f"<tr{cls}>{cells(row, 'td')}</tr>" for cls, row in zip(classes, rows[1:], strict=True))
+    head = cells(rows[0], "th")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table that also reads well as text; all columns but the first align to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = [(cell, width) for cell, width in zip(cells, widths, strict=True)]
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return [line(header), rule, *map(line, rows)]
