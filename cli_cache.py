@@ -44,7 +44,7 @@ def cache_list(
 
     Example: tinymim cache list s3://bucket/caches
     """
-    from tinymim.stages import cache_list as stage
+    from tinymim.stages.cache import list as stage
 
     place = parse_place(root)
     rows = stage.run(place)
@@ -68,7 +68,7 @@ def cache_info(path: PathArgument, /, *, more_views: int = 10, as_json: JsonOpti
     more_views
         Tell the size that so many more views of every image would take.
     """
-    from tinymim.stages import cache_info as stage
+    from tinymim.stages.cache import info as stage
 
     if more_views < 1:
         raise RecipeError("--more-views is too small", got=more_views, expected="at least 1")
@@ -114,7 +114,7 @@ def cache_verify(
     seed
         Another one chooses another sample; with --deep.
     """
-    from tinymim.stages import cache_verify as stage
+    from tinymim.stages.cache import verify as stage
 
     place = parse_place(path)
     if sample < 1 or not 0 <= min_agreement <= 1:
@@ -125,7 +125,7 @@ def cache_verify(
     recipe = _cache_recipe(deep, overrides) if deep is not None else None
     report = stage.run(place)
     if recipe is not None:
-        from tinymim.stages import deep_check
+        from tinymim.stages.cache import deep as deep_check
 
         report["deep"] = deep_check.run(recipe, place, sample, min_agreement, seed) if report["sound"] else None
     if as_json:
@@ -148,7 +148,7 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
     Example: tinymim cache repair cache.yaml --set cache=caches/mine
     """
     loaded = _cache_recipe(recipe, overrides)
-    from tinymim.stages import cache_repair as stage
+    from tinymim.stages.cache import repair as stage
 
     report = stage.run(loaded)
     if as_json:
@@ -181,7 +181,7 @@ def cache_copy(
     target
         The copy itself (not a root): a new or unfinished one.
     """
-    from tinymim.stages import cache_copy as stage
+    from tinymim.stages.cache import copy as stage
 
     report = stage.run(parse_place(source), parse_place(target))
     if as_json:
@@ -213,7 +213,7 @@ def cache_remove(
     yes
         Do it.
     """
-    from tinymim.stages import cache_remove as stage
+    from tinymim.stages.cache import remove as stage
 
     report = stage.run(parse_place(path), yes)
     if as_json:

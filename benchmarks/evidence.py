@@ -43,7 +43,7 @@ from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, train_student
-from tinymim.stages.cache_info import describe
+from tinymim.stages.cache.info import describe
 from tinymim.stages.fidelity import spread_items
 from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import say

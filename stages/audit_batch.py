@@ -21,12 +21,12 @@ from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
 from tinymim.stages.audit_alarm import Audited, Yardstick
+from tinymim.stages.cache.opened import stored_constants
 from tinymim.stages.evaluation.classes import count_classes
 from tinymim.stages.evaluation.encode import encode
 from tinymim.stages.evaluation.probes import knn_accuracy
 from tinymim.stages.run.interrupt import StopFlag
 from tinymim.stages.run.progress import say
-from tinymim.stages.units.constants import stored_constants
 from tinymim.storage.catalog import resolve
 from tinymim.storage.manifest import PROVENANCE_KEYS, Manifest
 from tinymim.storage.reader import CacheReader

@@ -7,7 +7,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from tinymim.stages.training.states import read_state
 from tinymim.stages.units.constants import calibrated
 from tinymim.stages.units.gradients import GradientProbe, Judged, target_of
 from tinymim.storage.atomic import write_json_atomic
-from tinymim.storage.layout import METADATA, encode_array
+from tinymim.storage.layout import stored_bytes
 from tinymim.targets.codecs import make_codec
 from tinymim.targets.fidelity import MapMoments, exact_target, merged, rounded
 from tinymim.targets.record import Codec
@@ -250,9 +249,3 @@ def _described(recipe: FidelityRecipe, name: str, tried: _Tried) -> dict[str, An
         "encode_ms_per_view": rounded(median(tried.encode_ms)),
         "decode_ms_per_view": rounded(median(tried.decode_ms)),
     }
-
-
-def stored_bytes(values: npt.NDArray[Any]) -> int:
-    """Size of an array's payload as a unit stores it (compressed chunks, checksums), without its metadata."""
-    files = encode_array("values", values)
-    return sum(len(data) for path, data in files.items() if not path.endswith(METADATA))

@@ -31,13 +31,12 @@ from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import clocks
 from tinymim.stages.clocks import fitting, loader_start_s, loader_threads, timed
-from tinymim.stages.fidelity import stored_bytes
 from tinymim.stages.forecast import Cost, TeacherCosts
 from tinymim.stages.units.audit import Audit
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.prepare import Prepared
 from tinymim.storage.commit import UnitInfo, encode_commit
-from tinymim.storage.layout import CHUNK_RECORDS, METADATA, UnitId
+from tinymim.storage.layout import CHUNK_RECORDS, METADATA, UnitId, stored_bytes
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter

@@ -19,6 +19,7 @@ from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import clocks
+from tinymim.stages.cache.opened import stored_constants
 from tinymim.stages.clocks import fitting, loader_start_s, loader_threads, timed
 from tinymim.stages.forecast import Cost, StudentCosts
 from tinymim.stages.measure import Sampled, as_loaded
@@ -27,7 +28,6 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import seeded
 from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import check_student_fits
-from tinymim.stages.units.constants import stored_constants
 from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
 from tinymim.targets.record import Codec

@@ -6,7 +6,6 @@ import json
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
@@ -17,6 +16,7 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
+from tinymim.stages.cache.opened import opened_codec
 from tinymim.stages.run.device import autocast
 from tinymim.stages.run.folder import STUDENT_NAME, write_provenance
 from tinymim.stages.run.progress import say
@@ -28,13 +28,10 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, rank_device, set_up
 from tinymim.stages.training.student_step import Taught, check_student_fits, trained_on, views_in_use
-from tinymim.stages.units.constants import stored_constants
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.codecs import stored_codec
 from tinymim.targets.losses import relation_loss
-from tinymim.targets.record import Codec
 from tinymim.targets.relations import QKV
 
 EMA_NAME = "student-ema.safetensors"
@@ -178,12 +175,6 @@ def _export(student: StudentWithTap, learner: Learner, metadata: dict[str, str])
     )
     if report["never_updated"]:
         say(f"{label}: warning: still at their initial values: {', '.join(report['never_updated'])}")
-
-
-def opened_codec(reader: CacheReader, targets: TargetsConfig, device: torch.device) -> Codec:
-    """The cache's codec with its constants on `device`, for what a student is compared on."""
-    constants = stored_constants(reader.store, reader.manifest, device)
-    return stored_codec(reader.manifest.codec, targets, constants)
 
 
 def trained_report(student: StudentWithTap, optimiser: torch.optim.Optimizer) -> dict[str, list[str]]:

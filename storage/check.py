@@ -5,6 +5,7 @@
 """
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -322,3 +323,22 @@ def _problem_of_keys(arrays: Mapping[str, npt.NDArray[Any]], info: UnitInfo) -> 
     if not len(keys) == len(set(keys)) == info.num_images:
         return f"{len(keys)} keys, {len(set(keys))} different, of {info.num_images} images"
     return None
+
+
+_ARRAY = r"[A-Za-z][A-Za-z0-9_]*/(zarr\.json|c(/0)+)"
+
+
+COMMIT_FILE = re.compile(rf"{COMMITS}/[A-Za-z0-9_-]+\.v[0-9]+-[0-9]+\.json")
+
+
+# What tinymim gives its files, in a cache of any state; the manifest and the commit records apart.
+OTHER_FILES = re.compile(
+    rf"({UNITS}(/[A-Za-z0-9_-]+(/v[0-9]+-[0-9]+)?)?/zarr\.json"
+    rf"|{UNITS}/[A-Za-z0-9_-]+/v[0-9]+-[0-9]+/{_ARRAY}"
+    rf"|{CONSTANTS}/(zarr\.json|{_ARRAY})|{re.escape(CONSTANTS_RECORD)}"
+    rf"|{LEASES}/.+\.g[0-9]+\.json|{re.escape(LOCK)})"
+)
+
+
+def is_of_cache(path: str) -> bool:
+    return path == METADATA or bool(COMMIT_FILE.fullmatch(path) or OTHER_FILES.fullmatch(path))

@@ -291,3 +291,9 @@ def decode_keys(arrays: Mapping[str, npt.NDArray[Any]]) -> list[str]:
 
 def _group(attributes: dict[str, Any]) -> bytes:
     return canonical_json({"attributes": attributes, **_OF_GROUP})
+
+
+def stored_bytes(values: npt.NDArray[Any]) -> int:
+    """Size of an array's payload as a unit stores it (compressed chunks, checksums), without its metadata."""
+    files = encode_array("values", values)
+    return sum(len(data) for path, data in files.items() if not path.endswith(METADATA))

@@ -19,14 +19,14 @@ def format_value(value: object) -> str:
     return str(value)
 
 
-def format_duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.1f} s"
 
 
-def format_short_time(seconds: float) -> str:
+def short_time(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.3g} us"

@@ -5,15 +5,15 @@ from typing import Any
 
 from tinymim.stages.pages.numbers import (
     GB,
+    duration,
     exact_bytes,
     format_amount,
     format_bytes,
     format_cores,
-    format_duration,
     format_rate,
-    format_short_time,
     format_speed,
     plural,
+    short_time,
 )
 
 _WAITS_FOR = {
@@ -70,8 +70,8 @@ def _stage_one(costs: Mapping[str, Any], one: Mapping[str, Any]) -> Iterator[str
         own = "  (this recipe)" if number == 0 else ""
         yield f"  {name:<32}{format_bytes(size_bytes):>12}{own}"
     yield (
-        f"stage one {records:,} views x {format_short_time(per_view['seconds'])} + {costs['start_s']:.1f} s start = "
-        f"{format_duration(one['seconds'])} on one device, {format_rate(one['views_per_s'])}; "
+        f"stage one {records:,} views x {short_time(per_view['seconds'])} + {costs['start_s']:.1f} s start = "
+        f"{duration(one['seconds'])} on one device, {format_rate(one['views_per_s'])}; "
         f"{_WAITS_FOR[per_view['waits_for']]}"
     )
     yield f"  loading {format_cores(one['loader_cores'])}; the recipe has loader.workers {costs['workers']}"
@@ -85,17 +85,18 @@ def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
         f"{training['epochs']:,.1f} epochs"
     )
     yield (
-        f"  step    {format_short_time(costs['step']['seconds'])} a view; a view of the cache {format_short_time(costs['replay_s'])} on one "
-        f"core, drawn anew {format_short_time(costs['draw_s'])}"
+        f"  step    {short_time(costs['step']['seconds'])} a view; a view of the cache {short_time(costs['replay_s'])} "
+        f"on one core, drawn anew {short_time(costs['draw_s'])}"
     )
     yield (
-        f"  cached  {training['views']:,} x {format_short_time(per_view['seconds'])}{ranks} + {costs['start_s']:.1f} s start = "
-        f"{format_duration(training['cached_s'])}, {format_rate(training['views_per_s'])}; {_WAITS_FOR[per_view['waits_for']]}"
+        f"  cached  {training['views']:,} x {short_time(per_view['seconds'])}{ranks} + {costs['start_s']:.1f} s start "
+        f"= {duration(training['cached_s'])}, {format_rate(training['views_per_s'])}; "
+        f"{_WAITS_FOR[per_view['waits_for']]}"
     )
     if online is not None:
         yield (
-            f"  online  {training['views']:,} x {format_short_time(online['seconds'])}{ranks} + {costs['start_s']:.1f} s start = "
-            f"{format_duration(training['online_s'])}: the teacher beside the student at every step"
+            f"  online  {training['views']:,} x {short_time(online['seconds'])}{ranks} + {costs['start_s']:.1f} s "
+            f"start = {duration(training['online_s'])}: the teacher beside the student at every step"
         )
     if training["ranks"] > 1:
         yield "          (each rank taken to have a machine like this one; the exchange of gradients is not measured)"
@@ -132,8 +133,8 @@ def _verdict(plan: Mapping[str, Any]) -> Iterator[str]:
     if verdict["cached_device_s"] is not None:
         each = f"{verdict['trainings']} x " if verdict["trainings"] > 1 else ""
         yield (
-            f"in all    cached {format_duration(verdict['cached_device_s'])}, online {format_duration(verdict['online_device_s'])} of a "
-            f"device: stage one and {each}{plural(len(plan['forecast']['trainings']), 'training')}"
+            f"in all    cached {duration(verdict['cached_device_s'])}, online {duration(verdict['online_device_s'])} "
+            f"of a device: stage one and {each}{plural(len(plan['forecast']['trainings']), 'training')}"
         )
     if verdict["saved"] is not None:
         line = f"saved     {format_amount(verdict['saved'])} at {options['per_device_hour']:g} a device hour"
@@ -149,7 +150,7 @@ def _verdict(plan: Mapping[str, Any]) -> Iterator[str]:
 def _compared(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "finished runs of these recipes"
     for row in rows:
-        show = format_duration if row["what"] == "seconds" else format_bytes
+        show = duration if row["what"] == "seconds" else format_bytes
         notes = [] if row["same_recipe"] else ["the recipe there is another"]
         notes += [] if row["same_machine"] else ["made on another machine"]
         note = f" ({', '.join(notes)})" if notes else ""

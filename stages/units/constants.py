@@ -17,17 +17,9 @@ from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import say
-from tinymim.storage.constants import read_constants
-from tinymim.storage.manifest import Manifest
-from tinymim.storage.store import Store
 from tinymim.storage.writer import CacheWriter
 from tinymim.targets.hidden import calibrate, check_projection
 from tinymim.targets.relations import QKV
-
-
-def stored_constants(store: Store, manifest: Manifest, device: torch.device) -> dict[str, Tensor] | None:
-    """The constants of a cache on `device`, None where it has none; errors of `storage.constants.read_constants`."""
-    return _on_device(read_constants(store, manifest), device)
 
 
 def require_rebuildable(recipe: CacheTeacherRecipe, teacher: Teacher) -> None:
@@ -61,11 +53,11 @@ def settle_constants(
     if not isinstance(recipe.codec, HiddenCodec):
         return None
     device = teacher.normalise.mean.device
-    held = _on_device(writer.constants(), device)
+    held = on_device(writer.constants(), device)
     if held is not None:
         return held
     with writer.exclusively_constants():
-        held = _on_device(writer.constants(), device)
+        held = on_device(writer.constants(), device)
         if held is not None:
             return held
         _require_same_order(writer, source)
@@ -87,7 +79,7 @@ def _require_same_order(writer: CacheWriter, source: ShardSet) -> None:
         )
 
 
-def _on_device(arrays: dict[str, npt.NDArray[Any]] | None, device: torch.device) -> dict[str, Tensor] | None:
+def on_device(arrays: dict[str, npt.NDArray[Any]] | None, device: torch.device) -> dict[str, Tensor] | None:
     return None if arrays is None else {name: torch.tensor(array, device=device) for name, array in arrays.items()}
 
 

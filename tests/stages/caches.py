@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.stages import cache_repair
+from tinymim.stages.cache import repair
 from tinymim.tests.stages.tiny import cache_recipe, run_in
 
 HIDDEN: dict[str, Any] = {"name": "hidden", "calibration_views": 8}
@@ -25,4 +25,4 @@ def flip(path: Path, place: int = -1) -> None:
 
 
 def repaired(root: Path, made: Path, **changes: Any) -> dict[str, Any]:
-    return cache_repair.run(recipe(made, **({"cache": root / "cache", "run": run_in(root / "run")} | changes)))
+    return repair.run(recipe(made, **({"cache": root / "cache", "run": run_in(root / "run")} | changes)))

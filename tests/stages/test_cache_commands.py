@@ -15,8 +15,11 @@ from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.views import RandomViews, View
-from tinymim.stages import cache_list, cache_remove, cache_teacher, cache_verify, deep_check, train_student
-from tinymim.stages.cache_info import describe, format_info
+from tinymim.stages import cache_teacher, train_student
+from tinymim.stages.cache import deep as deep_check
+from tinymim.stages.cache import list as cache_list
+from tinymim.stages.cache import remove, verify
+from tinymim.stages.cache.info import describe, format_info
 from tinymim.storage.layout import METADATA
 from tinymim.storage.leases import Leases
 from tinymim.storage.store import LocalStore, open_store
@@ -264,11 +267,11 @@ def test_stopped_at_any_step_no_unit_lacks_data_and_it_can_be_run_again(
             patch.setattr(LocalStore, "remove", counted(LocalStore.remove))
             patch.setattr(LocalStore, "remove_tree", counted(LocalStore.remove_tree))
             with suppress(Stopped):
-                cache_remove.run(again, confirmed=True)
+                remove.run(again, confirmed=True)
         if (again / METADATA).exists():
             stopped += 1
-            assert {found["kind"] for found in cache_verify.run(again)["findings"]} <= {"stray"}
-            cache_remove.run(again, confirmed=True)
+            assert {found["kind"] for found in verify.run(again)["findings"]} <= {"stray"}
+            remove.run(again, confirmed=True)
             assert not again.exists()
         else:
             assert tree(again) == {}
@@ -277,5 +280,5 @@ def test_stopped_at_any_step_no_unit_lacks_data_and_it_can_be_run_again(
 
 def test_a_link_to_a_cache_is_followed_and_stays(home: Path) -> None:
     (home / "link").symlink_to(home / "cache")
-    cache_remove.run(home / "link", confirmed=True)
+    remove.run(home / "link", confirmed=True)
     assert not (home / "cache").exists() and (home / "link").is_symlink()

@@ -18,9 +18,9 @@ from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, Sou
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages.cache.opened import stored_constants
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.units import draft
-from tinymim.stages.units.constants import stored_constants
 from tinymim.storage.layout import root_group
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store

@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, InternalError
-from tinymim.stages.cache_info import describe, format_info
+from tinymim.stages.cache.info import describe, format_info
 from tinymim.storage import layout
 from tinymim.storage.atomic import canonical_json
 from tinymim.storage.commit import record_digest

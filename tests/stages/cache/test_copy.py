@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
-from tinymim.stages import cache_copy, cache_teacher
+from tinymim.stages import cache_teacher
+from tinymim.stages.cache import copy as cache_copy
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader

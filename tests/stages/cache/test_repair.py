@@ -10,7 +10,7 @@ import pytest
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.configs.load import dump_recipe
-from tinymim.stages import cache_repair
+from tinymim.stages.cache import repair
 from tinymim.stages.units import draft
 from tinymim.stages.units.constants import calibrated
 from tinymim.storage.layout import METADATA
@@ -99,7 +99,7 @@ def test_a_shard_that_somebody_is_writing_is_left_alone(home: Path, made: Path) 
 
 
 def rehidden(root: Path, made: Path) -> dict[str, Any]:
-    return cache_repair.run(hidden(made, cache=root / "hidden", run=run_in(root / "run")))
+    return repair.run(hidden(made, cache=root / "hidden", run=run_in(root / "run")))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_constants_that_come_out_otherwise_are_not_written(
     flip(home / "hidden/constants/qkv_weight/c/0/0")
     before = tree(home / "hidden")
     monkeypatch.setattr(
-        "tinymim.stages.cache_repair.calibrated", lambda *a: {n: v * 2 for n, v in calibrated(*a).items()}
+        "tinymim.stages.cache.repair.calibrated", lambda *a: {n: v * 2 for n, v in calibrated(*a).items()}
     )
     with pytest.raises(CacheCorrupt, match="cannot be made again"):
         rehidden(home, made)

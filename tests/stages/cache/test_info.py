@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tinymim.configs.errors import CacheCorrupt, UserError
-from tinymim.stages.cache_info import component_of, describe, format_info
+from tinymim.stages.cache.info import component_of, describe, format_info
 from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny

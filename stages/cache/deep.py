@@ -15,8 +15,8 @@ from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
+from tinymim.stages.cache.opened import stored_constants
 from tinymim.stages.run.progress import Meter
-from tinymim.stages.units.constants import stored_constants
 from tinymim.stages.units.prepare import prepare
 from tinymim.storage.catalog import resolve
 from tinymim.storage.commit import UnitInfo

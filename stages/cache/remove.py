@@ -1,6 +1,5 @@
 """`tinymim cache remove`: delete a cache, and nothing that is not of it."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,10 @@ from tinymim.configs.errors import UserError
 from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.run.progress import Meter
 from tinymim.storage import layout
-from tinymim.storage.check import LOCK
+from tinymim.storage.check import COMMIT_FILE, OTHER_FILES, is_of_cache
 from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS
 from tinymim.storage.leases import Leases
 from tinymim.storage.store import Store, explained_write_errors, open_store
-
-_ARRAY = r"[A-Za-z][A-Za-z0-9_]*/(zarr\.json|c(/0)+)"
-_COMMIT = re.compile(rf"{COMMITS}/[A-Za-z0-9_-]+\.v[0-9]+-[0-9]+\.json")
-# What tinymim gives its files, in a cache of any state; the manifest and the commit records apart.
-_OTHERS = re.compile(
-    rf"({UNITS}(/[A-Za-z0-9_-]+(/v[0-9]+-[0-9]+)?)?/zarr\.json"
-    rf"|{UNITS}/[A-Za-z0-9_-]+/v[0-9]+-[0-9]+/{_ARRAY}"
-    rf"|{CONSTANTS}/(zarr\.json|{_ARRAY})|{re.escape(CONSTANTS_RECORD)}"
-    rf"|{LEASES}/.+\.g[0-9]+\.json|{re.escape(LOCK)})"
-)
 
 
 def plan(place: Path | str) -> dict[str, Any]:
@@ -36,11 +25,11 @@ def plan(place: Path | str) -> dict[str, Any]:
     store = _opened(place)
     manifest = layout.read_manifest(store)
     sizes = {entry.path: entry.size_bytes for entry in store.list()}
-    own = [path for path in sizes if _is_of_cache(path)]
+    own = [path for path in sizes if is_of_cache(path)]
     return {
         "path": str(store.place),
         "spec_id": manifest.spec_id,
-        "units": sum(1 for path in own if _COMMIT.fullmatch(path)),
+        "units": sum(1 for path in own if COMMIT_FILE.fullmatch(path)),
         "files": len(own),
         "bytes": sum(sizes[path] for path in own),
         "foreign": sorted(sizes.keys() - set(own)),
@@ -75,9 +64,9 @@ def run(place: Path | str, confirmed: bool) -> dict[str, Any]:
     with explained_write_errors(store):
         paths = [entry.path for entry in store.list()]
         # The record of the constants goes before what it describes, as a unit's does.
-        records = [*sorted(path for path in paths if _COMMIT.fullmatch(path)), CONSTANTS_RECORD]
+        records = [*sorted(path for path in paths if COMMIT_FILE.fullmatch(path)), CONSTANTS_RECORD]
         folders = _whole_folders(paths)
-        files = [path for path in paths if _OTHERS.fullmatch(path) and _unit_folder(path) not in folders]
+        files = [path for path in paths if OTHER_FILES.fullmatch(path) and _unit_folder(path) not in folders]
         with Meter("cache remove", len(records) + len(folders) + len(files), "files and folders") as meter:
             for path in records:
                 store.remove([path])
@@ -122,11 +111,7 @@ def _unit_folder(path: str) -> str | None:
 def _whole_folders(paths: list[str]) -> set[str]:
     """The folders of units in which there is nothing but a cache's files: one request, or one fsync, removes them."""
     folders = {folder for path in paths if (folder := _unit_folder(path)) is not None}
-    return folders - {_unit_folder(path) for path in paths if not _is_of_cache(path)}
-
-
-def _is_of_cache(path: str) -> bool:
-    return path == METADATA or bool(_COMMIT.fullmatch(path) or _OTHERS.fullmatch(path))
+    return folders - {_unit_folder(path) for path in paths if not is_of_cache(path)}
 
 
 def _refuse_writers(store: Store) -> None:

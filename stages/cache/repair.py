@@ -8,7 +8,7 @@ from tinymim.configs.codecs import HiddenCodec
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.stages import cache_teacher
-from tinymim.stages.inspection import Inspection, inspect_cache
+from tinymim.stages.cache.inspection import Inspection, inspect_cache
 from tinymim.stages.run.progress import say
 from tinymim.stages.units.constants import calibrated
 from tinymim.stages.units.prepare import Prepared, cache_place, prepare

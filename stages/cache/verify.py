@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt
-from tinymim.stages.inspection import inspect_cache
+from tinymim.stages.cache.inspection import inspect_cache
 from tinymim.stages.pages.numbers import format_bytes
 from tinymim.storage.catalog import resolve
 from tinymim.storage.store import open_store

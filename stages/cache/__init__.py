@@ -1,0 +1,1 @@
+"""The commands `tinymim cache X`, one a file, and how a cache is opened."""

@@ -1,0 +1,24 @@
+"""Typed reads of an opened cache."""
+
+import torch
+from torch import Tensor
+
+from tinymim.configs.codecs import TargetsConfig
+from tinymim.stages.units.constants import on_device
+from tinymim.storage.constants import read_constants
+from tinymim.storage.manifest import Manifest
+from tinymim.storage.reader import CacheReader
+from tinymim.storage.store import Store
+from tinymim.targets.codecs import stored_codec
+from tinymim.targets.record import Codec
+
+
+def opened_codec(reader: CacheReader, targets: TargetsConfig, device: torch.device) -> Codec:
+    """The cache's codec with its constants on `device`, for what a student is compared on."""
+    constants = stored_constants(reader.store, reader.manifest, device)
+    return stored_codec(reader.manifest.codec, targets, constants)
+
+
+def stored_constants(store: Store, manifest: Manifest, device: torch.device) -> dict[str, Tensor] | None:
+    """The constants of a cache on `device`, None where it has none; errors of `storage.constants.read_constants`."""
+    return on_device(read_constants(store, manifest), device)
