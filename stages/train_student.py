@@ -16,11 +16,11 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
+from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.opened import opened_codec
 from tinymim.stages.run.device import autocast
 from tinymim.stages.run.folder import STUDENT_NAME, write_provenance
 from tinymim.stages.run.progress import say
-from tinymim.stages.student_audit import StudentAudits
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.device_stream import CPU, DeviceStream, current
 from tinymim.stages.training.launch import on_ranks

@@ -29,9 +29,9 @@ from tinymim.configs.errors import CacheCorrupt, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.stages import cache_teacher, make_shards, pretrain_mae, train_student
+from tinymim.stages.audits.student_audits import read_audits
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
-from tinymim.stages.student_audit import read_audits
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.ranks import (
     Ranks,

@@ -1,6 +1,6 @@
 """Audits of students in training, from `audit` of a recipe: KL to dense teacher rows of held-out images, k-NN, alarms.
 
-The training's own loss cannot tell wrong targets from right ones (`stages/audit_alarm.py`). An audit changes nothing
+The training's own loss cannot tell wrong targets from right ones (`stages/audits/alarm.py`). An audit changes nothing
 of the training: it draws no random number, and the students are again as they were.
 """
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.taps import StudentWithTap
-from tinymim.stages.audit_alarm import Audited, alarms, points_of
-from tinymim.stages.audit_batch import AuditBatch, AuditKnn
+from tinymim.stages.audits.alarm import Audited, alarms, points_of
+from tinymim.stages.audits.batch import AuditBatch
+from tinymim.stages.audits.knn import AuditKnn
 from tinymim.stages.run.folder import AUDIT_NAME
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import say

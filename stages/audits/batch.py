@@ -4,28 +4,22 @@ Shapes: N image, B some of them, H head, T token.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinymim.configs.codecs import Relation, TargetsConfig
 from tinymim.configs.errors import CacheMismatch, UserError
-from tinymim.configs.sections import AuditConfig, AuditKnnConfig, LoaderConfig, VerifyConfig
+from tinymim.configs.sections import AuditConfig, VerifyConfig
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
-from tinymim.pipeline.views import CentreView
-from tinymim.stages.audit_alarm import Audited, Yardstick
+from tinymim.stages.audits.alarm import Audited, Yardstick
 from tinymim.stages.cache.opened import stored_constants
-from tinymim.stages.evaluation.classes import count_classes
-from tinymim.stages.evaluation.encode import encode
-from tinymim.stages.evaluation.probes import knn_accuracy
-from tinymim.stages.run.interrupt import StopFlag
 from tinymim.stages.run.progress import say
 from tinymim.storage.catalog import resolve
 from tinymim.storage.manifest import PROVENANCE_KEYS, Manifest
@@ -186,69 +180,3 @@ def _first_views(config: AuditConfig, reader: CacheReader, codec: Codec) -> View
 
 
 # ---------------------------------------------------------------- k-NN
-
-
-class _SideBySide(nn.Module):
-    """Several ViTs of one grid as one whose tokens hold the channels of all: images are decoded once."""
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(models)
-        self.num_prefix_tokens: int = models[0].num_prefix_tokens  # type: ignore[assignment]
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """[B, T, sum of widths]."""
-        return torch.cat([model.forward_features(images) for model in self.models], dim=-1)  # type: ignore[operator]
-
-
-class AuditKnn:
-    """The k-NN accuracy of any number of students at once.
-
-    Args:
-        config: its sets.
-        size: pixels of the students' input.
-        loader: of the training.
-
-    Raises:
-        SourceError: bad or unlabelled shards.
-    """
-
-    def __init__(self, config: AuditKnnConfig, size: int, loader: LoaderConfig) -> None:
-        self.config, self.loader = config, loader
-        self._sets = open_shards(config.train), open_shards(config.val)
-        self._law = CentreView(size, config.resize_ratio)
-        count_classes(*self._sets)
-
-    def accuracy(self, vits: Sequence[nn.Module], stop: StopFlag) -> list[dict[str, float]]:
-        """{"knn_top1", "knn_top5"} of each of `vits`, which are in eval mode. Raises Interrupted.
-
-        Images are decoded once for all models on one device.
-        """
-        found: dict[int, dict[str, float]] = {}
-        devices = [next(vit.parameters()).device for vit in vits]
-        for device in dict.fromkeys(devices):
-            here = [number for number, its_device in enumerate(devices) if its_device == device]
-            found |= dict(zip(here, self._on(device, [vits[number] for number in here], stop), strict=True))
-        return [found[number] for number in range(len(vits))]
-
-    def _on(self, device: torch.device, vits: Sequence[nn.Module], stop: StopFlag) -> list[dict[str, float]]:
-        train, val = (
-            encode(
-                _SideBySide(vits),
-                source.shards,
-                self._law,
-                Normalise(),
-                block=None,
-                pool="mean",
-                batch_size=self.config.batch_size,
-                loader=self.loader,
-                device=device,
-                stop=stop,
-                label=f"audit k-NN, {name}",
-            )
-            for name, source in zip(("train", "val"), self._sets, strict=True)
-        )
-        widths = [int(vit.embed_dim) for vit in vits]  # type: ignore[arg-type]
-        parts = [set_._replace(features=part) for set_ in (train, val) for part in set_.features.split(widths, dim=1)]
-        pairs = zip(parts[: len(vits)], parts[len(vits) :], strict=True)
-        return [knn_accuracy(of_train, of_val, self.config, device) for of_train, of_val in pairs]

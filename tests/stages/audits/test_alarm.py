@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinymim.stages.audit_alarm import Audited, Point, Yardstick, alarms
+from tinymim.stages.audits.alarm import Audited, Point, Yardstick, alarms
 
 # Even rows are 1.4 nats off, the mean row over other images 0.4.
 MARK = Yardstick(even=1.4, common=0.4)

@@ -19,10 +19,10 @@ from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.stages import cache_teacher, make_shards, train_student
-from tinymim.stages.audit_batch import AuditBatch
+from tinymim.stages.audits.batch import AuditBatch
+from tinymim.stages.audits.student_audits import StudentAudits, read_audits
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.student_audit import StudentAudits, read_audits
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, signal_in_step, student_recipe, write_teacher
 

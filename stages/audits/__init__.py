@@ -1,0 +1,1 @@
+"""Whether students learn what their teacher says: audits on held-out images, alarms."""

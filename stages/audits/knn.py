@@ -1,0 +1,81 @@
+"""k-NN of students and teacher on the audited images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinymim.configs.sections import AuditKnnConfig, LoaderConfig
+from tinymim.models.vit import Normalise
+from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.views import CentreView
+from tinymim.stages.evaluation.classes import count_classes
+from tinymim.stages.evaluation.encode import encode
+from tinymim.stages.evaluation.probes import knn_accuracy
+from tinymim.stages.run.interrupt import StopFlag
+
+
+class _SideBySide(nn.Module):
+    """Several ViTs of one grid as one whose tokens hold the channels of all: images are decoded once."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.num_prefix_tokens: int = models[0].num_prefix_tokens  # type: ignore[assignment]
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, T, sum of widths]."""
+        return torch.cat([model.forward_features(images) for model in self.models], dim=-1)  # type: ignore[operator]
+
+
+class AuditKnn:
+    """The k-NN accuracy of any number of students at once.
+
+    Args:
+        config: its sets.
+        size: pixels of the students' input.
+        loader: of the training.
+
+    Raises:
+        SourceError: bad or unlabelled shards.
+    """
+
+    def __init__(self, config: AuditKnnConfig, size: int, loader: LoaderConfig) -> None:
+        self.config, self.loader = config, loader
+        self._sets = open_shards(config.train), open_shards(config.val)
+        self._law = CentreView(size, config.resize_ratio)
+        count_classes(*self._sets)
+
+    def accuracy(self, vits: Sequence[nn.Module], stop: StopFlag) -> list[dict[str, float]]:
+        """{"knn_top1", "knn_top5"} of each of `vits`, which are in eval mode. Raises Interrupted.
+
+        Images are decoded once for all models on one device.
+        """
+        found: dict[int, dict[str, float]] = {}
+        devices = [next(vit.parameters()).device for vit in vits]
+        for device in dict.fromkeys(devices):
+            here = [number for number, its_device in enumerate(devices) if its_device == device]
+            found |= dict(zip(here, self._on(device, [vits[number] for number in here], stop), strict=True))
+        return [found[number] for number in range(len(vits))]
+
+    def _on(self, device: torch.device, vits: Sequence[nn.Module], stop: StopFlag) -> list[dict[str, float]]:
+        train, val = (
+            encode(
+                _SideBySide(vits),
+                source.shards,
+                self._law,
+                Normalise(),
+                block=None,
+                pool="mean",
+                batch_size=self.config.batch_size,
+                loader=self.loader,
+                device=device,
+                stop=stop,
+                label=f"audit k-NN, {name}",
+            )
+            for name, source in zip(("train", "val"), self._sets, strict=True)
+        )
+        widths = [int(vit.embed_dim) for vit in vits]  # type: ignore[arg-type]
+        parts = [set_._replace(features=part) for set_ in (train, val) for part in set_.features.split(widths, dim=1)]
+        pairs = zip(parts[: len(vits)], parts[len(vits) :], strict=True)
+        return [knn_accuracy(of_train, of_val, self.config, device) for of_train, of_val in pairs]
