@@ -22,11 +22,11 @@ from tinymim.configs.sections import SourceConfig
 from tinymim.models.vit import build_model
 from tinymim.pipeline.replay import join
 from tinymim.pipeline.shards import ShardSet, open_shards
-from tinymim.stages import clocks
-from tinymim.stages.clocks import available_cores
-from tinymim.stages.forecast import Forecast, StudentCosts, TeacherCosts, forecast
-from tinymim.stages.measure import Sampled, measured_teacher
-from tinymim.stages.measure_student import measured_student
+from tinymim.stages.planning import clocks
+from tinymim.stages.planning.clocks import available_cores
+from tinymim.stages.planning.forecast import Forecast, StudentCosts, TeacherCosts, forecast
+from tinymim.stages.planning.student import measured_student
+from tinymim.stages.planning.teacher import Sampled, measured_teacher
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.folder import provenance, read_metrics
 from tinymim.stages.run.progress import say

@@ -15,8 +15,9 @@ from tinymim.configs import shipped
 from tinymim.configs.errors import CheckpointError, RecipeError, UserError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.stages import cache_teacher, clocks, make_shards, plan, train_student
+from tinymim.stages import cache_teacher, make_shards, plan, train_student
 from tinymim.stages.pages.plan import format_plan
+from tinymim.stages.planning import clocks
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_teacher
 

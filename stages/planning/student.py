@@ -18,11 +18,11 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages import clocks
 from tinymim.stages.cache.opened import stored_constants
-from tinymim.stages.clocks import fitting, loader_start_s, loader_threads, timed
-from tinymim.stages.forecast import Cost, StudentCosts
-from tinymim.stages.measure import Sampled, as_loaded
+from tinymim.stages.planning import clocks
+from tinymim.stages.planning.clocks import fitting, loader_start_s, loader_threads, timed
+from tinymim.stages.planning.forecast import Cost, StudentCosts
+from tinymim.stages.planning.teacher import Sampled, as_loaded
 from tinymim.stages.run.device import autocast, pick_device
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import seeded

@@ -13,7 +13,7 @@ from tinymim.configs.sections import LoaderConfig
 from tinymim.pipeline.dataset import ViewSource
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items
-from tinymim.stages.forecast import Cost
+from tinymim.stages.planning.forecast import Cost
 
 MOST_RUNS: Final = 50
 now_s: Callable[[], float] = time.perf_counter  # called as clocks.now_s(): a test puts another clock here

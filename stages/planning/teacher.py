@@ -29,9 +29,9 @@ from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages import clocks
-from tinymim.stages.clocks import fitting, loader_start_s, loader_threads, timed
-from tinymim.stages.forecast import Cost, TeacherCosts
+from tinymim.stages.planning import clocks
+from tinymim.stages.planning.clocks import fitting, loader_start_s, loader_threads, timed
+from tinymim.stages.planning.forecast import Cost, TeacherCosts
 from tinymim.stages.units.audit import Audit
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.prepare import Prepared

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinymim.stages.forecast import (
+from tinymim.stages.planning.forecast import (
     Cost,
     StudentCosts,
     TeacherCosts,
