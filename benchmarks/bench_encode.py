@@ -24,12 +24,12 @@ from torch import Tensor
 
 from tinymim.configs.codecs import Relation, codec_config
 from tinymim.models.taps import CutTeacher, split_qkv
-from tinymim.targets.codecs import make_codec
 from tinymim.targets.counter import sample_rows, stream_of, uniforms
-from tinymim.targets.kernels.encode import fused, sketch_rows_torch
+from tinymim.targets.kinds import make_codec
 from tinymim.targets.record import mean_entropy, to_gaps
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.sparsify import quantise, systematic_draws, top_entries
+from tinymim.targets.relations.kernels.encode import fused, sketch_rows_torch
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.sparsify import quantise, systematic_draws, top_entries
 
 HEADS, TOKENS, WIDTH = 16, 197, 64  # ViT-L/16 at 224 px
 RELATIONS: tuple[Relation, ...] = ("qk", "vv")

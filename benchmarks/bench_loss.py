@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation, SketchCodec
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.kernels.loss import relation_cross_entropy_chunked
-from tinymim.targets.losses import reference_cross_entropy, relation_loss
-from tinymim.targets.relations import QKV, relation_logits, relation_probs
-from tinymim.targets.target import DenseRows, SparseRows, Target
+from tinymim.targets.kinds import make_codec
+from tinymim.targets.relations.kernels.loss import relation_cross_entropy_chunked
+from tinymim.targets.relations.losses import reference_cross_entropy, relation_loss
+from tinymim.targets.relations.qkv import QKV, relation_logits, relation_probs
+from tinymim.targets.relations.rows import DenseRows, SparseRows, Target
 
 HEADS, TOKENS, TEACHER_HEAD_WIDTH = 16, 197, 64
 WIDTHS = {"vit_tiny": 192, "vit_small": 384}

@@ -27,9 +27,9 @@ from numcodecs import Zstd
 from real_records import HEADS, TOKENS, real_blocks
 
 from tinymim.configs.codecs import codec_config
-from tinymim.targets.codecs import make_codec
+from tinymim.targets.kinds import make_codec
 from tinymim.targets.record import from_gaps
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.qkv import QKV
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -43,7 +43,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.codecs import stored_codec
+from tinymim.targets.kinds import stored_codec
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 NUM_VIEWS, TOKENS, HEADS = 4, 197, 16

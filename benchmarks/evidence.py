@@ -49,9 +49,9 @@ from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.states import read_state
 from tinymim.storage.atomic import write_json_atomic
-from tinymim.targets.fidelity import exact_target
-from tinymim.targets.losses import relation_loss
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.fidelity import exact_target
+from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.qkv import QKV
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "tinyimagenet40"
 RESULTS = Path(__file__).parent / "results" / "evidence"

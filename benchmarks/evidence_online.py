@@ -27,9 +27,9 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import seeded
 from tinymim.stages.training.ranks import Ranks
 from tinymim.storage.atomic import write_bytes_atomic
-from tinymim.targets.fidelity import exact_target
-from tinymim.targets.losses import relation_loss
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.fidelity import exact_target
+from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.qkv import QKV
 
 CPU = torch.device("cpu")
 

@@ -61,12 +61,12 @@ from tinymim.stages.run.device import autocast
 from tinymim.stages.training.optim import make_optimiser, make_scaler, optimiser_step, seeded
 from tinymim.storage.layout import encode_array
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.fidelity import exact_target
-from tinymim.targets.losses import relation_loss
+from tinymim.targets.kinds import make_codec
 from tinymim.targets.record import Codec
-from tinymim.targets.relations import QKV
-from tinymim.targets.target import Target
+from tinymim.targets.relations.fidelity import exact_target
+from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.rows import Target
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STUDENTS = {"T": "vit_tiny_patch16_224", "S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}

@@ -16,8 +16,8 @@ from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.relations import QKV
+from tinymim.targets.kinds import make_codec
+from tinymim.targets.relations.qkv import QKV
 
 HEADS, TOKENS = 16, 197
 IMAGES = 128  # whose relations are drawn from again and again: draws do not repeat

@@ -1,32 +1,16 @@
-"""`tinymim cache-teacher`: run the teacher once over every view and store the sketches of its relations."""
-
-import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-
-import numpy as np
+"""`tinymim cache-teacher`: run the teacher once over every view and store what it says."""
 
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.pipeline.shards import ShardSet
-from tinymim.stages.run.folder import RunFolder
-from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import Meter, say
-from tinymim.stages.units.board import CacheBoard, raise_failures
 from tinymim.stages.units.constants import require_rebuildable
-from tinymim.stages.units.job import TeacherJob
-from tinymim.stages.units.ledger import LOOK_AGAIN_S, Ledger, UnitReport, missing_units
-from tinymim.stages.units.prepare import cache_place, prepare
-from tinymim.storage.layout import UnitId
-from tinymim.storage.writer import CacheWriter
-from tinymim.targets.codecs import make_codec
+from tinymim.stages.units.fill import fill
+from tinymim.stages.units.prepare import prepare
 
 
-def run(recipe: CacheTeacherRecipe, cut_like: Collection[UnitId] = ()) -> None:
+def run(recipe: CacheTeacherRecipe) -> None:
     """Write or complete the recipe's cache, beside any other jobs that do; a stopped run continues where it was.
 
     Args:
-        recipe: of the cache.
-        cut_like: units that were there once: missing views are written in these again, not in longer runs.
+        recipe: the recipe of the cache.
 
     Raises:
         RecipeError: sizes that do not fit one another.
@@ -35,117 +19,12 @@ def run(recipe: CacheTeacherRecipe, cut_like: Collection[UnitId] = ()) -> None:
         UnitsFailed: some units could not be made; the others are committed.
         Interrupted: stopped by a signal; committed units are safe.
     """
-    # ---- source, teacher, codec; on a cluster the workers have the devices
     parts = prepare(recipe if recipe.cluster is None else _on_cpu(recipe))
-    source, manifest = parts.source, parts.manifest
     require_rebuildable(recipe, parts.teacher)
-
-    # ---- join the jobs that write this cache
-    place = cache_place(recipe, manifest)
-    with (
-        _cluster(recipe),
-        CacheWriter.open(place, manifest, recipe.lease_s) as writer,
-        RunFolder(recipe, None) as log,  # a metric line per committed unit, of every job
-        StopFlag() as stop,
-    ):
-        for difference in writer.environment_differences:
-            say(f"cache-teacher: warning: {difference}")
-        specs = make_codec(recipe.codec).arrays(manifest.teacher["heads"], manifest.teacher["tokens"])
-        record_bytes = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape)) for spec in specs)
-        say(
-            f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB "
-            f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
-            f"spec {manifest.spec_id}"
-        )
-        ledger = Ledger(lambda: missing_units(source, writer.refresh(), recipe.num_views, cut_like), recipe.retries)
-        if not ledger.left():
-            say(f"cache-teacher: nothing to do, {place} is complete")
-            return
-
-        # ---- teacher over every batch; a unit is written when its last batch is encoded
-        with Meter("cache-teacher", 0, "views") as meter:
-            board = CacheBoard(ledger, source, meter, log, counts_batches=recipe.cluster is None)
-            meter.total = board.views_left()
-            if recipe.cluster is None:
-                job = TeacherJob(recipe, parts.device, source, parts.teacher, writer)
-                _work_here(job, ledger, board, stop)
-            else:
-                _work_on_cluster(recipe, source, ledger, board, stop)
-    raise_failures(ledger, place)
-    say(f"cache-teacher: {place} is complete; `tinymim cache info {place}` describes it")
-
-
-# ---------------------------------------------------------------- in this process
-
-
-class _Ledgered:
-    """The ledger as a job wants its units: none ever comes later."""
-
-    more_may_come = False
-
-    def __init__(self, ledger: Ledger, board: CacheBoard) -> None:
-        self._ledger, self._board = ledger, board
-
-    def take(self, may_wait: bool) -> UnitId | None:
-        return self._ledger.take()
-
-    def settle(self, report: UnitReport) -> None:
-        self._board.settle(report)
-
-    def advance(self, unit: UnitId, views: int) -> None:
-        self._board.advance(unit, views)
-
-
-def _work_here(job: TeacherJob, ledger: Ledger, board: CacheBoard, stop: StopFlag) -> None:
-    """Make all units that other jobs do not make, and those too if these jobs die."""
-    waiting_for = ""
-    elsewhere: set[UnitId] = set()
-    while ledger.look():
-        if elsewhere:
-            holders = ", ".join(map(str, job.writer.holders(elsewhere))) or "another job"
-            if holders != waiting_for:
-                say(f"cache-teacher: {holders} is at work on all that is left: waiting, to take over if it dies")
-                waiting_for = holders
-            time.sleep(LOOK_AGAIN_S if not stop.requested else 0)
-            if stop.requested:
-                raise Interrupted("committed units are safe; the same command continues", stop.requeue)
-        job.run(_Ledgered(ledger, board), stop)
-        elsewhere = ledger.elsewhere()
-
-
-# ---------------------------------------------------------------- on a cluster
-
-
-@contextmanager
-def _cluster(recipe: CacheTeacherRecipe) -> Iterator[None]:
-    """The recipe's cluster, if it has one; else nothing is imported."""
-    if recipe.cluster is None:
-        yield
-        return
-    from tinymim.stages.units.crew import connected
-
-    with connected(recipe.cluster):
-        yield
+    fill(recipe, parts)
 
 
 def _on_cpu(recipe: CacheTeacherRecipe) -> CacheTeacherRecipe:
     """The recipe as the driver of a cluster wants it, which only has to know what cache will be made."""
     run = recipe.run.model_copy(update={"device": "cpu"})
     return recipe.model_copy(update={"run": run, "teacher": recipe.teacher.model_copy(update={"compile": False})})
-
-
-def _work_on_cluster(
-    recipe: CacheTeacherRecipe, source: ShardSet, ledger: Ledger, board: CacheBoard, stop: StopFlag
-) -> None:
-    from tinymim.stages.units.crew import Crew
-
-    crew = Crew(recipe, source, ledger, board)
-    politely = False
-    try:
-        crew.work(stop)
-        politely = True
-    except Interrupted:
-        politely = True
-        raise
-    finally:
-        crew.dismiss(politely)

@@ -33,11 +33,11 @@ from tinymim.stages.units.constants import calibrated
 from tinymim.stages.units.gradients import GradientProbe, Judged, target_of
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.layout import stored_bytes
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.fidelity import MapMoments, exact_target, merged, rounded
+from tinymim.targets.kinds import make_codec
 from tinymim.targets.record import Codec
-from tinymim.targets.relations import QKV
-from tinymim.targets.target import Target
+from tinymim.targets.relations.fidelity import MapMoments, exact_target, merged, rounded
+from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.rows import Target
 
 FIDELITY_NAME = "fidelity.json"
 FRONTIER_NAME = "frontier.png"

@@ -31,8 +31,8 @@ from tinymim.stages.training.student_step import Taught, check_student_fits, tra
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.losses import relation_loss
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.qkv import QKV
 
 EMA_NAME = "student-ema.safetensors"
 

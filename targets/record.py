@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tinymim.configs.codecs import Relation
 from tinymim.configs.errors import RecipeError
-from tinymim.targets.relations import QKV
-from tinymim.targets.target import Target
+from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.rows import Target
 
 
 @dataclass(frozen=True)

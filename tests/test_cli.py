@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tinymim import __version__, cli
+from tinymim.commands import tools
 from tinymim.configs.errors import InternalError, SourceError
 from tinymim.configs.load import shipped_recipes
 from tinymim.configs.schema import RECIPES
@@ -119,7 +120,7 @@ def test_help_lists_every_verb(run: Run) -> None:
 
 
 def test_the_defaults_of_make_shards_are_those_of_its_stage() -> None:
-    flags = inspect.signature(cli.make_shards).parameters
+    flags = inspect.signature(tools.make_shards).parameters
     options = make_shards.Options()
     assert all(flags[name].default == value for name, value in vars(options).items())
 

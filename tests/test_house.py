@@ -25,26 +25,18 @@ MAY_IMPORT = {
     "models": {"models", "configs"},
     "pipeline": {"pipeline", "storage", "configs"},
     "stages": {"stages", "pipeline", "models", "targets", "storage", "configs"},
-    "cli_shared": {"configs"},
-    "cli_cache": {"cli_shared", "stages", "configs"},
-    "cli_compare": {"cli_shared", "stages"},
-    "cli_plan": {"cli_shared", "stages", "configs"},
-    "cli_stages": {"cli_shared", "stages", "configs"},
-    "cli": {
-        "cli",
-        "cli_cache",
-        "cli_compare",
-        "cli_plan",
-        "cli_shared",
-        "cli_stages",
-        "stages",
-        "pipeline",
-        "models",
-        "targets",
-        "storage",
-        "configs",
-    },
+    "commands": {"commands", "stages", "configs"},
+    "cli": {"cli", "commands", "stages", "configs"},
 }
+# The rooms of stages/, lowest first: a room imports from its own and lower ones only; a command imports no command.
+ROOMS = [
+    {"run"},
+    {"units", "training", "pages"},
+    {"evaluation", "cache"},
+    {"audits", "planning"},
+]
+# Commands that run other commands, one after another.
+RUN_OTHERS = {"chain", "demo"}
 
 
 @cache
@@ -94,6 +86,72 @@ def test_imports_go_one_way() -> None:
         if layer not in MAY_IMPORT.get(path.parts[0].removesuffix(".py"), set())
     ]
     assert wrong == []
+
+
+def _name(path: Path) -> str:
+    """The dotted name of a file: tinymim.stages.run.folder."""
+    parts = ("tinymim", *path.with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def _arrows() -> dict[str, set[str]]:
+    """By module the modules of the package that it imports, also inside functions."""
+    modules = {_name(path): tree for path, tree in _modules().items()}
+    arrows: dict[str, set[str]] = {name: set() for name in modules}
+    for name, tree in modules.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found = {f"{node.module}.{alias.name}" for alias in node.names}
+                arrows[name] |= (found & modules.keys()) or ({node.module} & modules.keys())
+            elif isinstance(node, ast.Import):
+                arrows[name] |= {alias.name for alias in node.names} & modules.keys()
+        arrows[name] -= {name, "tinymim"}
+    return arrows
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    left = {name: set(found) for name, found in _arrows().items()}
+    while leaves := [name for name, found in left.items() if not found & left.keys()]:
+        for name in leaves:
+            del left[name]
+    assert left == {}, "these import one another in a circle, or import such a circle"
+
+
+def _floor(module: str) -> tuple[int, str]:
+    """The floor and the name of the room of stages/ that a module is in; commands are on the top floor."""
+    _, _, room, *_ = module.split(".")
+    floor = next((number for number, rooms in enumerate(ROOMS) if room in rooms), None)
+    return (len(ROOMS), "") if floor is None else (floor, room)
+
+
+def test_rooms_of_stages_import_downwards_only() -> None:
+    wrong = []
+    for name, found in _arrows().items():
+        for other in found:
+            if not all(each.startswith("tinymim.stages.") for each in (name, other)):
+                continue
+            (floor, room), (other_floor, other_room) = _floor(name), _floor(other)
+            on_top = not room and not other_room and name.rpartition(".")[2] not in RUN_OTHERS
+            if floor < other_floor or (floor == other_floor and room != other_room) or on_top:
+                wrong.append(f"{name} imports {other}")
+    assert sorted(wrong) == []
+
+
+def test_stages_holds_rooms_and_one_file_per_command() -> None:
+    from tinymim.cli import app
+
+    rooms = {path.parts[1] for path in _modules() if path.parts[0] == "stages" and len(path.parts) == 3}
+    assert rooms == set().union(*ROOMS)
+    files = {path.stem for path in _modules() if path.parts[0] == "stages" and len(path.parts) == 2} - {"__init__"}
+    commands = {name.replace("-", "_") for name in app.resolved_commands() if not name.startswith("-")}
+    assert files == commands - {"recipes", "cache"}, "recipes are in configs/shipped.py, cache has a room"
+
+
+def test_tests_mirror_the_tree() -> None:
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        folder = path.parent.relative_to(ROOT / "tests")
+        assert folder == Path() or (ROOT / folder).is_dir(), f"{path} is in a folder that the package does not have"
 
 
 def test_every_top_level_part_has_a_rule() -> None:
@@ -146,7 +204,7 @@ def _read_attributes(tree: ast.Module) -> set[str]:
 
 def test_every_schema_field_is_read() -> None:
     # Only files that import from these can hold a section.
-    holders = {f"tinymim.configs.{name}" for name in ("schema", "sections", "load")}
+    holders = {f"tinymim.configs.{name}" for name in ("schema", "sections", "codecs", "load")}
     read = set[str]()
     for path, tree in _modules().items():
         sources = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

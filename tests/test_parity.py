@@ -23,9 +23,9 @@ from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.stages.training.optim import make_optimiser, make_schedule
-from tinymim.targets.losses import relation_loss
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.target import DenseRows, Target
+from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.rows import DenseRows, Target
 from tinymim.tests import official
 
 Array = npt.NDArray[np.float64]

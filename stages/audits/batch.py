@@ -24,12 +24,12 @@ from tinymim.stages.run.progress import say
 from tinymim.storage.catalog import resolve
 from tinymim.storage.manifest import PROVENANCE_KEYS, Manifest
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.codecs import stored_codec
-from tinymim.targets.hidden import DEFAULT_RELATIONS
-from tinymim.targets.losses import dense_kl
+from tinymim.targets.kinds import stored_codec
 from tinymim.targets.record import Codec
-from tinymim.targets.relations import QKV
-from tinymim.targets.target import DenseRows
+from tinymim.targets.relations.hidden import DEFAULT_RELATIONS
+from tinymim.targets.relations.losses import dense_kl
+from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.rows import DenseRows
 
 _CHUNK = 8  # views whose rows are computed at a time: of a ViT-L 20 MB a relation
 _LEAST_PROBABILITY = 2.0**-24  # the smallest that fp16 holds

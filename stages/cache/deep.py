@@ -22,8 +22,8 @@ from tinymim.storage.catalog import resolve
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.manifest import check_same
 from tinymim.storage.reader import CacheReader, UnitRecords
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.relations import QKV
+from tinymim.targets.kinds import make_codec
+from tinymim.targets.relations.qkv import QKV
 
 LISTED_EXAMPLES = 5
 # Numbers that are stored as they are differ in their last digits on other hardware; codes and indices do or do not.

@@ -9,7 +9,7 @@ from tinymim.storage.constants import read_constants
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import Store
-from tinymim.targets.codecs import stored_codec
+from tinymim.targets.kinds import stored_codec
 from tinymim.targets.record import Codec
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from tinymim.configs.codecs import HiddenCodec
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.stages import cache_teacher
 from tinymim.stages.cache.inspection import Inspection, inspect_cache
 from tinymim.stages.run.progress import say
-from tinymim.stages.units.constants import calibrated
-from tinymim.stages.units.prepare import Prepared, cache_place, prepare
+from tinymim.stages.units.constants import calibrated, require_rebuildable
+from tinymim.stages.units.fill import fill
+from tinymim.stages.units.prepare import Prepared, cache_place, make_manifest, prepare
 from tinymim.storage import layout
 from tinymim.storage.check import Finding
 from tinymim.storage.constants import constants_digest, constants_files
@@ -20,6 +20,7 @@ from tinymim.storage.manifest import Manifest, check_same
 from tinymim.storage.mend import mend, rebuild_manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import Store, open_store
+from tinymim.targets.kinds import make_codec
 
 
 def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
@@ -71,7 +72,13 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     if new:
         say(f"cache repair: {len(new)} shards of the source are new to the cache and are computed, too")
     cut_like = [*done.dropped, *done.uncommitted]
-    cache_teacher.run(recipe.model_copy(update={"num_views": manifest.num_views}), cut_like)
+    whole = recipe.model_copy(update={"num_views": manifest.num_views})
+    require_rebuildable(whole, parts.teacher)
+    fill(
+        whole,
+        parts._replace(manifest=make_manifest(whole, parts.source, parts.teacher, make_codec(recipe.codec))),
+        cut_like,
+    )
     return {
         "path": str(store.place),
         "spec_id": manifest.spec_id,
@@ -127,7 +134,7 @@ def _restore_constants(
         return []
     named = {info.constants for info in inspection.survey.units}
     if not named or not isinstance(recipe.codec, HiddenCodec):
-        # No unit needs them: `cache_teacher.run` calibrates where its codec asks for it.
+        # No unit needs them: `fill` calibrates where its codec asks for it.
         store.remove([CONSTANTS_RECORD])
         store.remove_tree(CONSTANTS)
         return []

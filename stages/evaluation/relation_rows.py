@@ -19,9 +19,9 @@ from tinymim.stages.training.optim import state_identity
 from tinymim.stages.training.states import load_states
 from tinymim.stages.training.student_step import trained_on
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.codecs import stored_codec
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.target import RowTarget
+from tinymim.targets.kinds import stored_codec
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.rows import RowTarget
 
 EXAMPLE_IMAGES = (0, 3, 5, 8)  # of the first shard: stripes, rings, bricks, waves
 QUERIES_PER_IMAGE = 2

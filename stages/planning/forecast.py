@@ -1,7 +1,7 @@
 """From a minute's measurements to a whole run: what a cache costs, what it saves, and when it pays. Arithmetic only.
 
-Times are wall seconds per view unless a name says otherwise; `planning/teacher.py` measures them. One rule joins what goes
-on at the same time (`overlapped`), and one decides (`pays_from`).
+Times are wall seconds per view unless a name says otherwise; `planning/teacher.py` measures them. `overlapped` joins
+what runs at the same time, and `pays_from` decides.
 """
 
 import math

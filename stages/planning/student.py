@@ -28,10 +28,10 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import seeded
 from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import check_student_fits
-from tinymim.targets.codecs import stored_codec
-from tinymim.targets.losses import relation_loss
+from tinymim.targets.kinds import stored_codec
 from tinymim.targets.record import Codec
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.qkv import QKV
 
 CPU = torch.device("cpu")
 INPUT_BATCH = 32

@@ -40,10 +40,10 @@ from tinymim.storage.layout import CHUNK_RECORDS, METADATA, UnitId, stored_bytes
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.hidden import calibrate, check_projection
+from tinymim.targets.kinds import describe_codec, make_codec
 from tinymim.targets.record import Codec
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.hidden import calibrate, check_projection
+from tinymim.targets.relations.qkv import QKV
 
 MOST_VIEWS: Final = 8  # of an image in the sample
 MOST_RECORDS = {"cpu": 256, "cuda": 2048}
@@ -352,21 +352,6 @@ def _other_codecs(
             arrays = records(codec, block, keys, drawn)
             found[describe_codec(config)] = sum(map(stored_bytes, arrays.values())) / len(keys) + beside
     return {name: size for name, size in found.items() if name not in own}
-
-
-def describe_codec(config: CodecConfig) -> str:
-    """What a codec section asks for, in a few words; its relations only where they are not qk and vv."""
-    match config:
-        case SketchCodec():
-            parts = [f"{config.head_k} exact"] if config.head_k else []
-            parts += [f"{config.tail_k} draws"] if config.tail == "sampled" else [f"{config.tail} tail"]
-            words = f"sketch, {config.rows} rows x {' + '.join(parts)}"
-        case HiddenCodec():
-            words = f"hidden, {config.basis}, {config.bits:g} bits"
-        case DenseCodec():
-            words = "dense, fp16"
-    relations = () if isinstance(config, HiddenCodec) else config.relations
-    return words if relations in ((), ("qk", "vv")) else f"{words} of {', '.join(relations)}"
 
 
 # ---------------------------------------------------------------- places

@@ -13,7 +13,7 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.stages.training.optim import seeded
 from tinymim.targets.record import Codec
-from tinymim.targets.target import Target
+from tinymim.targets.relations.rows import Target
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tinymim.stages.units.gradients import GradientProbe, Judged, target_of
-from tinymim.targets.fidelity import MapMoments, exact_target, merged
-from tinymim.targets.relations import QKV
-from tinymim.targets.target import Target
+from tinymim.targets.relations.fidelity import MapMoments, exact_target, merged
+from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.rows import Target
 
 FEWEST_VIEWS: Final = 4  # below, variances between views say nothing
 
@@ -43,7 +43,8 @@ class Audit:
             self.views += 1
 
     def summary(self) -> dict[str, Any]:
-        """{"views": n} and, by relation and for "all" parameters, lists over heads of what targets/fidelity.py says."""
+        """{"views": n} and, by relation and for "all" parameters, lists over heads of the
+        values in targets/relations/fidelity.py."""
         if self.views < FEWEST_VIEWS:
             return {"views": self.views}
         return {"views": self.views, **merged(self._maps.summary(), self._judged.summary())}

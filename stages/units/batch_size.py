@@ -9,7 +9,7 @@ from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages.run.progress import say
 from tinymim.targets.record import Codec
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.qkv import QKV
 
 MOST_VIEWS = 2048  # of a batch: any GPU is busy with fewer
 CPU_VIEWS = 64  # larger batches only leave the caches

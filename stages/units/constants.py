@@ -18,8 +18,8 @@ from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import say
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.hidden import calibrate, check_projection
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.hidden import calibrate, check_projection
+from tinymim.targets.relations.qkv import QKV
 
 
 def require_rebuildable(recipe: CacheTeacherRecipe, teacher: Teacher) -> None:

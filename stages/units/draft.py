@@ -17,7 +17,7 @@ from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.timing import Marks
 from tinymim.storage.layout import UnitId
 from tinymim.targets.record import Codec, FiniteCheck, finite_checks_deferred
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.qkv import QKV
 
 
 @dataclass

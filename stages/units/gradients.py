@@ -15,10 +15,10 @@ from tinymim.configs.codecs import Relation
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.taps import StudentWithTap, split_qkv
 from tinymim.models.vit import Normalise, build_vit
-from tinymim.targets.fidelity import GradientMoments, merged, rounded
-from tinymim.targets.losses import cross_entropy_per_head
-from tinymim.targets.relations import QKV
-from tinymim.targets.target import DenseRows, RowTarget, Target
+from tinymim.targets.relations.fidelity import GradientMoments, merged, rounded
+from tinymim.targets.relations.losses import cross_entropy_per_head
+from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.rows import DenseRows, RowTarget, Target
 
 # A gradient of millions is judged on a fixed random part of its coordinates: this many of every tensor.
 COORDINATES_PER_TENSOR: Final = 4096

@@ -36,7 +36,7 @@ from tinymim.stages.units.ledger import Piece, UnitBatches, UnitReport
 from tinymim.stages.units.timing import Stopwatch
 from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter, UnitTaken
-from tinymim.targets.codecs import make_codec
+from tinymim.targets.kinds import make_codec
 
 COLLECT_DEPTH = 2  # batches
 WRITE_DEPTH = 1  # units

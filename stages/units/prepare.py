@@ -12,7 +12,7 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.stages.run.device import pick_device, require_view_size
 from tinymim.storage.manifest import Manifest, SourceShard
-from tinymim.targets.codecs import make_codec
+from tinymim.targets.kinds import make_codec
 from tinymim.targets.record import Codec
 
 

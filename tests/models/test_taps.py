@@ -12,7 +12,7 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.taps import CutTeacher, StudentWithTap
 from tinymim.models.vit import build_vit
-from tinymim.targets.relations import QKV, relation_probs
+from tinymim.targets.relations.qkv import QKV, relation_probs
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -17,7 +17,7 @@ from tinymim.configs.sections import AuditConfig
 from tinymim.stages import pretrain_mae, train_student
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training.ranks import Ranks
-from tinymim.targets.losses import relation_loss
+from tinymim.targets.relations.losses import relation_loss
 from tinymim.tests.stages.tiny import SIZES, signal_in_step
 
 BROKEN_STEP = 3

@@ -20,14 +20,14 @@ from tinymim.pipeline.views import View
 from tinymim.stages.units.draft import encode
 from tinymim.stages.units.ledger import Piece
 from tinymim.storage.layout import UnitId
-from tinymim.targets import sparsify
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.fidelity import GradientMoments, MapMoments
-from tinymim.targets.kernels import encode as encode_kernel
-from tinymim.targets.kernels import loss as loss_kernel
-from tinymim.targets.losses import relation_loss
+from tinymim.targets.kinds import make_codec
 from tinymim.targets.record import finite_checks_deferred
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations import sparsify
+from tinymim.targets.relations.fidelity import GradientMoments, MapMoments
+from tinymim.targets.relations.kernels import encode as encode_kernel
+from tinymim.targets.relations.kernels import loss as loss_kernel
+from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.qkv import QKV
 from tinymim.tests.stages.tiny import TEACHER
 
 CODECS: list[dict[str, Any]] = [

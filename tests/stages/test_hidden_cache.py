@@ -25,8 +25,8 @@ from tinymim.storage.layout import root_group
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.codecs import stored_codec
-from tinymim.targets.relations import QKV, relation_probs
+from tinymim.targets.kinds import stored_codec
+from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.tests.stages.tiny import (
     TEACHER,
     cache_recipe,

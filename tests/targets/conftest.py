@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tinymim.targets.relations import QKV
+from tinymim.targets.relations.qkv import QKV
 
 MakeQKV = Callable[..., QKV]
 

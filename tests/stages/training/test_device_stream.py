@@ -9,7 +9,7 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.stages.training.device_stream import CPU, DeviceStream, current
 from tinymim.stages.training.optim import seeded
-from tinymim.targets.target import Target
+from tinymim.targets.relations.rows import Target
 
 B, SIZE, TOKENS = 8, 16, 5
 

@@ -11,10 +11,10 @@ from tinymim.configs.sections import ModelConfig
 from tinymim.models.taps import StudentWithTap, count_tokens, split_qkv
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.stages.units.gradients import COORDINATES_PER_TENSOR, GradientProbe, reference_student, target_of
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.fidelity import exact_target
-from tinymim.targets.losses import relation_loss
-from tinymim.targets.relations import QKV
+from tinymim.targets.kinds import make_codec
+from tinymim.targets.relations.fidelity import exact_target
+from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.qkv import QKV
 
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2)
 HEADS = 3

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.target import DenseRows, SparseRows, Target
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.rows import DenseRows, SparseRows, Target
 
 Gradients = Mapping[str, Float[Tensor, "P N"]]  # by name: "all", or a relation with a part for each head
 

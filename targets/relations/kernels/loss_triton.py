@@ -1,4 +1,4 @@
-"""`tinymim.targets.kernels.loss` in Triton: two kernels, no atomics, so the same input gives the same bits.
+"""`tinymim.targets.relations.kernels.loss` in Triton: two kernels, no atomics, so the same input gives the same bits.
 
 `_rows_kernel` sweeps over the tokens once per tile of query rows, as FlashAttention does (Dao et al., 2022) with b in
 the place of the values: it keeps the running maximum, the sum of exponentials and o = sum_j s_j b_j, from which
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinymim.targets.target import Tail
+from tinymim.targets.relations.rows import Tail
 
 
 @dataclass(frozen=True)

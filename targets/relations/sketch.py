@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tinymim.configs.codecs import Relation, SketchCodec
 from tinymim.targets.counter import sample_rows
-from tinymim.targets.kernels.encode import sketch_rows, top_rows
 from tinymim.targets.record import (
     ArraySpec,
     check_head_k,
@@ -24,9 +23,10 @@ from tinymim.targets.record import (
     stored,
     to_gaps,
 )
-from tinymim.targets.relations import QKV
-from tinymim.targets.sparsify import dequantise
-from tinymim.targets.target import SparseRows, Target
+from tinymim.targets.relations.kernels.encode import sketch_rows, top_rows
+from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.rows import SparseRows, Target
+from tinymim.targets.relations.sparsify import dequantise
 
 
 @dataclass(frozen=True)

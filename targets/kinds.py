@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, SketchCodec, TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch, RecipeError
-from tinymim.targets.dense import Dense
-from tinymim.targets.hidden import Hidden
 from tinymim.targets.record import Codec
-from tinymim.targets.sketch import Sketch, TopK
+from tinymim.targets.relations.dense import Dense
+from tinymim.targets.relations.hidden import Hidden
+from tinymim.targets.relations.sketch import Sketch, TopK
 
 _ALL = TargetsConfig()
 
@@ -88,3 +88,18 @@ def _refuse_others(targets: TargetsConfig, **held: int | None) -> None:
                 expected=f"{value or 'the teacher'}, or no targets.{name}",
                 hint="a cache made with codec.name: hidden gives any rows and heads",
             )
+
+
+def describe_codec(config: CodecConfig) -> str:
+    """What a codec section asks for, in a few words; its relations only where they are not qk and vv."""
+    match config:
+        case SketchCodec():
+            parts = [f"{config.head_k} exact"] if config.head_k else []
+            parts += [f"{config.tail_k} draws"] if config.tail == "sampled" else [f"{config.tail} tail"]
+            words = f"sketch, {config.rows} rows x {' + '.join(parts)}"
+        case HiddenCodec():
+            words = f"hidden, {config.basis}, {config.bits:g} bits"
+        case DenseCodec():
+            words = "dense, fp16"
+    relations = () if isinstance(config, HiddenCodec) else config.relations
+    return words if relations in ((), ("qk", "vv")) else f"{words} of {', '.join(relations)}"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tinymim.cli_shared import RecipeArgument, SetOption, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
 from tinymim.configs.load import load_recipes
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 

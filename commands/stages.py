@@ -7,7 +7,7 @@ from typing import TypeVar
 from cyclopts import App
 from pydantic import BaseModel
 
-from tinymim.cli_shared import RecipeArgument, SetOption, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
 from tinymim.configs import shipped
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (

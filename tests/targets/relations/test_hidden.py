@@ -11,9 +11,9 @@ from torch import Tensor
 from tinymim.configs.codecs import HiddenCodec, TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.models.taps import CutTeacher, split_qkv
-from tinymim.targets.codecs import make_codec, stored_codec
 from tinymim.targets.counter import sample_rows
-from tinymim.targets.hidden import (
+from tinymim.targets.kinds import make_codec, stored_codec
+from tinymim.targets.relations.hidden import (
     Hidden,
     Packing,
     _logit_metric,
@@ -23,8 +23,8 @@ from tinymim.targets.hidden import (
     check_projection,
     quantised,
 )
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.target import Target
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.rows import Target
 
 TOKENS, WIDTH, HEADS = 17, 24, 3
 KEYS = torch.tensor([11, -12, 13, 14])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinymim.targets.sparsify import LOG_GRID, dequantise, quantise, systematic_draws, top_entries
+from tinymim.targets.relations.sparsify import LOG_GRID, dequantise, quantise, systematic_draws, top_entries
 
 N = 4096
 GRID_OF_U = (torch.arange(N, dtype=torch.float64) + 0.5) / N

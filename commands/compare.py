@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tinymim.cli_shared import print_json, print_text
+from tinymim.commands.shared import print_json, print_text
 
 
 def compare(

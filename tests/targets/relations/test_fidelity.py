@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.codecs import codec_config
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.fidelity import GradientMoments, MapMoments, exact_target, merged, rounded
-from tinymim.targets.relations import QKV, relation_probs
+from tinymim.targets.kinds import make_codec
+from tinymim.targets.relations.fidelity import GradientMoments, MapMoments, exact_target, merged, rounded
+from tinymim.targets.relations.qkv import QKV, relation_probs
 
 VIEWS, PARTS, SIZE = 48, 3, 200
 

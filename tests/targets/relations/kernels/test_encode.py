@@ -20,13 +20,20 @@ from torch import Tensor
 
 from tinymim.configs.codecs import Relation, codec_config
 from tinymim.configs.errors import RecipeError
-from tinymim.targets.codecs import make_codec
 from tinymim.targets.counter import sample_rows, stream_of, uniforms
-from tinymim.targets.kernels import encode
-from tinymim.targets.kernels.encode import RowSketch, fused, probs_in_chunks, sketch_rows, sketch_rows_torch, top_rows
+from tinymim.targets.kinds import make_codec
 from tinymim.targets.record import mean_entropy
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.sparsify import quantise, systematic_draws, top_entries
+from tinymim.targets.relations.kernels import encode
+from tinymim.targets.relations.kernels.encode import (
+    RowSketch,
+    fused,
+    probs_in_chunks,
+    sketch_rows,
+    sketch_rows_torch,
+    top_rows,
+)
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.sparsify import quantise, systematic_draws, top_entries
 
 MakeQKV = Callable[..., QKV]
 
@@ -212,7 +219,7 @@ def test_cpu_tensors_take_the_torch_path(make_qkv: MakeQKV) -> None:
 
 def run_cases() -> Iterator[dict[str, Any]]:
     """In the child process: what is wrong with each case, empty where nothing is; and the kernel's uniforms."""
-    from tinymim.targets.kernels.encode_triton import sketch_rows_triton
+    from tinymim.targets.relations.kernels.encode_triton import sketch_rows_triton
 
     for case in CASES:
         qkv, rows, keys = make_case(case)
@@ -260,7 +267,7 @@ def test_the_kernel_compiles_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tinymim.targets.kernels.encode_triton import _sketch_kernel, launch_options
+    from tinymim.targets.relations.kernels.encode_triton import _sketch_kernel, launch_options
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     options = launch_options(T, 64, 2 if dtype == "bf16" else 4)

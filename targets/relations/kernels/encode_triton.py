@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tinymim.configs.codecs import Relation
 from tinymim.targets.counter import stream_of
-from tinymim.targets.relations import QKV
-from tinymim.targets.sparsify import LOG_GRID
+from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.sparsify import LOG_GRID
 
 # SplitMix64 as in targets/counter.py, in wrapping int64 arithmetic; the tests compare the bits with `uniforms`.
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))

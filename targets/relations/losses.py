@@ -11,16 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation
-from tinymim.targets.kernels.loss import cross_entropy
-from tinymim.targets.relations import QKV, relation_logits
-from tinymim.targets.target import DenseRows, RowTarget, Target
+from tinymim.targets.relations.kernels.loss import cross_entropy
+from tinymim.targets.relations.qkv import QKV, relation_logits
+from tinymim.targets.relations.rows import DenseRows, RowTarget, Target
 
 
 def relation_loss(student: QKV, target: Target) -> dict[str, Float[Tensor, ""]]:
     """KL(teacher row || student row) in nats per relation, mean over views, heads and the target's rows.
 
     Only the target's rows are computed, in fp32 even under autocast (fp64 for fp64 inputs); of a sparse target
-    without ever holding all their logits (`tinymim.targets.kernels.loss`).
+    without ever holding all their logits (`tinymim.targets.relations.kernels.loss`).
 
     Args:
         student: float [B, H, T, D] each, already resplit to the teacher's heads (`QKV.resplit`).

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tinymim.configs.codecs import TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch, RecipeError
-from tinymim.targets.codecs import make_codec, stored_codec
 from tinymim.targets.counter import sample_rows
+from tinymim.targets.kinds import make_codec, stored_codec
 from tinymim.targets.record import Codec
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.target import DenseRows, SparseRows, Target
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.rows import DenseRows, SparseRows, Target
 
 MakeQKV = Callable[..., QKV]
 CODECS: list[dict[str, Any]] = [

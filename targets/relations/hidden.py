@@ -22,8 +22,8 @@ from tinymim.configs.codecs import HiddenCodec, Relation, TargetsConfig
 from tinymim.configs.errors import RecipeError
 from tinymim.targets.counter import RELATIONS, sample_rows
 from tinymim.targets.record import ArraySpec, require_finite_teacher
-from tinymim.targets.relations import QKV, relation_logits
-from tinymim.targets.target import DenseRows, Target
+from tinymim.targets.relations.qkv import QKV, relation_logits
+from tinymim.targets.relations.rows import DenseRows, Target
 
 DEFAULT_RELATIONS: Final[tuple[Relation, ...]] = ("qk", "vv")
 MOST_BITS: Final = 8  # of one component: a code spans at most two bytes

@@ -6,7 +6,7 @@ With the logits x_j = a_r . b_j / sqrt(D) of a row r, their softmax s, and the t
 
 so the gradients need nothing that the loss does not: as in fused linear cross entropy (Hsu et al., "Liger Kernel",
 2024) they are computed in the forward pass, for a unit upstream gradient, and the backward pass scales them.
-What a row's tail means is said at `tinymim.targets.target.Tail`; a ghost tail of mass m is one bucket on both sides,
+`targets/relations/rows.py` defines the tails of a row; a ghost tail of mass m is one bucket on both sides,
 
     ce = -sum over kept t_j log s_j - m log(1 - sum over kept s_j),
 
@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tinymim.targets.kernels.triton_works import triton_works
-from tinymim.targets.target import SparseRows, Tail
+from tinymim.targets.relations.kernels.triton_works import triton_works
+from tinymim.targets.relations.rows import SparseRows, Tail
 
 # Logits held at a time. On a CPU a chunk is to stay in a core's second-level cache; elsewhere launches are to be few.
 CPU_CHUNK_BYTES: Final = 1 << 20
@@ -81,7 +81,7 @@ def relation_cross_entropy(
     """
     if _use_triton(a, b):
         # Compilers are optional, and slow to import.
-        from tinymim.targets.kernels.loss_triton import relation_cross_entropy_triton
+        from tinymim.targets.relations.kernels.loss_triton import relation_cross_entropy_triton
 
         return relation_cross_entropy_triton(a, b, rows, index, weight, tail, with_grad)
     return relation_cross_entropy_chunked(a, b, rows, index, weight, tail, with_grad)

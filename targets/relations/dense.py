@@ -14,8 +14,8 @@ from torch import Tensor
 from tinymim.configs.codecs import DenseCodec
 from tinymim.targets.counter import sample_rows
 from tinymim.targets.record import ArraySpec, mean_entropy, specs_of, stored
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.target import DenseRows, Target
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.rows import DenseRows, Target
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation, codec_config
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.losses import cross_entropy_per_head, relation_loss
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.target import DenseRows, SparseRows, Target
+from tinymim.targets.kinds import make_codec
+from tinymim.targets.relations.losses import cross_entropy_per_head, relation_loss
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.rows import DenseRows, SparseRows, Target
 
 MakeQKV = Callable[..., QKV]
 SIDES = {"qk": ("q", "k"), "vv": ("v", "v"), "qq": ("q", "q"), "kk": ("k", "k")}

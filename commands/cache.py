@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from tinymim.cli_shared import RecipeArgument, SetOption, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.place import parse_place

@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinymim.configs.codecs import codec_config
-from tinymim.targets.codecs import make_codec
-from tinymim.targets.kernels.loss import (
+from tinymim.targets.kinds import make_codec
+from tinymim.targets.relations.kernels.loss import (
     CPU_CHUNK_BYTES,
     cross_entropy,
     relation_cross_entropy,
     relation_cross_entropy_chunked,
 )
-from tinymim.targets.losses import reference_cross_entropy, relation_loss
-from tinymim.targets.relations import QKV, relation_logits
-from tinymim.targets.target import SparseRows, Tail
+from tinymim.targets.relations.losses import reference_cross_entropy, relation_loss
+from tinymim.targets.relations.qkv import QKV, relation_logits
+from tinymim.targets.relations.rows import SparseRows, Tail
 
 TAILS: tuple[Tail, ...] = ("none", "uniform", "ghost")
 HALF = (torch.bfloat16, torch.float16)
@@ -156,8 +156,8 @@ def test_triton_is_the_textbook_under_its_interpreter() -> None:
 
 def interpreted() -> None:
     """What the child process runs: every case, peaked rows, and the operator as training calls it."""
-    assert "tinymim.targets.kernels.loss_triton" not in sys.modules  # nobody needs Triton to import the loss
-    from tinymim.targets.kernels.loss_triton import relation_cross_entropy_triton
+    assert "tinymim.targets.relations.kernels.loss_triton" not in sys.modules  # nobody needs Triton to import the loss
+    from tinymim.targets.relations.kernels.loss_triton import relation_cross_entropy_triton
 
     torch.set_num_threads(1)
     for case in CASES:
@@ -183,7 +183,7 @@ def test_the_kernels_compile_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tinymim.targets.kernels import loss_triton
+    from tinymim.targets.relations.kernels import loss_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(loss_triton, kernel)
@@ -225,7 +225,7 @@ def test_the_kernels_compile_without_a_gpu(
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_triton_on_a_gpu_is_the_textbook(case: Case) -> None:
     pytest.importorskip("triton")
-    from tinymim.targets.kernels.loss_triton import relation_cross_entropy_triton
+    from tinymim.targets.relations.kernels.loss_triton import relation_cross_entropy_triton
 
     check(relation_cross_entropy_triton, case, "cuda")
     check(relation_cross_entropy_chunked, case, "cuda")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tinymim.configs.codecs import Relation
 from tinymim.targets.counter import stream_of, uniforms
-from tinymim.targets.kernels.triton_works import triton_works
-from tinymim.targets.relations import QKV, relation_probs
-from tinymim.targets.sparsify import quantise, systematic_draws, top_entries
+from tinymim.targets.relations.kernels.triton_works import triton_works
+from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.targets.relations.sparsify import quantise, systematic_draws, top_entries
 
 # Rows of probabilities in work at once, as float32: on a CPU, they and their fp64 sums stay in its cache.
 _CHUNK_BYTES: Final = {"cpu": 2 << 20}
@@ -63,7 +63,9 @@ def sketch_rows(
         tail_k: draws a row.
     """
     if fused(qkv, relation):
-        from tinymim.targets.kernels.encode_triton import sketch_rows_triton  # only here: triton is not everywhere
+        from tinymim.targets.relations.kernels.encode_triton import (
+            sketch_rows_triton,  # only here: triton is not everywhere
+        )
 
         return RowSketch(*sketch_rows_triton(qkv, relation, rows, view_keys, head_k, tail_k))
     return sketch_rows_torch(qkv, relation, rows, view_keys, head_k, tail_k)

@@ -1,0 +1,1 @@
+"""Flags and help of every command; no logic."""

@@ -1,0 +1,1 @@
+"""Relations between tokens (q, k, v of a ViT block): rows, codecs, losses, fidelity."""
