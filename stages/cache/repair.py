@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tinymim.configs.codecs import HiddenCodec
@@ -11,7 +12,7 @@ from tinymim.stages.cache.inspection import Inspection, inspect_cache
 from tinymim.stages.run.progress import say
 from tinymim.stages.units.constants import calibrated, require_rebuildable
 from tinymim.stages.units.fill import fill
-from tinymim.stages.units.prepare import Prepared, cache_place, make_manifest, prepare
+from tinymim.stages.units.prepare import Prepared, cache_place, prepare
 from tinymim.storage import layout
 from tinymim.storage.check import Finding
 from tinymim.storage.constants import constants_digest, constants_files
@@ -20,7 +21,6 @@ from tinymim.storage.manifest import Manifest, check_same
 from tinymim.storage.mend import mend, rebuild_manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import Store, open_store
-from tinymim.targets.kinds import make_codec
 
 
 def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
@@ -74,11 +74,7 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     cut_like = [*done.dropped, *done.uncommitted]
     whole = recipe.model_copy(update={"num_views": manifest.num_views})
     require_rebuildable(whole, parts.teacher)
-    fill(
-        whole,
-        parts._replace(manifest=make_manifest(whole, parts.source, parts.teacher, make_codec(recipe.codec))),
-        cut_like,
-    )
+    fill(whole, parts._replace(manifest=replace(parts.manifest, num_views=manifest.num_views)), cut_like)
     return {
         "path": str(store.place),
         "spec_id": manifest.spec_id,

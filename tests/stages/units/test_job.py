@@ -20,6 +20,8 @@ from tinymim.stages import cache_teacher, make_shards
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.units import batch_size, draft
+from tinymim.stages.units.fill import fill
+from tinymim.stages.units.prepare import prepare
 from tinymim.storage.layout import UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter, UnitTaken
@@ -221,7 +223,8 @@ def test_a_batch_is_found_on_a_gpu(made: Path, tmp_path: Path) -> None:
 def test_three_units_of_a_shard_are_claimed_and_written_side_by_side(made: Path, tmp_path: Path) -> None:
     """One is claimed while the one before is written; all must be there in the end, under one lease."""
     cut_like = [UnitId(f"shard-00000{number}.tar", 1, 1) for number in range(SHARDS)]
-    cache_teacher.run(recipe(made, tmp_path, num_views=3, loader={"workers": 1, "prefetch": 8}), cut_like)
+    wanted = recipe(made, tmp_path, num_views=3, loader={"workers": 1, "prefetch": 8})
+    fill(wanted, prepare(wanted), cut_like)
     assert len(CacheReader(tmp_path / "cache").units()) == 3 * SHARDS
     assert not list((tmp_path / "cache" / "leases").rglob("*.json"))
 
