@@ -24,6 +24,7 @@ from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages import cache_teacher, make_shards
 from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.units import crew
 from tinymim.stages.units.crew import CacheWorker
 from tinymim.tests.stages.tiny import cache_recipe, tree, write_teacher
 
@@ -181,7 +182,7 @@ def test_workers_without_gpus_compute_on_the_cpu_where_the_device_is_open(
         seen.append(recipe.run.device)
         raise RecipeError("far enough")
 
-    monkeypatch.setattr(cache_teacher, "prepare", prepare)
+    monkeypatch.setattr(crew, "prepare", prepare)
     own = {"gpus_per_worker": gpus, "cpus_per_worker": 1}
     wanted = recipe(tmp_path, tmp_path, cluster=own, run={"folder": tmp_path, "device": asked})
     answer = CacheWorker().open(wanted, ShardSet(()))
