@@ -1,107 +1,157 @@
-"""Queries, keys and values of one attention block of any timm ViT, and a teacher that stops right there.
+"""Tensors taken at named places of any timm ViT (`Tap`), and a teacher that stops right after its last one.
 
-The tap is the call of scaled dot-product attention itself, so it sees q and k after their norms and rotary
+The qkv tap is the call of scaled dot-product attention itself, so it sees q and k after their norms and rotary
 embeddings, for fused, split and biased qkv layers alike, without a copy of any model's forward.
+
+Shapes: B view, H head, T token, D head width, C width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from tinymim.configs.errors import RecipeError
-from tinymim.models.drop_path import hand_out, take_over
+from tinymim.configs.taps import Tap
 
-Projections = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, H, T, D]
-TappedBlock = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, and the input [B, T, C] of their projection
-
-
-class _Tapped(Exception):
-    """Leaves the forward pass once q, k and v are at hand."""
-
-    def __init__(self, projections: Projections, x: Tensor) -> None:
-        self.block: TappedBlock = (*projections, x)
+Tapped = Mapping[Tap, tuple[Tensor, ...]]
+KINDS = ("qkv", "tokens")
 
 
-class _AttentionTap(TorchFunctionMode):
-    """Raises `_Tapped` at the first attention call; `x` is the attention layer's input."""
+class _Done(Exception):
+    """Leaves the forward pass: all taps have been reached."""
 
-    def __init__(self, x: Tensor) -> None:
+
+class _Attention(TorchFunctionMode):
+    """Hands q, k and v of attention calls to `found`."""
+
+    def __init__(self, found: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         super().__init__()
-        self.x = x
+        self._found = found
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            raise _Tapped((args[0], args[1], args[2]), self.x)
+            self._found(args[0], args[1], args[2])
         return func(*args, **(kwargs or {}))
 
 
 class CutTeacher(nn.Module):
-    """A teacher cut right after block `block`'s q, k, v: nothing behind them is computed or kept.
+    """A teacher cut right after its last tap: nothing behind it is computed or kept.
+
+    A tap gives a tuple of tensors, first axis views:
+
+    - "qkv@N": q, k and v of block N, each [B, H, T, D], and the input [B, T, C] of their projection.
+    - "tokens@N": the tokens [B, T, C] behind block N.
 
     Args:
         model: a timm model with `blocks[i].attn`.
-        block: the block, counted from 1.
+        taps: the places, at least one.
 
     Raises:
-        RecipeError: the model has no such block.
+        RecipeError: the model has no such block, or the tap does not know its attention.
     """
 
-    def __init__(self, model: nn.Module, block: int) -> None:
+    def __init__(self, model: nn.Module, taps: Sequence[Tap]) -> None:
         super().__init__()
         blocks = getattr(model, "blocks", None)
         if not isinstance(blocks, nn.Module) or not hasattr(blocks, "__getitem__"):
             raise RecipeError("the teacher has no attention blocks", got=type(model).__name__, expected="a ViT")
-        if not 1 <= block <= len(blocks):  # type: ignore[arg-type]
-            raise RecipeError(
-                "teacher.block is outside the teacher",
-                got=block,
-                expected=f"1..{len(blocks)}",  # type: ignore[arg-type]
-            )
+        for tap in taps:
+            assert tap.kind in KINDS, f"a plain ViT has no tap {tap.kind}"
+            if not 1 <= tap.place <= len(blocks):  # type: ignore[arg-type]
+                raise RecipeError(
+                    "teacher.block is outside the teacher",
+                    got=tap.place,
+                    expected=f"1..{len(blocks)}",  # type: ignore[arg-type]
+                )
+            if tap.kind == "qkv":
+                attention: Any = blocks[tap.place - 1].attn  # type: ignore[index]
+                if not hasattr(attention, "fused_attn"):
+                    raise RecipeError(
+                        f"the tap does not know the attention layer {type(attention).__name__}",
+                        hint="use a ViT whose attention calls scaled_dot_product_attention",
+                    )
+                attention.fused_attn = True  # the unfused path makes no call to tap
         self.model = model
-        self.attention: nn.Module = blocks[block - 1].attn  # type: ignore[index]
-        if not hasattr(self.attention, "fused_attn"):
-            raise RecipeError(
-                f"the tap does not know the attention layer {type(self.attention).__name__}",
-                hint="use a ViT whose attention calls scaled_dot_product_attention",
-            )
-        self.attention.fused_attn = True  # the unfused path makes no call to tap
-        del blocks[block:]  # type: ignore[operator]
+        # In the order of the forward pass: within a block attention comes before its output.
+        self.taps = tuple(sorted(set(taps), key=lambda tap: (tap.place, KINDS.index(tap.kind))))
+        del blocks[self.taps[-1].place :]  # type: ignore[operator]
+
+    def attention(self, tap: Tap) -> nn.Module:
+        """The attention layer of a tap's block."""
+        found: nn.Module = self.model.blocks[tap.place - 1].attn  # type: ignore[union-attr, index]
+        return found
 
     def compile_blocks(self) -> None:
-        """Compile what is whole: the blocks before the tapped one, of which only norm1 and qkv are run."""
-        for block in list(self.model.blocks)[:-1]:  # type: ignore[arg-type]
-            block.compile()
+        """Compile the blocks that run whole and whose attention is not tapped."""
+        tapped = {tap.place for tap in self.taps if tap.kind == "qkv"}
+        for number, block in enumerate(self.model.blocks, start=1):  # type: ignore[arg-type]
+            if number not in tapped:
+                block.compile()
 
-    def forward(self, images: Tensor) -> TappedBlock:
-        """q, k, v of the block, each [B, H, T, D], and its normed input [B, T, C], for normalised [B, 3, S, S]."""
-        try:
-            with ExitStack() as armed:
+    def forward(self, images: Tensor) -> Tapped:
+        """What the taps give for normalised images [B, 3, S, S]."""
+        found: dict[Tap, tuple[Tensor, ...]] = {}
 
-                def arm(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                    # Only now: blocks that are compiled do not run below a mode.
-                    armed.enter_context(_AttentionTap(args[0]))
+        def take(tap: Tap, tensors: tuple[Tensor, ...]) -> None:
+            found[tap] = tensors
+            if tap == self.taps[-1]:
+                raise _Done
 
-                armed.callback(self.attention.register_forward_pre_hook(arm).remove)
+        with ExitStack() as hooks:
+            for tap in self.taps:
+                for handle in self._hooked(tap, take):
+                    hooks.callback(handle.remove)
+            try:
                 self.model.forward_features(images)  # type: ignore[operator]
-        except _Tapped as tapped:
-            return tapped.block
+            except _Done:
+                return found
+        missing = next(tap for tap in self.taps if tap not in found)
         raise RecipeError(
-            "the teacher's block never called attention", got=type(self.attention).__name__, expected="a plain ViT"
+            f"the teacher never came to its tap {missing}",
+            got=type(self.attention(missing)).__name__,
+            expected="a plain ViT, whose blocks call attention",
         )
 
+    def _hooked(self, tap: Tap, take: Callable[[Tap, tuple[Tensor, ...]], None]) -> list[RemovableHandle]:
+        """Hooks that are in place during one forward pass."""
+        if tap.kind == "tokens":
+            block: nn.Module = self.model.blocks[tap.place - 1]  # type: ignore[index, assignment]
+            return [block.register_forward_hook(lambda _module, _args, out: take(tap, (out,)))]
+        armed = ExitStack()
 
-def split_qkv(qkv: Tensor, heads: int) -> Projections:
-    """[B, T, 3 x H x D] -> q, k, v, each [B, H, T, D], in timm's (and MAE's) layout."""
-    batch, tokens, width = qkv.shape
-    q, k, v = qkv.reshape(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+        # The mode is on during this attention only: compiled blocks do not run below a mode.
+        def arm(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            armed.enter_context(_Attention(lambda q, k, v: take(tap, (q, k, v, args[0]))))
+
+        attention = self.attention(tap)
+        return [
+            attention.register_forward_pre_hook(arm),
+            attention.register_forward_hook(lambda *_: armed.close(), always_call=True),
+        ]
+
+
+def finite_views(tapped: Tapped) -> Tensor:
+    """Bool [B]: the views whose tapped tensors are finite, and small enough for fp32 products of them to be finite."""
+    squares = [each.float().square().sum(tuple(range(1, each.ndim))) for tensors in tapped.values() for each in tensors]
+    return torch.stack(squares).sum(0).isfinite()
+
+
+def require_finite(finite: Tensor) -> None:
+    """Raises RecipeError unless all of `finite_views` are; waits for the device where it is on one."""
+    if not finite.all():
+        raise RecipeError(
+            "what the teacher gives is not finite",
+            got=f"{int((~finite).sum())} of {len(finite)} views with inf or nan",
+            expected="finite tensors",
+            hint="set teacher.precision: fp32 or bf16, and check the teacher's weights",
+        )
 
 
 def count_tokens(model: nn.Module) -> tuple[tuple[int, int], int]:
@@ -109,29 +159,3 @@ def count_tokens(model: nn.Module) -> tuple[tuple[int, int], int]:
     grid = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     return (int(grid[0]), int(grid[1])), prefix
-
-
-class StudentWithTap(nn.Module):
-    """A plain ViT with a qkv projection on its final norm, the place where it is compared with the teacher.
-
-    The tap is the norm1 + qkv of a thirteenth block whose norm *is* the exported model's final norm: all twelve
-    blocks and the norm are trained by the relation loss, and only `tap`, of no use without a teacher, is dropped
-    at export (docs/decisions/002-thirteenth-tap.md).
-    """
-
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.vit = vit
-        self.heads: int = vit.blocks[-1].attn.num_heads  # type: ignore[union-attr, assignment]
-        self.drop_paths = take_over(vit)
-        self.tap = nn.Linear(vit.embed_dim, 3 * vit.embed_dim)
-        nn.init.xavier_uniform_(self.tap.weight)
-        nn.init.zeros_(self.tap.bias)
-
-    def draw(self, generator: torch.Generator, places: Tensor, batch_size: int) -> None:
-        """Draw the stochastic depth of the next forward pass in training; arguments as in `drop_path.hand_out`."""
-        hand_out(self.drop_paths, generator, places, batch_size, self.tap.weight.device)
-
-    def forward(self, images: Tensor) -> Projections:
-        """q, k, v in the student's own heads, each [B, H, T, D], for normalised images [B, 3, S, S]."""
-        return split_qkv(self.tap(self.vit.forward_features(images)), self.heads)

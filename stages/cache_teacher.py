@@ -20,7 +20,7 @@ def run(recipe: CacheTeacherRecipe) -> None:
         Interrupted: stopped by a signal; committed units are safe.
     """
     parts = prepare(recipe if recipe.cluster is None else _on_cpu(recipe))
-    require_rebuildable(recipe, parts.teacher)
+    require_rebuildable(parts.kind, parts.teacher)
     fill(recipe, parts)
 
 

@@ -21,7 +21,7 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import INDEX_NAME, read_index
 from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student
 from tinymim.stages.evaluation.encode import load_encoder
-from tinymim.stages.evaluation.relation_rows import relation_examples
+from tinymim.stages.evaluation.examples import relation_examples
 from tinymim.stages.pages.demo import Arm, Report, text_table, write_report
 from tinymim.stages.run.folder import ENCODER_NAME, EVALUATION_NAME, STUDENT_NAME, read_metrics
 from tinymim.stages.run.progress import say

@@ -1,8 +1,8 @@
 """`tinymim fidelity`: what codecs do to the gradient of a student, and what they cost, on the same views."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import CodecConfig, HiddenCodec
 from tinymim.configs.errors import CheckpointError, SourceError
 from tinymim.configs.load import recipe_digest
 from tinymim.configs.schema import FidelityRecipe
-from tinymim.models.taps import StudentWithTap
+from tinymim.configs.taps import Shapes
+from tinymim.models.student import StudentModel, shapes_of
+from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
@@ -30,14 +31,12 @@ from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
 from tinymim.stages.training.states import read_state
 from tinymim.stages.units.constants import calibrated
-from tinymim.stages.units.gradients import GradientProbe, Judged, target_of
+from tinymim.stages.units.gradients import GradientProbe, Judged
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.layout import stored_bytes
-from tinymim.targets.kinds import make_codec
-from tinymim.targets.record import Codec
-from tinymim.targets.relations.fidelity import MapMoments, exact_target, merged, rounded
-from tinymim.targets.relations.qkv import QKV
-from tinymim.targets.relations.rows import Target
+from tinymim.targets.contract import Target, TargetKind
+from tinymim.targets.fidelity import StatisticMoments, merged, rounded
+from tinymim.targets.kinds import make_kind
 
 FIDELITY_NAME = "fidelity.json"
 FRONTIER_NAME = "frontier.png"
@@ -49,8 +48,8 @@ _NEXT_DRAW = 0x1E3779B97F4A7C15  # added to a view key: other draws, each as goo
 class _Tried:
     """One codec of the list, and what encoding and decoding showed of it."""
 
-    codec: Codec
-    maps: MapMoments = field(default_factory=MapMoments)
+    kind: TargetKind
+    statistics: StatisticMoments = field(default_factory=StatisticMoments)
     records: list[dict[str, Tensor]] = field(default_factory=list)
     encode_ms: list[float] = field(default_factory=list)  # per view
     decode_ms: list[float] = field(default_factory=list)
@@ -75,12 +74,19 @@ def run(recipe: FidelityRecipe) -> str:
     require_view_size(recipe.views.size, recipe.teacher, "teacher")
     require_view_size(recipe.views.size, recipe.student, "student")
     source = open_shards(recipe.source)
-    teacher = Teacher(recipe.teacher).to(device)
-    made = teacher.describe()
-    students = {name: student.to(device) for name, student in make_students(recipe).items()}
-    codecs = {name: _Tried(_made(recipe, config, source, teacher, device)) for name, config in recipe.codecs.items()}
+    block = recipe.teacher.block
+    plain = {name: make_kind(config, block, recipe.targets) for name, config in recipe.codecs.items()}
+    teacher = Teacher(recipe.teacher, sorted({tap for kind in plain.values() for tap in kind.taps})).to(device)
+    shapes = teacher.shapes()
+    codecs = {name: _Tried(_calibrated(recipe, name, kind, source, teacher)) for name, kind in plain.items()}
+    groups = list(_comparable(codecs, shapes))
+    students = make_students(recipe, next(iter(plain.values())), shapes)
     judged = {student: {name: Judged(recipe.num_images) for name in codecs} for student in students}
-    probes: dict[tuple[str, int], GradientProbe] = {}
+    probes = {
+        (student, names[0]): GradientProbe(codecs[names[0]].kind, model.to(device), shapes)
+        for student, model in students.items()
+        for names in groups
+    }
 
     # ---- every view: teacher once, every codec, every student
     views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
@@ -93,24 +99,22 @@ def run(recipe: FidelityRecipe) -> str:
         for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
             _refuse_unreadable(batch)
             pixels, view_keys = batch.pixels.to(device), batch.view_keys.to(device)
-            block = QKV(*teacher(pixels))
-            drawn = {name: _draw(tried, block, view_keys, recipe.draws) for name, tried in codecs.items()}
+            tapped = teacher(pixels)
+            drawn = {name: _draw(tried, tapped, view_keys, shapes, recipe.draws) for name, tried in codecs.items()}
             for row in range(len(pixels)):
                 if stop.requested:
                     raise Interrupted("nothing was written")
-                for names in _comparable(drawn):
-                    first = drawn[names[0]][0]
-                    heads = next(iter(first.values())).shape[1]
-                    one = block.pick(torch.tensor([row], device=device)).resplit(heads)
-                    exact = exact_target(one, tuple(first))
-                    for student, model in students.items():
-                        if (student, heads) not in probes:
-                            probes[student, heads] = GradientProbe(model, heads)
-                        probe = probes[student, heads]
-                        targets = [exact, *(target_of(t, row) for name in names for t in drawn[name])]
-                        dense, *found = probe(pixels[row : row + 1], targets)
+                some = torch.tensor([row], device=device)
+                one = {tap: tuple(tensor[some] for tensor in tensors) for tap, tensors in tapped.items()}
+                for names in groups:
+                    kind = codecs[names[0]].kind
+                    targets = [kind.exact(one)]
+                    for name in names:
+                        targets += [codecs[name].kind.pick(t, slice(row, row + 1)) for t in drawn[name]]
+                    for student in students:
+                        dense, *found = probes[student, names[0]](pixels[row : row + 1], targets)
                         for name in names:
-                            judged[student][name].add(exact, dense, found[: len(drawn[name])])
+                            judged[student][name].add(dense, found[: len(drawn[name])])
                             found = found[len(drawn[name]) :]
                 meter.advance(1)
 
@@ -120,11 +124,13 @@ def run(recipe: FidelityRecipe) -> str:
         "recipe_digest": recipe_digest(recipe),
         "libraries": environment(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "teacher": made,
+        "teacher": teacher.describe() | asdict(shapes) | {"block": block},
         "num_views": recipe.num_images,
         "codecs": {name: _described(recipe, name, tried) for name, tried in codecs.items()},
         "students": {
-            student: {name: merged(codecs[name].maps.summary(), seen.summary()) for name, seen in by_codec.items()}
+            student: {
+                name: merged(codecs[name].statistics.summary(), seen.summary()) for name, seen in by_codec.items()
+            }
             for student, by_codec in judged.items()
         },
     }
@@ -135,14 +141,14 @@ def run(recipe: FidelityRecipe) -> str:
     return format_tables(result)
 
 
-def _made(
-    recipe: FidelityRecipe, config: CodecConfig, source: ShardSet, teacher: Teacher, device: torch.device
-) -> Codec:
-    """The codec, calibrated on the source as a cache of it would be where it needs that."""
-    if not isinstance(config, HiddenCodec):
-        return make_codec(config, recipe.targets)
-    constants = calibrated(config, recipe.views, recipe.batch_size, source, teacher)
-    return make_codec(config, recipe.targets, {name: array.to(device) for name, array in constants.items()})
+def _calibrated(recipe: FidelityRecipe, name: str, kind: TargetKind, source: ShardSet, teacher: Teacher) -> TargetKind:
+    """The kind, calibrated on the source as a cache of it would be where it needs that."""
+    if not kind.calibration_views:
+        return kind
+    constants = calibrated(kind, recipe.views, recipe.batch_size, source, teacher)
+    device = teacher.normalise.mean.device
+    held = {each: array.to(device) for each, array in constants.items()}
+    return make_kind(recipe.codecs[name], recipe.teacher.block, recipe.targets, held)
 
 
 def spread_items(source: ShardSet, count: int, batch_size: int) -> list[Items]:
@@ -162,16 +168,16 @@ def spread_items(source: ShardSet, count: int, batch_size: int) -> list[Items]:
     return [items[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
-def make_students(recipe: FidelityRecipe) -> dict[str, StudentWithTap]:
+def make_students(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> dict[str, StudentModel]:
     """The student at its initial weights, and as trained where the recipe names a run folder.
 
     Raises:
         CheckpointError: there is no training state, or it is of another student.
     """
     torch.manual_seed(recipe.run.seed)
-    students = {"initial": StudentWithTap(build_vit(recipe.student))}
+    students = {"initial": _made_student(recipe, kind, teacher)}
     if recipe.student_state is not None:
-        trained = StudentWithTap(build_vit(recipe.student))
+        trained = _made_student(recipe, kind, teacher)
         state = read_state(recipe.student_state)
         try:
             trained.load_state_dict(state["parts"]["student"], strict=True)
@@ -185,38 +191,38 @@ def make_students(recipe: FidelityRecipe) -> dict[str, StudentWithTap]:
     return students
 
 
+def _made_student(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> StudentModel:
+    vit = build_vit(recipe.student)
+    return StudentModel(vit, kind.head(shapes_of(vit), teacher))
+
+
 # ---------------------------------------------------------------- batches and views
 
 
-def _draw(tried: _Tried, block: QKV, keys: Tensor, draws: int) -> list[Target]:
+def _draw(tried: _Tried, tapped: Tapped, keys: Tensor, shapes: Shapes, draws: int) -> list[Target]:
     """Encode and decode one batch, as often as there is something to draw; keeps the first records, and times."""
-    count, tokens = len(keys), block.q.shape[2]
+    kind, count = tried.kind, len(keys)
     targets: list[Target] = []
-    for draw in range(draws):
+    for draw in range(draws if kind.draws(shapes) else 1):
         draw_keys = keys + draw * _NEXT_DRAW
         began = _now_ms(keys.device)
-        arrays = tried.codec.encode(block, draw_keys)
+        arrays = kind.encode(tapped, draw_keys)
         encoded = _now_ms(keys.device)
-        target = tried.codec.decode(arrays, draw_keys, tokens)
+        target = kind.decode(arrays, draw_keys, shapes)
         tried.encode_ms.append((encoded - began) / count)
         tried.decode_ms.append((_now_ms(keys.device) - encoded) / count)
+        targets.append(target)
         if draw == 0:
             tried.records.append({name: array.cpu() for name, array in arrays.items()})
-            tried.maps.add(block.resplit(next(iter(target.values())).shape[1]), target)
-        elif all(rows.rows is None for rows in target.values()) and all(
-            torch.equal(array.cpu(), tried.records[-1][name]) for name, array in arrays.items()
-        ):
-            break  # nothing is drawn
-        targets.append(target)
+            tried.statistics.add(kind.statistics(tapped, target), count)
     return targets
 
 
-def _comparable(drawn: Mapping[str, Sequence[Target]]) -> Iterator[list[str]]:
-    """Names of codecs that are compared on the same relations and number of heads."""
+def _comparable(codecs: Mapping[str, _Tried], shapes: Shapes) -> Iterator[list[str]]:
+    """Names of codecs whose losses have the same names and parts: they are compared with the same dense targets."""
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, targets in drawn.items():
-        identity = [(relation, rows.shape[1]) for relation, rows in targets[0].items()]
-        groups.setdefault(tuple(identity), []).append(name)
+    for name, tried in codecs.items():
+        groups.setdefault(tuple(tried.kind.parts(shapes).items()), []).append(name)
     yield from groups.values()
 
 
@@ -240,8 +246,8 @@ def _described(recipe: FidelityRecipe, name: str, tried: _Tried) -> dict[str, An
     arrays = {key: torch.cat([part[key] for part in tried.records]).numpy() for key in tried.records[0]}
     by_array = {key: stored_bytes(values) / recipe.num_images for key, values in arrays.items()}
     return {
-        "name": tried.codec.name,
-        "version": tried.codec.version,
+        "name": tried.kind.name,
+        "version": tried.kind.version,
         "parameters": recipe.codecs[name].model_dump(mode="json"),
         "bytes_per_view": rounded(sum(by_array.values())),
         "bytes_by_array": {key: rounded(value) for key, value in by_array.items()},

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch
+from tinymim.configs.taps import Shapes
 from tinymim.storage.atomic import canonical_json, digest_hex
 
 FORMAT_VERSION = 1
@@ -130,6 +131,20 @@ class Manifest:
     def shards(self) -> dict[str, SourceShard]:
         """The source shards by name, in order."""
         return {shard.name: shard for shard in self.source}
+
+    @property
+    def block(self) -> int:
+        """The tapped block of the teacher, counted from 1."""
+        return int(self.teacher["block"])
+
+    @property
+    def shapes(self) -> Shapes:
+        """Sizes of what the teacher gives for a view."""
+        heads, head_dim, tokens, prefix = (
+            int(self.teacher[name]) for name in ("heads", "head_dim", "tokens", "prefix_tokens")
+        )
+        rows, columns = self.teacher["grid"]
+        return Shapes(heads, head_dim, tokens, prefix, (int(rows), int(columns)))
 
     @cached_property
     def spec_id(self) -> str:

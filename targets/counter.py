@@ -4,24 +4,17 @@ The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorando
 2014; finaliser: Stafford's variant 13) in wrapping int64 operations: CPU and CUDA give identical bits. A view
 key is a 64-bit hash of (seed, sample key, view index); its bits are read as a signed integer.
 
-All of it is part of the sketch codec's version: a change here changes which rows a stored record is about.
+All of it is part of the codecs' versions: a change here changes what stored records are about.
 
-Shapes: B view, H head, Q query row, T token.
+Shapes: B view.
 """
 
 import math
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
-
-from tinymim.configs.codecs import Relation
-
-Purpose = Literal["rows", "rounding", "tail"]
-
-PURPOSES: Final[dict[Purpose, int]] = {"rows": 0, "rounding": 1, "tail": 2}
-RELATIONS: Final[dict[Relation, int]] = {"qk": 0, "vv": 1, "qq": 2, "kk": 3}
 
 
 def _signed(bits: int) -> int:
@@ -34,17 +27,12 @@ _MIX_1: Final = _signed(0xBF58476D1CE4E5B9)
 _MIX_2: Final = _signed(0x94D049BB133111EB)
 
 
-def stream_of(purpose: Purpose, relation: Relation) -> int:
-    """The stream for one purpose and relation: 16 x purpose + relation, from the tables above."""
-    return 16 * PURPOSES[purpose] + RELATIONS[relation]
-
-
 def uniforms(keys: Int64[Tensor, " B"], stream: int, shape: tuple[int, ...]) -> Float64[Tensor, "B ..."]:
     """Uniform numbers in [0, 1), multiples of 2^-53.
 
     Args:
         keys: int64 [B], one key a view.
-        stream: which independent sequence of the key, see `stream_of`.
+        stream: which independent sequence of the key; each kind numbers its own.
         shape: shape of the numbers of one view; number i in row-major order is number i of the sequence.
 
     Returns:
@@ -56,35 +44,6 @@ def uniforms(keys: Int64[Tensor, " B"], stream: int, shape: tuple[int, ...]) -> 
     counter = torch.arange(1, math.prod(shape) + 1, device=keys.device) * _GAMMA
     bits = _mix(state[:, None] + counter)
     return (_shift_right(bits, 11).double() * 2.0**-53).reshape(len(keys), *shape)
-
-
-def sample_rows(
-    keys: Int64[Tensor, " B"], relation: Relation, heads: int, tokens: int, rows: int
-) -> Int64[Tensor, "B H Q"]:
-    """The query rows that a record is about: per view and head a stratified sample, spread over the image.
-
-    The T tokens, on a ring, are cut into Q runs of T/Q (rounded) and one token is drawn from each; then the ring
-    is turned by a uniform number of tokens. A token lies in run j with probability s_j / T (s_j the length of
-    the run, over the turns) and is then drawn with 1 / s_j: each is in the sample with probability
-    sum over j of 1 / T = Q / T, exactly, so means over the rows are unbiased. Neighbouring rows say nearly the
-    same, so a spread sample has less variance than a simple random one (docs/decisions/006-sketch.md).
-
-    Args:
-        keys: int64 [B], one key a view.
-        relation: each relation has its own sample.
-        heads, tokens: H and T of the teacher; each head has its own sample.
-        rows: how many rows; `tokens` or more gives all of them.
-
-    Returns:
-        int64 [B, H, Q], Q = min(rows, tokens), distinct and ascending along Q.
-    """
-    if rows >= tokens:
-        return torch.arange(tokens, device=keys.device).expand(len(keys), heads, tokens)
-    uniform = uniforms(keys, stream_of("rows", relation), (heads, rows + 1))
-    edges = torch.arange(rows + 1, device=keys.device) * tokens // rows
-    inside = (uniform[..., :rows] * edges.diff()).long()
-    turn = (uniform[..., rows:] * tokens).long()
-    return ((edges[:-1] + inside + turn) % tokens).sort(dim=-1).values
 
 
 def _mix(state: Tensor) -> Tensor:

@@ -1,105 +1,95 @@
-"""Versioned codecs by name: how the teacher's relations become named arrays of a record, and come back as a target.
+"""The table of target kinds: from a recipe's codec section, or from a cache's, to the kind that reads and writes it."""
 
-`sketch` is unbiased and the default; with a published tail it is `topk`, biased, for comparison; `hidden` holds the
-block's input, from which any relation is rebuilt; `dense` is for audits. A codec's arrays, their meaning and the
-randomness behind them are fixed by (name, version).
-"""
-
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, SketchCodec, TargetsConfig, codec_config
-from tinymim.configs.errors import CacheMismatch, RecipeError
-from tinymim.targets.record import Codec
-from tinymim.targets.relations.dense import Dense
-from tinymim.targets.relations.hidden import Hidden
-from tinymim.targets.relations.sketch import Sketch, TopK
+from tinymim.configs.errors import CacheMismatch
+from tinymim.configs.taps import Shapes
+from tinymim.targets.contract import TargetKind
+from tinymim.targets.relations import make as relations
+from tinymim.targets.relations.kind import RelationKind
 
 _ALL = TargetsConfig()
 
+Make = Callable[[Any, int, TargetsConfig, Mapping[str, Tensor]], TargetKind]
+# One line per codec section.
+_MAKE: dict[type, Make] = {
+    SketchCodec: relations.make_relations,
+    DenseCodec: relations.make_relations,
+    HiddenCodec: relations.make_relations,
+}
+# Codec settings whose sizes `tinymim plan` compares, and how each is named there.
+ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES
+describe_codec = relations.describe_codec
 
-def make_codec(
-    config: CodecConfig, targets: TargetsConfig = _ALL, constants: Mapping[str, Tensor] | None = None
-) -> Codec:
-    """The codec that a recipe names.
+
+def make_kind(
+    config: CodecConfig, block: int, targets: TargetsConfig = _ALL, constants: Mapping[str, Tensor] | None = None
+) -> TargetKind:
+    """The target kind that a recipe names.
 
     Args:
         config: how records are stored.
-        targets: what of them a student is compared on.
-        constants: what the cache holds beside its records, on the device of the records; `hidden` needs them
-            (`hidden.calibrate`) to encode and decode.
+        block: the tapped block of the teacher, counted from 1.
+        targets: which part of them a student is compared on.
+        constants: what the cache holds beside its records, on the device of the records; a codec with
+            `calibration_views` needs them to encode and decode.
 
     Raises:
         RecipeError: the stored records do not hold what `targets` asks for.
     """
-    match config:
-        case SketchCodec():
-            _refuse_others(targets, rows=config.rows, relation_heads=config.relation_heads)
-            chosen = config.model_copy(update={"relations": _subset(targets, config)})
-            return Sketch(chosen) if config.tail == "sampled" else TopK(chosen)
-        case DenseCodec():
-            _refuse_others(targets, relation_heads=config.relation_heads)
-            return Dense(config.model_copy(update={"relations": _subset(targets, config)}), targets.rows)
-        case HiddenCodec():
-            return Hidden(config, targets, constants or {})
+    return _MAKE[type(config)](config, block, targets, constants or {})
 
 
-def stored_codec(
-    section: Mapping[str, Any], targets: TargetsConfig = _ALL, constants: Mapping[str, Tensor] | None = None
-) -> Codec:
-    """The codec that reads a cache, from the codec section of its manifest and its constants.
+def stored_kind(
+    section: Mapping[str, Any],
+    block: int,
+    targets: TargetsConfig = _ALL,
+    constants: Mapping[str, Tensor] | None = None,
+) -> TargetKind:
+    """The target kind that reads a cache, from the codec section of its manifest and its constants.
 
     Raises:
         CacheMismatch: another version of the codec wrote the cache.
-        RecipeError: as `make_codec`.
+        RecipeError: as `make_kind`.
     """
-    codec = make_codec(codec_config(**section["parameters"]), targets, constants)
-    if (codec.name, codec.version) != (section["name"], section["version"]):
+    kind = make_kind(codec_config(**section["parameters"]), block, targets, constants)
+    if (kind.name, kind.version) != (section["name"], section["version"]):
         raise CacheMismatch(
             "the cache was written by another codec",
             got=f"{section['name']} version {section['version']}",
-            expected=f"{codec.name} version {codec.version}",
+            expected=f"{kind.name} version {kind.version}",
             hint="read it with the tinymim that wrote it, or write it anew",
         )
-    return codec
+    return kind
 
 
-def _subset(targets: TargetsConfig, config: SketchCodec | DenseCodec) -> tuple[Any, ...]:
-    wanted = targets.relations or config.relations
-    if missing := [relation for relation in wanted if relation not in config.relations]:
-        raise RecipeError(
-            f"the cache does not hold the relation {missing[0]}",
-            got=f"targets.relations [{', '.join(wanted)}]",
-            expected=f"some of {', '.join(config.relations)}",
-            hint="a cache made with codec.name: hidden gives any relation",
+def audit_kind(
+    section: Mapping[str, Any], training: TargetKind, shapes: Shapes, constants: Mapping[str, Tensor] | None
+) -> TargetKind:
+    """The kind that reads an audit's cache as whole targets of the losses of `training`.
+
+    Args:
+        section: the codec section of the audit's manifest.
+        training: what students are trained on.
+        shapes: of the teacher, which both caches share.
+        constants: of the audit's cache.
+
+    Raises:
+        CacheMismatch: its records are not whole targets, or not comparable.
+        RecipeError: as `make_kind`.
+    """
+    block = training.taps[0].place
+    if not stored_kind(section, block, constants=constants).whole:
+        raise CacheMismatch(
+            "the audit's cache holds no whole targets",
+            got=f"codec {section['name']}",
+            expected="dense, or hidden",
+            hint="make audit.cache with codec: {name: dense}, one view, and audit.num_images images",
         )
-    return wanted
-
-
-def _refuse_others(targets: TargetsConfig, **held: int | None) -> None:
-    for name, value in held.items():
-        wanted = getattr(targets, name)
-        if wanted is not None and wanted != value:
-            raise RecipeError(
-                f"targets.{name} is not what the cache holds",
-                got=wanted,
-                expected=f"{value or 'the teacher'}, or no targets.{name}",
-                hint="a cache made with codec.name: hidden gives any rows and heads",
-            )
-
-
-def describe_codec(config: CodecConfig) -> str:
-    """What a codec section asks for, in a few words; its relations only where they are not qk and vv."""
-    match config:
-        case SketchCodec():
-            parts = [f"{config.head_k} exact"] if config.head_k else []
-            parts += [f"{config.tail_k} draws"] if config.tail == "sampled" else [f"{config.tail} tail"]
-            words = f"sketch, {config.rows} rows x {' + '.join(parts)}"
-        case HiddenCodec():
-            words = f"hidden, {config.basis}, {config.bits:g} bits"
-        case DenseCodec():
-            words = "dense, fp16"
-    relations = () if isinstance(config, HiddenCodec) else config.relations
-    return words if relations in ((), ("qk", "vv")) else f"{words} of {', '.join(relations)}"
+    assert isinstance(training, RelationKind)  # the only kind so far
+    kind = stored_kind(section, block, relations.whole_targets(section["name"], training, shapes), constants)
+    return relations.for_audit(kind, training, shapes)

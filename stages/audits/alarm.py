@@ -18,6 +18,8 @@ from typing import Any, Final
 from jaxtyping import Float
 from torch import Tensor
 
+from tinymim.targets.contract import Yardstick
+
 # What images have in common is learnt, once so much of the way from even rows to their mean row is done.
 LEARNT: Final = 0.8
 # Then the gap should be more than this part of what is learnt, by so many standard errors.
@@ -25,19 +27,6 @@ LEAST_GAP: Final = 0.1
 STANDARD_ERRORS: Final = 2.0
 # The training's KL fell to this part of what it was at an earlier audit, while the audit's did not fall.
 FELL_TO: Final = 0.75
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """KLs in nats per row that depend on the teacher's rows alone.
-
-    Attributes:
-        even: of rows that are even: a student that knows nothing.
-        common: of the mean row over all other images: what is left to be learnt from the image itself.
-    """
-
-    even: float
-    common: float
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.models.taps import StudentWithTap
+from tinymim.models.student import StudentModel
 from tinymim.stages.audits.alarm import Audited, alarms, points_of
 from tinymim.stages.audits.batch import AuditBatch
 from tinymim.stages.audits.knn import AuditKnn
@@ -27,7 +27,9 @@ from tinymim.stages.run.progress import say
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.ranks import Ranks
+from tinymim.stages.training.student_step import Student
 from tinymim.storage.manifest import Manifest
+from tinymim.targets.contract import TargetKind
 
 _RECENT_STEPS = 16  # over which the training's own KL is a mean, about
 EMA = "ema_"
@@ -38,7 +40,8 @@ class _Subject:
     """One student, and how well it was trained lately."""
 
     learner: Learner
-    student: StudentWithTap
+    student: StudentModel
+    prefix: str  # of the losses' metric names
     steps: int = 0
     recent: dict[str, Tensor] = field(default_factory=dict)  # on the device: no step waits for it
 
@@ -46,15 +49,15 @@ class _Subject:
         """After a step."""
         self.steps += 1
         for name, loss in self.learner.losses.items():
-            if name.startswith("kl_"):
+            if name.startswith(self.prefix):
                 before = self.recent.get(name, torch.zeros_like(loss))
                 self.recent[name] = before + (loss - before) / min(self.steps, _RECENT_STEPS)
 
     def train_kl(self) -> dict[str, float]:
-        """By relation, over this process's last steps and this rank's samples; nothing before the first step."""
-        return {name.removeprefix("kl_"): float(mean) for name, mean in self.recent.items()}
+        """By loss, over this process's last steps and this rank's samples; nothing before the first step."""
+        return {name.removeprefix(self.prefix): float(mean) for name, mean in self.recent.items()}
 
-    def versions(self) -> dict[str, StudentWithTap]:
+    def versions(self) -> dict[str, StudentModel]:
         """The student itself, and its average."""
         averaged: Any = None if self.learner.ema is None else self.learner.ema.module
         return {"": self.student} | ({} if averaged is None else {EMA: averaged})
@@ -66,8 +69,8 @@ class StudentAudits:
     Args:
         recipe: with an `audit`, or without: then nothing happens.
         training: manifest of the cache that is trained on.
-        relation_heads: into how many heads its relations are split.
-        students: with their learners.
+        kind: what students are trained on.
+        students: all that the run trains.
         ranks: who trains together.
 
     Raises:
@@ -78,17 +81,17 @@ class StudentAudits:
         self,
         recipe: TrainStudentRecipe,
         training: Manifest,
-        relation_heads: int,
-        students: Sequence[tuple[StudentWithTap, Learner]],
+        kind: TargetKind,
+        students: Sequence[Student],
         ranks: Ranks,
     ) -> None:
         self._config, self._first = recipe.audit, ranks.first
         self._ranks = ranks
-        self._subjects = [_Subject(learner, student) for student, learner in students]
+        self._subjects = [_Subject(learner, model, f"{kind.measure}_") for _, model, learner in students]
         self._knn: AuditKnn | None = None
         if self._config is None or not ranks.first:
             return
-        self._batch = AuditBatch(self._config, training, recipe.targets, relation_heads)
+        self._batch = AuditBatch(self._config, training, kind)
         if self._config.knn is not None:
             self._knn = AuditKnn(self._config.knn, int(training.views["size"]), recipe.loader)
 
@@ -149,7 +152,7 @@ class StudentAudits:
             ]
             entry["seconds"] = time.monotonic() - began_s  # of the audit, of all students
             heard += [f"{each.learner.name} {text}".lstrip() for text in entry["alarms"]]
-            _write(each.learner, entry, compared)
+            _write(each, entry, compared)
         for text in heard:
             say(f"train-student: AUDIT ALARM after {step:,} steps: {text}")
         return heard
@@ -187,10 +190,13 @@ def read_audits(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _write(learner: Learner, entry: Mapping[str, Any], compared: Mapping[str, Mapping[str, Audited]]) -> None:
+def _write(subject: _Subject, entry: Mapping[str, Any], compared: Mapping[str, Mapping[str, Audited]]) -> None:
+    learner = subject.learner
     with open(learner.folder / AUDIT_NAME, "a", encoding="utf-8") as lines:
         lines.write(json.dumps(entry) + "\n")
-    values = {f"audit_{of}kl_{name}": one.kl for of, all_ in compared.items() for name, one in all_.items()}
+    values = {
+        f"audit_{of}{subject.prefix}{name}": one.kl for of, all_ in compared.items() for name, one in all_.items()
+    }
     values |= {f"audit_gap_{name}": one.gap for name, one in compared[""].items()}
     values |= {f"audit_{name}": value for name, value in entry.items() if "knn_" in name}
     # Like all metrics of the step that was just done, counted from 0.

@@ -22,8 +22,7 @@ from tinymim.storage.catalog import resolve
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.manifest import check_same
 from tinymim.storage.reader import CacheReader, UnitRecords
-from tinymim.targets.kinds import make_codec
-from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.kinds import make_kind
 
 LISTED_EXAMPLES = 5
 # Numbers that are stored as they are differ in their last digits on other hardware; codes and indices do or do not.
@@ -74,11 +73,12 @@ def run(
         RecipeError, SourceError, CheckpointError: as `cache-teacher`.
     """
     # ---- the same source, teacher and codec, by what the manifest says
-    device, source, teacher, wanted = prepare(recipe)
+    parts = prepare(recipe)
+    device, source, teacher = parts.device, parts.source, parts.teacher
     reader = CacheReader(resolve(place))
-    warnings = check_same(reader.manifest, wanted)
+    warnings = check_same(reader.manifest, parts.manifest)
     constants = stored_constants(reader.store, reader.manifest, device)
-    codec = make_codec(recipe.codec, constants=constants)
+    kind = make_kind(recipe.codec, recipe.teacher.block, constants=constants)
     shards = {shard.name: number for number, shard in enumerate(source.shards)}
     units = [info for info in reader.units() if info.unit.shard in shards and info.num_records]
     if not units:
@@ -107,7 +107,7 @@ def run(
                     seen.differs(f"image '{key}' is unreadable: {reason}")
                 if len(kept):
                     _compare_views(batch, stored, info, kept, seen)
-                    made = codec.encode(QKV(*teacher(batch.pixels.to(device))), batch.view_keys.to(device))
+                    made = kind.encode(teacher(batch.pixels.to(device)), batch.view_keys.to(device))
                     for name, values in made.items():
                         _compare_array(name, values.cpu().numpy(), stored.arrays, kept, seen)
                 meter.advance(len(rows[part]))

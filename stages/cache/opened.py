@@ -9,14 +9,14 @@ from tinymim.storage.constants import read_constants
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import Store
-from tinymim.targets.kinds import stored_codec
-from tinymim.targets.record import Codec
+from tinymim.targets.contract import TargetKind
+from tinymim.targets.kinds import stored_kind
 
 
-def opened_codec(reader: CacheReader, targets: TargetsConfig, device: torch.device) -> Codec:
-    """The cache's codec with its constants on `device`, for what a student is compared on."""
+def opened_kind(reader: CacheReader, targets: TargetsConfig, device: torch.device) -> TargetKind:
+    """The cache's target kind with its constants on `device`, for what a student is compared on."""
     constants = stored_constants(reader.store, reader.manifest, device)
-    return stored_codec(reader.manifest.codec, targets, constants)
+    return stored_kind(reader.manifest.codec, reader.manifest.block, targets, constants)
 
 
 def stored_constants(store: Store, manifest: Manifest, device: torch.device) -> dict[str, Tensor] | None:

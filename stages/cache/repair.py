@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tinymim.configs.codecs import HiddenCodec
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.stages.cache.inspection import Inspection, inspect_cache
@@ -73,7 +72,7 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
         say(f"cache repair: {len(new)} shards of the source are new to the cache and are computed, too")
     cut_like = [*done.dropped, *done.uncommitted]
     whole = recipe.model_copy(update={"num_views": manifest.num_views})
-    require_rebuildable(whole, parts.teacher)
+    require_rebuildable(parts.kind, parts.teacher)
     fill(whole, parts._replace(manifest=replace(parts.manifest, num_views=manifest.num_views)), cut_like)
     return {
         "path": str(store.place),
@@ -129,12 +128,12 @@ def _restore_constants(
     if not any(finding.kind == "constants" for finding in inspection.findings):
         return []
     named = {info.constants for info in inspection.survey.units}
-    if not named or not isinstance(recipe.codec, HiddenCodec):
+    if not named or not parts.kind.calibration_views:
         # No unit needs them: `fill` calibrates where its codec asks for it.
         store.remove([CONSTANTS_RECORD])
         store.remove_tree(CONSTANTS)
         return []
-    arrays = calibrated(recipe.codec, recipe.views, recipe.given_batch_size, parts.source, parts.teacher)
+    arrays = calibrated(parts.kind, recipe.views, recipe.given_batch_size, parts.source, parts.teacher)
     files, record = constants_files(manifest.spec_id, {name: array.numpy() for name, array in arrays.items()})
     digest = json.loads(record)["record_digest"]
     if named != {digest}:

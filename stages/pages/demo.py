@@ -15,11 +15,11 @@ from matplotlib.patches import Rectangle
 from tinymim.stages.pages.look import COLOURS, DASHES, FAINT, INK, document, dress, html_figure, log_scale, png, prose
 from tinymim.stages.pages.tables import html_table, plain_table
 from tinymim.storage.atomic import write_bytes_atomic
+from tinymim.targets.relations.picture import TITLES
 
 REPORT_NAME = "report.html"
 RELATIONS_NAME = "relations.png"
 SKETCH = "in the cache"  # whose map has a colour scale of its own
-_RELATION_TITLES = {"qk": "query-key: what this patch looks for", "vv": "value-value: what is like this patch"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def relations_figure(examples: Sequence[Example]) -> Figure:
                 if line == 0:
                     axes.set_title(who, fontsize=8.5, color=INK, pad=3)
                 if line == 0 and number == 0:
-                    title = _RELATION_TITLES.get(relation, relation)
+                    title = TITLES.get(relation, relation)
                     axes.annotate(
                         title,
                         (0, 1),

@@ -4,36 +4,28 @@ import statistics
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import JitterConfig, LoaderConfig, VerifyConfig, ViewConfig
-from tinymim.models.taps import StudentWithTap
-from tinymim.models.vit import Normalise, build_vit
+from tinymim.configs.sections import LoaderConfig, VerifyConfig, ViewConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
-from tinymim.pipeline.jitter import jitter
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.cache.opened import stored_constants
+from tinymim.stages.cache.opened import opened_kind
 from tinymim.stages.planning import clocks
 from tinymim.stages.planning.clocks import fitting, loader_start_s, loader_threads, timed
 from tinymim.stages.planning.forecast import Cost, StudentCosts
 from tinymim.stages.planning.teacher import Sampled, as_loaded
-from tinymim.stages.run.device import autocast, pick_device
-from tinymim.stages.training.learner import Learner
-from tinymim.stages.training.optim import seeded
+from tinymim.stages.run.device import pick_device
+from tinymim.stages.training.device_stream import cached_target
+from tinymim.stages.training.optim import Part
 from tinymim.stages.training.ranks import Ranks
-from tinymim.stages.training.student_step import check_student_fits
-from tinymim.targets.kinds import stored_codec
-from tinymim.targets.record import Codec
-from tinymim.targets.relations.losses import relation_loss
-from tinymim.targets.relations.qkv import QKV
+from tinymim.stages.training.student_step import StudentStep, check_view_size, make_students
+from tinymim.targets.contract import TargetKind
 
-CPU = torch.device("cpu")
 INPUT_BATCH = 32
 
 
@@ -56,8 +48,8 @@ def measured_student(
     manifest = sampled.reader.manifest
     source = join(ShardSet((sampled.shard,)), sampled.reader, sampled.num_views, "skip")
     order = _order(recipe, source.counts, sampled.num_views)
-    codec = stored_codec(manifest.codec, recipe.targets, stored_constants(sampled.reader.store, manifest, device))
-    arrays = [spec.name for spec in codec.arrays(int(manifest.teacher["heads"]), int(manifest.teacher["tokens"]))]
+    kind = opened_kind(sampled.reader, recipe.targets, device)
+    arrays = [spec.name for spec in kind.specs(manifest.shapes)]
     steps = _steps(recipe, num_images, manifest.num_views)
     # Digests are compared of the first views and then of one in so many: on average of one in `every`.
     verify, views = recipe.verify, steps * recipe.optim.batch_size
@@ -69,7 +61,7 @@ def measured_student(
     drawn = ImageViews(source.shards, RandomViews(law), law.seed)
     with loader_threads(recipe.loader.workers):
         replay_s, draw_s, batch = _input(replayed, drawn, order, 0.3 * seconds)
-    step = _step(recipe, codec, sampled, batch, order, device, 0.6 * seconds)
+    step = _step(recipe, kind, sampled, batch, order, device, 0.6 * seconds)
     return StudentCosts(
         name=name,
         num_images=num_images,
@@ -136,47 +128,35 @@ def _input(
 
 def _step(
     recipe: TrainStudentRecipe,
-    codec: Codec,
+    kind: TargetKind,
     sampled: Sampled,
     batch: ViewBatch,
     order: SampleOrder,
     device: torch.device,
     budget_s: float,
 ) -> Cost:
-    """Everything between two batches, per view, of all students of the recipe: as `train_student.train` does it."""
-    teacher, manifest = sampled.reader.manifest.teacher, sampled.reader.manifest
-    heads, tokens = codec.relation_heads(int(teacher["heads"])), int(teacher["tokens"])
-    learners: list[tuple[JitterConfig, StudentWithTap, Learner]] = []
-    for name, own in recipe.each().items():
+    """Everything between two batches, per view, of all students of the recipe."""
+    manifest = sampled.reader.manifest
+    for own in recipe.each().values():
         assert own.student is not None  # by TrainStudentRecipe.each
-        check_student_fits(own.student, teacher, manifest.views, heads)
-        student = StudentWithTap(build_vit(own.student, drop_path=own.drop_path)).to(device)
-        example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
-        learners.append(
-            (own.jitter, student, Learner(name, name, own, "student", student, example, Ranks(), order, []))
+        check_view_size(own.student, int(manifest.views["size"]))
+    students = make_students(recipe, kind, manifest.shapes, Ranks(), order, [])
+    targets = {
+        each.learner.device: cached_target(
+            opened_kind(sampled.reader, recipe.targets, each.learner.device), manifest.shapes
         )
-    normalise = Normalise().to(device)
+        for each in students
+    }
     loaded = as_loaded(batch, device)
 
     def part(count: int) -> int:
-        views, places = loaded(count), torch.arange(count)
-        pixels = views.pixels.to(device, non_blocking=True)
-        records = {name: array.to(device, non_blocking=True) for name, array in views.records.items()}
-        target = codec.decode(records, views.view_keys.to(device, non_blocking=True), tokens)
-        images: dict[JitterConfig, Tensor] = {}
-        for colours, student, learner in learners:
-            if colours not in images:
-                images[colours] = normalise(jitter(pixels, colours, seeded(CPU, 0), places, count))
-            student.draw(seeded(CPU, 0), places, count)
-            with learner.part_of_step(True, True):
-                with autocast(device, recipe.precision):
-                    losses = relation_loss(QKV(*learner.model(images[colours])).resplit(heads), target)
-                    loss = torch.stack(list(losses.values())).sum()
-                learner.backward({"loss": loss}, 1.0)
+        step = StudentStep(recipe, students, kind, targets, torch.arange(count), count)
+        step.take(0, loaded(count))
+        step.add(0, Part(slice(0, count), 1.0, True, True))
         return count
 
     def update() -> int:
-        for *_, learner in learners:
+        for *_, learner in students:
             for parameter in learner.module.parameters():
                 if parameter.grad is None and parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)

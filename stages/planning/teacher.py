@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, SketchCodec
 from tinymim.configs.errors import RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.taps import Shapes
+from tinymim.models.taps import Tapped, finite_views, require_finite
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.order import Items
@@ -32,30 +33,21 @@ from tinymim.pipeline.views import RandomViews
 from tinymim.stages.planning import clocks
 from tinymim.stages.planning.clocks import fitting, loader_start_s, loader_threads, timed
 from tinymim.stages.planning.forecast import Cost, TeacherCosts
-from tinymim.stages.units.audit import Audit
+from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.prepare import Prepared
 from tinymim.storage.commit import UnitInfo, encode_commit
 from tinymim.storage.layout import CHUNK_RECORDS, METADATA, UnitId, stored_bytes
+from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.kinds import describe_codec, make_codec
-from tinymim.targets.record import Codec
-from tinymim.targets.relations.hidden import calibrate, check_projection
-from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.contract import TargetKind
+from tinymim.targets.kinds import ALTERNATIVES, describe_codec, make_kind
 
 MOST_VIEWS: Final = 8  # of an image in the sample
 MOST_RECORDS = {"cpu": 256, "cuda": 2048}
 MOST_IMAGES = {"cpu": 64, "cuda": 512}
-# Sizes that a plan tells beside the recipe's own: the default, 300 views of ImageNet in 2 TB, less, all, and dense.
-OTHER_CODECS: tuple[CodecConfig, ...] = (
-    SketchCodec(),
-    SketchCodec(rows=26),
-    SketchCodec(rows=16, tail_k=4),
-    HiddenCodec(name="hidden"),
-    DenseCodec(name="dense"),
-)
 
 
 @dataclass(frozen=True)
@@ -97,24 +89,26 @@ def measured_teacher(
         UserError, StoreError: the place of the cache cannot be written.
     """
     # ---- images, teacher, codec
-    device, source, teacher, manifest = prepared
+    device, source, teacher, manifest = prepared.device, prepared.source, prepared.teacher, prepared.manifest
     views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
     shard, items = _sample_items(source, recipe.num_views, device)
     start_s = loader_start_s(views, items[:1], recipe.loader)
     with loader_threads(recipe.loader.workers):
         decode_s, batch = _decoded(views, items, shard, 0.15 * seconds)
-    block, forward = _forward(teacher, batch, recipe.given_batch_size * recipe.num_views, 0.35 * seconds)
-    constants = _constants(recipe.codec, teacher, block)
-    codec = make_codec(recipe.codec, constants=constants)
-    encode = _encoding(codec, block, batch, 0.1 * seconds)
-    audit = _auditing(recipe, teacher, codec, block, batch, 0.1 * seconds) if recipe.audit_views else Cost(0.0)
-    arrays = records(codec, block, batch.view_keys, isinstance(recipe.codec, SketchCodec))
+    tapped, forward = _forward(teacher, batch, recipe.given_batch_size * recipe.num_views, 0.35 * seconds)
+    constants = _constants(prepared.kind, teacher, tapped)
+    kind = make_kind(recipe.codec, recipe.teacher.block, constants=constants)
+    encode = _encoding(kind, tapped, batch, 0.1 * seconds)
+    audit = Cost(0.0)
+    if recipe.audit_views:
+        audit = _auditing(kind, recipe.views.size, manifest.shapes, tapped, batch, 0.1 * seconds)
+    arrays = records(kind, tapped, batch.view_keys, kind.draws(manifest.shapes))
 
     # ---- a unit on the disk or store of the cache
     filled = sum(shard.num_samples > 0 for shard in source.shards)
     real_records = source.num_samples * recipe.num_views / filled
     with _temporary_place(recipe) as place, CacheWriter.open(place, manifest, recipe.lease_s) as writer:
-        if constants is not None:
+        if constants:
             writer.write_constants({name: array.cpu().numpy() for name, array in constants.items()})
         num_views = int(batch.items[:, 2].max()) + 1
         unit, keys = UnitId(shard.name, 0, num_views), batch.keys[::num_views]
@@ -141,7 +135,7 @@ def measured_teacher(
             audit=audit,
             write=Cost(_at_size(small, whole, "write_s", real_records), whole.write_cores),
             record_bytes=record_bytes,
-            codec_bytes=own | _other_codecs(own, teacher, block, batch, beside),
+            codec_bytes=own | _other_codecs(own, teacher, manifest, tapped, batch, beside),
             start_s=start_s,
         )
         read_s = _at_size(small, whole, "read_s", real_records)
@@ -201,74 +195,82 @@ def as_loaded(batch: ViewBatch, device: torch.device) -> Callable[[int], ViewBat
     return loaded
 
 
-def _forward(teacher: Teacher, batch: ViewBatch, wanted: int, budget_s: float) -> tuple[QKV, Cost]:
-    """The block of some views of the sample, and the cost per view of a batch like the recipe's."""
+def _forward(teacher: Teacher, batch: ViewBatch, wanted: int, budget_s: float) -> tuple[Tapped, Cost]:
+    """What the teacher gives for some views of the sample, and the cost per view of a batch like the recipe's."""
     device = teacher.normalise.mean.device
-    held: list[QKV] = []
+    held: list[Tapped] = []
     loaded = as_loaded(batch, device)
 
     def run(count: int) -> int:
-        held[:] = [QKV(*teacher(loaded(count).pixels.to(device, non_blocking=True)))]
+        held[:] = [teacher(loaded(count).pixels.to(device, non_blocking=True), check=False)]
         return count
 
     probe = timed(lambda: run(1), 0.1 * budget_s, device)
     count = fitting(probe.seconds, wanted, budget_s)
     cost = timed(lambda: run(count), budget_s, device)
-    kept = torch.arange(min(count, len(batch.pixels)), device=device)
-    return held[0].pick(kept), cost
+    require_finite(finite_views(held[0]))
+    return _first(held[0], len(batch.pixels)), cost
 
 
-def _constants(config: CodecConfig, teacher: Teacher, block: QKV) -> dict[str, torch.Tensor] | None:
-    """What a hidden codec needs, calibrated on the views at hand: fewer than a cache takes, of the same size."""
-    if not isinstance(config, HiddenCodec):
-        return None
-    weight, bias = teacher.qkv_projection()
-    check_projection(block, weight, bias)
-    assert block.x is not None
-    made = calibrate(config, block.x.float().cpu(), weight, bias, block.q.shape[1])
-    return {name: array.to(block.q.device) for name, array in made.items()}
+def _first(tapped: Tapped, count: int) -> Tapped:
+    """What the teacher gave for the first `count` views, copied: the rest can be freed."""
+    return {tap: tuple(tensor[:count].clone() for tensor in tensors) for tap, tensors in tapped.items()}
 
 
-def _encoding(codec: Codec, block: QKV, batch: ViewBatch, budget_s: float) -> Cost:
-    keys = batch.view_keys[: len(block.q)].to(block.q.device)
+def _count(tapped: Tapped) -> int:
+    return len(next(iter(tapped.values()))[0])
+
+
+def _device(tapped: Tapped) -> torch.device:
+    return next(iter(tapped.values()))[0].device
+
+
+def _constants(kind: TargetKind, teacher: Teacher, tapped: Tapped) -> dict[str, torch.Tensor]:
+    """The constants of a codec, calibrated on the views at hand: fewer than a cache takes, of the same size."""
+    if not kind.calibration_views:
+        return {}
+    made = kind.calibrate([tapped], teacher.projection)
+    return {name: array.to(_device(tapped)) for name, array in made.items()}
+
+
+def _encoding(kind: TargetKind, tapped: Tapped, batch: ViewBatch, budget_s: float) -> Cost:
+    keys = batch.view_keys[: _count(tapped)].to(_device(tapped))
 
     def run() -> int:
-        for array in codec.encode(block, keys).values():
+        for array in kind.encode(tapped, keys).values():
             array.cpu()
         return len(keys)
 
-    return timed(run, budget_s, block.q.device)
+    return timed(run, budget_s, keys.device)
 
 
 def _auditing(
-    recipe: CacheTeacherRecipe, teacher: Teacher, codec: Codec, block: QKV, batch: ViewBatch, budget_s: float
+    kind: TargetKind, view_size: int, shapes: Shapes, tapped: Tapped, batch: ViewBatch, budget_s: float
 ) -> Cost:
-    """Of one audited view: the reference student's gradient under its dense maps and under its record."""
-    device, (heads, tokens) = block.q.device, block.q.shape[1:3]
-    relation_heads = codec.relation_heads(heads)
-    reference = reference_student(recipe.teacher, teacher.grid, teacher.prefix_tokens, relation_heads)
-    audit = Audit(GradientProbe(reference.to(device), relation_heads), 10**6)
-    one, key = block.pick(torch.zeros(1, dtype=torch.int64, device=device)), batch.view_keys[:1].to(device)
-    pixels = batch.pixels[:1].to(device)
-    target = codec.decode(codec.encode(one, key), key, tokens)
+    """Cost of one audited view: the reference student's gradient under its dense target and under its record."""
+    device = _device(tapped)
+    reference = reference_student(kind, view_size, shapes)
+    audit = UnitAudit(GradientProbe(kind, reference.to(device), shapes), 10**6)
+    one, key = _first(tapped, 1), batch.view_keys[:1].to(device)
+    pixels, arrays = batch.pixels[:1].to(device), kind.encode(one, key)
 
     def run() -> int:
-        audit.add(one, pixels, target)
+        audit.add(one, pixels, arrays, key)
         return 1
 
     return timed(run, budget_s, device)
 
 
-def records(codec: Codec, block: QKV, keys: torch.Tensor, draws: bool) -> dict[str, npt.NDArray[Any]]:
+def records(kind: TargetKind, tapped: Tapped, keys: torch.Tensor, draws: bool) -> dict[str, npt.NDArray[Any]]:
     """Arrays of `len(keys)` records from a block of possibly fewer views, which then serve again.
 
     A codec that draws draws anew for every key. Of others a record that comes again has its last axis turned: equal
     records in one chunk would compress to nothing.
     """
-    held, parts = len(block.q), []
+    held, parts = _count(tapped), []
     for number, start in enumerate(range(0, len(keys), held)):
-        some = keys[start : start + held].to(block.q.device)
-        arrays = codec.encode(block.pick(torch.arange(len(some), device=block.q.device)), some)
+        some = keys[start : start + held].to(_device(tapped))
+        arrays = kind.encode(_first(tapped, len(some)), some)
         turn = 0 if draws else number
         parts.append(
             {
@@ -340,16 +342,17 @@ def _bytes_of(info: UnitInfo) -> tuple[int, int]:
 
 
 def _other_codecs(
-    own: Mapping[str, float], teacher: Teacher, block: QKV, batch: ViewBatch, beside: float
+    own: Mapping[str, float], teacher: Teacher, manifest: Manifest, tapped: Tapped, batch: ViewBatch, beside: float
 ) -> dict[str, float]:
     """Bytes of a view on disk in other codec settings; those that do not fit the teacher are left out."""
     found: dict[str, float] = {}
-    for config in OTHER_CODECS:
-        drawn = isinstance(config, SketchCodec)
-        keys = batch.view_keys[: CHUNK_RECORDS if drawn else min(len(block.q), 4)]
+    for config in ALTERNATIVES:
+        plain = make_kind(config, manifest.block)
+        draws = plain.draws(manifest.shapes)
+        keys = batch.view_keys[: CHUNK_RECORDS if draws else min(_count(tapped), 4)]
         with contextlib.suppress(RecipeError):
-            codec = make_codec(config, constants=_constants(config, teacher, block))
-            arrays = records(codec, block, keys, drawn)
+            kind = make_kind(config, manifest.block, constants=_constants(plain, teacher, tapped))
+            arrays = records(kind, tapped, keys, draws)
             found[describe_codec(config)] = sum(map(stored_bytes, arrays.values())) / len(keys) + beside
     return {name: size for name, size in found.items() if name not in own}
 

@@ -1,6 +1,7 @@
 """One stream of batches for several students, on one device or on several: what they share is made once per device."""
 
 import contextlib
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,14 +9,22 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.sections import JitterConfig
+from tinymim.configs.taps import Shapes
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.stages.training.optim import seeded
-from tinymim.targets.record import Codec
-from tinymim.targets.relations.rows import Target
+from tinymim.targets.contract import Target, TargetKind
 
 CPU = torch.device("cpu")
+
+# From pixels uint8 [B, 3, S, S], the records' arrays and view keys int64 [B], all on one device, to their target.
+MakeTarget = Callable[[Tensor, Mapping[str, Tensor], Tensor], Target]
+
+
+def cached_target(kind: TargetKind, shapes: Shapes) -> MakeTarget:
+    """The target is what the cache holds; `kind` has its constants on the device."""
+    return lambda _pixels, records, view_keys: kind.decode(records, view_keys, shapes)
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
@@ -26,22 +35,21 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 class DeviceStream:
     """The stream as the students of one device see it.
 
-    A batch is copied to the device once, a target unpacked once, and images are coloured once for all students with
-    the same jitter. Nothing here waits for a GPU: while one computes, the next one is given its work.
+    A batch is copied to the device once, a target made once, and images are jittered once for all students with the
+    same jitter. Nothing here waits for a GPU: while one computes, the next one is given its work.
 
     Args:
         device: where these students are.
-        codec: with its constants on that device.
-        tokens: of a view.
+        make_target: makes the target of some views there.
         seed: of the run; with the step it names the colours.
         places: int64 [B], where a rank's samples stand in a step's whole batch.
         batch_size: samples of the whole batch.
     """
 
     def __init__(
-        self, device: torch.device, codec: Codec, tokens: int, seed: int, places: Tensor, batch_size: int
+        self, device: torch.device, make_target: MakeTarget, seed: int, places: Tensor, batch_size: int
     ) -> None:
-        self.device, self._codec, self._tokens = device, codec, tokens
+        self.device, self._make_target = device, make_target
         self._seed, self._places, self._batch_size = seed, places, batch_size
         self._normalise = Normalise().to(device)
         self._step = 0
@@ -49,7 +57,7 @@ class DeviceStream:
         self._pixels, self._keys = torch.empty(0), torch.empty(0)
         self._records: dict[str, Tensor] = {}
         self._images: dict[JitterConfig, Tensor] = {}
-        self.target: Target = {}
+        self.target: Target = None
 
     def take(self, step: int, batch: ViewBatch) -> None:
         """Copy the batch of a step here."""
@@ -63,13 +71,13 @@ class DeviceStream:
         self._rows, self._images = rows, {}
         records = {name: array[rows] for name, array in self._records.items()}
         with current(self.device):
-            self.target = self._codec.decode(records, self._keys[rows], self._tokens)
+            self.target = self._make_target(self._pixels[rows], records, self._keys[rows])
 
-    def images(self, colours: JitterConfig) -> Tensor:
+    def images(self, config: JitterConfig) -> Tensor:
         """Normalised float32 [B, 3, S, S] of the part, with this jitter."""
-        if colours not in self._images:
+        if config not in self._images:
             generator = seeded(CPU, self._seed, self._step)
             here = self._places[self._rows]
-            coloured = jitter(self._pixels[self._rows], colours, generator, here, self._batch_size)
-            self._images[colours] = self._normalise(coloured)
-        return self._images[colours]
+            jittered = jitter(self._pixels[self._rows], config, generator, here, self._batch_size)
+            self._images[config] = self._normalise(jittered)
+        return self._images[config]

@@ -1,28 +1,134 @@
-"""The student's step: what a training run needs of its cache, and whether the student fits it."""
+"""The student's step: one forward and backward pass of every student against one batch of targets.
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+Used by `train-student`, `plan`, the benchmarks and the evidence. It also says what a training run needs of its cache,
+and whether a student fits it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
-from tinymim.models.taps import StudentWithTap, count_tokens
-from tinymim.models.vit import build_model
+from tinymim.configs.taps import Shapes
+from tinymim.models.student import StudentModel, shapes_of
+from tinymim.models.vit import build_vit, count_parameters
+from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource
+from tinymim.stages.run.device import autocast
+from tinymim.stages.training.device_stream import CPU, DeviceStream, MakeTarget, current
 from tinymim.stages.training.learner import Learner
+from tinymim.stages.training.optim import Part, parts_of, seeded
+from tinymim.stages.training.ranks import Ranks, rank_device
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
+from tinymim.targets.contract import TargetKind
 
 
-class Taught(NamedTuple):
-    """A student, its colours and what trains it."""
+class Student(NamedTuple):
+    """A student, its own jitter, and what trains it."""
 
-    colours: JitterConfig
-    student: StudentWithTap
+    jitter: JitterConfig
+    model: StudentModel
     learner: Learner
+
+
+def make_students(
+    recipe: TrainStudentRecipe, kind: TargetKind, teacher: Shapes, ranks: Ranks, order: SampleOrder, content: list[str]
+) -> list[Student]:
+    """The recipe's students at their initial weights, each on its device.
+
+    Args:
+        recipe: the training recipe.
+        kind: what they are trained on.
+        teacher: sizes of the teacher, which they must fit.
+        ranks: who trains together.
+        order: the order of the samples.
+        content: what their states depend on beside the recipe.
+
+    Raises:
+        CacheMismatch: a student's tokens are not the teacher's.
+        RecipeError: its width does not fit.
+    """
+    students = []
+    for name, own in recipe.each().items():
+        assert own.student is not None  # by TrainStudentRecipe.each
+        check_student_fits(own.student, kind, teacher)
+        device = rank_device(own.run.device, ranks)
+        torch.manual_seed(own.run.seed)
+        vit = build_vit(own.student, drop_path=own.drop_path)
+        model = StudentModel(vit, kind.head(shapes_of(vit), teacher)).to(device)
+        about = f"{name or 'student'} of {count_parameters(model.vit):,} parameters"
+        example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
+        learner = Learner(name, about, own, "student", model, example, ranks, order, content)
+        students.append(Student(own.jitter, model, learner))
+    return students
+
+
+class StudentStep:
+    """Trains students that share one stream of batches: what they share is made once per device.
+
+    Args:
+        recipe: the training recipe: batch size, accumulation, precision, seed.
+        students: from `make_students`.
+        kind: what they are trained on.
+        targets: by device, how the target of some views is made there.
+        places: int64 [B], where this rank's samples stand in a step's whole batch.
+        batch_size: samples of the whole batch.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainStudentRecipe,
+        students: Sequence[Student],
+        kind: TargetKind,
+        targets: Mapping[torch.device, MakeTarget],
+        places: Tensor,
+        batch_size: int,
+    ) -> None:
+        self.recipe, self.students, self.kind = recipe, students, kind
+        self.places, self.batch_size = places, batch_size
+        self.streams = {
+            device: DeviceStream(device, make, recipe.run.seed, places, batch_size) for device, make in targets.items()
+        }
+
+    def __call__(self, step: int, batch: ViewBatch) -> None:
+        """Do step `step`, counted from 0."""
+        self.take(step, batch)
+        for part in parts_of(len(self.places), self.recipe.optim.accumulate):
+            self.add(step, part)
+        self.update(step)
+
+    def take(self, step: int, batch: ViewBatch) -> None:
+        """Copy the batch to every device."""
+        for stream in self.streams.values():
+            stream.take(step, batch)
+
+    def add(self, step: int, part: Part) -> None:
+        """Add the gradients of a part of the batch."""
+        for stream in self.streams.values():
+            stream.cut(part.rows)
+        for jitter, model, learner in self.students:
+            stream = self.streams[learner.device]
+            model.draw(seeded(CPU, self.recipe.run.seed, step), self.places[part.rows], self.batch_size)
+            with current(learner.device), learner.part_of_step(part.first, part.last):
+                with autocast(learner.device, self.recipe.precision):
+                    answers = learner.model(stream.images(jitter))
+                    losses = self.kind.losses(answers, stream.target)
+                    means = {f"{self.kind.measure}_{name}": loss.mean() for name, loss in losses.items()}
+                    loss = torch.stack(list(means.values())).sum()
+                learner.backward({"loss": loss} | means, part.share)
+
+    def update(self, step: int) -> None:
+        """Update the weights of all students."""
+        for *_, learner in self.students:
+            with current(learner.device):
+                learner.update(step)
 
 
 def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:
@@ -44,35 +150,31 @@ def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
     return [reader.manifest.spec_id, *([constants] if constants else []), *hashes]
 
 
-def check_student_fits(student: ModelConfig, teacher: Mapping[str, Any], views: Mapping[str, Any], heads: int) -> None:
-    """Compare the student's input and tokens with the teacher's; `heads` is the number of relation heads.
-
-    Raises:
-        CacheMismatch: names the field that differs.
-        RecipeError: the student's width cannot be split into the teacher's heads.
-    """
-    if student.img_size != views["size"]:
+def check_view_size(student: ModelConfig, size: int) -> None:
+    """Raises CacheMismatch where a student's input is not the cached views."""
+    if student.img_size != size:
         raise CacheMismatch(
             "student.img_size is not the size of the cached views",
             got=student.img_size,
-            expected=views["size"],
+            expected=size,
             hint="students train at the size of the teacher's views",
         )
+
+
+def check_student_fits(student: ModelConfig, kind: TargetKind, teacher: Shapes) -> None:
+    """Compare the student's tokens and width with the teacher's; builds nothing.
+
+    Raises:
+        CacheMismatch: names what differs.
+        RecipeError: the kind cannot compare a student of this width.
+    """
     with torch.device("meta"):
-        model = build_model(student)
-    width = int(model.embed_dim)  # type: ignore[arg-type]
-    if width % heads:
-        raise RecipeError(
-            f"a student of width {width} cannot be split into {heads} relation heads",
-            got=f"student.embed_dim {width}",
-            expected=f"a multiple of {heads}",
-            hint=f"the nearest are {width // heads * heads or heads} and {(width // heads + 1) * heads}",
-        )
-    grid, prefix = count_tokens(model)
-    if (list(grid), prefix) != (list(teacher["grid"]), teacher["prefix_tokens"]):
+        own = shapes_of(build_vit(student))
+        kind.head(own, teacher)
+    if (own.grid, own.prefix_tokens) != (teacher.grid, teacher.prefix_tokens):
         raise CacheMismatch(
             "the student's tokens are not the teacher's",
-            got=f"a grid of {grid[0]} x {grid[1]} and {prefix} prefix tokens",
-            expected=f"{teacher['grid'][0]} x {teacher['grid'][1]} and {teacher['prefix_tokens']}",
+            got=f"a grid of {own.grid[0]} x {own.grid[1]} and {own.prefix_tokens} prefix tokens",
+            expected=f"{teacher.grid[0]} x {teacher.grid[1]} and {teacher.prefix_tokens}",
             hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
         )

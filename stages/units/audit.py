@@ -1,20 +1,20 @@
-"""Fidelity of a unit's records, written into its commit record (I5): some views compared with their dense maps."""
+"""Fidelity of a unit's records, written into its commit record (I5): some views compared with their dense targets."""
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from tinymim.stages.units.gradients import GradientProbe, Judged, target_of
-from tinymim.targets.relations.fidelity import MapMoments, exact_target, merged
-from tinymim.targets.relations.qkv import QKV
-from tinymim.targets.relations.rows import Target
+from tinymim.models.taps import Tapped
+from tinymim.stages.units.gradients import GradientProbe, Judged
+from tinymim.targets.fidelity import StatisticMoments, merged
 
 FEWEST_VIEWS: Final = 4  # below, variances between views say nothing
 
 
-class Audit:
-    """Compares views with their dense maps until it has seen enough.
+class UnitAudit:
+    """Compares views with their dense targets until it has seen enough.
 
     Args:
         probe: gradients of the reference student.
@@ -24,27 +24,30 @@ class Audit:
     def __init__(self, probe: GradientProbe, most: int) -> None:
         self.probe, self.most = probe, most
         self.views = 0
-        self._maps, self._judged = MapMoments(), Judged(most)
+        self._statistics, self._judged = StatisticMoments(), Judged(most)
 
-    @property
-    def wants_more(self) -> bool:
-        """Whether fewer than `most` views were compared."""
-        return self.views < self.most
+    def add(self, tapped: Tapped, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> None:
+        """Some views.
 
-    def add(self, block: QKV, pixels: Tensor, target: Target) -> None:
-        """Some views: the teacher's block, pixels uint8 [B, 3, S, S], and the target decoded from their records."""
+        Args:
+            tapped: what the teacher gave.
+            pixels: uint8 [B, 3, S, S].
+            records: the arrays of their records, first axis B.
+            view_keys: int64 [B].
+        """
+        kind = self.probe.kind
+        target = kind.decode(records, view_keys, self.probe.shapes)
         for row in range(min(self.most - self.views, len(pixels))):
-            one = block.pick(torch.tensor([row], device=pixels.device)).resplit(self.probe.heads)
-            records = target_of(target, row)
-            exact = exact_target(one, tuple(target))
-            dense, drawn = self.probe(pixels[row : row + 1], [exact, records])
-            self._judged.add(exact, dense, [drawn])
-            self._maps.add(one, records)
+            some = torch.tensor([row], device=pixels.device)
+            one = {tap: tuple(tensor[some] for tensor in tensors) for tap, tensors in tapped.items()}
+            stored, exact = kind.pick(target, slice(row, row + 1)), kind.exact(one)
+            dense, drawn = self.probe(pixels[row : row + 1], [exact, stored])
+            self._judged.add(dense, [drawn])
+            self._statistics.add(kind.statistics(one, stored), 1)
             self.views += 1
 
     def summary(self) -> dict[str, Any]:
-        """{"views": n} and, by relation and for "all" parameters, lists over heads of the
-        values in targets/relations/fidelity.py."""
+        """{"views": n}, and by loss and for "all" parameters lists over parts (see `targets/fidelity.py`)."""
         if self.views < FEWEST_VIEWS:
             return {"views": self.views}
-        return {"views": self.views, **merged(self._maps.summary(), self._judged.summary())}
+        return {"views": self.views, **merged(self._statistics.summary(), self._judged.summary())}

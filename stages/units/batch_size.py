@@ -8,8 +8,7 @@ import torch
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages.run.progress import say
-from tinymim.targets.record import Codec
-from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.contract import TargetKind
 
 MOST_VIEWS = 2048  # of a batch: any GPU is busy with fewer
 CPU_VIEWS = 64  # larger batches only leave the caches
@@ -18,7 +17,7 @@ HOST_SHARE = 0.25  # of the machine's free memory, for all batches that the load
 
 
 def find_images_per_batch(
-    teacher: Teacher, codec: Codec, recipe: CacheTeacherRecipe, largest_shard: int, device: torch.device
+    teacher: Teacher, kind: TargetKind, recipe: CacheTeacherRecipe, largest_shard: int, device: torch.device
 ) -> int:
     """The largest power of two of images whose views, teacher and codec fit into memory; 1 at least.
 
@@ -26,7 +25,7 @@ def find_images_per_batch(
     Neither is more than the host's memory holds of the loader's batches, nor (rounded up) than a shard has images.
 
     Args:
-        teacher, codec: on `device`.
+        teacher, kind: on `device`.
         recipe: says views, sizes and the loader.
         largest_shard: images in it.
     """
@@ -39,13 +38,13 @@ def find_images_per_batch(
         while 2 * images <= most:
             images *= 2
     else:
-        while 2 * images <= most and _fits(teacher, codec, 2 * images * views, size, device):
+        while 2 * images <= most and _fits(teacher, kind, 2 * images * views, size, device):
             images *= 2
     say(f"cache-teacher: batch_size auto is {images} images, {images * views} views at once on {device.type}")
     return images
 
 
-def _fits(teacher: Teacher, codec: Codec, views: int, size: int, device: torch.device) -> bool:
+def _fits(teacher: Teacher, kind: TargetKind, views: int, size: int, device: torch.device) -> bool:
     """Whether teacher and codec take so many views with memory to spare."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device)  # what this process holds already is there to be used
@@ -55,7 +54,7 @@ def _fits(teacher: Teacher, codec: Codec, views: int, size: int, device: torch.d
     torch.cuda.reset_peak_memory_stats(device)
     try:
         pixels = torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device)
-        codec.encode(QKV(*teacher(pixels)), torch.arange(views, device=device))
+        kind.encode(teacher(pixels), torch.arange(views, device=device))
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) <= DEVICE_SHARE * free_bytes
     except torch.OutOfMemoryError:

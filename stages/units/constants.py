@@ -1,6 +1,7 @@
-"""The constants of a `hidden` cache: calibrated on some views when the cache is begun, then taken from the cache."""
+"""The constants that some codecs need: calibrated on some views when the cache is begun, then taken from the cache."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,30 +9,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import HiddenCodec
 from tinymim.configs.errors import CacheMismatch, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import ViewConfig
+from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import say
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.relations.hidden import calibrate, check_projection
-from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.contract import TargetKind
+from tinymim.targets.kinds import make_kind
 
 
-def require_rebuildable(recipe: CacheTeacherRecipe, teacher: Teacher) -> None:
-    """Refuse, before there is a cache, a teacher whose q, k, v a `hidden` codec could not rebuild.
+def require_rebuildable(kind: TargetKind, teacher: Teacher) -> None:
+    """Refuse, before there is a cache, a teacher that a codec with constants could not serve.
 
     Raises:
-        RecipeError: its q, k, v are not a linear layer of the block's input.
+        RecipeError: what is stored could not be rebuilt.
     """
-    if isinstance(recipe.codec, HiddenCodec):
-        size, device = recipe.views.size, teacher.normalise.mean.device
-        black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-        check_projection(QKV(*teacher(black)), *teacher.qkv_projection())
+    if kind.calibration_views:
+        kind.check_teacher(teacher.black(), teacher.projection)
 
 
 def settle_constants(
@@ -45,12 +44,13 @@ def settle_constants(
         None for a codec that needs none.
 
     Raises:
-        RecipeError: this teacher's q, k, v cannot be rebuilt from the block's input.
+        RecipeError: the codec cannot serve this teacher.
         SourceError: none of the images to calibrate on can be read.
         CacheMismatch: the source has its shards in another order than the job that began the cache.
         CacheCorrupt: the stored ones are damaged.
     """
-    if not isinstance(recipe.codec, HiddenCodec):
+    kind = make_kind(recipe.codec, recipe.teacher.block)
+    if not kind.calibration_views:
         return None
     device = teacher.normalise.mean.device
     held = on_device(writer.constants(), device)
@@ -61,7 +61,7 @@ def settle_constants(
         if held is not None:
             return held
         _require_same_order(writer, source)
-        constants = calibrated(recipe.codec, recipe.views, recipe.given_batch_size, source, teacher)
+        constants = calibrated(kind, recipe.views, recipe.given_batch_size, source, teacher)
         writer.write_constants({name: array.numpy() for name, array in constants.items()})
     return {name: array.to(device) for name, array in constants.items()}
 
@@ -84,28 +84,28 @@ def on_device(arrays: dict[str, npt.NDArray[Any]] | None, device: torch.device) 
 
 
 def calibrated(
-    codec: HiddenCodec, law: ViewConfig, batch_size: int, source: ShardSet, teacher: Teacher
+    kind: TargetKind, law: ViewConfig, batch_size: int, source: ShardSet, teacher: Teacher
 ) -> dict[str, Tensor]:
-    """The constants from the first view of the first `codec.calibration_views` images of the source, on the CPU.
+    """The constants from the first view of the first `kind.calibration_views` images of the source, on the CPU.
 
     Raises:
-        RecipeError: this teacher's q, k, v cannot be rebuilt from the block's input.
+        RecipeError: the codec cannot serve this teacher.
         SourceError: none of these images can be read.
     """
-    weight, bias = teacher.qkv_projection()
+    device = teacher.normalise.mean.device
     images = ((shard, sample, 0) for shard, held in enumerate(source.shards) for sample in range(held.num_samples))
-    items = np.array(list(itertools.islice(images, codec.calibration_views)), dtype=np.int64)
+    items = np.array(list(itertools.islice(images, kind.calibration_views)), dtype=np.int64)
     views = ImageViews(source.shards, RandomViews(law), law.seed)
-    inputs, heads = [], 0
-    for start in range(0, len(items), batch_size):
-        batch = views.batch(items[start : start + batch_size])
-        if batch.keys:
-            q, k, v, x = teacher(batch.pixels.to(weight.device))
-            check_projection(QKV(q, k, v, x), weight, bias)
-            inputs.append(x.float().cpu())
-            heads = q.shape[1]
-    if not inputs:
-        raise SourceError("none of the images to calibrate the codec on can be read", got=f"{len(items)} images")
-    x = torch.cat(inputs)
-    say(f"codec {codec.name}: calibrating on {len(x):,} views")
-    return calibrate(codec, x, weight, bias, heads)
+
+    def tapped() -> Iterator[Tapped]:
+        count = 0
+        for start in range(0, len(items), batch_size):
+            batch = views.batch(items[start : start + batch_size])
+            count += len(batch.keys)
+            if batch.keys:
+                yield teacher(batch.pixels.to(device))
+        if not count:
+            raise SourceError("none of the images to calibrate the codec on can be read", got=f"{len(items)} images")
+        say(f"codec {kind.name}: calibrating on {count:,} views")
+
+    return kind.calibrate(tapped(), teacher.projection)

@@ -78,10 +78,10 @@ class CacheWorker:
                 recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": "cpu"})})
             if 0 < gpus < 1 and torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(gpus)
-            device, source, teacher, manifest = prepare(recipe, source)
-            writer = CacheWriter.open(cache_place(recipe, manifest), manifest, recipe.lease_s)
+            parts = prepare(recipe, source)
+            writer = CacheWriter.open(cache_place(recipe, parts.manifest), parts.manifest, recipe.lease_s)
             try:
-                job = TeacherJob(recipe, device, source, teacher, writer)
+                job = TeacherJob(recipe, parts.device, source, parts.teacher, writer)
             except BaseException:
                 writer.close()
                 raise

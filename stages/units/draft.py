@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import SourceError
+from tinymim.models.taps import Tapped, finite_views
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.stages.run.progress import say
-from tinymim.stages.units.audit import Audit
+from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.timing import Marks
 from tinymim.storage.layout import UnitId
-from tinymim.targets.record import Codec, FiniteCheck, finite_checks_deferred
-from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.contract import TargetKind
 
 
 @dataclass
@@ -25,13 +25,13 @@ class AuditedViews:
     """Views whose records are to be compared with their dense maps, on the teacher's device.
 
     Attributes:
-        block: the teacher's q, k, v and input, first axis views.
+        tapped: what the teacher gave, first axis views.
         pixels: uint8 [B, 3, S, S].
         records: the codec's arrays, first axis B.
         view_keys: int64 [B].
     """
 
-    block: QKV
+    tapped: Tapped
     pixels: Tensor
     records: dict[str, Tensor]
     view_keys: Tensor
@@ -45,7 +45,7 @@ class Encoded:
         arrays: the codec's, on the CPU once `marks` has been waited for.
         marks: before the teacher, behind it, behind the codec, behind the copy to the CPU.
         audited: for the unit's audit, from its first batches.
-        checks: of the teacher's numbers, to be made once `marks` has been waited for.
+        finite: bool [B] on the CPU, whether what the teacher gave is finite, once `marks` has been waited for.
     """
 
     piece: Piece
@@ -53,11 +53,11 @@ class Encoded:
     arrays: dict[str, Tensor] = field(default_factory=dict)
     marks: Marks | None = None
     audited: AuditedViews | None = None
-    checks: list[FiniteCheck] = field(default_factory=list)
+    finite: Tensor | None = None
 
 
 def encode(
-    teacher: Teacher, codec: Codec, batch: ViewBatch, piece: Piece, audit_views: int, device: torch.device
+    teacher: Teacher, kind: TargetKind, batch: ViewBatch, piece: Piece, audit_views: int, device: torch.device
 ) -> Encoded:
     """Run a batch through teacher and codec. On a GPU that goes on when this returns.
 
@@ -71,22 +71,22 @@ def encode(
     view_keys = batch.view_keys.to(device, non_blocking=True)
     marks = Marks(device)
     marks.mark()
-    block = QKV(*teacher(pixels))
+    tapped: Tapped = teacher(pixels, check=False)  # the check would wait for the device: it is made by the collector
+    finite = finite_views(tapped)
     marks.mark()
-    with finite_checks_deferred() as checks:
-        records = codec.encode(block, view_keys)
+    records = kind.encode(tapped, view_keys)
     marks.mark()
     audited = None
     if audit_views > 0:
         first = np.flatnonzero(batch.items[:, 2] == batch.items[0, 2])[:audit_views]
         some = torch.from_numpy(first).to(device)
         picked = {name: _picked(array, some) for name, array in records.items()}
-        audited = AuditedViews(block.pick(some), pixels[some], picked, view_keys[some])
+        seen = {tap: tuple(tensor[some] for tensor in tensors) for tap, tensors in tapped.items()}
+        audited = AuditedViews(seen, pixels[some], picked, view_keys[some])
     arrays = {name: array.to("cpu", non_blocking=True) for name, array in records.items()}
-    for check in checks:
-        check.per_view = check.per_view.to("cpu", non_blocking=True)
+    finite = finite.to("cpu", non_blocking=True)
     marks.mark()
-    return Encoded(piece, batch, arrays, marks, audited, checks)
+    return Encoded(piece, batch, arrays, marks, audited, finite)
 
 
 def _picked(array: Tensor, some: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _picked(array: Tensor, some: Tensor) -> Tensor:
 class Draft:
     """A unit's records so far. Made and filled by one thread, then handed to the one that writes it."""
 
-    def __init__(self, unit: UnitId, audit: Audit) -> None:
+    def __init__(self, unit: UnitId, audit: UnitAudit) -> None:
         self.unit, self.audit = unit, audit
         self.unreadable: list[tuple[str, str]] = []
         self._keys: list[str] = []
@@ -120,10 +120,9 @@ class Draft:
         arrays = {name: part.numpy() for name, part in parts.items()}
         self._parts.append({"box": boxes, "flip": flips, "digest": digests, **arrays})
 
-    def compare(self, views: AuditedViews, codec: Codec) -> None:
+    def compare(self, views: AuditedViews) -> None:
         """Give views to the audit (I5)."""
-        target = codec.decode(views.records, views.view_keys, views.block.q.shape[2])
-        self.audit.add(views.block, views.pixels, target)
+        self.audit.add(views.tapped, views.pixels, views.records, views.view_keys)
 
     def keys(self) -> list[str]:
         """One key per readable image."""

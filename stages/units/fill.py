@@ -17,7 +17,6 @@ from tinymim.stages.units.ledger import LOOK_AGAIN_S, Ledger, UnitReport, missin
 from tinymim.stages.units.prepare import Prepared, cache_place
 from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.kinds import make_codec
 
 
 def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitId] = ()) -> None:
@@ -45,7 +44,7 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
     ):
         for difference in writer.environment_differences:
             say(f"cache-teacher: warning: {difference}")
-        specs = make_codec(recipe.codec).arrays(manifest.teacher["heads"], manifest.teacher["tokens"])
+        specs = parts.kind.specs(manifest.shapes)
         record_bytes = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape)) for spec in specs)
         say(
             f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB "

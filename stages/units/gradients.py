@@ -1,49 +1,48 @@
-"""What a student's gradient would be, view by view: by which codecs are judged (stage `fidelity`, and I5's audit).
+"""Per-view gradients of a student under a target; they measure the bias and noise that a codec adds (I5).
 
-Shapes: H relation head, T token, C student width, D = C / H, P part, N gradient coordinate.
+Shapes: P part of a loss, N gradient coordinate, S pixel.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
 from tinymim.configs.sections import ModelConfig
-from tinymim.models.taps import StudentWithTap, split_qkv
+from tinymim.configs.taps import Shapes
+from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.vit import Normalise, build_vit
-from tinymim.targets.relations.fidelity import GradientMoments, merged, rounded
-from tinymim.targets.relations.losses import cross_entropy_per_head
-from tinymim.targets.relations.qkv import QKV
-from tinymim.targets.relations.rows import DenseRows, RowTarget, Target
+from tinymim.targets.contract import Loss, Target, TargetHead, TargetKind
+from tinymim.targets.fidelity import GradientMoments, merged, rounded
 
 # A gradient of millions is judged on a fixed random part of its coordinates: this many of every tensor.
 COORDINATES_PER_TENSOR: Final = 4096
 REFERENCE_WIDTH: Final = 192  # ViT-T
 
 
-def reference_student(teacher: ModelConfig, grid: tuple[int, int], prefix_tokens: int, heads: int) -> StudentWithTap:
+def reference_student(kind: TargetKind, view_size: int, teacher: Shapes) -> StudentModel:
     """The student on which caches report their noise: a ViT-T at its initial weights, the same everywhere.
 
-    Its tokens are the teacher's and its width the smallest from 192 on that `heads` divides.
+    Its tokens are the teacher's, and its width is the smallest from 192 on that the kind's parts divide.
     """
-    step = math.lcm(heads, 12)  # 3 heads of its own, and a sine-cosine table, which needs a multiple of 4
+    # 3 heads of its own, and a sine-cosine table, which needs a multiple of 4
+    step = math.lcm(12, *kind.parts(teacher).values())
     config = ModelConfig(
         name="vit_tiny_patch16_224",
-        img_size=teacher.img_size,
-        patch_size=teacher.img_size // grid[0],
+        img_size=view_size,
+        patch_size=view_size // teacher.grid[0],
         embed_dim=-(-REFERENCE_WIDTH // step) * step,
         num_heads=3,
     )
-    extra: dict[str, Any] = {"reg_tokens": prefix_tokens - 1} if prefix_tokens else {"class_token": False}
-    if not prefix_tokens:
-        extra["global_pool"] = "avg"
+    prefix = teacher.prefix_tokens
+    extra: dict[str, Any] = {"reg_tokens": prefix - 1} if prefix else {"class_token": False, "global_pool": "avg"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return StudentWithTap(build_vit(config, **extra))
+        vit = build_vit(config, **extra)
+        return StudentModel(vit, kind.head(shapes_of(vit), teacher))
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,27 @@ class ViewGradient:
     """What one target of one view asks of a student.
 
     Attributes:
-        gradients: "all" [1, N], of the summed loss over (part of) the student's parameters; and for every relation
-            [H, N], of each head's loss over that head's own projections in the tap.
-        cross_entropy: by relation [H], nats, mean over the target's rows.
+        gradients: "all" [1, N], of the summed losses over (part of) the student's parameters; and for every loss
+            [P, N], of each part over the head's own weights for that part.
+        losses: by name, [1, P] and [1] or [1, P].
     """
 
     gradients: dict[str, Tensor]
-    cross_entropy: dict[str, Tensor]
+    losses: dict[str, Loss]
 
 
 class GradientProbe:
-    """Gradients of the relation loss for one student, one view at a time.
+    """Gradients of a kind's losses for one student, one view at a time.
 
     Args:
+        kind: what the student is compared on.
         student: any weights; it is put into evaluation mode, so that nothing is dropped.
-        heads: relation heads of the targets.
+        shapes: of the teacher.
     """
 
-    def __init__(self, student: StudentWithTap, heads: int) -> None:
-        self.student = student.eval()
-        self.heads = heads
-        device = student.tap.weight.device
+    def __init__(self, kind: TargetKind, student: StudentModel, shapes: Shapes) -> None:
+        self.kind, self.student, self.shapes = kind, student.eval(), shapes
+        device = next(student.parameters()).device
         self.normalise = Normalise().to(device)
         self._trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         generator = torch.Generator().manual_seed(0)
@@ -92,26 +91,24 @@ class GradientProbe:
             pixels: uint8 [1, 3, S, S].
             targets: each of one view.
         """
-        features = self.student.vit.forward_features(self.normalise(pixels))
-        tapped = QKV(*split_qkv(self.student.tap(features), self.student.heads)).resplit(self.heads)
-        sides = (tapped.q, tapped.k, tapped.v)
+        tokens = self.student.tokens(self.normalise(pixels))
+        head = self.student.head
+        assert isinstance(head, TargetHead)  # by `kind.head`
+        answers = head(tokens)
         for target in targets:
-            leaves = tuple(side.detach().requires_grad_() for side in sides)
-            student = QKV(*leaves)
+            leaves = tuple(answer.detach().requires_grad_() for answer in answers)
             found: dict[str, Tensor] = {}
             total = [torch.zeros_like(leaf) for leaf in leaves]
-            cross_entropy = cross_entropy_per_head(student, target)
-            for relation, by_head in cross_entropy.items():
+            losses = self.kind.losses(leaves, target)
+            for name, loss in losses.items():
                 grads: tuple[Tensor | None, ...] = torch.autograd.grad(
-                    by_head.mean(), leaves, allow_unused=True, retain_graph=True
+                    loss.parts.mean(), leaves, allow_unused=True, retain_graph=True
                 )
                 total = [a if b is None else a + b for a, b in zip(total, grads, strict=True)]
-                # d loss / d (C x D weights of a head) = sum over tokens of feature x gradient
-                used = [torch.einsum("tc,htd->hcd", features.detach()[0], g[0]) for g in grads if g is not None]
-                found[relation] = torch.cat(used, dim=-1).flatten(1)
-            full = torch.autograd.grad(sides, self._trained, total, retain_graph=True, allow_unused=True)
+                found[name] = head.by_part(tokens.detach(), grads, loss.parts.shape[1])
+            full = torch.autograd.grad(answers, self._trained, total, retain_graph=True, allow_unused=True)
             found["all"] = self._sampled(full)
-            yield ViewGradient(found, {relation: by_head[0].detach() for relation, by_head in cross_entropy.items()})
+            yield ViewGradient(found, {n: Loss(loss.parts.detach(), loss.floor) for n, loss in losses.items()})
 
     def _sampled(self, gradients: Sequence[Tensor | None]) -> Tensor:
         flat = [
@@ -130,39 +127,24 @@ class Judged:
 
     def __init__(self, views: int) -> None:
         self.moments = GradientMoments(views)
-        self._kl: dict[Relation, Tensor] = {}
-        self._error: dict[Relation, Tensor] = {}
+        self._loss: dict[str, Tensor] = {}
+        self._error: dict[str, Tensor] = {}
 
-    def add(self, exact: Target, dense: ViewGradient, draws: Sequence[ViewGradient]) -> None:
-        """One view: its dense maps, the gradient under them, and under each draw of the codec."""
+    def add(self, dense: ViewGradient, draws: Sequence[ViewGradient]) -> None:
+        """One view: the gradient under its dense target, and under each draw of the codec."""
         self.moments.add(dense.gradients, [draw.gradients for draw in draws])
-        for relation, rows in exact.items():
-            exact_ce = dense.cross_entropy[relation]
-            entropy = torch.special.entr(rows.dense()).sum(-1).mean((0, 2))
-            codec_ce = torch.stack([draw.cross_entropy[relation] for draw in draws]).mean(0)
-            self._kl[relation] = self._kl.get(relation, 0) + (exact_ce - entropy).double().cpu()
-            self._error[relation] = self._error.get(relation, 0) + (codec_ce - exact_ce).double().cpu()
+        for name, exact in dense.losses.items():
+            codec = torch.stack([draw.losses[name].parts[0] for draw in draws]).mean(0)
+            self._loss[name] = self._loss.get(name, 0) + exact.per_part()[0].double().cpu()
+            self._error[name] = self._error.get(name, 0) + (codec - exact.parts[0]).double().cpu()
 
     def summary(self) -> dict[str, dict[str, list[float]]]:
-        """`GradientMoments.summary`, and by relation kl_nats (dense) and loss_error_nats (codec - dense), per head."""
+        """`GradientMoments.summary`, and by loss kl_nats (dense) and loss_error_nats (codec - dense), per part."""
         losses = {
-            str(relation): {
-                "kl_nats": [rounded(v) for v in (kl / self.moments.views).tolist()],
-                "loss_error_nats": [rounded(v) for v in (self._error[relation] / self.moments.views).tolist()],
+            name: {
+                "kl_nats": [rounded(v) for v in (loss / self.moments.views).tolist()],
+                "loss_error_nats": [rounded(v) for v in (self._error[name] / self.moments.views).tolist()],
             }
-            for relation, kl in self._kl.items()
+            for name, loss in self._loss.items()
         }
         return merged(self.moments.summary(), losses)
-
-
-def target_of(target: Target, row: int) -> Target:
-    """One view of a batch's target, still with a batch axis."""
-    part = slice(row, row + 1)
-
-    def one(rows: RowTarget) -> RowTarget:
-        numbers = None if rows.rows is None else rows.rows[part]
-        if isinstance(rows, DenseRows):
-            return DenseRows(numbers, rows.probs[part], rows.entropy[part])
-        return replace(rows, rows=numbers, index=rows.index[part], weight=rows.weight[part], entropy=rows.entropy[part])
-
-    return {relation: one(rows) for relation, rows in target.items()}

@@ -18,6 +18,7 @@ import torch
 
 from tinymim.configs.errors import SourceError, in_one_line
 from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.models.taps import require_finite
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.loader import batches
@@ -26,7 +27,7 @@ from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.run.progress import say
-from tinymim.stages.units.audit import Audit
+from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.background import Background
 from tinymim.stages.units.batch_size import find_images_per_batch
 from tinymim.stages.units.constants import settle_constants
@@ -36,7 +37,7 @@ from tinymim.stages.units.ledger import Piece, UnitBatches, UnitReport
 from tinymim.stages.units.timing import Stopwatch
 from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter, UnitTaken
-from tinymim.targets.kinds import make_codec
+from tinymim.targets.kinds import make_kind
 
 COLLECT_DEPTH = 2  # batches
 WRITE_DEPTH = 1  # units
@@ -77,7 +78,7 @@ class TeacherJob:
         writer: of the cache.
 
     Raises:
-        RecipeError, SourceError, CacheMismatch, CacheCorrupt: the codec's constants cannot be had.
+        RecipeError, SourceError, CacheMismatch, CacheCorrupt: the codec's constants cannot be read or made.
     """
 
     def __init__(
@@ -89,14 +90,15 @@ class TeacherJob:
         writer: CacheWriter,
     ) -> None:
         self.recipe, self.device, self.source, self.teacher, self.writer = recipe, device, source, teacher, writer
-        self.codec = make_codec(recipe.codec, constants=settle_constants(writer, recipe, source, teacher))
-        heads = self.codec.relation_heads(int(writer.manifest.teacher["heads"]))
-        reference = reference_student(recipe.teacher, teacher.grid, teacher.prefix_tokens, heads)
-        self._probe = GradientProbe(reference.to(device), heads)
+        constants = settle_constants(writer, recipe, source, teacher)
+        self.kind = make_kind(recipe.codec, recipe.teacher.block, constants=constants)
+        shapes = writer.manifest.shapes
+        reference = reference_student(self.kind, recipe.views.size, shapes)
+        self._probe = GradientProbe(self.kind, reference.to(device), shapes)
         self._views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
         self._counts = {shard.name: shard.num_samples for shard in source.shards}
         self.images_per_batch = (
-            find_images_per_batch(teacher, self.codec, recipe, max(source.counts), device)
+            find_images_per_batch(teacher, self.kind, recipe, max(source.counts), device)
             if recipe.batch_size == "auto"
             else recipe.batch_size
         )
@@ -158,7 +160,7 @@ class TeacherJob:
                 piece = pieces.next_piece()
                 if piece is not None:
                     audit_views = self.recipe.audit_views if piece.first else audit_views
-                    encoded = encode(self.teacher, self.codec, batch, piece, audit_views, self.device)
+                    encoded = encode(self.teacher, self.kind, batch, piece, audit_views, self.device)
                     audit_views -= 0 if encoded.audited is None else len(encoded.audited.view_keys)
                     with watch.during("waited_behind"):
                         collect.give(encoded)
@@ -204,15 +206,15 @@ class TeacherJob:
 
     def new_draft(self, unit: UnitId) -> Draft:
         """For a unit whose first batch comes."""
-        return Draft(unit, Audit(self._probe, self.recipe.audit_views))
+        return Draft(unit, UnitAudit(self._probe, self.recipe.audit_views))
 
     def compare(self, draft: Draft, views: AuditedViews) -> None:
         """The audit of some views, beside the teacher where the device can."""
         if self._audit_stream is None:
-            draft.compare(views, self.codec)
+            draft.compare(views)
             return
         with torch.cuda.stream(self._audit_stream):
-            draft.compare(views, self.codec)
+            draft.compare(views)
         self._audit_stream.synchronize()  # before the views' memory goes back to the teacher's stream
 
     # ---- in the thread "write"
@@ -253,8 +255,8 @@ class _Collector:
             teacher_s, codec_s, copy_s = encoded.marks.between_s()
             self._watch.add("teacher", teacher_s)
             self._watch.add("encode", codec_s + copy_s)
-        for check in encoded.checks:
-            check.make()
+        if encoded.finite is not None:
+            require_finite(encoded.finite)
         if encoded.audited is not None:
             with self._watch.during("audit"):
                 self._job.compare(self._draft, encoded.audited)

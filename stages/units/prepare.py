@@ -1,5 +1,6 @@
 """What a cache-teacher recipe names, opened and loaded; which manifest it makes."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,8 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.stages.run.device import pick_device, require_view_size
 from tinymim.storage.manifest import Manifest, SourceShard
-from tinymim.targets.kinds import make_codec
-from tinymim.targets.record import Codec
+from tinymim.targets.contract import TargetKind
+from tinymim.targets.kinds import make_kind
 
 
 class Prepared(NamedTuple):
@@ -21,6 +22,7 @@ class Prepared(NamedTuple):
 
     device: torch.device
     source: ShardSet
+    kind: TargetKind  # without constants
     teacher: Teacher
     manifest: Manifest
 
@@ -42,11 +44,11 @@ def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepa
         torch.set_num_threads(recipe.run.threads)
     require_view_size(recipe.views.size, recipe.teacher, "teacher")
     source = open_shards(recipe.source) if source is None else source
-    teacher = Teacher(recipe.teacher).to(device)
-    codec = make_codec(recipe.codec)
-    manifest = make_manifest(recipe, source, teacher, codec)
-    codec.arrays(manifest.teacher["heads"], manifest.teacher["tokens"])  # refuses a codec that does not fit the teacher
-    return Prepared(device, source, teacher, manifest)
+    kind = make_kind(recipe.codec, recipe.teacher.block)
+    teacher = Teacher(recipe.teacher, kind.taps).to(device)
+    manifest = make_manifest(recipe, source, teacher, kind)
+    kind.specs(manifest.shapes)  # refuses a codec that does not fit the teacher
+    return Prepared(device, source, kind, teacher, manifest)
 
 
 def cache_place(recipe: CacheTeacherRecipe, manifest: Manifest) -> Path | str:
@@ -57,15 +59,19 @@ def cache_place(recipe: CacheTeacherRecipe, manifest: Manifest) -> Path | str:
     return joined(recipe.cache_root, manifest.spec_id)
 
 
-def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher, codec: Codec) -> Manifest:
+def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher, kind: TargetKind) -> Manifest:
     """The identity of the cache that this recipe makes (I6)."""
     views = recipe.views
     shards = tuple(SourceShard(s.name, s.size_bytes, s.num_samples, s.content_hash) for s in source.shards)
     return Manifest(
         source=shards,
-        teacher=teacher.describe(),
+        teacher={
+            **teacher.describe(),
+            **asdict(teacher.shapes()),
+            "block": recipe.teacher.block,
+        },
         views=views.identity(),
         num_views=recipe.num_views,
-        codec={"name": codec.name, "version": codec.version, "parameters": recipe.codec.model_dump(mode="json")},
+        codec={"name": kind.name, "version": kind.version, "parameters": recipe.codec.model_dump(mode="json")},
         environment=environment(),
     )

@@ -8,7 +8,7 @@ P calibration token, Y byte of a token, H head, D head width, Q query row.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Final
@@ -20,10 +20,12 @@ from torch.nn.functional import linear
 
 from tinymim.configs.codecs import HiddenCodec, Relation, TargetsConfig
 from tinymim.configs.errors import RecipeError
-from tinymim.targets.counter import RELATIONS, sample_rows
-from tinymim.targets.record import ArraySpec, require_finite_teacher
+from tinymim.configs.taps import Shapes
+from tinymim.targets.contract import ArraySpec, Projection, Tapped
+from tinymim.targets.relations.draws import RELATIONS, sample_rows
+from tinymim.targets.relations.kind import RelationKind
 from tinymim.targets.relations.qkv import QKV, relation_logits
-from tinymim.targets.relations.rows import DenseRows, Target
+from tinymim.targets.relations.rows import DenseRows, Rows
 
 DEFAULT_RELATIONS: Final[tuple[Relation, ...]] = ("qk", "vv")
 MOST_BITS: Final = 8  # of one component: a code spans at most two bytes
@@ -76,7 +78,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Hidden:
+class Hidden(RelationKind):
     """Codes of the qkv projection's input, from which q, k and v come back a little wrong.
 
     **Biased**, in principle: the codes do not depend on chance, so what they get wrong they get wrong every time. How
@@ -90,22 +92,56 @@ class Hidden:
         targets: which relations, heads and rows are rebuilt.
         constants: from `calibrate`, on the device of the records; empty before calibration, when only `name`,
             `version` and `relation_heads` are of use.
+        entropy_by_head: a decoded target's entropy is [B, H], as audits of students want it.
     """
 
     config: HiddenCodec
     targets: TargetsConfig
+    block: int = 1
     constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    entropy_by_head: bool = False
     name: ClassVar[str] = "hidden"
     version: ClassVar[int] = 1
+    unbiased: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
 
-    def arrays(self, heads: int, tokens: int) -> tuple[ArraySpec, ...]:
-        """See `Codec`: the bits of a token's codes end to end, rounded up to bytes; nothing before calibration."""
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        """See `RelationKind`."""
+        return self.targets.relations or DEFAULT_RELATIONS
+
+    def draws(self, shapes: Shapes) -> bool:
+        """See `TargetKind`."""
+        return self.targets.rows is not None and self.targets.rows < shapes.tokens
+
+    @property
+    def calibration_views(self) -> int:
+        """See `TargetKind`."""
+        return self.config.calibration_views
+
+    def check_teacher(self, tapped: Tapped, projection: Projection) -> None:
+        """See `TargetKind`: its q, k and v must be a linear layer of the block's input."""
+        check_projection(self.tapped(tapped), *projection(self.taps[0]))
+
+    def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
+        """See `TargetKind`."""
+        inputs, heads = [], 0
+        for each in tapped:
+            self.check_teacher(each, projection)
+            qkv = self.tapped(each)
+            assert qkv.x is not None  # checked above
+            inputs.append(qkv.x.float().cpu())
+            heads = qkv.q.shape[1]
+        return calibrate(self.config, torch.cat(inputs), *projection(self.taps[0]), heads)
+
+    def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
+        """See `TargetKind`: the bits of a token's codes end to end, in whole bytes; nothing before calibration."""
         if not self.constants:
             return ()
-        return (ArraySpec("code", "uint8", (tokens, self._packing.num_bytes)),)
+        return (ArraySpec("code", "uint8", (shapes.tokens, self._packing.num_bytes)),)
 
     def relation_heads(self, heads: int) -> int:
-        """See `Codec`. Raises RecipeError where the teacher's width cannot be split as `targets` asks."""
+        """See `TargetKind`. Raises RecipeError where the teacher's width cannot be split as `targets` asks."""
         wanted = self.targets.relation_heads or heads
         if self.constants and (width := len(self.constants["qkv_bias"]) // 3) % wanted:
             raise RecipeError(
@@ -117,24 +153,24 @@ class Hidden:
         return wanted
 
     @torch.no_grad()
-    def encode(self, qkv: QKV, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
-        """See `Codec`; `qkv.x` is there, and nothing is drawn."""
-        assert qkv.x is not None and self.constants, "the hidden codec encodes x, with constants"
-        # Any non-finite entry makes the sum inf or nan.
-        require_finite_teacher(qkv.x.double().sum((1, 2)), "qkv")
-        return {"code": self._packing.pack(quantised(qkv.x, self.constants))}
+    def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
+        """See `TargetKind`; the input of the projection is encoded, and nothing is drawn."""
+        x = self.tapped(tapped).x
+        assert x is not None and self.constants, "the hidden codec encodes x, with constants"
+        return {"code": self._packing.pack(quantised(x, self.constants))}
 
     @torch.no_grad()
-    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
-        """See `Codec`; every relation is a `DenseRows`, float32."""
-        constants, target = self.constants, Target()
+    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes) -> Rows:
+        """See `TargetKind`; every relation is a `DenseRows`, float32."""
+        constants, tokens = self.constants, shapes.tokens
+        target: Rows = {}
         with torch.autocast(view_keys.device.type, enabled=False):
             codes = self._packing.unpack(arrays["code"]).float()
             sides = linear(codes, constants["qkv_weight"], constants["qkv_bias"]).chunk(3, dim=-1)
         q, k, v = (side.unflatten(-1, (self._heads, -1)).transpose(1, 2) for side in sides)
         heads = self.relation_heads(self._heads)
         qkv = QKV(q, k, v).resplit(heads)
-        for relation in self.targets.relations or DEFAULT_RELATIONS:
+        for relation in self.relations:
             rows = None
             if self.targets.rows is not None and self.targets.rows < tokens:
                 rows = sample_rows(view_keys, relation, heads, tokens, self.targets.rows)
@@ -144,7 +180,8 @@ class Hidden:
             shape = (*logits.shape[:3], 1)
             logits.scatter_add_(-1, own.expand(shape), lost[:, None, None].expand(shape))
             probs = logits.softmax(-1)
-            target[relation] = DenseRows(rows, probs, torch.special.entr(probs).sum(-1).mean((1, 2)))
+            entropy = torch.special.entr(probs).sum(-1).mean(-1 if self.entropy_by_head else (1, 2))
+            target[relation] = DenseRows(rows, probs, entropy)
         return target
 
     @cached_property
@@ -182,7 +219,7 @@ def calibrate(
     Returns:
         By name: `bits` uint8 [M]; codes are round(encode_weight x + encode_bias), float32 [M, C] (or [M], one for each
         channel) and [M], cut to 0..2^bits - 1; `qkv_weight` [W, M] and `qkv_bias` [W] are A and bias of the module's
-        docstring; `lost` [4, W/3], for the relations in the order of `counter.RELATIONS` the mean over tokens of
+        docstring; `lost` [4, W/3], for the relations in the order of `draws.RELATIONS` the mean over tokens of
         the product of both sides' errors, per channel: a token's product with itself comes back smaller by their sum;
         `heads` int64 [1].
     """

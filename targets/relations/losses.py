@@ -10,34 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
 from tinymim.targets.relations.kernels.loss import cross_entropy
 from tinymim.targets.relations.qkv import QKV, relation_logits
-from tinymim.targets.relations.rows import DenseRows, RowTarget, Target
+from tinymim.targets.relations.rows import DenseRows, Rows, RowTarget
 
 
-def relation_loss(student: QKV, target: Target) -> dict[str, Float[Tensor, ""]]:
-    """KL(teacher row || student row) in nats per relation, mean over views, heads and the target's rows.
+def cross_entropy_per_head(student: QKV, target: Rows) -> dict[str, Float[Tensor, "B H"]]:
+    """Cross entropy of the target's rows with the student's, in nats per relation, view and head: mean over rows.
 
     Only the target's rows are computed, in fp32 even under autocast (fp64 for fp64 inputs); of a sparse target
-    without ever holding all their logits (`tinymim.targets.relations.kernels.loss`).
+    without ever holding all their logits (`kernels/loss.py`). Minus the teacher's entropy it is the KL. With a sketch
+    the KL is an unbiased estimate and may be slightly negative.
 
     Args:
         student: float [B, H, T, D] each, already resplit to the teacher's heads (`QKV.resplit`).
-        target: from `Codec.decode`.
-
-    Returns:
-        relation name to scalar; the training loss is their sum. With a sketch a value is an unbiased estimate
-        and may be slightly negative.
-    """
-    losses = cross_entropy_per_head(student, target)
-    return {relation: losses[relation].mean() - teacher.entropy.mean() for relation, teacher in target.items()}
-
-
-def cross_entropy_per_head(student: QKV, target: Target) -> dict[str, Float[Tensor, "B H"]]:
-    """Cross entropy of the target's rows with the student's, in nats per relation, view and head: mean over rows.
-
-    Args and dtypes as `relation_loss`, whose value is the mean of these minus the teacher's mean entropy.
+        target: the rows of B views.
     """
     found: dict[str, Tensor] = {}
     for relation, teacher in target.items():
@@ -49,14 +36,6 @@ def cross_entropy_per_head(student: QKV, target: Target) -> dict[str, Float[Tens
         else:
             found[relation] = cross_entropy(*student.pair(relation), teacher)
     return found
-
-
-def dense_kl(student: QKV, relation: Relation, teacher: DenseRows) -> Float[Tensor, "B H"]:
-    """KL(teacher row || student row) in nats per view and head, mean over rows: exact, for audits; dtypes as above."""
-    logits = relation_logits(student, relation, teacher.rows)
-    assert logits.shape == teacher.shape, f"student {logits.shape}, teacher {teacher.shape}"
-    entropy: Tensor = torch.special.entr(teacher.probs).sum(-1)
-    return (reference_cross_entropy(logits, teacher) - entropy).mean(-1)
 
 
 def reference_cross_entropy(logits: Float[Tensor, "B H Q T"], teacher: RowTarget) -> Float[Tensor, "B H Q"]:

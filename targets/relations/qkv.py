@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tinymim.configs.codecs import Relation
 from tinymim.configs.errors import RecipeError
+from tinymim.configs.taps import Tap
+from tinymim.targets.contract import Tapped
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,18 @@ class QKV:
     k: Float[Tensor, "B H T D"]
     v: Float[Tensor, "B H T D"]
     x: Float[Tensor, "B T C"] | None = None  # input of the qkv projection, after the block's first norm
+
+    @classmethod
+    def of(cls, tapped: Tapped, tap: Tap) -> "QKV":
+        """What a teacher gave at a "qkv" tap."""
+        return cls(*tapped[tap])
+
+    @classmethod
+    def split(cls, projected: Float[Tensor, "B T W"], heads: int) -> "QKV":
+        """From a projection to W = 3 x H x D channels, in the layout of timm and MAE."""
+        batch, tokens, width = projected.shape
+        q, k, v = projected.reshape(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        return cls(q, k, v)
 
     def resplit(self, heads: int) -> "QKV":
         """The same channels in another number of heads: [B, H, T, D] to [B, heads, T, H x D / heads].
@@ -44,10 +58,6 @@ class QKV:
                 hint=f"set student.embed_dim to {below or heads} or {below + heads} (or change codec.relation_heads)",
             )
         return QKV(_resplit(self.q, heads), _resplit(self.k, heads), _resplit(self.v, heads), self.x)
-
-    def pick(self, views: Int64[Tensor, " N"]) -> "QKV":
-        """Some views, by their place in the batch."""
-        return QKV(self.q[views], self.k[views], self.v[views], None if self.x is None else self.x[views])
 
     def pair(self, relation: Relation) -> tuple[Tensor, Tensor]:
         """The (rows, columns) sides of a relation: "qk" is (q, k), "vv" is (v, v), ..."""

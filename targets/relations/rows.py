@@ -1,11 +1,12 @@
-"""What the teacher says about a batch of views, in the form that the loss reads.
+"""Rows of relation maps: the target of a batch of views, in the form that the loss reads.
 
 Shapes: B view, H head, Q query row, K kept entry, T token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class DenseRows:
 
     rows: Int64[Tensor, "B H Q"] | None  # None: all T rows in order
     probs: Float[Tensor, "B H Q T"]
-    entropy: Float[Tensor, " B"]  # nats, mean over H and Q of the teacher's exact rows
+    entropy: Tensor  # nats, of the teacher's exact rows: [B] mean over H and Q, or [B, H] mean over Q
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,4 +63,19 @@ class DenseRows:
 
 
 RowTarget = SparseRows | DenseRows
-Target = dict[Relation, RowTarget]
+Rows = dict[Relation, RowTarget]
+
+
+def pick(target: Rows, some: slice, device: torch.device | None = None) -> Rows:
+    """The rows of some views, on `device` where one is given."""
+
+    def of(tensor: Tensor) -> Tensor:
+        return tensor[some] if device is None else tensor[some].to(device)
+
+    def one(rows: RowTarget) -> RowTarget:
+        numbers = None if rows.rows is None else of(rows.rows)
+        if isinstance(rows, DenseRows):
+            return DenseRows(numbers, of(rows.probs), of(rows.entropy))
+        return replace(rows, rows=numbers, index=of(rows.index), weight=of(rows.weight), entropy=of(rows.entropy))
+
+    return {relation: one(rows) for relation, rows in target.items()}

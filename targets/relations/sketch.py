@@ -12,25 +12,47 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation, SketchCodec
-from tinymim.targets.counter import sample_rows
-from tinymim.targets.record import (
-    ArraySpec,
-    check_head_k,
-    from_gaps,
-    index_dtype,
-    require_finite_teacher,
-    specs_of,
-    stored,
-    to_gaps,
-)
+from tinymim.configs.taps import Shapes
+from tinymim.targets.contract import ArraySpec, Tapped
+from tinymim.targets.record import check_head_k, from_gaps, index_dtype, specs_of, stored, to_gaps
+from tinymim.targets.relations.draws import sample_rows
 from tinymim.targets.relations.kernels.encode import sketch_rows, top_rows
-from tinymim.targets.relations.qkv import QKV
-from tinymim.targets.relations.rows import SparseRows, Target
+from tinymim.targets.relations.kind import RelationKind
+from tinymim.targets.relations.rows import Rows, SparseRows
 from tinymim.targets.relations.sparsify import dequantise
 
 
 @dataclass(frozen=True)
-class Sketch:
+class _Sampled(RelationKind):
+    """Some query rows of every relation, the same for all codecs that draw rows."""
+
+    config: SketchCodec
+    block: int = 1
+
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        """See `RelationKind`."""
+        return self.config.relations
+
+    def relation_heads(self, heads: int) -> int:
+        """See `RelationKind`."""
+        return self.config.relation_heads or heads
+
+    def draws(self, shapes: Shapes) -> bool:
+        """See `TargetKind`."""
+        return self.config.rows < shapes.tokens
+
+    def sampled_rows(
+        self, relation: Relation, view_keys: Int64[Tensor, " B"], heads: int, tokens: int
+    ) -> Int64[Tensor, "B H Q"] | None:
+        """The query rows of a record; None where that is all of them."""
+        if self.config.rows >= tokens:
+            return None
+        return sample_rows(view_keys, relation, heads, tokens, self.config.rows)
+
+
+@dataclass(frozen=True)
+class Sketch(_Sampled):
     """Per sampled row: the `head_k` largest entries, rounded to 8 bits, and `tail_k` systematic draws.
 
     A row decodes to the head entries with weight q_j (the rounded value) and the draws with weight
@@ -49,13 +71,16 @@ class Sketch:
     gaps, which zstd packs to within 2 % of their entropy (benchmarks/bench_packing.py).
     """
 
-    config: SketchCodec
     name: ClassVar[str] = "sketch"
     version: ClassVar[int] = 2
 
-    def arrays(self, heads: int, tokens: int) -> tuple[ArraySpec, ...]:
-        """See `Codec`; head_k + 1 tokens are the least that leave a tail to draw from."""
-        heads = self.relation_heads(heads)
+    def draws(self, shapes: Shapes) -> bool:
+        """See `TargetKind`: the tail, whatever the rows."""
+        return True
+
+    def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
+        """See `TargetKind`; head_k + 1 tokens are the least that leave a tail to draw from."""
+        heads, tokens = self.relation_heads(shapes.heads), shapes.tokens
         head_k, tail_k, rows = self.config.head_k, self.config.tail_k, min(self.config.rows, tokens)
         check_head_k(head_k, tokens - 1)
         fields = {
@@ -66,29 +91,24 @@ class Sketch:
         }
         return specs_of(self.config.relations, fields)
 
-    def relation_heads(self, heads: int) -> int:
-        """See `Codec`."""
-        return self.config.relation_heads or heads
-
     @torch.no_grad()
-    def encode(self, qkv: QKV, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
-        """See `Codec`."""
+    def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
+        """See `TargetKind`."""
         fields: dict[str, Tensor] = {}
-        specs = self.arrays(*qkv.q.shape[1:3])
-        qkv = qkv.resplit(self.relation_heads(qkv.q.shape[1]))
+        qkv, specs = self.split(tapped), self.specs(self.shapes(tapped))
         for relation in self.config.relations:
-            rows = sampled_rows(self.config, relation, view_keys, *qkv.q.shape[1:3])
+            rows = self.sampled_rows(relation, view_keys, *qkv.q.shape[1:3])
             sketch = sketch_rows(qkv, relation, rows, view_keys, self.config.head_k, self.config.tail_k)
-            require_finite_teacher(sketch.entropy, relation)
             fields[f"{relation}_entropy"] = sketch.entropy
             fields[f"{relation}_head_gap"] = to_gaps(sketch.head_index)
             fields[f"{relation}_head_code"] = sketch.head_code
             fields[f"{relation}_tail_gap"] = to_gaps(sketch.tail_index)
         return stored(fields, specs)
 
-    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
-        """See `Codec`; every relation is a `SparseRows` with K = head_k + tail_k."""
-        target: Target = {}
+    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes) -> Rows:
+        """See `TargetKind`; every relation is a `SparseRows` with K = head_k + tail_k."""
+        target: Rows = {}
+        tokens = shapes.tokens
         for relation in self.config.relations:
             index = from_gaps(arrays[f"{relation}_tail_gap"])
             tail_mass = torch.ones(index.shape[:3], device=index.device)
@@ -100,13 +120,13 @@ class Sketch:
                 weights.append(head)
             tail = (tail_mass / self.config.tail_k)[..., None].expand(-1, -1, -1, self.config.tail_k)
             weight = torch.cat([*weights, tail], dim=-1)
-            rows = sampled_rows(self.config, relation, view_keys, index.shape[1], tokens)
+            rows = self.sampled_rows(relation, view_keys, index.shape[1], tokens)
             target[relation] = SparseRows(rows, index, weight, arrays[f"{relation}_entropy"], tokens)
         return target
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_Sampled):
     """Published top-k: per sampled row the `head_k` largest entries in fp16, and a rule for what is left.
 
     **Biased**: the expected gradient is another one than that of the dense maps, and no number of steps averages
@@ -120,43 +140,39 @@ class TopK:
     The entropy is that of the row as decoded, so the loss is the KL of the published method.
     """
 
-    config: SketchCodec
     name: ClassVar[str] = "topk"
     version: ClassVar[int] = 2
+    unbiased: ClassVar[bool] = False
 
-    def arrays(self, heads: int, tokens: int) -> tuple[ArraySpec, ...]:
-        """See `Codec`; `renormalise` may keep whole rows."""
+    def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
+        """See `TargetKind`; `renormalise` may keep whole rows."""
+        tokens = shapes.tokens
         check_head_k(self.config.head_k, tokens - (self.config.tail != "renormalise"))
-        shape = (self.relation_heads(heads), min(self.config.rows, tokens), self.config.head_k)
+        shape = (self.relation_heads(shapes.heads), min(self.config.rows, tokens), self.config.head_k)
         fields = {"head_gap": (index_dtype(tokens), shape), "head_value": ("float16", shape)}
         return specs_of(self.config.relations, fields)
 
-    def relation_heads(self, heads: int) -> int:
-        """See `Codec`."""
-        return self.config.relation_heads or heads
-
     @torch.no_grad()
-    def encode(self, qkv: QKV, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
-        """See `Codec`."""
+    def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
+        """See `TargetKind`."""
         fields: dict[str, Tensor] = {}
-        specs = self.arrays(*qkv.q.shape[1:3])
-        qkv = qkv.resplit(self.relation_heads(qkv.q.shape[1]))
+        qkv, specs = self.split(tapped), self.specs(self.shapes(tapped))
         for relation in self.config.relations:
-            rows = sampled_rows(self.config, relation, view_keys, *qkv.q.shape[1:3])
-            index, fields[f"{relation}_head_value"], entropy = top_rows(qkv, relation, rows, self.config.head_k)
-            require_finite_teacher(entropy, relation)
+            rows = self.sampled_rows(relation, view_keys, *qkv.q.shape[1:3])
+            index, fields[f"{relation}_head_value"] = top_rows(qkv, relation, rows, self.config.head_k)
             fields[f"{relation}_head_gap"] = to_gaps(index)
         return stored(fields, specs)
 
-    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], tokens: int) -> Target:
-        """See `Codec`; every relation is a `SparseRows` with K = head_k."""
-        target: Target = {}
+    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes) -> Rows:
+        """See `TargetKind`; every relation is a `SparseRows` with K = head_k."""
+        target: Rows = {}
+        tokens = shapes.tokens
         tail = self.config.tail
         assert tail != "sampled"
         for relation in self.config.relations:
             index = from_gaps(arrays[f"{relation}_head_gap"])
             weight = arrays[f"{relation}_head_value"].float()
-            rows = sampled_rows(self.config, relation, view_keys, index.shape[1], tokens)
+            rows = self.sampled_rows(relation, view_keys, index.shape[1], tokens)
             if tail == "renormalise":
                 weight = weight / weight.sum(-1, keepdim=True)
                 entropy = torch.special.entr(weight).sum(-1)
@@ -167,12 +183,3 @@ class TopK:
             entropy = torch.special.entr(weight).sum(-1) + buckets * torch.special.entr(left / buckets)
             target[relation] = SparseRows(rows, index, weight, entropy.mean((1, 2)), tokens, tail=tail)
         return target
-
-
-def sampled_rows(
-    config: SketchCodec, relation: Relation, view_keys: Tensor, heads: int, tokens: int
-) -> Int64[Tensor, "B H Q"] | None:
-    """The query rows of a record; None where that is all of them."""
-    if config.rows >= tokens:
-        return None
-    return sample_rows(view_keys, relation, heads, tokens, config.rows)

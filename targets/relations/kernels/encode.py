@@ -16,7 +16,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation
-from tinymim.targets.counter import stream_of, uniforms
+from tinymim.targets.counter import uniforms
+from tinymim.targets.relations.draws import stream_of
 from tinymim.targets.relations.kernels.triton_works import triton_works
 from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.targets.relations.sparsify import quantise, systematic_draws, top_entries
@@ -36,7 +37,7 @@ class RowSketch:
     head_index: Int64[Tensor, "B H Q head_k"]  # the largest entries' tokens, ascending
     head_code: Int64[Tensor, "B H Q head_k"]  # their probabilities, rounded without bias (`sparsify.quantise`)
     tail_index: Int64[Tensor, "B H Q tail_k"]  # tokens drawn from the rest, ascending, with repetition
-    entropy: Float32[Tensor, " B"]  # nats, mean over H and Q; not finite where the rows are not
+    entropy: Float32[Tensor, " B"]  # nats, mean over H and Q
 
 
 def sketch_rows(
@@ -107,19 +108,15 @@ def sketch_rows_torch(
 
 def top_rows(
     qkv: QKV, relation: Relation, rows: Int64[Tensor, "B H Q"] | None, head_k: int
-) -> tuple[Int64[Tensor, "B H Q K"], Float[Tensor, "B H Q K"], Float32[Tensor, " B"]]:
+) -> tuple[Int64[Tensor, "B H Q K"], Float[Tensor, "B H Q K"]]:
     """`sparsify.top_entries` of the wanted rows, in the chunks of `sketch_rows_torch`.
 
     Returns:
-        Ascending int64 tokens and float32 (float64 for float64 inputs) values, each [B, H, Q, head_k]; float32 [B]
-        mean entropies of the exact rows in nats, not finite where the rows are not.
+        Ascending int64 tokens and float32 (float64 for float64 inputs) values, each [B, H, Q, head_k].
     """
-    kept, row_entropy = [], []
-    for _, probs in probs_in_chunks(qkv, relation, rows):
-        kept.append(top_entries(probs, head_k))
-        row_entropy.append(torch.special.entr(probs).sum(-1))
+    kept = [top_entries(probs, head_k) for _, probs in probs_in_chunks(qkv, relation, rows)]
     index, value = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    return index, value, _mean_of_views(row_entropy)
+    return index, value
 
 
 def probs_in_chunks(

@@ -16,7 +16,7 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation
-from tinymim.targets.counter import stream_of
+from tinymim.targets.relations.draws import stream_of
 from tinymim.targets.relations.qkv import QKV
 from tinymim.targets.relations.sparsify import LOG_GRID
 

@@ -20,21 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
-from tinymim.targets.relations.qkv import QKV, relation_probs
-from tinymim.targets.relations.rows import DenseRows, SparseRows, Target
-
-Gradients = Mapping[str, Float[Tensor, "P N"]]  # by name: "all", or a relation with a part for each head
+Gradients = Mapping[str, Float[Tensor, "P N"]]  # by name: "all", or a loss with its parts
 
 SIGNIFICANT_DIGITS: Final = 4  # of what is reported: rounding hides the order in which threads add
 # Bias counts as seen where its estimate is so many standard errors above zero: one-sided, 2.3 % false alarms each.
 STANDARD_ERRORS: Final = 2.0
-
-
-def exact_target(teacher: QKV, relations: Sequence[Relation]) -> Target:
-    """The dense maps themselves, float32 [B, H, T, T] (float64 for float64 inputs), as a target."""
-    probs = {relation: relation_probs(teacher, relation) for relation in relations}
-    return {r: DenseRows(None, p, torch.special.entr(p).sum(-1).mean((1, 2))) for r, p in probs.items()}
 
 
 class GradientMoments:
@@ -132,32 +122,27 @@ class _PartMoments:
         return whole, spread.sqrt()
 
 
-class MapMoments:
-    """Means over views, per relation and head, of what the maps themselves say, without a student."""
+class StatisticMoments:
+    """Means over views, per loss and part, of what `TargetKind.statistics` says."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Tensor]] = {}
         self.views = 0
 
-    def add(self, teacher: QKV, target: Target) -> None:
-        """Some views: the teacher's q, k, v [B, H, T, D], split into the target's heads, and their target."""
-        self.views += len(teacher.q)
-        for relation, rows in target.items():
-            dense = relation_probs(teacher, relation, rows.rows)
-            named = torch.ones_like(dense)
-            if isinstance(rows, SparseRows):
-                named = torch.zeros_like(dense).scatter(-1, rows.index, 1.0)
-            values = {"entropy_nats": torch.special.entr(dense).sum(-1), "kept_mass": (dense * named).sum(-1)}
-            sums = self._sums.setdefault(relation, {})
+    def add(self, statistics: Mapping[str, Mapping[str, Float[Tensor, "B P"]]], views: int) -> None:
+        """The statistics of B = `views` further views."""
+        self.views += views
+        for loss, values in statistics.items():
+            sums = self._sums.setdefault(loss, {})
             for name, value in values.items():
-                per_head = value.mean(dim=2).sum(dim=0).double().cpu()
-                sums[name] = sums[name] + per_head if name in sums else per_head
+                per_part = value.sum(dim=0).double().cpu()
+                sums[name] = sums[name] + per_part if name in sums else per_part
 
     def summary(self) -> dict[str, dict[str, list[float]]]:
-        """By relation: entropy_nats of the teacher's rows and kept_mass, the share on tokens that a record names."""
+        """By loss and name, a list over parts."""
         return {
-            relation: {name: [rounded(v) for v in (s / self.views).tolist()] for name, s in sums.items()}
-            for relation, sums in self._sums.items()
+            loss: {name: [rounded(v) for v in (s / self.views).tolist()] for name, s in sums.items()}
+            for loss, sums in self._sums.items()
         }
 
 

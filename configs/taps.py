@@ -1,0 +1,42 @@
+"""Places in a model where tensors are taken, and the sizes of what a ViT gives there. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Tap(NamedTuple):
+    """A place in a model: "qkv@18" is the queries, keys and values of block 18.
+
+    Attributes:
+        kind: which tensors: "qkv" or "tokens" (`models/taps.py` gives their shapes).
+        place: the block, counted from 1.
+    """
+
+    kind: str
+    place: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.place}"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a plain ViT's tensors for one view.
+
+    Attributes:
+        heads, head_dim: of the tapped attention; their product is the width.
+        tokens: patches and prefix tokens.
+        prefix_tokens: class and register tokens, which come first.
+        grid: rows and columns of patches.
+    """
+
+    heads: int
+    head_dim: int
+    tokens: int
+    prefix_tokens: int
+    grid: tuple[int, int]
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_dim

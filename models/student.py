@@ -1,0 +1,50 @@
+"""A student in training: the timm ViT that is exported, and a head that is dropped at export.
+
+Shapes: B view, S pixel, T token, C width.
+"""
+
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from tinymim.configs.taps import Shapes
+from tinymim.models.drop_path import hand_out, take_over
+from tinymim.models.taps import count_tokens
+
+
+class StudentModel(nn.Module):
+    """A plain ViT with a head on its final tokens, where it is compared with the teacher.
+
+    Args:
+        vit: the model to export.
+        head: final tokens [B, T, C] to answers, a tuple of tensors.
+    """
+
+    def __init__(self, vit: VisionTransformer, head: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+        self.drop_paths = take_over(vit)
+        self.head = head
+
+    def draw(self, generator: torch.Generator, places: Tensor, batch_size: int) -> None:
+        """Draw the stochastic depth of the next forward pass in training; arguments as in `drop_path.hand_out`."""
+        hand_out(self.drop_paths, generator, places, batch_size, next(self.parameters()).device)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The tokens [B, T, C] behind the final norm, for normalised images [B, 3, S, S]."""
+        tokens: Tensor = self.vit.forward_features(images)
+        return tokens
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The head's answers for normalised images [B, 3, S, S]."""
+        answers: tuple[Tensor, ...] = self.head(self.tokens(images))
+        return answers
+
+
+def shapes_of(vit: VisionTransformer) -> Shapes:
+    """Sizes of a plain ViT; its device may be meta."""
+    attention: Any = vit.blocks[-1].attn
+    grid, prefix = count_tokens(vit)
+    return Shapes(attention.num_heads, vit.embed_dim // attention.num_heads, grid[0] * grid[1] + prefix, prefix, grid)

@@ -1,0 +1,48 @@
+"""The head that a student gets to learn relations: the qkv projection of a further block on its final norm.
+
+Shapes: B view, T token, C student width, H head, D = C / H, P part.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tinymim.targets.contract import Answers, TargetHead
+from tinymim.targets.relations.qkv import QKV
+
+
+class RelationHead(TargetHead):
+    """Final tokens [B, T, C] to q, k and v in the student's own heads, each [B, H, T, D].
+
+    The norm in front of it *is* the exported model's final norm, so the loss trains all blocks and the norm
+    (docs/decisions/002-thirteenth-tap.md).
+
+    Args:
+        width: C.
+        heads: H.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:
+        """See `TargetHead`."""
+        answers = QKV.split(self.qkv(tokens), self.heads)
+        return answers.q, answers.k, answers.v
+
+    def by_part(
+        self, tokens: Float[Tensor, "1 T C"], gradients: Sequence[Tensor | None], parts: int
+    ) -> Float[Tensor, "P N"]:
+        """See `TargetHead`: of each relation head's C x D weights, sum over tokens of token x gradient."""
+        used = []
+        for gradient in gradients:
+            if gradient is not None:
+                split = QKV(gradient, gradient, gradient).resplit(parts).q
+                used.append(torch.einsum("tc,htd->hcd", tokens[0], split[0]))
+        return torch.cat(used, dim=-1).flatten(1)

@@ -1,0 +1,109 @@
+"""Relation kinds from their config sections: which codec, and whether a cache holds what a student wants."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, Relation, SketchCodec, TargetsConfig
+from tinymim.configs.errors import CacheMismatch, RecipeError
+from tinymim.configs.taps import Shapes
+from tinymim.targets.contract import TargetKind
+from tinymim.targets.relations.dense import Dense
+from tinymim.targets.relations.hidden import Hidden
+from tinymim.targets.relations.kind import RelationKind
+from tinymim.targets.relations.sketch import Sketch, TopK
+
+# Codec settings whose sizes `tinymim plan` compares: the default, 300 views of ImageNet in 2 TB, less, all, and dense.
+ALTERNATIVES: tuple[CodecConfig, ...] = (
+    SketchCodec(),
+    SketchCodec(rows=26),
+    SketchCodec(rows=16, tail_k=4),
+    HiddenCodec(name="hidden"),
+    DenseCodec(name="dense"),
+)
+
+
+def make_relations(
+    config: CodecConfig, block: int, targets: TargetsConfig, constants: Mapping[str, Tensor]
+) -> RelationKind:
+    """The relations of a block under one codec; arguments and errors as `targets.kinds.make_kind`."""
+    match config:
+        case SketchCodec():
+            _refuse_others(targets, rows=config.rows, relation_heads=config.relation_heads)
+            chosen = config.model_copy(update={"relations": _subset(targets, config)})
+            return Sketch(chosen, block) if config.tail == "sampled" else TopK(chosen, block)
+        case DenseCodec():
+            _refuse_others(targets, relation_heads=config.relation_heads)
+            return Dense(config.model_copy(update={"relations": _subset(targets, config)}), block, targets.rows)
+        case HiddenCodec():
+            return Hidden(config, targets, block, constants)
+
+
+def whole_targets(codec: str, training: RelationKind, shapes: Shapes) -> TargetsConfig:
+    """What to ask of another cache, so that it gives whole maps of the relations and heads of `training`.
+
+    Args:
+        codec: name of the other cache's codec.
+        training: what students are trained on.
+        shapes: of the teacher.
+    """
+    heads = training.relation_heads(shapes.heads) if codec == Hidden.name else None
+    return TargetsConfig(relations=training.relations, relation_heads=heads)
+
+
+def for_audit(kind: TargetKind, training: RelationKind, shapes: Shapes) -> TargetKind:
+    """The kind of an audit's cache, with entropies by head.
+
+    Raises:
+        CacheMismatch: it splits its relations otherwise than the training run.
+    """
+    assert isinstance(kind, Dense | Hidden)  # the whole ones
+    held, wanted = kind.relation_heads(shapes.heads), training.relation_heads(shapes.heads)
+    if held != wanted:
+        raise CacheMismatch(
+            "the audit's cache splits its relations into other heads than the training run",
+            got=held,
+            expected=wanted,
+            hint="make audit.cache with the relation_heads of the training run's codec",
+        )
+    return replace(kind, entropy_by_head=True)
+
+
+def describe_codec(config: CodecConfig) -> str:
+    """What a codec section asks for, in a few words; its relations only where they are not qk and vv."""
+    match config:
+        case SketchCodec():
+            parts = [f"{config.head_k} exact"] if config.head_k else []
+            parts += [f"{config.tail_k} draws"] if config.tail == "sampled" else [f"{config.tail} tail"]
+            words = f"sketch, {config.rows} rows x {' + '.join(parts)}"
+        case HiddenCodec():
+            words = f"hidden, {config.basis}, {config.bits:g} bits"
+        case DenseCodec():
+            words = "dense, fp16"
+    relations = () if isinstance(config, HiddenCodec) else config.relations
+    return words if relations in ((), ("qk", "vv")) else f"{words} of {', '.join(relations)}"
+
+
+def _subset(targets: TargetsConfig, config: SketchCodec | DenseCodec) -> tuple[Relation, ...]:
+    wanted = targets.relations or config.relations
+    if missing := [relation for relation in wanted if relation not in config.relations]:
+        raise RecipeError(
+            f"the cache does not hold the relation {missing[0]}",
+            got=f"targets.relations [{', '.join(wanted)}]",
+            expected=f"some of {', '.join(config.relations)}",
+            hint="a cache made with codec.name: hidden gives any relation",
+        )
+    return wanted
+
+
+def _refuse_others(targets: TargetsConfig, **held: int | None) -> None:
+    for name, value in held.items():
+        wanted = getattr(targets, name)
+        if wanted is not None and wanted != value:
+            raise RecipeError(
+                f"targets.{name} is not what the cache holds",
+                got=wanted,
+                expected=f"{value or 'the teacher'}, or no targets.{name}",
+                hint="a cache made with codec.name: hidden gives any rows and heads",
+            )
