@@ -17,16 +17,18 @@ from tinymim.configs.codecs import Relation, SketchCodec
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import ModelConfig, OptimConfig, TeacherConfig
+from tinymim.configs.taps import Tap
 from tinymim.models.checkpoints import load_weights
 from tinymim.models.drop_path import HandedDropPath
-from tinymim.models.taps import StudentWithTap
+from tinymim.models.student import StudentModel
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.stages.training.optim import make_optimiser, make_schedule
-from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.relations.head import RelationHead
 from tinymim.targets.relations.qkv import QKV, relation_probs
-from tinymim.targets.relations.rows import DenseRows, Target
+from tinymim.targets.relations.rows import DenseRows, Rows
 from tinymim.tests import official
+from tinymim.tests.targets.relations.plain import relation_loss
 
 Array = npt.NDArray[np.float64]
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24}
@@ -65,11 +67,12 @@ def test_a_teachers_relations_are_those_of_the_formula(tmp_path: Path) -> None:
     tensors = official.layout(24, 4)
     weights = official.write_training(tmp_path / "checkpoint-299.pth", tensors)
     config = TeacherConfig.model_validate(SIZES | {"depth": 4, "num_heads": 4, "block": 3, "weights": str(weights)})
-    q, k, v, _ = Teacher(config)(PIXELS)
+    tap = Tap("qkv", 3)
+    found_qkv = QKV.of(Teacher(config, [tap])(PIXELS), tap)
     _, blocks = official.encode(tensors, normalised(PIXELS), [4] * 4)
     wanted_q, wanted_k, wanted_v = blocks[2]
     for relation, a, b in zip(RELATIONS, (wanted_q, wanted_v), (wanted_k, wanted_v), strict=True):
-        found = relation_probs(QKV(q, k, v), relation)
+        found = relation_probs(found_qkv, relation)
         np.testing.assert_allclose(found.numpy(), official.relation(a, b).numpy(), rtol=2e-4, atol=1e-7)
 
 
@@ -78,9 +81,10 @@ def test_twelve_heads_in_the_last_block_alone_are_a_re_split(tmp_path: Path) -> 
     tensors = official.layout(24, 3)
     weights = official.write_training(tmp_path / "checkpoint-299.pth", tensors)
     config = TeacherConfig.model_validate(SIZES | {"depth": 3, "num_heads": 6, "block": 3, "weights": str(weights)})
-    q, k, v, _ = Teacher(config)(PIXELS)
+    tap = Tap("qkv", 3)
+    found_qkv = QKV.of(Teacher(config, [tap])(PIXELS), tap)
     _, blocks = official.encode(tensors, normalised(PIXELS), [6, 6, 12])
-    found = relation_probs(QKV(q, k, v).resplit(12), "qk")
+    found = relation_probs(found_qkv.resplit(12), "qk")
     np.testing.assert_allclose(found.numpy(), official.relation(*blocks[2][:2]).numpy(), rtol=2e-4, atol=1e-7)
 
 
@@ -107,7 +111,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula() -> None:
     """QK and VV, weighted 1:1; a student of 3 heads of 8 under a teacher of 4 heads of 16."""
     teacher, student = qkv(4, 16, seed=1), qkv(3, 8, seed=2)
     sides = {name: getattr(student, name).requires_grad_() for name in "qkv"}
-    target: Target = {relation: dense(relation_probs(teacher, relation)) for relation in RELATIONS}
+    target: Rows = {relation: dense(relation_probs(teacher, relation)) for relation in RELATIONS}
     losses = relation_loss(student.resplit(4), target)
     total = torch.stack(list(losses.values())).sum()
     found = dict(zip("qkv", torch.autograd.grad(total, list(sides.values())), strict=True))
@@ -175,7 +179,9 @@ def test_the_rate_at_every_iteration_is_its_rate() -> None:
 
 def test_parameter_groups_are_its_but_for_the_class_token() -> None:
     """It decays all but biases and 1-D parameters. The class token, [1, 1, C], is an offset too: here not decayed."""
-    student = StudentWithTap(build_vit(ModelConfig.model_validate(SIZES | {"depth": 2, "num_heads": 2})))
+    student = StudentModel(
+        build_vit(ModelConfig.model_validate(SIZES | {"depth": 2, "num_heads": 2})), RelationHead(24, 2)
+    )
     optimiser = make_optimiser(student, OptimConfig(steps=1))
     assert type(optimiser) is torch.optim.AdamW and optimiser.defaults["eps"] == 1e-8
     decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
@@ -205,7 +211,9 @@ def test_the_position_embedding_is_its_table(dim: int) -> None:
 
 def test_drop_path_is_where_it_has_it() -> None:
     """At one rate, not a rising one, on both branches of every block but the last."""
-    student = StudentWithTap(build_vit(ModelConfig(depth=12, embed_dim=24, num_heads=2), drop_path=0.1))
+    student = StudentModel(
+        build_vit(ModelConfig(depth=12, embed_dim=24, num_heads=2), drop_path=0.1), RelationHead(24, 2)
+    )
     paths = [(block.drop_path1, block.drop_path2) for block in student.vit.blocks]
     for both in paths[:-1]:
         assert [path.keep_prob for path in both if isinstance(path, HandedDropPath)] == [0.9, 0.9]

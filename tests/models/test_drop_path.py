@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.drop_path import HandedDropPath, hand_out, take_over
-from tinymim.models.taps import StudentWithTap
+from tinymim.models.student import StudentModel
 from tinymim.models.vit import build_vit
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_nothing_is_dropped_outside_training_and_nothing_saved() -> None:
 
 def test_a_student_draws_for_all_its_paths() -> None:
     sizes = {name: value for name, value in SIZES.items() if name != "num_classes"}
-    student = StudentWithTap(build_vit(ModelConfig.model_validate(sizes), drop_path=0.5)).train()
+    student = StudentModel(build_vit(ModelConfig.model_validate(sizes), drop_path=0.5), nn.Identity()).train()
     with pytest.raises(AssertionError, match="no draws"):
         student(images())
     student.draw(torch.Generator().manual_seed(0), torch.arange(12), 12)

@@ -8,6 +8,7 @@ import pytest
 from tinymim.configs.errors import CheckpointError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.sections import ModelConfig, TeacherConfig
+from tinymim.configs.taps import Tap
 from tinymim.models.checkpoints import load_weights, to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.heads import heads_of, stated_heads
@@ -40,7 +41,7 @@ def as_classifier(weights: str, heads: int) -> None:
 
 
 def as_teacher(weights: str, heads: int) -> None:
-    Teacher(TeacherConfig.model_validate(SIZES | {"num_heads": heads, "weights": weights, "block": 2}))
+    Teacher(TeacherConfig.model_validate(SIZES | {"num_heads": heads, "weights": weights, "block": 2}), [Tap("qkv", 2)])
 
 
 @pytest.mark.parametrize("load", [as_encoder, as_classifier, as_teacher])

@@ -9,9 +9,8 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import ModelConfig
-from tinymim.models.taps import CutTeacher, StudentWithTap
-from tinymim.models.vit import build_vit
+from tinymim.configs.taps import Tap
+from tinymim.models.taps import CutTeacher, finite_views, require_finite
 from tinymim.targets.relations.qkv import QKV, relation_probs
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -58,7 +57,8 @@ def timm_attention(model: VisionTransformer, block: int, images: Tensor) -> tupl
 def test_relations_equal_timms_own_attention(variant: str, block: int) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     qk, vv = timm_attention(small_vit(**VARIANTS[variant]), block, images)
-    qkv = QKV(*CutTeacher(small_vit(**VARIANTS[variant]), block)(images))
+    tap = Tap("qkv", block)
+    qkv = QKV.of(CutTeacher(small_vit(**VARIANTS[variant]), [tap])(images), tap)
     torch.testing.assert_close(relation_probs(qkv, "qk"), qk, rtol=0, atol=1e-10)
     torch.testing.assert_close(relation_probs(qkv, "vv"), vv, rtol=0, atol=1e-10)
 
@@ -68,7 +68,8 @@ def test_nothing_behind_the_tap_is_kept_or_run() -> None:
     tapped: Any = model.blocks[1]
     tapped.attn.proj = _Bomb()
     model.norm = _Bomb()
-    q, k, v, _ = CutTeacher(model, 2)(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    tap = Tap("qkv", 2)
+    q, k, v, _ = CutTeacher(model, [tap])(torch.zeros(1, 3, 32, 32, dtype=torch.float64))[tap]
     assert len(model.blocks) == 2
     assert q.shape == k.shape == v.shape == (1, 3, 17, 8)
 
@@ -81,54 +82,73 @@ class _Bomb(nn.Module):
 @pytest.mark.parametrize("block", [0, 5])
 def test_a_block_outside_the_teacher_is_refused(block: int) -> None:
     with pytest.raises(RecipeError, match=r"outside the teacher"):
-        CutTeacher(small_vit(), block)
+        CutTeacher(small_vit(), [Tap("qkv", block)])
 
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(RecipeError, match="no attention blocks"):
-        CutTeacher(timm.create_model("resnet18"), 1)
-
-
-STUDENT = ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
-
-
-def test_every_exported_parameter_of_the_student_is_trained() -> None:
-    student = StudentWithTap(build_vit(STUDENT))
-    sum(x.square().sum() * (i + 1) for i, x in enumerate(student(torch.randn(2, 3, 32, 32)))).backward()
-    idle = [n for n, p in student.vit.named_parameters() if p.grad is None or not bool((p.grad != 0).any())]
-    assert idle == ["pos_embed"]  # the fixed sine-cosine table
-
-
-def test_the_student_tap_is_norm_and_qkv_in_its_own_heads() -> None:
-    student = StudentWithTap(build_vit(STUDENT)).eval()
-    images = torch.randn(2, 3, 32, 32)
-    q, _, v = student(images)
-    features = student.vit.forward_features(images)
-    flat = features @ student.tap.weight.T + student.tap.bias
-    assert q.shape == (2, 3, 17, 8)
-    torch.testing.assert_close(q[:, 1], flat[..., 8:16])
-    torch.testing.assert_close(v[:, 2], flat[..., 48 + 16 :])
+        CutTeacher(timm.create_model("resnet18"), [Tap("qkv", 1)])
 
 
 def test_compiled_blocks_give_the_same_relations_and_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """With dynamo and autograd's tracing, without inductor, which needs a C++ compiler and a minute."""
     compile_in_place = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_in_place(module, backend="aot_eager"))
-    eager, compiled = CutTeacher(small_vit(), 3), CutTeacher(small_vit(), 3)
+    tap = Tap("qkv", 3)
+    eager, compiled = CutTeacher(small_vit(), [tap]), CutTeacher(small_vit(), [tap])
     compiled.compile_blocks()
     assert [block._compiled_call_impl is not None for block in compiled.model.blocks] == [True, True, False]  # type: ignore[union-attr]
     with torch.no_grad():
         for count in (3, 2, 3, 1):
             images = torch.randn(count, 3, 32, 32, dtype=torch.float64)
-            for ours, theirs in zip(compiled(images), eager(images), strict=True):
+            for ours, theirs in zip(compiled(images)[tap], eager(images)[tap], strict=True):
                 torch.testing.assert_close(ours, theirs)
     torch._dynamo.reset()
 
 
 def test_the_tap_leaves_no_hook_and_no_mode_behind() -> None:
-    cut = CutTeacher(small_vit(), 2)
+    tap = Tap("qkv", 2)
+    cut = CutTeacher(small_vit(), [tap])
     with pytest.raises(AssertionError), torch.no_grad():
         cut(torch.randn(1, 3, 32, 30, dtype=torch.float64))  # the patch embedding refuses it
     cut(torch.randn(1, 3, 32, 32, dtype=torch.float64))
-    assert not cut.attention._forward_pre_hooks
+    assert not cut.attention(tap)._forward_pre_hooks and not cut.attention(tap)._forward_hooks
     assert torch.overrides._len_torch_function_stack() == 0  # type: ignore[attr-defined]
+
+
+def test_several_taps_give_what_each_gives_alone_and_the_last_one_ends_the_pass() -> None:
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    taps = [Tap("tokens", 3), Tap("qkv", 1), Tap("qkv", 3), Tap("tokens", 1)]
+    model = small_vit()
+    model.norm = _Bomb()
+    cut = CutTeacher(model, taps)
+    together = cut(images)
+    assert set(together) == set(taps) and len(cut.model.blocks) == 3  # type: ignore[arg-type]
+    for tap in taps:
+        alone = CutTeacher(small_vit(), [tap])(images)[tap]
+        for ours, theirs in zip(together[tap], alone, strict=True):
+            assert torch.equal(ours, theirs), tap
+    assert together[Tap("tokens", 3)][0].shape == (2, 17, 24)
+    assert torch.overrides._len_torch_function_stack() == 0  # type: ignore[attr-defined]
+
+
+def test_tokens_are_those_behind_the_block() -> None:
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, caught = small_vit(), list[Tensor]()
+    model.blocks[2].register_forward_hook(lambda _m, _args, out: caught.append(out))
+    model.forward_features(images)
+    tap = Tap("tokens", 3)
+    assert torch.equal(CutTeacher(small_vit(), [tap])(images)[tap][0], caught[0])
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_views_that_are_not_finite_are_found_each(wrong: float, dtype: torch.dtype) -> None:
+    """1e30 is finite, and its products in fp32 are not."""
+    tapped = {Tap("qkv", 1): tuple(torch.randn(3, 2, 5, 4, dtype=dtype) for _ in range(3))}
+    require_finite(finite_views(tapped))
+    tapped[Tap("qkv", 1)][2][1, 0, 3, 2] = wrong
+    assert finite_views(tapped).tolist() == [True, False, True]
+    with pytest.raises(RecipeError, match="not finite") as caught:
+        require_finite(finite_views(tapped))
+    assert caught.value.got == "1 of 3 views with inf or nan" and "precision" in str(caught.value.hint)

@@ -11,10 +11,12 @@ from timm.models import save_for_hf
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import TeacherConfig
+from tinymim.configs.taps import Shapes, Tap
 from tinymim.models.teacher import Teacher
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 PIXELS = torch.arange(2 * 3 * 32 * 32).remainder(251).to(torch.uint8).reshape(2, 3, 32, 32)
+TAP = Tap("qkv", 2)
 
 
 def small_vit(**kwargs: Any) -> torch.nn.Module:
@@ -29,11 +31,11 @@ def test_hub_weights_load_with_the_normalisation_and_licence_that_timm_states(tm
     cfg.update(stated)
     save_for_hf(model, str(tmp_path / "hub"), model_args=SIZES)
     config = TeacherConfig(name=f"local-dir:{tmp_path / 'hub'}", weights="hub", block=2, img_size=32)
-    teacher = Teacher(config)
+    teacher = Teacher(config, [TAP])
     described = teacher.describe()
     assert described["mean"] == [0.1, 0.2, 0.3] and described["std"] == [0.4, 0.5, 0.6]
     assert described["license"] == "cc-by-nc-4.0"
-    assert (described["tokens"], described["heads"], described["head_dim"]) == (17, 3, 8)
+    assert teacher.shapes() == Shapes(heads=3, head_dim=8, tokens=17, prefix_tokens=1, grid=(4, 4))
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     from_file = TeacherConfig(
         name="vit_tiny_patch16_224",
@@ -43,13 +45,13 @@ def test_hub_weights_load_with_the_normalisation_and_licence_that_timm_states(tm
         std=stated["std"],
         **SIZES,
     )
-    for ours, theirs in zip(Teacher(from_file)(PIXELS), teacher(PIXELS), strict=True):
+    for ours, theirs in zip(Teacher(from_file, [TAP])(PIXELS)[TAP], teacher(PIXELS)[TAP], strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_a_name_without_hub_weights_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no pretrained weights"):
-        Teacher(TeacherConfig(name="vit_wee_patch16_reg1_gap_25", weights="hub", block=1))
+        Teacher(TeacherConfig(name="vit_wee_patch16_reg1_gap_25", weights="hub", block=1), [Tap("qkv", 1)])
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,14 +60,17 @@ def test_a_hub_that_cannot_be_reached_is_an_error_with_a_hint(monkeypatch: pytes
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
     with pytest.raises(CheckpointError, match="cannot be fetched") as caught:
-        Teacher(TeacherConfig(name="vit_small_patch16_224.dino", weights="hub", block=1))
+        Teacher(TeacherConfig(name="vit_small_patch16_224.dino", weights="hub", block=1), [Tap("qkv", 1)])
     assert caught.value.hint is not None
 
 
 def test_an_unknown_name_is_refused_with_names_like_it(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").touch()
     with pytest.raises(RecipeError, match="cannot build") as caught:
-        Teacher(TeacherConfig(name="vit_tiny_patch61_224", weights=str(tmp_path / "w.safetensors"), block=1))
+        Teacher(
+            TeacherConfig(name="vit_tiny_patch61_224", weights=str(tmp_path / "w.safetensors"), block=1),
+            [Tap("qkv", 1)],
+        )
     assert "vit_tiny_patch16_224" in str(caught.value.hint)
 
 
@@ -74,9 +79,10 @@ def test_half_precision_stays_near_fp32(tmp_path: Path, precision: str) -> None:
     save_file(small_vit().state_dict(), tmp_path / "w.safetensors")
     weights = str(tmp_path / "w.safetensors")
     fields: dict[str, Any] = {"name": "vit_tiny_patch16_224", "weights": weights, "block": 3, **SIZES}
-    exact = Teacher(TeacherConfig(**fields))(PIXELS)
+    tap = Tap("qkv", 3)
+    exact = Teacher(TeacherConfig(**fields), [tap])(PIXELS)[tap]
     fields["precision"] = precision
-    for half, full in zip(Teacher(TeacherConfig(**fields))(PIXELS), exact, strict=True):
+    for half, full in zip(Teacher(TeacherConfig(**fields), [tap])(PIXELS)[tap], exact, strict=True):
         torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
 
 
@@ -87,12 +93,13 @@ def test_the_qkv_projection_makes_q_k_and_v_of_the_input(name: str, monkeypatch:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     monkeypatch.setattr("tinymim.models.teacher._with_weights", lambda config: model)
-    teacher = Teacher(TeacherConfig(name=name, weights="here", block=2, **SIZES))
-    weight, bias = teacher.qkv_projection()
+    teacher = Teacher(TeacherConfig(name=name, weights="here", block=2, **SIZES), [TAP])
+    weight, bias = teacher.projection(TAP)
     assert weight.shape == (72, 24) and bias is not None and bias.shape == (72,)
-    q, k, v, x = teacher(PIXELS)
+    q, k, v, x = teacher(PIXELS)[TAP]
     made = torch.nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(made, torch.cat([side.transpose(1, 2).flatten(2) for side in (q, k, v)], dim=-1))
-    teacher.cut.attention.qkv = torch.nn.Identity()
+    attention: Any = teacher.cut.attention(TAP)
+    attention.qkv = torch.nn.Identity()
     with pytest.raises(RecipeError, match="no single qkv layer"):
-        teacher.qkv_projection()
+        teacher.projection(TAP)

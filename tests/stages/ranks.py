@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.configs.schema import PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.configs.sections import AuditConfig
 from tinymim.stages import pretrain_mae, train_student
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.training import student_step
 from tinymim.stages.training.ranks import Ranks
-from tinymim.targets.relations.losses import relation_loss
+from tinymim.targets.contract import Loss
+from tinymim.targets.relations.kind import RelationKind
 from tinymim.tests.stages.tiny import SIZES, signal_in_step
 
 BROKEN_STEP = 3
@@ -61,14 +62,14 @@ def all_that_four_ranks_do(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     train_student.train(in_folder(recipe, root / "run-whole"), ranks)
     if ranks.rank == 2:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            signal_in_step(train_student, 4, signal.SIGTERM, monkeypatch)
+            signal_in_step(student_step, 4, signal.SIGTERM, monkeypatch)
             _interrupted(audited(recipe, root / "run-resumed"), ranks)
     else:
         _interrupted(audited(recipe, root / "run-resumed"), ranks)
     train_student.train(audited(recipe, root / "run-resumed"), ranks)
 
     if ranks.rank == 1:
-        vars(train_student)["relation_loss"] = _breaking()  # this process ends soon
+        RelationKind.losses = _breaking()  # type: ignore[method-assign]  # this process ends soon
     try:
         train_student.train(in_folder(recipe, root / "run-broken"), ranks)
     except UserError as error:
@@ -95,12 +96,12 @@ def _interrupted(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     assert caught.value.requeue
 
 
-def _breaking() -> Callable[..., dict[Any, Tensor]]:
-    """A relation loss that is nan for the last student in step BROKEN_STEP; there are two students and two parts."""
-    calls = count(1)
+def _breaking() -> Callable[..., dict[str, Loss]]:
+    """Losses whose first is nan for the last student in step BROKEN_STEP; there are two students and two parts."""
+    calls, whole = count(1), RelationKind.losses
 
-    def loss(*args: Any) -> dict[Any, Tensor]:
+    def losses(*args: Any) -> dict[str, Loss]:
         broken = next(calls) == 4 * (BROKEN_STEP + 1)
-        return {name: loss * (math.nan if broken else 1.0) for name, loss in relation_loss(*args).items()}
+        return {n: Loss(loss.parts * (math.nan if broken else 1.0), loss.floor) for n, loss in whole(*args).items()}
 
-    return loss
+    return losses

@@ -24,6 +24,7 @@ from tinymim.pipeline.decode import decode, environment
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.training import student_step
 from tinymim.stages.units import draft
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import (
@@ -292,7 +293,7 @@ def test_a_student_stopped_at_any_step_resumes_to_the_same_losses(home: Path, mo
     whole, weights = losses(home), load_file(home / "run-student" / "student.safetensors")
     for stop_at in (1, 7, 19):
         shutil.rmtree(home / "run-student")
-        signal_in_step(train_student, stop_at - 1, signal.SIGINT, monkeypatch)
+        signal_in_step(student_step, stop_at - 1, signal.SIGINT, monkeypatch)
         with pytest.raises(Interrupted, match=f"step {stop_at}") as caught:
             train_student.run(student_recipe(home))
         assert not caught.value.requeue
@@ -310,7 +311,7 @@ def test_all_views_of_an_epoch_from_one_decode_resume_in_the_middle_of_a_chunk(
     whole = losses(home)
     assert len(whole) == 36 // 8 * 2
     shutil.rmtree(home / "run-student")
-    signal_in_step(train_student, 2, signal.SIGINT, monkeypatch)
+    signal_in_step(student_step, 2, signal.SIGINT, monkeypatch)
     with pytest.raises(Interrupted, match="step 3"):
         train_student.run(recipe)
     train_student.run(recipe)

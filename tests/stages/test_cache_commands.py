@@ -13,6 +13,7 @@ import pytest
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.taps import Tap
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.views import RandomViews, View
 from tinymim.stages import cache_teacher, train_student
@@ -153,7 +154,7 @@ def test_a_cache_of_another_teacher_under_the_same_manifest_fails(
 ) -> None:
     shutil.rmtree(home / name)
     write_teacher(home / "other.safetensors", seed=1)
-    whole = Teacher(of(made).teacher).describe()
+    whole = Teacher(of(made).teacher, [Tap("qkv", 2)]).describe()
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "describe", lambda self: whole)
         teacher = of(made).teacher.model_copy(update={"weights": str(home / "other.safetensors")})

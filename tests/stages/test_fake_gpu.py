@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinymim.configs.codecs import codec_config
 from tinymim.configs.sections import JitterConfig, TeacherConfig
+from tinymim.models.taps import finite_views
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline import jitter as colours
 from tinymim.pipeline.dataset import ViewBatch
@@ -20,15 +21,14 @@ from tinymim.pipeline.views import View
 from tinymim.stages.units.draft import encode
 from tinymim.stages.units.ledger import Piece
 from tinymim.storage.layout import UnitId
-from tinymim.targets.kinds import make_codec
-from tinymim.targets.record import finite_checks_deferred
+from tinymim.targets.fidelity import GradientMoments, StatisticMoments
+from tinymim.targets.kinds import make_kind
 from tinymim.targets.relations import sparsify
-from tinymim.targets.relations.fidelity import GradientMoments, MapMoments
 from tinymim.targets.relations.kernels import encode as encode_kernel
 from tinymim.targets.relations.kernels import loss as loss_kernel
-from tinymim.targets.relations.losses import relation_loss
 from tinymim.targets.relations.qkv import QKV
 from tinymim.tests.stages.tiny import TEACHER
+from tinymim.tests.targets.relations.plain import make_codec, relation_loss, tapped
 
 CODECS: list[dict[str, Any]] = [
     {},
@@ -55,15 +55,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 def test_records_targets_and_losses_stay_on_the_gpu(gpu: torch.device, fields: dict[str, Any]) -> None:
     codec = make_codec(codec_config(**fields))
     keys = torch.arange(3, device=gpu)
-    with finite_checks_deferred() as checks:
-        records = codec.encode(QKV(*torch.randn(3, 3, 2, 17, 8, device=gpu)), keys)
+    qkv = QKV(*torch.randn(3, 3, 2, 17, 8, device=gpu))
+    records, finite = codec.encode(qkv, keys), finite_views(tapped(qkv))
     target = codec.decode(records, keys, 17)
     student = QKV(*torch.randn(3, 3, 2, 17, 4, device=gpu))
     losses = relation_loss(student, target)
-    moments = MapMoments()
-    moments.add(QKV(*torch.randn(3, 3, 2, 17, 8, device=gpu)), target)
-    assert len(checks) == len(losses) == 2
-    found = [*records.values(), *losses.values(), *(check.per_view for check in checks)]
+    moments = StatisticMoments()
+    moments.add(codec.kind.statistics(tapped(qkv), target), 3)
+    assert len(losses) == 2
+    found = [*records.values(), *losses.values(), finite]
     assert {tensor.device.type for tensor in found} == {"cuda"}
 
 
@@ -105,7 +105,7 @@ def test_views_of_more_than_256_tokens_are_picked_for_the_audit(tmp_path: Path) 
     torch.manual_seed(0)
     config = TeacherConfig.model_validate(sizes | {"weights": str(tmp_path / "teacher.safetensors"), "block": 2})
     save_file(build_model(config).state_dict(), tmp_path / "teacher.safetensors")
-    codec = make_codec(codec_config(rows=4, tail_k=3))
+    kind = make_kind(codec_config(rows=4, tail_k=3), 2)
     items = np.array([[0, sample, view] for sample in range(2) for view in range(2)])
     batch = ViewBatch(
         items=items,
@@ -117,7 +117,7 @@ def test_views_of_more_than_256_tokens_are_picked_for_the_audit(tmp_path: Path) 
     )
     piece = Piece(UnitId("shard-000000.tar", 0, 2), True, True)
     with LikeCuda():  # type: ignore[no-untyped-call]  # torch's
-        encoded = encode(Teacher(config), codec, batch, piece, 16, torch.device("cpu"))
+        encoded = encode(Teacher(config, kind.taps), kind, batch, piece, 16, torch.device("cpu"))
     assert encoded.audited is not None and encoded.arrays["qk_tail_gap"].dtype == torch.uint16
     for name, picked in encoded.audited.records.items():
         whole: Tensor = encoded.arrays[name]

@@ -25,7 +25,7 @@ from tinymim.storage.layout import root_group
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.kinds import stored_codec
+from tinymim.targets.kinds import stored_kind
 from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.tests.stages.tiny import (
     TEACHER,
@@ -68,13 +68,14 @@ def short(root: Path, **changes: Any) -> TrainStudentRecipe:
 def test_decoded_records_are_the_teachers_relations(made: Path) -> None:
     reader = CacheReader(made / "cache")
     constants = stored_constants(reader.store, reader.manifest, CPU)
-    codec = stored_codec(reader.manifest.codec, TargetsConfig(relations=("qk", "kk")), constants)
+    manifest = reader.manifest
+    kind = stored_kind(manifest.codec, manifest.block, TargetsConfig(relations=("qk", "kk")), constants)
     recipe = hidden_recipe(made)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    teacher = Teacher(recipe.teacher)
-    exact = QKV(*teacher(pixels))
+    tapped = Teacher(recipe.teacher, kind.taps)(pixels)
+    exact = QKV.of(tapped, kind.taps[0])
     keys = torch.tensor([1, 2])
-    target = codec.decode(codec.encode(exact, keys), keys, 17)
+    target = kind.decode(kind.encode(tapped, keys), keys, manifest.shapes)
     for relation, rows in target.items():
         torch.testing.assert_close(rows.dense(), relation_probs(exact, relation), rtol=0, atol=5e-3)
     fidelity = [unit.statistics["fidelity"] for unit in reader.units()]
@@ -93,7 +94,7 @@ def test_a_resumed_cache_has_the_same_bytes_and_the_same_constants(
     shutil.rmtree(home / "cache" / "units" / last.unit.shard.removesuffix(".tar"))
     (home / "cache" / "commits" / f"{last.unit.shard.removesuffix('.tar')}.v0-1.json").unlink()
     # A resumed run does not calibrate: those who changed images since then would get other constants.
-    monkeypatch.setattr("tinymim.stages.units.constants.calibrate", None)
+    monkeypatch.setattr("tinymim.targets.relations.hidden.calibrate", None)
     cache_teacher.run(hidden_recipe(home, codec=codec))
     assert stored(home) == whole
 
@@ -112,7 +113,7 @@ def test_a_cache_stopped_before_its_first_unit_is_calibrated_once(home: Path, mo
         cache_teacher.run(hidden_recipe(home))
     assert CacheReader(home / "cache").units() == [] and (home / "cache" / "constants.json").exists()
     monkeypatch.setattr("tinymim.stages.units.job.encode", encode)
-    monkeypatch.setattr("tinymim.stages.units.constants.calibrate", None)
+    monkeypatch.setattr("tinymim.targets.relations.hidden.calibrate", None)
     cache_teacher.run(hidden_recipe(home))
     assert stored(home) == whole
 

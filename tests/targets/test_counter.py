@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tinymim.configs.codecs import Relation
-from tinymim.targets.counter import _GAMMA, PURPOSES, RELATIONS, _mix, sample_rows, stream_of, uniforms
+from tinymim.targets.counter import _GAMMA, _mix, uniforms
+from tinymim.targets.relations.draws import PURPOSES, RELATIONS, sample_rows, stream_of
 
 KEYS = torch.tensor([0, 1, -1, 0x0123456789ABCDEF, -(1 << 63)])
 MASK = (1 << 64) - 1

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.codecs import codec_config
-from tinymim.targets.kinds import make_codec
-from tinymim.targets.relations.fidelity import GradientMoments, MapMoments, exact_target, merged, rounded
+from tinymim.targets.fidelity import GradientMoments, StatisticMoments, merged, rounded
+from tinymim.targets.relations.kind import exact_rows
 from tinymim.targets.relations.qkv import QKV, relation_probs
+from tinymim.tests.targets.relations.plain import make_codec, tapped
 
 VIEWS, PARTS, SIZE = 48, 3, 200
 
@@ -84,18 +85,19 @@ def test_a_part_without_gradient_is_no_crash() -> None:
 def test_maps_moments_are_those_of_the_rows() -> None:
     torch.manual_seed(0)
     qkv, keys = QKV(*(torch.randn(4, 2, 9, 4) for _ in range(3))), torch.arange(4)
-    exact = exact_target(qkv, ("qk", "vv"))
+    exact = exact_rows(qkv, ("qk", "vv"))
     largest = relation_probs(qkv, "vv").topk(2).values.sum(-1).mean(dim=(0, 2))
     for fields, kept in (
         ({"name": "dense"}, torch.ones(2)),
         ({"rows": 9, "head_k": 2, "tail": "renormalise"}, largest),
         ({"rows": 9, "head_k": 2, "tail": "uniform"}, largest),
     ):
-        codec, moments = make_codec(codec_config(**fields)), MapMoments()
+        codec, moments = make_codec(codec_config(**fields)), StatisticMoments()
         target = codec.decode(codec.encode(qkv, keys), keys, 9)
         for row in range(4):  # one by one, as the stages do
             one = QKV(qkv.q[row : row + 1], qkv.k[row : row + 1], qkv.v[row : row + 1])
-            moments.add(one, codec.decode(codec.encode(one, keys[row : row + 1]), keys[row : row + 1], 9))
+            stored = codec.decode(codec.encode(one, keys[row : row + 1]), keys[row : row + 1], 9)
+            moments.add(codec.kind.statistics(tapped(one), stored), 1)
         got = moments.summary()
         assert list(got) == list(target)
         torch.testing.assert_close(torch.tensor(got["vv"]["kept_mass"]), kept, rtol=1e-3, atol=1e-4)

@@ -15,18 +15,20 @@ from tinymim.configs.errors import CacheMismatch, RecipeError, UserError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import AuditConfig
-from tinymim.models.taps import StudentWithTap
+from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.audits.batch import AuditBatch
 from tinymim.stages.audits.student_audits import StudentAudits, read_audits
+from tinymim.stages.cache.opened import opened_kind
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.training import student_step
+from tinymim.stages.training.device_stream import CPU
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, signal_in_step, student_recipe, write_teacher
 
-CPU = torch.device("cpu")
 NUM_IMAGES = 12
 
 
@@ -137,7 +139,7 @@ def test_a_stopped_run_has_every_audit_once_and_one_without_audits_may_go_on_wit
     whole = recipe(home, audit=audit(home), run={"folder": home / "whole", "device": "cpu", "threads": 1})
     train_student.run(whole)
     with monkeypatch.context() as patched:
-        signal_in_step(train_student, 6, signal.SIGTERM, patched)  # a state of step 7, after the audit of step 5
+        signal_in_step(student_step, 6, signal.SIGTERM, patched)  # a state of step 7, after the audit of step 5
         with pytest.raises(Interrupted):
             train_student.run(recipe(home, audit=audit(home)))
     assert steps_of(home) == [0, 5]
@@ -152,7 +154,7 @@ def test_a_stopped_run_has_every_audit_once_and_one_without_audits_may_go_on_wit
 
     late = {"folder": home / "late", "device": "cpu", "threads": 1}
     with monkeypatch.context() as patched:
-        signal_in_step(train_student, 6, signal.SIGTERM, patched)
+        signal_in_step(student_step, 6, signal.SIGTERM, patched)
         with pytest.raises(Interrupted):
             train_student.run(recipe(home, run=late))
     train_student.run(recipe(home, run=late, audit=audit(home)))
@@ -180,12 +182,16 @@ def test_a_signal_during_the_knn_costs_that_knn_alone(home: Path, monkeypatch: p
 
 def batch_of(root: Path, cache: Path, targets: TargetsConfig | None = None) -> AuditBatch:
     config = AuditConfig.model_validate(audit(root, cache=cache))
-    return AuditBatch(config, CacheReader(root / "cache").manifest, targets or TargetsConfig(), 2)
+    reader = CacheReader(root / "cache")
+    return AuditBatch(config, reader.manifest, opened_kind(reader, targets or TargetsConfig(), CPU))
 
 
 def test_the_kl_is_that_of_dense_rows_of_the_first_images_and_hidden_records_give_the_same(home: Path) -> None:
     torch.manual_seed(0)
-    student = StudentWithTap(build_vit(recipe(home).student)).eval()  # type: ignore[arg-type]
+    vit = build_vit(recipe(home).student)  # type: ignore[arg-type]
+    reader = CacheReader(home / "cache")
+    head = opened_kind(reader, TargetsConfig(), CPU).head(shapes_of(vit), reader.manifest.shapes)
+    student = StudentModel(vit, head).eval()
     found = batch_of(home, home / "audit").compare(student)
 
     reader = CacheReader(home / "audit")
@@ -211,7 +217,7 @@ def test_the_kl_is_that_of_dense_rows_of_the_first_images_and_hidden_records_giv
     by_hidden = batch_of(home, home / "hidden").compare(student)
     for name in ("qk", "vv"):
         np.testing.assert_allclose(by_hidden[name].per_head, found[name].per_head, rtol=5e-3)
-    assert set(batch_of(home, home / "hidden", TargetsConfig(relations=("kk",))).compare(student)) == {"kk"}
+    assert set(batch_of(home, home / "hidden", TargetsConfig(relations=("vv",))).compare(student)) == {"vv"}
 
 
 # ---------------------------------------------------------------- what it refuses
@@ -222,7 +228,7 @@ def test_the_kl_is_that_of_dense_rows_of_the_first_images_and_hidden_records_giv
     [
         ({"teacher": TEACHER | {"block": 1}}, "teacher.block differs"),
         ({"teacher": TEACHER | {"block": 2, "mean": (0.1, 0.1, 0.1)}}, "teacher.mean differs"),
-        ({"codec": {"rows": 4}}, "holds no whole relation maps"),
+        ({"codec": {"rows": 4}}, "holds no whole targets"),
         ({"codec": {"name": "dense", "relation_heads": 4}}, "into other heads"),
     ],
 )
@@ -246,7 +252,8 @@ def test_too_few_images_other_relations_and_training_images_are_said(
         train_student.run(recipe(home, audit=audit(home, cache=home / "qk")))
     cache_teacher.run(held_out_cache(home, cache=home / "same", source=trained(home)))
     config = AuditConfig.model_validate(audit(home, cache=home / "same", source=trained(home)))
-    AuditBatch(config, CacheReader(home / "cache").manifest, TargetsConfig(), 2)
+    reader = CacheReader(home / "cache")
+    AuditBatch(config, reader.manifest, opened_kind(reader, TargetsConfig(), CPU))
     assert "audit: warning: shard-000000.tar is in the training's cache, too" in capsys.readouterr().err
 
 
@@ -264,8 +271,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Path:
     fields = {"teacher": loaded.teacher.model_dump(), "views": {"size": 64}, "audit_views": 0, "batch_size": 16}
     forward = Teacher.forward
 
-    def of_the_image_before(self: Teacher, pixels: torch.Tensor) -> Any:
-        return tuple(side.roll(2, 0) for side in forward(self, pixels))  # two views an image
+    def of_the_image_before(self: Teacher, pixels: torch.Tensor, check: bool = True) -> Any:
+        tapped = forward(self, pixels, check)
+        return {tap: tuple(side.roll(2, 0) for side in sides) for tap, sides in tapped.items()}  # two views an image
 
     codec = {"rows": 65, "tail_k": 8}
     cache_teacher.run(cache_recipe(root, codec=codec, **fields))

@@ -10,6 +10,7 @@ from tinymim.stages.run import sessions
 from tinymim.stages.run.folder import RunFolder
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.run.sessions import SESSIONS_NAME, Session, read_sessions
+from tinymim.stages.training import student_step
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, signal_in_step, student_recipe, write_teacher
 
 
@@ -64,7 +65,7 @@ def test_both_stages_write_down_what_they_take(tmp_path: Path, monkeypatch: pyte
     two = {"student": None, "students": {"a": {"model": STUDENT}, "b": {"model": STUDENT}}}
     recipe = student_recipe(tmp_path, optim={"batch_size": 8, "steps": 4}, **two)
     with monkeypatch.context() as patched:
-        signal_in_step(train_student, 1, signal.SIGTERM, patched)
+        signal_in_step(student_step, 1, signal.SIGTERM, patched)
         with pytest.raises(Interrupted):
             train_student.run(recipe)
     train_student.run(recipe)

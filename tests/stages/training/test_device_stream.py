@@ -1,5 +1,7 @@
 """What students of one stream share on a device is made once."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,20 +11,19 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.stages.training.device_stream import CPU, DeviceStream, current
 from tinymim.stages.training.optim import seeded
-from tinymim.targets.relations.rows import Target
 
-B, SIZE, TOKENS = 8, 16, 5
+B, SIZE = 8, 16
 
 
-class CountingCodec:
-    """Stands for a codec: remembers what it was asked to unpack."""
+class CountingTargets:
+    """Makes no targets: remembers what it was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[int], list[int], int]] = []
+        self.asked: list[tuple[list[int], list[int]]] = []
 
-    def decode(self, arrays: dict[str, Tensor], keys: Tensor, tokens: int) -> Target:
-        self.asked.append((arrays["rows"].tolist(), keys.tolist(), tokens))
-        return {}
+    def __call__(self, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> None:
+        assert torch.equal(pixels, batch().pixels[records["rows"]])
+        self.asked.append((records["rows"].tolist(), view_keys.tolist()))
 
 
 def batch() -> ViewBatch:
@@ -38,10 +39,10 @@ def batch() -> ViewBatch:
     )
 
 
-def test_a_target_is_unpacked_once_and_images_are_coloured_once_per_jitter() -> None:
-    codec = CountingCodec()
+def test_a_target_is_made_once_and_images_are_jittered_once_per_jitter() -> None:
+    targets = CountingTargets()
     places = torch.arange(B) * 2 + 1  # as the second of two ranks
-    stream = DeviceStream(CPU, codec, TOKENS, 3, places, 2 * B)  # type: ignore[arg-type]
+    stream = DeviceStream(CPU, targets, 3, places, 2 * B)
     stream.take(7, batch())
     same, other = JitterConfig(), JitterConfig(brightness=0.0)
     for rows in (slice(0, 4), slice(4, 8)):
@@ -52,11 +53,11 @@ def test_a_target_is_unpacked_once_and_images_are_coloured_once_per_jitter() -> 
         expected = jitter(batch().pixels[rows], same, seeded(CPU, 3, 7), places[rows], 2 * B)
         mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         torch.testing.assert_close(images, (expected - mean) / std)
-    assert codec.asked == [([0, 1, 2, 3], [100, 101, 102, 103], TOKENS), ([4, 5, 6, 7], [104, 105, 106, 107], TOKENS)]
+    assert targets.asked == [([0, 1, 2, 3], [100, 101, 102, 103]), ([4, 5, 6, 7], [104, 105, 106, 107])]
 
 
-def test_the_next_step_has_other_colours() -> None:
-    stream = DeviceStream(CPU, CountingCodec(), TOKENS, 3, torch.arange(B), B)  # type: ignore[arg-type]
+def test_the_next_step_has_another_jitter() -> None:
+    stream = DeviceStream(CPU, CountingTargets(), 3, torch.arange(B), B)
     found = []
     for step in (0, 1):
         stream.take(step, batch())

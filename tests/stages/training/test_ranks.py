@@ -32,6 +32,7 @@ from tinymim.stages import cache_teacher, make_shards, pretrain_mae, train_stude
 from tinymim.stages.audits.student_audits import read_audits
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.training import student_step
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.ranks import (
     Ranks,
@@ -147,7 +148,7 @@ def four(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Four:
     pretrain_mae.run(mae_recipe(one))
     train_student.run(recipe(one, **several))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        signal_in_step(train_student, 6, signal.SIGTERM, monkeypatch)
+        signal_in_step(student_step, 6, signal.SIGTERM, monkeypatch)
         with pytest.raises(Interrupted, match="step 7 "):
             train_student.run(recipe(many, **several))
     with pytest.raises(CacheCorrupt) as caught:

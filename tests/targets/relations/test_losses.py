@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation, codec_config
-from tinymim.targets.kinds import make_codec
-from tinymim.targets.relations.losses import cross_entropy_per_head, relation_loss
+from tinymim.targets.relations.losses import cross_entropy_per_head
 from tinymim.targets.relations.qkv import QKV, relation_probs
-from tinymim.targets.relations.rows import DenseRows, SparseRows, Target
+from tinymim.targets.relations.rows import DenseRows, Rows, SparseRows
+from tinymim.tests.targets.relations.plain import make_codec, relation_loss
 
 MakeQKV = Callable[..., QKV]
 SIDES = {"qk": ("q", "k"), "vv": ("v", "v"), "qq": ("q", "q"), "kk": ("k", "k")}
@@ -29,7 +29,7 @@ def tinymim_loss(student: QKV, teacher: QKV, relation: Relation) -> Tensor:
     return torch.nn.functional.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1).mean()
 
 
-def exact_target(teacher: QKV, relations: tuple[Relation, ...] = BOTH) -> Target:
+def exact_target(teacher: QKV, relations: tuple[Relation, ...] = BOTH) -> Rows:
     """The dense rows without a codec, in the teacher's dtype."""
     probs = {relation: relation_probs(teacher, relation) for relation in relations}
     return {r: DenseRows(None, p, torch.special.entr(p).sum(-1).mean((1, 2))) for r, p in probs.items()}
@@ -75,7 +75,7 @@ def test_sparse_loss_is_the_dense_loss_of_its_rows_written_out(sampled: int, mak
     teacher, student, keys = make_qkv(2, 2, 11, 6), make_qkv(2, 2, 11, 6, seed=1), torch.arange(2)
     codec = make_codec(codec_config(rows=sampled, head_k=2, tail_k=3))
     target = codec.decode(codec.encode(teacher, keys), keys, 11)
-    dense: Target = {relation: DenseRows(rows.rows, rows.dense(), rows.entropy) for relation, rows in target.items()}
+    dense: Rows = {relation: DenseRows(rows.rows, rows.dense(), rows.entropy) for relation, rows in target.items()}
     for name, loss in relation_loss(student, target).items():
         torch.testing.assert_close(loss, relation_loss(student, dense)[name], rtol=0, atol=1e-6)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinymim.configs.codecs import Relation
 from tinymim.configs.errors import RecipeError
-from tinymim.targets.counter import sample_rows
+from tinymim.targets.relations.draws import sample_rows
 from tinymim.targets.relations.qkv import QKV, relation_logits, relation_probs
 
 MakeQKV = Callable[..., QKV]

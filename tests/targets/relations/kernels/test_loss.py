@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinymim.configs.codecs import codec_config
-from tinymim.targets.kinds import make_codec
 from tinymim.targets.relations.kernels.loss import (
     CPU_CHUNK_BYTES,
     cross_entropy,
     relation_cross_entropy,
     relation_cross_entropy_chunked,
 )
-from tinymim.targets.relations.losses import reference_cross_entropy, relation_loss
+from tinymim.targets.relations.losses import reference_cross_entropy
 from tinymim.targets.relations.qkv import QKV, relation_logits
 from tinymim.targets.relations.rows import SparseRows, Tail
+from tinymim.tests.targets.relations.plain import make_codec, relation_loss
 
 TAILS: tuple[Tail, ...] = ("none", "uniform", "ghost")
 HALF = (torch.bfloat16, torch.float16)
