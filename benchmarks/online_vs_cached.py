@@ -47,7 +47,8 @@ from tinymim.configs.sections import (
     VerifyConfig,
     ViewConfig,
 )
-from tinymim.models.taps import CutTeacher, StudentWithTap, count_tokens
+from tinymim.models import backbone
+from tinymim.models.taps import CutTeacher, StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
@@ -411,7 +412,8 @@ def main() -> int:
         print("\n".join([*header(args, scale, batch_size), *input_table(times)]), flush=True)
         for name in args.students:
             student = make_student(scale, name).to(device).train()
-            assert count_tokens(student.vit) == (teacher.grid, teacher.prefix_tokens)
+            assert backbone.grid(student.vit) == teacher.grid
+            assert backbone.prefix_tokens(student.vit) == teacher.prefix_tokens
             setting = Setting(args, device, scale, teacher, make_codec(CODEC), batch, student)
             found = measure(setting)
             once_s = stage_one_s(setting)

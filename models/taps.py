@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tinymim.configs.errors import RecipeError
-from tinymim.models.drop_path import hand_out, take_over
+from tinymim.models import backbone
+from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 
 Projections = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, H, T, D]
 TappedBlock = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, and the input [B, T, C] of their projection
@@ -46,7 +47,7 @@ class CutTeacher(nn.Module):
     """A teacher cut right after block `block`'s q, k, v: nothing behind them is computed or kept.
 
     Args:
-        model: a timm model with `blocks[i].attn`.
+        model: a timm ViT.
         block: the block, counted from 1.
 
     Raises:
@@ -55,28 +56,22 @@ class CutTeacher(nn.Module):
 
     def __init__(self, model: nn.Module, block: int) -> None:
         super().__init__()
-        blocks = getattr(model, "blocks", None)
-        if not isinstance(blocks, nn.Module) or not hasattr(blocks, "__getitem__"):
-            raise RecipeError("the teacher has no attention blocks", got=type(model).__name__, expected="a ViT")
-        if not 1 <= block <= len(blocks):  # type: ignore[arg-type]
-            raise RecipeError(
-                "teacher.block is outside the teacher",
-                got=block,
-                expected=f"1..{len(blocks)}",  # type: ignore[arg-type]
-            )
+        blocks = backbone.blocks(model)
+        if not 1 <= block <= len(blocks):
+            raise RecipeError("teacher.block is outside the teacher", got=block, expected=f"1..{len(blocks)}")
         self.model = model
-        self.attention: nn.Module = blocks[block - 1].attn  # type: ignore[index]
+        self.attention: nn.Module = backbone.attention(model, block)
         if not hasattr(self.attention, "fused_attn"):
             raise RecipeError(
                 f"the tap does not know the attention layer {type(self.attention).__name__}",
                 hint="use a ViT whose attention calls scaled_dot_product_attention",
             )
-        self.attention.fused_attn = True  # the unfused path makes no call to tap
-        del blocks[block:]  # type: ignore[operator]
+        self.attention.fused_attn = True  # type: ignore[assignment]  # the unfused path makes no call to tap
+        del blocks[block:]
 
     def compile_blocks(self) -> None:
         """Compile what is whole: the blocks before the tapped one, of which only norm1 and qkv are run."""
-        for block in list(self.model.blocks)[:-1]:  # type: ignore[arg-type]
+        for block in backbone.blocks(self.model)[:-1]:
             block.compile()
 
     def forward(self, images: Tensor) -> TappedBlock:
@@ -104,13 +99,6 @@ def split_qkv(qkv: Tensor, heads: int) -> Projections:
     return q, k, v
 
 
-def count_tokens(model: nn.Module) -> tuple[tuple[int, int], int]:
-    """The patch grid (rows, columns) and the number of prefix tokens of a ViT."""
-    grid = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
-    return (int(grid[0]), int(grid[1])), prefix
-
-
 class StudentWithTap(nn.Module):
     """A plain ViT with a qkv projection on its final norm, the place where it is compared with the teacher.
 
@@ -122,15 +110,17 @@ class StudentWithTap(nn.Module):
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.vit = vit
-        self.heads: int = vit.blocks[-1].attn.num_heads  # type: ignore[union-attr, assignment]
-        self.drop_paths = take_over(vit)
-        self.tap = nn.Linear(vit.embed_dim, 3 * vit.embed_dim)
+        heads, width = backbone.heads(vit), backbone.widths(vit)[-1]
+        assert heads is not None, "a plain ViT has attention"
+        self.heads = heads
+        self.drop_paths = replace_drop_path(vit)
+        self.tap = nn.Linear(width, 3 * width)
         nn.init.xavier_uniform_(self.tap.weight)
         nn.init.zeros_(self.tap.bias)
 
     def draw(self, generator: torch.Generator, places: Tensor, batch_size: int) -> None:
-        """Draw the stochastic depth of the next forward pass in training; arguments as in `drop_path.hand_out`."""
-        hand_out(self.drop_paths, generator, places, batch_size, self.tap.weight.device)
+        """Draw the stochastic depth of the next forward pass in training; arguments of `drop_path.set_drop_masks`."""
+        set_drop_masks(self.drop_paths, generator, places, batch_size, self.tap.weight.device)
 
     def forward(self, images: Tensor) -> Projections:
         """q, k, v in the student's own heads, each [B, H, T, D], for normalised images [B, 3, S, S]."""

@@ -219,6 +219,39 @@ def test_every_schema_field_is_read() -> None:
     assert not unread, f"remove these fields, or read each as an attribute where it acts: {' '.join(unread)}"
 
 
+# How timm builds a model inside. Fields of a recipe's `config` have some of these names, too.
+INSIDE_A_MODEL = {
+    *("attn", "blocks", "cls_token", "embed_dim", "feature_info", "grid_size", "has_class_token", "norm", "norm_pre"),
+    *("num_heads", "num_prefix_tokens", "patch_embed", "patch_size", "pos_embed", "qkv"),
+}
+
+
+def _reads_inside(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Names of `INSIDE_A_MODEL` that a file reads, as `x.name` or by getattr and hasattr, with the line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.attr in INSIDE_A_MODEL:
+            owner = ast.unparse(node.value)
+            if owner not in {"config", "backbone"}:
+                yield node.attr, node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"getattr", "hasattr"}:
+            name = ast.unparse(node.args[1]).strip("'")
+            if name in INSIDE_A_MODEL:
+                yield name, node.lineno
+
+
+def test_only_the_backbone_looks_inside_a_model() -> None:
+    trees = dict(_modules())
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        trees[path.relative_to(ROOT)] = ast.parse(path.read_text(), str(path))
+    wrong = [
+        f"{path}:{line} reads .{name}"
+        for path, tree in trees.items()
+        for name, line in _reads_inside(tree)
+        if path != Path("models", "backbone.py")
+    ]
+    assert wrong == [], "give models/backbone.py a function for it"
+
+
 def test_the_wheel_holds_every_module_recipe_and_weight(tmp_path: Path) -> None:
     # From a copy: setuptools leaves build/ behind and would pack stale files from it the next time.
     source = tmp_path / "anything"

@@ -17,11 +17,11 @@ from tinymim.configs.codecs import Relation, SketchCodec
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import ModelConfig, OptimConfig, TeacherConfig
-from tinymim.models.checkpoints import load_weights
 from tinymim.models.drop_path import HandedDropPath
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
+from tinymim.models.weights import load_weights
 from tinymim.stages.training.optim import make_optimiser, make_schedule
 from tinymim.targets.relations.losses import relation_loss
 from tinymim.targets.relations.qkv import QKV, relation_probs

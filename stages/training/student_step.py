@@ -8,7 +8,8 @@ import torch
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
-from tinymim.models.taps import StudentWithTap, count_tokens
+from tinymim.models import backbone
+from tinymim.models.taps import StudentWithTap
 from tinymim.models.vit import build_model
 from tinymim.pipeline.replay import CachedSource
 from tinymim.stages.training.learner import Learner
@@ -60,7 +61,7 @@ def check_student_fits(student: ModelConfig, teacher: Mapping[str, Any], views: 
         )
     with torch.device("meta"):
         model = build_model(student)
-    width = int(model.embed_dim)  # type: ignore[arg-type]
+    width = backbone.widths(model)[-1]
     if width % heads:
         raise RecipeError(
             f"a student of width {width} cannot be split into {heads} relation heads",
@@ -68,7 +69,7 @@ def check_student_fits(student: ModelConfig, teacher: Mapping[str, Any], views: 
             expected=f"a multiple of {heads}",
             hint=f"the nearest are {width // heads * heads or heads} and {(width // heads + 1) * heads}",
         )
-    grid, prefix = count_tokens(model)
+    grid, prefix = backbone.grid(model), backbone.prefix_tokens(model)
     if (list(grid), prefix) != (list(teacher["grid"]), teacher["prefix_tokens"]):
         raise CacheMismatch(
             "the student's tokens are not the teacher's",

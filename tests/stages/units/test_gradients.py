@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tinymim.configs.codecs import codec_config
 from tinymim.configs.sections import ModelConfig
-from tinymim.models.taps import StudentWithTap, count_tokens, split_qkv
+from tinymim.models import backbone
+from tinymim.models.taps import StudentWithTap, split_qkv
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.stages.units.gradients import COORDINATES_PER_TENSOR, GradientProbe, reference_student, target_of
 from tinymim.targets.kinds import make_codec
@@ -88,7 +89,7 @@ def test_the_reference_student_has_the_teachers_tokens(heads: int, width: int, p
     state = torch.random.get_rng_state()
     made = reference_student(ModelConfig(img_size=32), (4, 4), prefix, heads)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert count_tokens(made.vit) == ((4, 4), prefix)
+    assert (backbone.grid(made.vit), backbone.prefix_tokens(made.vit)) == ((4, 4), prefix)
     assert made.vit.embed_dim == width and width % heads == 0
     q, _, _ = made(torch.zeros(1, 3, 32, 32))
     assert q.shape[2] == 16 + prefix
