@@ -1,7 +1,7 @@
 """The students of `evidence.py` that have the teacher at their side: its dense relations, its features, or a control.
 
 Not a part of tinymim, which caches instead; made of its parts, so that all but the target is as in `train-student`:
-initial weights, images, their order, views, colours, optimiser, schedule, tap.
+initial weights, images, their order, views, jitter, optimiser, schedule, tap.
 """
 
 import contextlib

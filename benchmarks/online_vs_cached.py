@@ -4,7 +4,7 @@
 
 The online side is as good as it can be had: the teacher is cut at its tap, sees the student's batch without gradients
 (in bf16 on a GPU), and its q, k, v become the target where they are: as dense maps, and as the records' own sketch,
-of which the faster counts. Student, batch, views, colours and loss are the same on both sides, and once more there is
+of which the faster counts. Student, batch, views, jitter and loss are the same on both sides, and once more there is
 the same step without any target: what is left to pay beside it is what the cache costs.
 
 On a GPU: ViT-L/16, block 18 of 24, students T, S and B at 224 px, wall time. On a CPU: ViT-B/16, block 9 of 12, the
@@ -146,7 +146,7 @@ def one_step(setting: Setting, variant: str, lap: Lap) -> None:
     places = torch.arange(count)
     images = setting.normalise(jitter(pixels, JitterConfig(), seeded(torch.device("cpu"), 0), places, count))
     setting.student.draw(seeded(torch.device("cpu"), 0), places, count)
-    lap("colours")
+    lap("jitter")
     with autocast(device, setting.scale["precision"]):
         tapped = QKV(*setting.student(images))
         if target:

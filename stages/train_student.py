@@ -129,12 +129,12 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             for part in parts_of(len(places), recipe.optim.accumulate):
                 for shared in streams.values():
                     shared.cut(part.rows)
-                for colours, student, learner in students:
+                for strengths, student, learner in students:
                     shared = streams[learner.device]
                     student.draw(seeded(CPU, recipe.run.seed, step), places[part.rows], batch_size)
                     with current(learner.device), learner.part_of_step(part.first, part.last):
                         with autocast(learner.device, recipe.precision):
-                            qkv = QKV(*learner.model(shared.images(colours)))
+                            qkv = QKV(*learner.model(shared.images(strengths)))
                             losses = relation_loss(qkv.resplit(relation_heads), shared.target)
                             loss = torch.stack(list(losses.values())).sum()
                         learner.backward({"loss": loss} | {f"kl_{name}": kl for name, kl in losses.items()}, part.share)

@@ -50,6 +50,11 @@ def _modules() -> dict[Path, ast.Module]:
     return {path.relative_to(ROOT): ast.parse(path.read_text(), str(path)) for path in sorted(paths)}
 
 
+def _with_benchmarks() -> dict[Path, ast.Module]:
+    found = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    return _modules() | {path: ast.parse(text, str(path)) for path, text in found.items()}
+
+
 def _declared_packages() -> list[str]:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages: list[str] = pyproject["tool"]["setuptools"]["packages"]
@@ -240,16 +245,23 @@ def _reads_inside(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def test_only_the_backbone_looks_inside_a_model() -> None:
-    trees = dict(_modules())
-    for path in (ROOT / "benchmarks").glob("*.py"):
-        trees[path.relative_to(ROOT)] = ast.parse(path.read_text(), str(path))
     wrong = [
         f"{path}:{line} reads .{name}"
-        for path, tree in trees.items()
+        for path, tree in _with_benchmarks().items()
         for name, line in _reads_inside(tree)
         if path != Path("models", "backbone.py")
     ]
     assert wrong == [], "give models/backbone.py a function for it"
+
+
+def test_only_the_view_law_and_the_format_name_what_a_view_is_stored_as() -> None:
+    named = {
+        path
+        for path, tree in _with_benchmarks().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value == "box"
+    }
+    assert named == {Path("pipeline", "views.py"), Path("storage", "layout.py")}
 
 
 def test_the_wheel_holds_every_module_recipe_and_weight(tmp_path: Path) -> None:

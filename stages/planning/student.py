@@ -164,13 +164,13 @@ def _step(
         records = {name: array.to(device, non_blocking=True) for name, array in views.records.items()}
         target = codec.decode(records, views.view_keys.to(device, non_blocking=True), tokens)
         images: dict[JitterConfig, Tensor] = {}
-        for colours, student, learner in learners:
-            if colours not in images:
-                images[colours] = normalise(jitter(pixels, colours, seeded(CPU, 0), places, count))
+        for strengths, student, learner in learners:
+            if strengths not in images:
+                images[strengths] = normalise(jitter(pixels, strengths, seeded(CPU, 0), places, count))
             student.draw(seeded(CPU, 0), places, count)
             with learner.part_of_step(True, True):
                 with autocast(device, recipe.precision):
-                    losses = relation_loss(QKV(*learner.model(images[colours])).resplit(heads), target)
+                    losses = relation_loss(QKV(*learner.model(images[strengths])).resplit(heads), target)
                     loss = torch.stack(list(losses.values())).sum()
                 learner.backward({"loss": loss}, 1.0)
         return count

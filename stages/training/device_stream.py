@@ -26,14 +26,14 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 class DeviceStream:
     """The stream as the students of one device see it.
 
-    A batch is copied to the device once, a target unpacked once, and images are coloured once for all students with
+    A batch is copied to the device once, a target unpacked once, and images are jittered once for all students with
     the same jitter. Nothing here waits for a GPU: while one computes, the next one is given its work.
 
     Args:
         device: where these students are.
         codec: with its constants on that device.
         tokens: of a view.
-        seed: of the run; with the step it names the colours.
+        seed: of the run; with the step it names the jitter.
         places: int64 [B], where a rank's samples stand in a step's whole batch.
         batch_size: samples of the whole batch.
     """
@@ -65,11 +65,11 @@ class DeviceStream:
         with current(self.device):
             self.target = self._codec.decode(records, self._keys[rows], self._tokens)
 
-    def images(self, colours: JitterConfig) -> Tensor:
-        """Normalised float32 [B, 3, S, S] of the part, with this jitter."""
-        if colours not in self._images:
+    def images(self, strengths: JitterConfig) -> Tensor:
+        """Normalised float32 [B, 3, S, S] of the part, with jitter of these strengths."""
+        if strengths not in self._images:
             generator = seeded(CPU, self._seed, self._step)
             here = self._places[self._rows]
-            coloured = jitter(self._pixels[self._rows], colours, generator, here, self._batch_size)
-            self._images[colours] = self._normalise(coloured)
-        return self._images[colours]
+            jittered = jitter(self._pixels[self._rows], strengths, generator, here, self._batch_size)
+            self._images[strengths] = self._normalise(jittered)
+        return self._images[strengths]

@@ -19,9 +19,9 @@ from tinymim.storage.reader import CacheReader
 
 
 class Taught(NamedTuple):
-    """A student, its colours and what trains it."""
+    """A student, its jitter and what trains it."""
 
-    colours: JitterConfig
+    jitter: JitterConfig
     student: StudentWithTap
     learner: Learner
 

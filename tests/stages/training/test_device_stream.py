@@ -55,7 +55,7 @@ def test_a_target_is_unpacked_once_and_images_are_coloured_once_per_jitter() -> 
     assert codec.asked == [([0, 1, 2, 3], [100, 101, 102, 103], TOKENS), ([4, 5, 6, 7], [104, 105, 106, 107], TOKENS)]
 
 
-def test_the_next_step_has_other_colours() -> None:
+def test_the_next_step_has_other_jitter() -> None:
     stream = DeviceStream(CPU, CountingCodec(), TOKENS, 3, torch.arange(B), B)  # type: ignore[arg-type]
     found = []
     for step in (0, 1):
