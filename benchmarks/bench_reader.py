@@ -41,9 +41,10 @@ import torch
 import zarr
 from real_records import HEADS, TOKENS, make_records
 
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections import SourceConfig, ViewConfig
 from tinymim.pipeline.decode import decode
 from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.views import DIGEST, View, to_arrays
 from tinymim.storage import commit, layout
 from tinymim.storage.atomic import digest_hex
 from tinymim.storage.commit import UnitInfo, key_digest
@@ -73,7 +74,6 @@ TEACHER = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.25, 0.25, 0.25),
 }
-VIEWS = {"size": 224, "scale": (0.2, 1.0), "ratio": (0.75, 1.25), "interpolation": "bicubic", "flip": 0.5, "seed": 0}
 # The targets: share of raw reading from the disk, records per second and core, share of decoding a JPEG.
 LEAST_OF_RAW, LEAST_RATE, MOST_OF_DECODE = 0.5, 20_000, 0.05
 
@@ -121,15 +121,13 @@ def make_cache(path: Path, units: int, codec_arrays: Arrays) -> None:
     """A cache of so many units of one view that all hold these records; only the keys differ."""
     records = len(next(iter(codec_arrays.values())))
     generator = np.random.default_rng(0)
-    arrays = codec_arrays | {
-        "box": generator.integers(0, 500, (records, 4), np.int32),
-        "flip": generator.integers(0, 2, records, np.uint8),
-        "digest": generator.integers(0, 2**63, records, np.uint64),
-    }
+    boxes, flips = generator.integers(0, 500, (records, 4)).tolist(), generator.integers(0, 2, records).tolist()
+    views = to_arrays([View._make((*box, bool(flip))) for box, flip in zip(boxes, flips, strict=True)])
+    arrays = codec_arrays | views | {DIGEST: generator.integers(0, 2**63, records, np.uint64)}
     manifest = Manifest(
         source=tuple(SourceShard(f"train-{number:06d}.tar", 1, records, f"{number}") for number in range(units)),
         teacher=TEACHER,
-        views=VIEWS,
+        views=ViewConfig().identity(),
         num_views=1,
         codec={"name": "sketch", "version": 2, "parameters": {"relation_heads": HEADS}},
         environment={"tinymim": "0", "zarr": zarr.__version__, "canary": ""},

@@ -5,7 +5,7 @@
 A cache is made first, in a temporary folder: a random teacher of two narrow blocks with ViT-L's 16 heads and 197 tokens
 (196 px, patch 14), default codec, two views. Then, in turn, `tinymim train-student` itself: each of three students
 alone, and the three from one stream. A student's own computing is the forward pass, loss, backward pass and update of
-its own run; the rest of a step is reading, decoding, checking, unpacking and colours. On a CPU without loader
+its own run; the rest of a step is reading, decoding, checking, unpacking and jitter. On a CPU without loader
 workers nothing of that hides behind the computing, and CPU time is counted; on a GPU workers load, and wall time
 is counted. The first two steps of a run do not count. Without photographs at --data nothing is measured.
 Exit code 1 where a step of three costs more than 1.15 of the sum of their own computing. Keep the table under

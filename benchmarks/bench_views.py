@@ -195,7 +195,7 @@ def parts(shards: tuple[Shard, ...], places: list[tuple[int, int]]) -> dict[str,
     data = timed("read from the tar", lambda i: shards[places[i][0]].read(places[i][1]))
     sizes = timed("header", lambda i: jpeg_size(data[i]))
     keys = [shards[shard].members().keys[sample] for shard, sample in places]
-    boxes = timed("box", lambda i: law(keys[i], 0, *(sizes[i] or decode(data[i]).shape[1:])))
+    boxes = timed("view law", lambda i: law(keys[i], 0, *(sizes[i] or decode(data[i]).shape[1:])))
     factors = [reduction_of(box, SIZE) if size else 1 for box, size in zip(boxes, sizes, strict=True)]
     images = timed("decode", lambda i: decode(data[i], factors[i], boxes[i].top + boxes[i].height))
     boxes = [reduced(box, k) if k > 1 else box for box, k in zip(boxes, factors, strict=True)]

@@ -1,7 +1,7 @@
 """The students of `evidence.py` that have the teacher at their side: its dense relations, its features, or a control.
 
 Not a part of tinymim, which caches instead; made of its parts, so that all but the target is as in `train-student`:
-initial weights, images, their order, views, colours, optimiser, schedule, tap.
+initial weights, images, their order, views, jitter, optimiser, schedule, tap.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.models import backbone
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import StudentWithTap
 from tinymim.models.teacher import Teacher
@@ -43,7 +44,7 @@ class FeatureStudent(nn.Module):
     def __init__(self, student: StudentWithTap, channels: int) -> None:
         super().__init__()
         self.vit = student.vit
-        self.tap = nn.Linear(student.vit.embed_dim, channels)
+        self.tap = nn.Linear(backbone.widths(student.vit)[-1], channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, T, C] for normalised images [B, 3, S, S]."""
@@ -68,7 +69,7 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted)
     teacher = Teacher(cache.teacher)
     torch.manual_seed(recipe.run.seed)
     student = StudentWithTap(build_vit(recipe.student, drop_path=recipe.drop_path))
-    width = int(teacher.cut.model.embed_dim)  # type: ignore[arg-type]  # a module's attribute
+    width = backbone.widths(teacher.cut.model)[-1]
     module: nn.Module = FeatureStudent(student, width) if wanted == "features" else student
     example = (torch.zeros(2, 3, recipe.student.img_size, recipe.student.img_size),)
     content = [wanted, *(shard.content_hash for shard in source.shards)]

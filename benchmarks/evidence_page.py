@@ -73,7 +73,7 @@ def _header(records: list[Record]) -> str:
 - CPU s: of the training, without cache and probes, under that load; of a training that was stopped, its last part only
 - 20,000 training images of 40 classes at 64 px, patch 8, 65 tokens; k-NN and linear probe on frozen features of the
   first 10,000 of them, judged on 2,000 others (chance 2.5 %); fine-tuning: {FINETUNE_STEPS} steps of 64
-- a seed is initial weights, order and colours; arms of one seed share them. mean ± sample sd over seeds; differences
+- a seed is initial weights, order and jitter; arms of one seed share them. mean ± sample sd over seeds; differences
   are paired by seed, with their 95 % interval (Student's t): it is wide for three seeds"""
 
 

@@ -4,7 +4,7 @@
 
 The online side is as good as it can be had: the teacher is cut at its tap, sees the student's batch without gradients
 (in bf16 on a GPU), and its q, k, v become the target where they are: as dense maps, and as the records' own sketch,
-of which the faster counts. Student, batch, views, colours and loss are the same on both sides, and once more there is
+of which the faster counts. Student, batch, views, jitter and loss are the same on both sides, and once more there is
 the same step without any target: what is left to pay beside it is what the cache costs.
 
 On a GPU: ViT-L/16, block 18 of 24, students T, S and B at 224 px, wall time. On a CPU: ViT-B/16, block 9 of 12, the
@@ -47,7 +47,8 @@ from tinymim.configs.sections import (
     VerifyConfig,
     ViewConfig,
 )
-from tinymim.models.taps import CutTeacher, StudentWithTap, count_tokens
+from tinymim.models import backbone
+from tinymim.models.taps import CutTeacher, StudentWithTap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
@@ -145,7 +146,7 @@ def one_step(setting: Setting, variant: str, lap: Lap) -> None:
     places = torch.arange(count)
     images = setting.normalise(jitter(pixels, JitterConfig(), seeded(torch.device("cpu"), 0), places, count))
     setting.student.draw(seeded(torch.device("cpu"), 0), places, count)
-    lap("colours")
+    lap("jitter")
     with autocast(device, setting.scale["precision"]):
         tapped = QKV(*setting.student(images))
         if target:
@@ -411,7 +412,8 @@ def main() -> int:
         print("\n".join([*header(args, scale, batch_size), *input_table(times)]), flush=True)
         for name in args.students:
             student = make_student(scale, name).to(device).train()
-            assert count_tokens(student.vit) == (teacher.grid, teacher.prefix_tokens)
+            assert backbone.grid(student.vit) == teacher.grid
+            assert backbone.prefix_tokens(student.vit) == teacher.prefix_tokens
             setting = Setting(args, device, scale, teacher, make_codec(CODEC), batch, student)
             found = measure(setting)
             once_s = stage_one_s(setting)

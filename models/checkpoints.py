@@ -6,7 +6,6 @@ no part of the model (decoder, heads, mask token) are dropped and reported.
 
 import argparse
 import hashlib
-import importlib.resources
 import io
 import json
 import math
@@ -21,7 +20,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, first_line
-from tinymim.models.heads import check_heads
+from tinymim.models import backbone
 
 _SIZES = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads"
 _POOLED = (
@@ -41,24 +40,6 @@ class LoadedWeights:
     sha256: str
     dropped: tuple[str, ...]
     new: tuple[str, ...] = ()
-
-
-def weights_path(weights: str) -> Path:
-    """Resolve "package:NAME" to a file shipped with tinymim, anything else to a path.
-
-    Raises:
-        CheckpointError: no such file.
-    """
-    if weights.startswith("package:"):
-        folder = Path(str(importlib.resources.files("tinymim.models") / "weights"))
-        path = folder / f"{weights.removeprefix('package:')}.safetensors"
-        shipped = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
-        hint = f"shipped weights: {shipped}"
-    else:
-        path, hint = Path(weights), "give a .safetensors or .pth file, 'hub', or 'package:NAME'"
-    if not path.is_file():
-        raise CheckpointError("weights file does not exist", got=path, hint=hint)
-    return path
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -99,26 +80,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -> LoadedWeights:
-    """Load a file into an encoder.
-
-    A position embedding of another grid is resampled (timm's bicubic); everything else must fit.
-
-    Args:
-        model: the encoder, in place.
-        weights: see `weights_path`.
-        unread: how names of parameters begin that nothing will read; those that the file lacks stay as they are.
-
-    Raises:
-        CheckpointError: the file is absent or unreadable, or keys are missing, unexpected or of another
-            shape (all are listed); or it was trained with another number of heads.
-    """
-    path = weights_path(weights)
-    loaded = load_tensors(model, read_tensors(path), str(path), may_lack=unread)
-    check_heads(model, read_metadata(path), path)
-    return loaded
-
-
 def load_tensors(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -128,7 +89,7 @@ def load_tensors(
     may_lack: tuple[str, ...] = (),
     hint: str = _SIZES,
 ) -> LoadedWeights:
-    """Load a state dict into a model; position embeddings and errors as in `load_weights`.
+    """Load a state dict into a model; position embeddings and errors as in `weights.load_weights`.
 
     Args:
         model: any module.
@@ -171,12 +132,12 @@ def _strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit_position(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    table, wanted = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
+    table, wanted = tensors.get(backbone.POSITIONS), model.state_dict().get(backbone.POSITIONS)
     if table is None or wanted is None or table.shape[1] == wanted.shape[1] or table.shape[2:] != wanted.shape[2:]:
         return tensors
-    grid = model.patch_embed.grid_size  # type: ignore[union-attr]
-    prefix = wanted.shape[1] - grid[0] * grid[1]  # type: ignore[index]
-    return tensors | {"pos_embed": resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)}  # type: ignore[arg-type]
+    rows, columns = backbone.grid(model)
+    prefix = wanted.shape[1] - rows * columns
+    return tensors | {backbone.POSITIONS: resample_abs_pos_embed(table, [rows, columns], num_prefix_tokens=prefix)}
 
 
 def _some(names: list[str], most: int = 6) -> str:

@@ -2,22 +2,15 @@
 
 from typing import Any
 
-import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from tinymim.configs.sections import ModelConfig
-from tinymim.models.checkpoints import (
-    LoadedWeights,
-    load_tensors,
-    read_metadata,
-    read_tensors,
-    tensors_sha256,
-    weights_path,
-)
+from tinymim.models.backbone import FINAL_NORM, POOLED_NORM
+from tinymim.models.checkpoints import LoadedWeights, load_tensors, tensors_sha256
 from tinymim.models.heads import check_heads
-from tinymim.models.teacher import build_pretrained
-from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model, size_overrides
+from tinymim.models.vit import build_model, size_overrides
+from tinymim.models.weights import RANDOM, read_weights
 
 _HEAD_STD = 2e-5  # MAE's: a new head says nothing at first, and what it sends back cannot disturb the encoder
 _POOLS = {"mean": "avg", "cls": "token"}  # timm's names
@@ -49,42 +42,28 @@ def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> Load
     Args:
         model: from `build_classifier`.
         config: of that model.
-        weights: "random": nothing is loaded; "hub"; "package:NAME"; or a file.
+        weights: as in `models.weights`; "random" loads nothing.
 
     Raises:
         CheckpointError: the weights do not exist, cannot be fetched or do not fit.
     """
-    if weights == "random":
+    if weights == RANDOM:
         return LoadedWeights(tensors_sha256(model.state_dict()), ())
-    if weights == "hub":
-        tensors, origin = build_pretrained(config).state_dict(), f"timm's '{config.name}'"
-    else:
-        path = weights_path(weights)
-        tensors, origin = read_tensors(path), str(path)
+    tensors, metadata, origin = read_weights(config, weights)
     hint = "check the model's name and sizes, and pool: a model fine-tuned on the mean over patches has no final norm"
     loaded = load_tensors(
         model,
         tensors,
         origin,
-        may_drop=("norm.", *_head(model)),
-        may_lack=("fc_norm.", *_head(model)),
+        may_drop=(FINAL_NORM, *_head(model)),
+        may_lack=(POOLED_NORM, *_head(model)),
         hint=hint,
     )
-    if weights != "hub":
-        check_heads(model, read_metadata(path), path)
+    check_heads(model, metadata, origin)
     if any(name.startswith(_head(model)) for name in loaded.new):
         _initialise_head(model)
         loaded = LoadedWeights(tensors_sha256(model.state_dict()), loaded.dropped, loaded.new)
     return loaded
-
-
-def pixel_statistics(model_config: ModelConfig, weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the pixels (0..1) that the weights were made with: what timm states, else ImageNet's."""
-    if weights != "hub":
-        return IMAGENET_MEAN, IMAGENET_STD
-    with torch.device("meta"):
-        stated: dict[str, Any] = getattr(build_model(model_config), "pretrained_cfg", None) or {}
-    return tuple(stated.get("mean", IMAGENET_MEAN)), tuple(stated.get("std", IMAGENET_STD))
 
 
 def _head(model: nn.Module) -> tuple[str, ...]:

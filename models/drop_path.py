@@ -11,7 +11,7 @@ class HandedDropPath(nn.Module):
     """timm's DropPath, with the draws of a step's whole batch taken from outside.
 
     Attributes:
-        scale: float32 [B]: 0 for a sample whose path is dropped, else 1 / (1 - drop_prob); set by `hand_out`.
+        scale: float32 [B]: 0 for a sample whose path is dropped, else 1 / (1 - drop_prob); set by `set_drop_masks`.
     """
 
     scale: Tensor | None
@@ -29,7 +29,7 @@ class HandedDropPath(nn.Module):
         return x * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
-def take_over(model: nn.Module) -> list[HandedDropPath]:
+def replace_drop_path(model: nn.Module) -> list[HandedDropPath]:
     """Replace every DropPath of a timm model in place. Returns the new ones in the order of a forward pass."""
     found = []
     for module in list(model.modules()):
@@ -40,7 +40,7 @@ def take_over(model: nn.Module) -> list[HandedDropPath]:
     return found
 
 
-def hand_out(
+def set_drop_masks(
     paths: Sequence[HandedDropPath],
     generator: torch.Generator,
     places: Tensor,
@@ -50,7 +50,7 @@ def hand_out(
     """Draw for a whole batch, and keep what belongs to the samples that are computed here.
 
     Args:
-        paths: from `take_over`.
+        paths: from `replace_drop_path`.
         generator: on the CPU, whatever the device of the model; named by (run seed, step).
         places: int64 [B] on the CPU, where the samples of the next forward pass stand in the batch over all ranks.
         batch_size: samples of that batch.

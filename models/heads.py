@@ -1,7 +1,6 @@
 """The number of heads behind a file's weights: no tensor's shape tells it, and another number is another model."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import yaml
@@ -10,6 +9,7 @@ from torch import nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import ModelConfig
+from tinymim.models.backbone import heads
 from tinymim.models.vit import build_model
 
 
@@ -23,21 +23,14 @@ def stated_heads(metadata: Mapping[str, str]) -> int | None:
         if ":" in config.name:  # a file's words must not send timm to a hub or a folder
             return None
         with torch.device("meta"):
-            return heads_of(build_model(ModelConfig(name=config.name)))
+            return heads(build_model(ModelConfig(name=config.name)))
     except (yaml.YAMLError, AttributeError, KeyError, ValidationError, RecipeError):  # not a recipe of ours
         return None
 
 
-def heads_of(model: nn.Module) -> int | None:
-    """Heads of a model's attention layers; None where there are none, or where they differ."""
-    numbers = (getattr(layer, "num_heads", None) for layer in model.modules())
-    found = {number for number in numbers if isinstance(number, int)}
-    return found.pop() if len(found) == 1 else None
-
-
-def check_heads(model: nn.Module, metadata: Mapping[str, str], origin: Path) -> None:
+def check_heads(model: nn.Module, metadata: Mapping[str, str], origin: str) -> None:
     """Raises CheckpointError where a file states another number of heads than the model has: its shapes would fit."""
-    stated, own = stated_heads(metadata), heads_of(model)
+    stated, own = stated_heads(metadata), heads(model)
     if stated is not None and own is not None and stated != own:
         raise CheckpointError(
             f"{origin} was trained with another number of heads",

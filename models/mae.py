@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import MaeConfig
+from tinymim.models import backbone
+from tinymim.models.backbone import take
 from tinymim.models.vit import patchify, sincos_table
 
 
@@ -23,17 +25,17 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, config: MaeConfig) -> None:
         super().__init__()
-        if encoder.num_prefix_tokens != 1 or encoder.pos_embed is None:
+        if backbone.prefix_tokens(encoder) != 1 or backbone.positions(encoder) is None:
             raise RecipeError(
                 "masked pre-training needs a ViT with a class token and no register tokens",
-                got=f"{encoder.num_prefix_tokens} prefix tokens",
+                got=f"{backbone.prefix_tokens(encoder)} prefix tokens",
             )
         self.encoder = encoder
         self.config = config
-        self.patch = encoder.patch_embed.patch_size[0]
-        rows, columns = encoder.patch_embed.grid_size
+        self.patch = backbone.strides(encoder)[-1]
+        rows, columns = backbone.grid(encoder)
         dim = config.decoder_dim
-        self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
+        self.decoder_embed = nn.Linear(backbone.widths(encoder)[-1], dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("position", sincos_table(dim, rows, columns, prefix=1))
         self.decoder_blocks = nn.ModuleList(
@@ -60,29 +62,15 @@ class MaskedAutoencoder(nn.Module):
         ranks = noise.argsort(dim=1)
         num_visible = round(noise.shape[1] * (1 - self.config.mask_ratio))
         visible, masked = ranks[:, :num_visible], ranks[:, num_visible:]
-        prediction = self._decode(self._encode(images, visible), ranks)
-        return nn.functional.mse_loss(
-            _take(prediction, masked), _take(self._target(images), masked).to(prediction.dtype)
-        )
-
-    def _encode(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Tokens [B, 1 + visible, encoder dim] after the final norm."""
-        encoder = self.encoder
-        assert encoder.pos_embed is not None and encoder.cls_token is not None
-        tokens = encoder.patch_embed(images)
-        has_cls_position = encoder.pos_embed.shape[1] > tokens.shape[1]
-        tokens = _take(tokens + encoder.pos_embed[:, int(has_cls_position) :], visible)
-        cls = encoder.cls_token + (encoder.pos_embed[:, :1] if has_cls_position else 0.0)
-        tokens = torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
-        out: Tensor = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
-        return out
+        prediction = self._decode(backbone.tokens_of_patches(self.encoder, images, visible), ranks)
+        return nn.functional.mse_loss(take(prediction, masked), take(self._target(images), masked).to(prediction.dtype))
 
     def _decode(self, tokens: Tensor, ranks: Tensor) -> Tensor:
         """Predicted patches [B, patches, p*p*3] in raster order."""
         tokens = self.decoder_embed(tokens)
         cls, tokens = tokens[:, :1], tokens[:, 1:]
         missing = self.mask_token.expand(len(tokens), ranks.shape[1] - tokens.shape[1], -1)
-        raster = _take(torch.cat([tokens, missing.to(tokens.dtype)], dim=1), ranks.argsort(dim=1))
+        raster = take(torch.cat([tokens, missing.to(tokens.dtype)], dim=1), ranks.argsort(dim=1))
         tokens = torch.cat([cls, raster], dim=1) + self.position
         for block in self.decoder_blocks:
             tokens = block(tokens)
@@ -95,8 +83,3 @@ class MaskedAutoencoder(nn.Module):
             return patches
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return (patches - mean) / (variance + 1e-6).sqrt()
-
-
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, N, C] at index [B, M] -> [B, M, C]."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

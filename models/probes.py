@@ -3,13 +3,12 @@
 Shapes: B image, N training image, M validation image, C feature, T token, K class.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
+from tinymim.models import backbone
 
 _CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
 
@@ -29,33 +28,12 @@ def pooled_features(
     Raises:
         RecipeError: the model has no such block, no class token, or is no ViT.
     """
-    vit: Any = model
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
-    if pool == "cls" and not getattr(model, "has_class_token", prefix > 0):
+    if pool == "cls" and not backbone.has_class_token(model):
         raise RecipeError("pool: cls needs a class token", got=type(model).__name__, hint="set pool: mean")
-    if block is None:
-        tokens: Tensor = vit.forward_features(images)
-        if tokens.ndim != 3:
-            raise RecipeError("evaluation needs a model of tokens", got=f"features {tuple(tokens.shape)}")
-    else:
-        tokens = _tokens_after(vit, images, block, prefix)
-    return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(dim=1)
-
-
-def _tokens_after(vit: Any, images: Tensor, block: int, prefix: int) -> Tensor:
-    depth = len(getattr(vit, "blocks", ()))
-    if not 1 <= block <= depth:
-        raise RecipeError("block is outside the model", got=block, expected=f"1..{depth}")
-    [found] = vit.forward_intermediates(
-        images,
-        indices=[block - 1],
-        return_prefix_tokens=True,
-        stop_early=True,
-        output_fmt="NLC",
-        intermediates_only=True,
-    )
-    tokens: Tensor = torch.cat([found[1], found[0]], dim=1) if prefix else found
-    return nn.functional.layer_norm(tokens, tokens.shape[-1:])
+    tokens = backbone.tokens_at(model, images, block)
+    if block is not None:
+        tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
+    return tokens[:, 0] if pool == "cls" else tokens[:, backbone.prefix_tokens(model) :].mean(dim=1)
 
 
 @torch.no_grad()

@@ -3,15 +3,13 @@
 Shapes: B view, S pixel, T token, C width.
 """
 
-from typing import Any
-
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.taps import Shapes
-from tinymim.models.drop_path import hand_out, take_over
-from tinymim.models.taps import count_tokens
+from tinymim.models import backbone
+from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 
 
 class StudentModel(nn.Module):
@@ -25,12 +23,12 @@ class StudentModel(nn.Module):
     def __init__(self, vit: VisionTransformer, head: nn.Module) -> None:
         super().__init__()
         self.vit = vit
-        self.drop_paths = take_over(vit)
+        self.drop_paths = replace_drop_path(vit)
         self.head = head
 
     def draw(self, generator: torch.Generator, places: Tensor, batch_size: int) -> None:
-        """Draw the stochastic depth of the next forward pass in training; arguments as in `drop_path.hand_out`."""
-        hand_out(self.drop_paths, generator, places, batch_size, next(self.parameters()).device)
+        """Draw the stochastic depth of the next forward pass in training; arguments of `set_drop_masks`."""
+        set_drop_masks(self.drop_paths, generator, places, batch_size, next(self.parameters()).device)
 
     def tokens(self, images: Tensor) -> Tensor:
         """The tokens [B, T, C] behind the final norm, for normalised images [B, 3, S, S]."""
@@ -43,8 +41,9 @@ class StudentModel(nn.Module):
         return answers
 
 
-def shapes_of(vit: VisionTransformer) -> Shapes:
+def shapes_of(vit: nn.Module) -> Shapes:
     """Sizes of a plain ViT; its device may be meta."""
-    attention: Any = vit.blocks[-1].attn
-    grid, prefix = count_tokens(vit)
-    return Shapes(attention.num_heads, vit.embed_dim // attention.num_heads, grid[0] * grid[1] + prefix, prefix, grid)
+    heads, width = backbone.heads(vit), backbone.widths(vit)[-1]
+    assert heads is not None, "a plain ViT has attention"
+    (rows, columns), prefix = backbone.grid(vit), backbone.prefix_tokens(vit)
+    return Shapes(heads, width // heads, rows * columns + prefix, prefix, (rows, columns))

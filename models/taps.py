@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Tap
+from tinymim.models import backbone
 
 Tapped = Mapping[Tap, tuple[Tensor, ...]]
 KINDS = ("qkv", "tokens")
@@ -50,7 +51,7 @@ class CutTeacher(nn.Module):
     - "tokens@N": the tokens [B, T, C] behind block N.
 
     Args:
-        model: a timm model with `blocks[i].attn`.
+        model: a timm ViT.
         taps: the places, at least one.
 
     Raises:
@@ -59,19 +60,13 @@ class CutTeacher(nn.Module):
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap]) -> None:
         super().__init__()
-        blocks = getattr(model, "blocks", None)
-        if not isinstance(blocks, nn.Module) or not hasattr(blocks, "__getitem__"):
-            raise RecipeError("the teacher has no attention blocks", got=type(model).__name__, expected="a ViT")
+        blocks = backbone.blocks(model)
         for tap in taps:
             assert tap.kind in KINDS, f"a plain ViT has no tap {tap.kind}"
-            if not 1 <= tap.place <= len(blocks):  # type: ignore[arg-type]
-                raise RecipeError(
-                    "teacher.block is outside the teacher",
-                    got=tap.place,
-                    expected=f"1..{len(blocks)}",  # type: ignore[arg-type]
-                )
+            if not 1 <= tap.place <= len(blocks):
+                raise RecipeError("teacher.block is outside the teacher", got=tap.place, expected=f"1..{len(blocks)}")
             if tap.kind == "qkv":
-                attention: Any = blocks[tap.place - 1].attn  # type: ignore[index]
+                attention: Any = backbone.attention(model, tap.place)
                 if not hasattr(attention, "fused_attn"):
                     raise RecipeError(
                         f"the tap does not know the attention layer {type(attention).__name__}",
@@ -81,17 +76,16 @@ class CutTeacher(nn.Module):
         self.model = model
         # In the order of the forward pass: within a block attention comes before its output.
         self.taps = tuple(sorted(set(taps), key=lambda tap: (tap.place, KINDS.index(tap.kind))))
-        del blocks[self.taps[-1].place :]  # type: ignore[operator]
+        del blocks[self.taps[-1].place :]
 
     def attention(self, tap: Tap) -> nn.Module:
         """The attention layer of a tap's block."""
-        found: nn.Module = self.model.blocks[tap.place - 1].attn  # type: ignore[union-attr, index]
-        return found
+        return backbone.attention(self.model, tap.place)
 
     def compile_blocks(self) -> None:
         """Compile the blocks that run whole and whose attention is not tapped."""
         tapped = {tap.place for tap in self.taps if tap.kind == "qkv"}
-        for number, block in enumerate(self.model.blocks, start=1):  # type: ignore[arg-type]
+        for number, block in enumerate(backbone.blocks(self.model), start=1):
             if number not in tapped:
                 block.compile()
 
@@ -122,7 +116,7 @@ class CutTeacher(nn.Module):
     def _hooked(self, tap: Tap, take: Callable[[Tap, tuple[Tensor, ...]], None]) -> list[RemovableHandle]:
         """Hooks that are in place during one forward pass."""
         if tap.kind == "tokens":
-            block: nn.Module = self.model.blocks[tap.place - 1]  # type: ignore[index, assignment]
+            block = backbone.blocks(self.model)[tap.place - 1]
             return [block.register_forward_hook(lambda _module, _args, out: take(tap, (out,)))]
         armed = ExitStack()
 
@@ -152,10 +146,3 @@ def require_finite(finite: Tensor) -> None:
             expected="finite tensors",
             hint="set teacher.precision: fp32 or bf16, and check the teacher's weights",
         )
-
-
-def count_tokens(model: nn.Module) -> tuple[tuple[int, int], int]:
-    """The patch grid (rows, columns) and the number of prefix tokens of a ViT."""
-    grid = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
-    return (int(grid[0]), int(grid[1])), prefix

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.errors import CheckpointError, RecipeError, first_line
-from tinymim.configs.sections import ModelConfig, TeacherConfig
+from tinymim.configs.sections import TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.models.checkpoints import load_weights, tensors_sha256
-from tinymim.models.taps import CutTeacher, Tapped, count_tokens, finite_views, require_finite
-from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_model, size_overrides
+from tinymim.models import backbone
+from tinymim.models.checkpoints import tensors_sha256
+from tinymim.models.taps import CutTeacher, Tapped, finite_views, require_finite
+from tinymim.models.vit import Normalise, size_overrides
+from tinymim.models.weights import build_with_weights, stated
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,15 +31,13 @@ class Teacher(nn.Module):
 
     def __init__(self, config: TeacherConfig, taps: Sequence[Tap]) -> None:
         super().__init__()
-        model = _with_weights(config)
+        # What follows the last tap, the final norm included, is cut off.
+        model = build_with_weights(config, config.weights, unread=(backbone.FINAL_NORM,))
         self.weights_sha256 = tensors_sha256(model.state_dict())
-        # A file says nothing of its pixels' normalisation: ImageNet's is MAE's, DINOv2's and pretrain-mae's.
-        cfg: dict[str, Any] = (getattr(model, "pretrained_cfg", None) or {}) if config.weights == "hub" else {}
-        self.mean: tuple[float, ...] = tuple(config.mean or cfg.get("mean", IMAGENET_MEAN))
-        self.std: tuple[float, ...] = tuple(config.std or cfg.get("std", IMAGENET_STD))
-        self.license = str(cfg.get("license") or "unknown") if config.weights == "hub" else "unknown (local file)"
-        self.grid, self.prefix_tokens = count_tokens(model)
-        self.normalise = Normalise(self.mean, self.std)  # type: ignore[arg-type]  # three floats each
+        mean, std, self.license = stated(model, config.weights)
+        self.mean, self.std = config.mean or mean, config.std or std
+        self.grid, self.prefix_tokens = backbone.grid(model), backbone.prefix_tokens(model)
+        self.normalise = Normalise(self.mean, self.std)
         self.cut = CutTeacher(model, taps).to(_DTYPES[config.precision])
         self.config = config
         self.eval().requires_grad_(False)
@@ -60,27 +58,8 @@ class Teacher(nn.Module):
         return tapped
 
     def projection(self, tap: Tap) -> tuple[Tensor, Tensor | None]:
-        """Weight [W, C] and bias [W] (or None) of a tapped block's qkv layer, float32; rows q, k, v, each by head.
-
-        What happens to q and k behind that layer (norms, rotary embeddings) is not in it.
-
-        Raises:
-            RecipeError: the block has no single qkv layer.
-        """
-        attention = self.cut.attention(tap)
-        layer = getattr(attention, "qkv", None)
-        if not isinstance(layer, nn.Linear):
-            raise RecipeError(
-                f"the attention layer {type(attention).__name__} has no single qkv layer",
-                got=type(layer).__name__,
-                expected="Linear",
-                hint="use codec.name: sketch, which stores relations as they are",
-            )
-        bias: Tensor | None = layer.bias
-        apart = [getattr(attention, f"{side}_bias", None) for side in "qkv"]  # BEiT and EVA keep biases of their own
-        if bias is None and all(isinstance(part, Tensor) for part in apart):
-            bias = torch.cat(apart)  # type: ignore[arg-type]
-        return layer.weight.detach().float(), None if bias is None else bias.detach().float()
+        """`backbone.qkv_projection` of a tapped block."""
+        return backbone.qkv_projection(self.cut.attention(tap))
 
     def black(self) -> Tapped:
         """What the taps give for one black view."""
@@ -95,7 +74,7 @@ class Teacher(nn.Module):
             _, heads, tokens, head_dim = tensors[0].shape
         else:
             _, tokens, width = tensors[0].shape
-            heads = int(self.cut.attention(tap).num_heads)  # type: ignore[arg-type]
+            heads = backbone.heads(self.cut.model) or 1
             head_dim = width // heads
         return Shapes(heads, head_dim, tokens, self.prefix_tokens, self.grid)
 
@@ -112,28 +91,3 @@ class Teacher(nn.Module):
             "mean": list(self.mean),
             "std": list(self.std),
         }
-
-
-def _with_weights(config: TeacherConfig) -> nn.Module:
-    if config.weights != "hub":
-        model = build_model(config)
-        load_weights(model, config.weights, unread=("norm.",))  # it is cut in front of the final norm
-        return model
-    return build_pretrained(config)
-
-
-def build_pretrained(config: ModelConfig) -> nn.Module:
-    """timm's pretrained weights of `config.name`. Raises CheckpointError where they cannot be fetched."""
-    # "name.tag" and "hf-hub:owner/name" (or "local-dir:folder") say themselves which weights are meant.
-    if not {".", ":"} & set(config.name) and not timm.models.is_model_pretrained(config.name):
-        raise CheckpointError(f"timm has no pretrained weights for '{config.name}'", hint="set weights to a file")
-    try:
-        return build_model(config, pretrained=True)
-    except Exception as error:  # the hub client raises many kinds: no network, no such file, no space
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"the pretrained weights of '{config.name}' cannot be fetched",
-            got=first_line(error),
-            hint="check the network, or download them elsewhere and set weights to the file",
-        ) from error

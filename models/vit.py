@@ -5,12 +5,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import ModelConfig
+from tinymim.models import backbone
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -67,35 +67,18 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
         RecipeError: the name is not a plain ViT.
     """
     model = build_model(config, **extra)
-    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
+    held = backbone.positions(model) if isinstance(model, VisionTransformer) else None
+    if not isinstance(model, VisionTransformer) or held is None:
         raise RecipeError(
             f"'{config.name}' is not a plain ViT with a position embedding",
             got=type(model).__name__,
             expected="a VisionTransformer such as vit_tiny_patch16_224",
         )
-    _initialise_like_mae(model)
+    table = sincos_table(backbone.widths(model)[-1], *backbone.grid(model), prefix=held.prefix)
+    backbone.initialise_like_mae(model, table)
     if drop_path:
-        for block in list(model.blocks)[:-1]:
-            block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
+        backbone.set_drop_path(model, drop_path)
     return model
-
-
-def _initialise_like_mae(model: VisionTransformer) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    projection = model.patch_embed.proj.weight
-    nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
-    if model.cls_token is not None:
-        nn.init.normal_(model.cls_token, std=0.02)
-    assert model.pos_embed is not None
-    rows, columns = model.patch_embed.grid_size
-    extra = model.pos_embed.shape[1] - rows * columns  # 0 where the class token has no position of its own
-    table = sincos_table(model.embed_dim, rows, columns, prefix=extra)
-    model.pos_embed.data.copy_(table)
-    model.pos_embed.requires_grad_(False)
 
 
 def sincos_table(dim: int, rows: int, columns: int, prefix: int) -> Tensor:

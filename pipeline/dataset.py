@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from tinymim.configs.errors import SourceError
 from tinymim.pipeline.decode import decode, jpeg_size, pixel_digest, render
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard
-from tinymim.pipeline.views import View, ViewLaw, reduced, reduction_of, view_key
+from tinymim.pipeline.views import DIGEST, View, ViewLaw, reduced, reduction_of, to_arrays, view_key
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ViewBatch:
         keys: the sample keys, B of them.
         pixels: uint8 [B, 3, S, S].
         labels: int64 [B], -1 where there is no label.
-        views: the boxes and flips, B of them.
+        views: what the law says of them, B.
         records: the cache's arrays for these views, by name, first axis B; empty outside stage two.
         view_keys: int64 [B], the identities that seed every draw about a view; empty where the law has no seed.
         unreadable: (key, reason) of images that could not be decoded; their views are absent from the batch.
@@ -43,6 +43,10 @@ class ViewBatch:
     def digests(self) -> Tensor:
         """int64 [B]: the 64-bit digest of every view's pixels."""
         return torch.tensor([pixel_digest(view) for view in self.pixels], dtype=torch.int64)
+
+    def stored(self) -> dict[str, npt.NDArray[Any]]:
+        """What a cache keeps beside a codec's records: the law's arrays and the digests, first axis B."""
+        return to_arrays(self.views) | {DIGEST: self.digests().numpy().view(np.uint64)}
 
     def pin_memory(self) -> "ViewBatch":
         """Called by the DataLoader for batches that go to a GPU: pins all that a training step sends there."""

@@ -1,10 +1,10 @@
-"""Stage two's views: the boxes the cache stored, cut from the same images, checked by digest (I2, I8).
+"""Stage two's views: as the cache stored them, rendered from the same images, checked by digest (I2, I8).
 
 Records are read a whole unit at a time (I9) and kept for as long as the order needs them.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,11 +19,10 @@ from tinymim.pipeline.dataset import ViewBatch, render_items
 from tinymim.pipeline.decode import environment, pixel_digest
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard, ShardSet
-from tinymim.pipeline.views import View
+from tinymim.pipeline.views import DIGEST, VIEW_ARRAYS, StoredViews
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.reader import CacheReader
 
-_BASE_ARRAYS = ("box", "flip", "digest")
 _Index = npt.NDArray[np.int64]
 
 
@@ -164,7 +163,7 @@ class ResidentUnit:
 
 
 class ReplayedViews:
-    """Batches of cached views: pixels rendered from the stored boxes, and the codec's arrays beside them.
+    """Batches of cached views: pixels rendered from the stored views, and the codec's arrays beside them.
 
     Item samples number the *cached* images of a shard (unreadable ones have no record). Digests are checked for
     the first `verify.first` items after a start or resume and then for one in `verify.every`.
@@ -209,15 +208,16 @@ class ReplayedViews:
             tar_items[at, 1] = positions
             for place, position in zip(at.tolist(), positions.tolist(), strict=True):
                 keys[place] = members.keys[position]
-        box, flip, digest = (gathered.pop(name) for name in _BASE_ARRAYS)
-        stored = _StoredBoxes(keys, box, flip, self.reader.manifest.views)
-        batch = render_items(self.source.shards, tar_items, stored, int(self.reader.manifest.views["seed"]))
+        digests = gathered.pop(DIGEST)
+        law = self.reader.manifest.views
+        stored = StoredViews(law, keys, {name: gathered.pop(name).numpy() for name in VIEW_ARRAYS})
+        batch = render_items(self.source.shards, tar_items, stored, int(law["seed"]))
         if batch.unreadable:
             key, reason = batch.unreadable[0]
             raise SourceError(
                 f"image '{key}' is in the cache but can no longer be read", got=reason, hint="restore its shard"
             )
-        self._check(batch, digest, numbers)
+        self._check(batch, digests, numbers)
         return replace(batch, records=gathered)
 
     def _by_unit(self, numbered: Items) -> Iterator[tuple[int, UnitInfo, _Index]]:
@@ -264,7 +264,7 @@ class ReplayedViews:
 
     def _read(self, shard: int, info: UnitInfo, views: _Index) -> ResidentUnit:
         """The unit's records of `views`; of its others nothing is kept."""
-        records = self.reader.read_unit(info, (*_BASE_ARRAYS, *self.arrays))
+        records = self.reader.read_unit(info, (*VIEW_ARRAYS, DIGEST, *self.arrays))
         source = self.source.shards[shard]
         places = {key: place for place, key in enumerate(source.members().keys)}
         for key in records.keys:
@@ -273,7 +273,7 @@ class ReplayedViews:
         positions = np.array([places[key] for key in records.keys], dtype=np.int64)
         arrays = records.arrays
         # int64 and not uint64, which torch cannot index: as `pixel_digest` gives them.
-        arrays["digest"] = arrays["digest"].view(np.int64)
+        arrays[DIGEST] = arrays[DIGEST].view(np.int64)
         if len(views) < info.unit.num_views:
             images = np.arange(info.num_images)
             rows = (images[:, None] * info.unit.num_views + (views - info.unit.first_view)).reshape(-1)
@@ -300,34 +300,3 @@ class ReplayedViews:
             expected=f"digest {wanted:016x}",
             hint="libraries that changed since the cache was made: " + (", ".join(changed) or "none; the image did"),
         )
-
-
-class _StoredBoxes:
-    """A view law that looks boxes up instead of drawing them, for one call per item in the items' order.
-
-    Items of unreadable images are passed over.
-
-    Args:
-        keys: of the B items.
-        box: int32 [B, 4]: top, left, height, width.
-        flip: uint8 [B].
-        views: the manifest's view law.
-    """
-
-    def __init__(self, keys: Sequence[str], box: Tensor, flip: Tensor, views: Mapping[str, Any]) -> None:
-        self.size: int = views["size"]
-        self.interpolation: str = views["interpolation"]
-        self.scaled_decode: bool = views.get("scaled_decode", False)  # older caches were made without it
-        columns = (*box.T.tolist(), flip.bool().tolist())
-        self._views = zip(keys, map(View._make, zip(*columns, strict=True)), strict=True)
-
-    def __call__(self, key: str, view: int, height: int, width: int) -> View:
-        stored = next(box for name, box in self._views if name == key)
-        if stored.top + stored.height > height or stored.left + stored.width > width:
-            raise ViewMismatch(
-                f"image '{key}', view {view}: the stored box lies outside the image",
-                got=f"{width} x {height} pixels",
-                expected=f"at least {stored.left + stored.width} x {stored.top + stored.height}",
-                hint="the image was replaced since the cache was made",
-            )
-        return stored

@@ -1,16 +1,25 @@
-"""The view law: which box and flip view number v of an image is, and nothing else (I1).
+"""The view law: which box and flip view number v of an image is, and what a cache stores of it (I1).
 
 RandomResizedCrop as in torchvision (area share uniform, aspect ratio log-uniform, ten tries, central fallback),
 drawn from blake2b instead of a library's generator, so that no version, worker, rank or batch can change it.
+
+A law that draws more adds fields to `View`, and arrays to `VIEW_ARRAYS`, `to_arrays` and `from_arrays`. No other file
+names these arrays, except storage/layout.py, which lists what every unit of the format has.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from tinymim.configs.errors import ViewMismatch
 from tinymim.configs.sections import ViewConfig
 
+VIEW_ARRAYS: Final = ("box", "flip")  # what the law draws
+DIGEST: Final = "digest"  # uint64, of the pixels that a view was rendered to (I2)
 _TRIES = 10
 
 
@@ -22,6 +31,20 @@ class View(NamedTuple):
     height: int
     width: int
     flip: bool
+
+
+def to_arrays(views: Sequence[View]) -> dict[str, npt.NDArray[Any]]:
+    """What a cache stores of B views: `box` int32 [B, 4] (top, left, height, width) and `flip` uint8 [B]."""
+    return {
+        "box": np.array([view[:4] for view in views], dtype=np.int32).reshape(-1, 4),
+        "flip": np.array([view.flip for view in views], dtype=np.uint8),
+    }
+
+
+def from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[View]:
+    """The views that `to_arrays` was given, one by one."""
+    columns = (*arrays["box"].T.tolist(), arrays["flip"].astype(bool).tolist())
+    return map(View._make, zip(*columns, strict=True))
 
 
 class ViewLaw(Protocol):
@@ -125,3 +148,32 @@ class CentreView:
     def __call__(self, key: str, view: int, height: int, width: int) -> View:
         side = max(1, round(min(height, width) / self.resize_ratio))
         return View((height - side) // 2, (width - side) // 2, side, side, False)
+
+
+class StoredViews:
+    """The law of a cache: its views are looked up instead of drawn, for one call per item in the items' order.
+
+    Items of unreadable images are passed over.
+
+    Args:
+        law: the manifest's view law.
+        keys: of the B items.
+        arrays: those of `VIEW_ARRAYS`, first axis B.
+    """
+
+    def __init__(self, law: Mapping[str, Any], keys: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.size: int = law["size"]
+        self.interpolation: str = law["interpolation"]
+        self.scaled_decode: bool = law.get("scaled_decode", False)  # older caches were made without it
+        self._views = zip(keys, from_arrays(arrays), strict=True)
+
+    def __call__(self, key: str, view: int, height: int, width: int) -> View:
+        stored = next(stored for name, stored in self._views if name == key)
+        if stored.top + stored.height > height or stored.left + stored.width > width:
+            raise ViewMismatch(
+                f"image '{key}', view {view}: the stored box lies outside the image",
+                got=f"{width} x {height} pixels",
+                expected=f"at least {stored.left + stored.width} x {stored.top + stored.height}",
+                hint="the image was replaced since the cache was made",
+            )
+        return stored

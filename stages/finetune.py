@@ -15,9 +15,10 @@ from tinymim.configs.errors import SourceError
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import FinetuneRecipe
 from tinymim.models.checkpoints import LoadedWeights, tensors_sha256, to_safetensors
-from tinymim.models.classifier import build_classifier, load_classifier, pixel_statistics, timm_arguments
-from tinymim.models.drop_path import hand_out, take_over
+from tinymim.models.classifier import build_classifier, load_classifier, timm_arguments
+from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 from tinymim.models.vit import Normalise, count_parameters
+from tinymim.models.weights import RANDOM, stated
 from tinymim.pipeline.augment import AugmentedViews, Mixing, erase
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment
@@ -76,13 +77,13 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     order = SampleOrder(source.counts, recipe.order, batch_size, None, ranks.rank, ranks.world_size)
 
     # ---- model, optimiser
-    mean, std = pixel_statistics(recipe.model, recipe.weights)
-    mean, std = recipe.mean or mean, recipe.std or std
-    normalise = Normalise(mean, std).to(device)  # type: ignore[arg-type]  # three floats each
     torch.manual_seed(recipe.run.seed)
     model = build_classifier(recipe.model, num_classes, recipe.pool, recipe.drop_path)
     start = load_classifier(model, recipe.model, recipe.weights)
-    paths = take_over(model)
+    mean, std, _ = stated(model, recipe.weights)
+    mean, std = recipe.mean or mean, recipe.std or std
+    normalise = Normalise(mean, std).to(device)
+    paths = replace_drop_path(model)
     model.to(device)
     size = recipe.model.img_size
     about = f"{recipe.model.name} of {count_parameters(model):,} parameters, {num_classes:,} classes"
@@ -128,7 +129,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
             erase(images, batch.view_keys, recipe.augment.erasing)
             targets = mixing(images, batch.labels, order.lanes, recipe.run.seed, step)
             for part in parts_of(len(places), recipe.optim.accumulate):
-                hand_out(paths, seeded(CPU, recipe.run.seed, step), places[part.rows], batch_size, device)
+                set_drop_masks(paths, seeded(CPU, recipe.run.seed, step), places[part.rows], batch_size, device)
                 with learner.part_of_step(part.first, part.last):
                     with autocast(device, recipe.precision):
                         logits = learner.model(images[part.rows])
@@ -162,7 +163,7 @@ def size_of_head(train: ShardSet, val: ShardSet) -> int:
 
 def started_from(recipe: FinetuneRecipe, start: LoadedWeights) -> str:
     """What the training starts from, in words: what is loaded, left out, new."""
-    if recipe.weights == "random":
+    if recipe.weights == RANDOM:
         return f"from scratch, as `weights: random` asks (seed {recipe.run.seed})"
     left_out = f"; not used: {', '.join(start.dropped)}" if start.dropped else ""
     return f"from {recipe.weights}; new: {', '.join(start.new) or 'nothing, the head is loaded too'}{left_out}"

@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import math
 
 import torch
 
 from tinymim.configs.errors import SourceError
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
+from tinymim.models import backbone
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import Normalise, build_vit, count_parameters
@@ -55,7 +57,7 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
     encoder = build_vit(recipe.model)
     model = MaskedAutoencoder(encoder, recipe.mae).to(device)
     normalise = Normalise().to(device)
-    num_patches, size = encoder.patch_embed.num_patches, recipe.model.img_size
+    num_patches, size = math.prod(backbone.grid(encoder)), recipe.model.img_size
     about = f"encoder of {count_parameters(encoder):,} parameters"
     example = (torch.zeros(2, 3, size, size, device=device), torch.zeros(2, num_patches, device=device))
     content = [shard.content_hash for shard in source.shards]

@@ -52,9 +52,9 @@ KEY_ARRAYS = ("key_bytes", "key_ends")
 # Arrays every unit has besides the keys: dtype and shape after the record axis.
 BASE_ARRAYS: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]] = MappingProxyType(
     {
-        "box": (np.dtype("<i4"), (4,)),
+        "box": (np.dtype("<i4"), (4,)),  # top, left, height, width in pixels of the image
         "flip": (np.dtype("u1"), ()),
-        "digest": (np.dtype("<u8"), ()),
+        "digest": (np.dtype("<u8"), ()),  # of the view's pixels
     }
 )
 

@@ -211,9 +211,8 @@ class CacheWriter:
             unit: its shard is in the manifest; its views are not yet in the cache.
             keys: the shard's readable sample keys, one per image, in tar order.
             arrays: by name, first axis R = len(keys) * unit.num_views records; the views of one image are
-                contiguous (`UnitId.row`). `box` int32 [R, 4] (top, left, height, width, in pixels of the
-                image), `flip` uint8 [R] and `digest` uint64 [R] are required; the codec's arrays are of
-                any bool, integer or float dtype in little-endian order.
+                contiguous (`UnitId.row`). `layout.BASE_ARRAYS` are required; the codec's arrays are of any
+                bool, integer or float dtype in little-endian order.
             statistics: JSON values for the commit record.
 
         Raises:

@@ -50,6 +50,11 @@ def _modules() -> dict[Path, ast.Module]:
     return {path.relative_to(ROOT): ast.parse(path.read_text(), str(path)) for path in sorted(paths)}
 
 
+def _with_benchmarks() -> dict[Path, ast.Module]:
+    found = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    return _modules() | {path: ast.parse(text, str(path)) for path, text in found.items()}
+
+
 def _declared_packages() -> list[str]:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages: list[str] = pyproject["tool"]["setuptools"]["packages"]
@@ -217,6 +222,46 @@ def test_every_schema_field_is_read() -> None:
         if name not in read and name != "stage"  # configs/load.py reads `stage` before there is a section
     )
     assert not unread, f"remove these fields, or read each as an attribute where it acts: {' '.join(unread)}"
+
+
+# How timm builds a model inside. Fields of a recipe's `config` have some of these names, too.
+INSIDE_A_MODEL = {
+    *("attn", "blocks", "cls_token", "embed_dim", "feature_info", "grid_size", "has_class_token", "norm", "norm_pre"),
+    *("num_heads", "num_prefix_tokens", "patch_embed", "patch_size", "pos_embed", "qkv"),
+}
+
+
+def _reads_inside(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Names of `INSIDE_A_MODEL` that a file reads, as `x.name` or by getattr and hasattr, with the line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.attr in INSIDE_A_MODEL:
+            owner = ast.unparse(node.value)
+            if owner not in {"config", "backbone"}:
+                yield node.attr, node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"getattr", "hasattr"}:
+            name = ast.unparse(node.args[1]).strip("'")
+            if name in INSIDE_A_MODEL:
+                yield name, node.lineno
+
+
+def test_only_the_backbone_looks_inside_a_model() -> None:
+    wrong = [
+        f"{path}:{line} reads .{name}"
+        for path, tree in _with_benchmarks().items()
+        for name, line in _reads_inside(tree)
+        if path != Path("models", "backbone.py")
+    ]
+    assert wrong == [], "give models/backbone.py a function for it"
+
+
+def test_only_the_view_law_and_the_format_name_what_a_view_is_stored_as() -> None:
+    named = {
+        path
+        for path, tree in _with_benchmarks().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value == "box"
+    }
+    assert named == {Path("pipeline", "views.py"), Path("storage", "layout.py")}
 
 
 def test_the_wheel_holds_every_module_recipe_and_weight(tmp_path: Path) -> None:

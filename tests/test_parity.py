@@ -18,11 +18,11 @@ from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import ModelConfig, OptimConfig, TeacherConfig
 from tinymim.configs.taps import Tap
-from tinymim.models.checkpoints import load_weights
 from tinymim.models.drop_path import HandedDropPath
 from tinymim.models.student import StudentModel
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
+from tinymim.models.weights import load_weights
 from tinymim.stages.training.optim import make_optimiser, make_schedule
 from tinymim.targets.relations.head import RelationHead
 from tinymim.targets.relations.qkv import QKV, relation_probs

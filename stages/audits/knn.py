@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.sections import AuditKnnConfig, LoaderConfig
+from tinymim.models import backbone
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
@@ -21,7 +22,7 @@ class _SideBySide(nn.Module):
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
-        self.num_prefix_tokens: int = models[0].num_prefix_tokens  # type: ignore[assignment]
+        self.num_prefix_tokens = backbone.prefix_tokens(models[0])
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, T, sum of widths]."""
@@ -75,7 +76,7 @@ class AuditKnn:
             )
             for name, source in zip(("train", "val"), self._sets, strict=True)
         )
-        widths = [int(vit.embed_dim) for vit in vits]  # type: ignore[arg-type]
+        widths = [backbone.widths(vit)[-1] for vit in vits]
         parts = [set_._replace(features=part) for set_ in (train, val) for part in set_.features.split(widths, dim=1)]
         pairs = zip(parts[: len(vits)], parts[len(vits) :], strict=True)
         return [knn_accuracy(of_train, of_val, self.config, device) for of_train, of_val in pairs]

@@ -14,7 +14,7 @@ from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.shards import ShardSet
-from tinymim.pipeline.views import RandomViews
+from tinymim.pipeline.views import DIGEST, VIEW_ARRAYS, RandomViews, from_arrays
 from tinymim.stages.cache.opened import stored_constants
 from tinymim.stages.run.progress import Meter
 from tinymim.stages.units.prepare import prepare
@@ -54,7 +54,7 @@ def run(
     min_agreement: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Make records again and compare: box and flip (I1), the pixels' digest (I2), every array of the codec.
+    """Make records again and compare: the view (I1), the pixels' digest (I2), every array of the codec.
 
     Args:
         recipe: by which the cache was made; it gives images and teacher.
@@ -181,17 +181,16 @@ def _compare_views(
 ) -> None:
     """Count the views that the law would draw otherwise, and those whose pixels are others."""
     digests = batch.digests().numpy().view(np.uint64)
-    for place, row in enumerate(rows.tolist()):
+    held = from_arrays({name: stored.arrays[name][rows] for name in VIEW_ARRAYS})
+    for place, (row, stored_view) in enumerate(zip(rows.tolist(), held, strict=True)):
         view = info.unit.first_view + row % info.unit.num_views
         name = f"image '{batch.keys[place]}' of shard {info.unit.shard}, view {view}"
-        drawn = [*batch.views[place][:4], int(batch.views[place].flip)]
-        held = [*stored.arrays["box"][row].tolist(), int(stored.arrays["flip"][row])]
-        if drawn != held:
+        if batch.views[place] != stored_view:
             seen.wrong_views += 1
-            seen.differs(f"{name}: box and flip are {held}, the view law draws {drawn}")
-        if digests[place] != stored.arrays["digest"][row]:
+            seen.differs(f"{name}: stored is {stored_view}, the view law draws {batch.views[place]}")
+        if digests[place] != stored.arrays[DIGEST][row]:
             seen.wrong_pixels += 1
-            seen.differs(f"{name}: digest {digests[place]:016x}, stored is {stored.arrays['digest'][row]:016x}")
+            seen.differs(f"{name}: digest {digests[place]:016x}, stored is {stored.arrays[DIGEST][row]:016x}")
         seen.records += 1
 
 

@@ -6,6 +6,7 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
+from tinymim.pipeline.views import DIGEST, VIEW_ARRAYS
 from tinymim.stages.pages.numbers import format_bytes, format_value
 from tinymim.storage.catalog import resolve
 from tinymim.storage.layout import COMMITS, KEY_ARRAYS
@@ -88,9 +89,9 @@ def component_of(array: str) -> str:
     """The line of the size table that an array of a unit belongs to, or what else is counted."""
     if array in KEY_ARRAYS:
         return "keys"
-    if array in ("box", "flip"):
+    if array in VIEW_ARRAYS:
         return "boxes"
-    if array == "digest":
+    if array == DIGEST:
         return "digests"
     if array in ("overhead", "constants"):
         return array

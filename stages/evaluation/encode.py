@@ -1,7 +1,7 @@
 """Frozen features of a labelled set, and the encoder that gives them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from tinymim.configs.errors import SourceError
 from tinymim.configs.schema import EvaluateRecipe
 from tinymim.configs.sections import LoaderConfig
-from tinymim.models.checkpoints import load_weights
 from tinymim.models.probes import pooled_features
-from tinymim.models.teacher import build_pretrained
-from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model, build_vit
+from tinymim.models.vit import build_vit
+from tinymim.models.weights import RANDOM, build_with_weights, stated
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import view_batches
@@ -41,18 +40,13 @@ def load_encoder(recipe: EvaluateRecipe) -> tuple[nn.Module, Rgb, Rgb]:
         CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
         RecipeError: timm cannot build the model.
     """
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
     model: nn.Module
-    if recipe.weights == "random":
+    if recipe.weights == RANDOM:
         torch.manual_seed(recipe.run.seed)
         model = build_vit(recipe.model)
-    elif recipe.weights == "hub":
-        model = build_pretrained(recipe.model)
-        stated: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        mean, std = stated.get("mean", mean), stated.get("std", std)
     else:
-        model = build_model(recipe.model)
-        load_weights(model, recipe.weights)
+        model = build_with_weights(recipe.model, recipe.weights)
+    mean, std, _ = stated(model, recipe.weights)
     return model, recipe.mean or mean, recipe.std or std
 
 

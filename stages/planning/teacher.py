@@ -112,13 +112,9 @@ def measured_teacher(
             writer.write_constants({name: array.cpu().numpy() for name, array in constants.items()})
         num_views = int(batch.items[:, 2].max()) + 1
         unit, keys = UnitId(shard.name, 0, num_views), batch.keys[::num_views]
-        boxes: dict[str, npt.NDArray[Any]] = {
-            "box": np.array([view[:4] for view in batch.views], dtype=np.int32),
-            "flip": np.array([view.flip for view in batch.views], dtype=np.uint8),
-            "digest": batch.digests().numpy().view(np.uint64),
-        }
-        small = _unit_on_disk(writer, unit, keys[:1], arrays | boxes, 0.04 * seconds)
-        whole = _unit_on_disk(writer, unit, keys, arrays | boxes, 0.08 * seconds)
+        every = arrays | batch.stored()
+        small = _unit_on_disk(writer, unit, keys[:1], every, 0.04 * seconds)
+        whole = _unit_on_disk(writer, unit, keys, every, 0.08 * seconds)
         payload, fixed = _bytes_of(whole.info)
         record_bytes = payload / whole.info.num_records + fixed / real_records
         beside = record_bytes - sum(stored_bytes(arrays[name]) for name in arrays) / whole.info.num_records

@@ -1,4 +1,4 @@
-"""One unit being filled, batch by batch in tar order: keys, boxes, digests, encoded arrays, counts, audit."""
+"""One unit being filled, batch by batch in tar order: keys, views, digests, encoded arrays, counts, audit."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,13 +112,9 @@ class Draft:
         if not batch.keys:
             return
         self._keys += batch.keys
-        boxes = np.array([view[:4] for view in batch.views], dtype=np.int32)
-        flips = np.array([view.flip for view in batch.views], dtype=np.uint8)
-        digests = batch.digests().numpy().view(np.uint64)
         # Copied out of pinned memory: a whole unit of it would be too much, and is never given back to the system.
         parts = {name: array.clone() if array.is_pinned() else array for name, array in encoded.arrays.items()}
-        arrays = {name: part.numpy() for name, part in parts.items()}
-        self._parts.append({"box": boxes, "flip": flips, "digest": digests, **arrays})
+        self._parts.append(batch.stored() | {name: part.numpy() for name, part in parts.items()})
 
     def compare(self, views: AuditedViews) -> None:
         """Give views to the audit (I5)."""

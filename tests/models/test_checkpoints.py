@@ -11,9 +11,10 @@ from timm.models import VisionTransformer
 
 from tinymim.configs.errors import CheckpointError
 from tinymim.configs.sections import MaeConfig, ModelConfig
-from tinymim.models.checkpoints import load_weights, read_metadata, read_tensors, tensors_sha256, to_safetensors
+from tinymim.models.checkpoints import read_metadata, read_tensors, tensors_sha256, to_safetensors
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
+from tinymim.models.weights import load_weights
 from tinymim.tests import official
 
 

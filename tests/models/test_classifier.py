@@ -11,9 +11,9 @@ from torch import nn
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import MaeConfig, ModelConfig
 from tinymim.models.checkpoints import to_safetensors
-from tinymim.models.classifier import build_classifier, load_classifier, pixel_statistics, timm_arguments
+from tinymim.models.classifier import build_classifier, load_classifier, timm_arguments
 from tinymim.models.mae import MaskedAutoencoder
-from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
+from tinymim.models.vit import build_vit
 
 CONFIG = ModelConfig(name="vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 HEAD = ("head.bias", "head.weight")
@@ -114,12 +114,6 @@ def test_the_arguments_in_a_file_make_the_model() -> None:
     for pool in ("mean", "cls"):
         model = timm.create_model(**timm_arguments(CONFIG, 5, pool))
         model.load_state_dict(classifier(pool=pool).state_dict(), strict=True)
-
-
-def test_pixels_are_normalised_as_the_hub_states() -> None:
-    assert pixel_statistics(CONFIG, "a file") == (IMAGENET_MEAN, IMAGENET_STD)
-    augreg = CONFIG.model_copy(update={"name": "vit_tiny_patch16_224.augreg_in21k"})
-    assert pixel_statistics(augreg, "hub") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_a_class_token_that_is_not_there_is_refused() -> None:

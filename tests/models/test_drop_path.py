@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.sections import ModelConfig
-from tinymim.models.drop_path import HandedDropPath, hand_out, take_over
+from tinymim.models.drop_path import HandedDropPath, replace_drop_path, set_drop_masks
 from tinymim.models.student import StudentModel
 from tinymim.models.vit import build_vit
 
@@ -20,7 +20,7 @@ def vit(taken_over: bool) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.6, **SIZES).train()
     if taken_over:
-        take_over(model)
+        replace_drop_path(model)
     return model
 
 
@@ -31,7 +31,7 @@ def images(count: int = 12) -> Tensor:
 def forward(model: nn.Module, places: Tensor, seed: int = 5) -> Tensor:
     paths = [module for module in model.modules() if isinstance(module, HandedDropPath)]
     assert len(paths) == 4  # two in each block but the first, whose rate is 0
-    hand_out(paths, torch.Generator().manual_seed(seed), places, 12, CPU)
+    set_drop_masks(paths, torch.Generator().manual_seed(seed), places, 12, CPU)
     out: Tensor = model(images()[places])
     return out
 
@@ -54,7 +54,7 @@ def test_a_sample_drops_the_same_paths_in_any_part_of_its_batch() -> None:
 
 def test_the_mean_over_draws_is_what_goes_in() -> None:
     path = HandedDropPath(0.3).train()
-    hand_out([path], torch.Generator().manual_seed(0), torch.arange(20_000), 20_000, CPU)
+    set_drop_masks([path], torch.Generator().manual_seed(0), torch.arange(20_000), 20_000, CPU)
     out = path(torch.ones(20_000, 2))
     assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     assert float(out.mean()) == pytest.approx(1.0, abs=0.02) and torch.equal(out[:, 0], out[:, 1])

@@ -9,11 +9,13 @@ from tinymim.configs.errors import CheckpointError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.sections import ModelConfig, TeacherConfig
 from tinymim.configs.taps import Tap
-from tinymim.models.checkpoints import load_weights, to_safetensors
+from tinymim.models import backbone
+from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
-from tinymim.models.heads import heads_of, stated_heads
+from tinymim.models.heads import stated_heads
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
+from tinymim.models.weights import load_weights
 
 SIZES = {"name": "vit_tiny_patch16_224", "img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2}
 
@@ -65,4 +67,4 @@ def test_a_file_that_states_no_heads_is_taken_at_its_shapes(tmp_path: Path, reci
     path = tmp_path / "other.safetensors"
     path.write_bytes(to_safetensors(build_vit(model(3)).state_dict(), metadata))
     as_encoder(str(path), 4)
-    assert heads_of(build_vit(model(4))) == 4
+    assert backbone.heads(build_vit(model(4))) == 4

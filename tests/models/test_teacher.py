@@ -92,7 +92,7 @@ def test_the_qkv_projection_makes_q_k_and_v_of_the_input(name: str, monkeypatch:
     model: Any = timm.create_model(name, num_classes=0, **SIZES)  # BEiT keeps its biases beside the layer
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    monkeypatch.setattr("tinymim.models.teacher._with_weights", lambda config: model)
+    monkeypatch.setattr("tinymim.models.teacher.build_with_weights", lambda *_args, **_kwargs: model)
     teacher = Teacher(TeacherConfig(name=name, weights="here", block=2, **SIZES), [TAP])
     weight, bias = teacher.projection(TAP)
     assert weight.shape == (72, 24) and bias is not None and bias.shape == (72,)

@@ -3,12 +3,27 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
+from tinymim.configs.errors import ViewMismatch
 from tinymim.configs.sections import ViewConfig
-from tinymim.pipeline.views import CentreView, RandomViews, View, ViewLaw, view_key, view_rng
+from tinymim.pipeline.views import (
+    DIGEST,
+    VIEW_ARRAYS,
+    CentreView,
+    RandomViews,
+    StoredViews,
+    View,
+    ViewLaw,
+    from_arrays,
+    to_arrays,
+    view_key,
+    view_rng,
+)
+from tinymim.storage.layout import BASE_ARRAYS
 
 # (seed, key, view, height, width): what every machine and every later version must draw.
 GOLDEN = {
@@ -124,3 +139,50 @@ def test_centre_view() -> None:
     assert CentreView(224, 256 / 224)("any", 0, 256, 256) == View(16, 16, 224, 224, False)
     assert CentreView(224, 1.0)("any", 0, 300, 500) == View(0, 100, 300, 300, False)
     assert CentreView(224, 1.143)("any", 0, 300, 500) == CentreView(224, 1.143)("other", 7, 300, 500)
+
+
+# ---------------------------------------------------------------- what a cache stores
+
+
+def _random_views(count: int) -> list[View]:
+    rng, law = np.random.default_rng(0), RandomViews(ViewConfig(scale=(0.01, 1.0)))
+    return [law(f"image-{i}", i % 7, *rng.integers(1, 5000, 2).tolist()) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 500])
+def test_views_come_back_from_their_arrays(count: int) -> None:
+    views = _random_views(count)
+    arrays = to_arrays(views)
+    assert tuple(arrays) == VIEW_ARRAYS
+    found = list(from_arrays(arrays))
+    assert found == views
+    assert {type(value) for view in found for value in view} <= {int, bool}  # as the law draws them
+    assert all(np.array_equal(array, to_arrays(found)[name]) for name, array in arrays.items())
+
+
+def test_the_arrays_are_those_of_the_format() -> None:
+    arrays = to_arrays(_random_views(3))
+    assert {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()} | {
+        DIGEST: (np.dtype(np.uint64), ())
+    } == dict(BASE_ARRAYS)
+
+
+def test_golden_arrays() -> None:
+    """Format 1: top, left, height, width as int32, the flip as a byte."""
+    arrays = to_arrays([View(1, 2, 3, 4, True), View(5, 6, 7, 8, False)])
+    assert arrays["box"].astype("<i4").tobytes().hex() == "".join(f"{n:02x}000000" for n in range(1, 9))
+    assert arrays["flip"].tobytes().hex() == "0100"
+
+
+def test_stored_views_pass_over_unreadable_images_and_refuse_a_smaller_image() -> None:
+    drawn = RandomViews(ViewConfig())
+    keys = ["a", "b", "b", "c"]
+    views = [drawn(key, number, 300, 400) for number, key in enumerate(keys)]
+    old = {key: value for key, value in ViewConfig().identity().items() if key != "scaled_decode"}
+    law = StoredViews(old, keys, to_arrays(views))
+    assert (law.size, law.interpolation, law.scaled_decode) == (224, "bicubic", False)
+    assert StoredViews(ViewConfig().identity(), keys, to_arrays(views)).scaled_decode
+    assert law("b", 1, 300, 400) == views[1]  # "a" was unreadable
+    assert law("b", 2, 300, 400) == views[2]
+    with pytest.raises(ViewMismatch, match="outside the image"):
+        law("c", 3, 8, 8)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tinymim.configs.errors import CheckpointError, UserError
 from tinymim.configs.sections import ModelConfig, TeacherConfig
 from tinymim.configs.taps import Tap
-from tinymim.models.checkpoints import load_weights
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
+from tinymim.models.weights import load_weights
 from tinymim.stages import cache_teacher, export, make_shards, train_student
 from tinymim.tests import official
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_teacher

@@ -15,7 +15,7 @@ from tinymim.configs.codecs import codec_config
 from tinymim.configs.sections import JitterConfig, TeacherConfig
 from tinymim.models.taps import finite_views
 from tinymim.models.teacher import Teacher
-from tinymim.pipeline import jitter as colours
+from tinymim.pipeline import jitter
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.views import View
 from tinymim.stages.units.draft import encode
@@ -47,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         monkeypatch.setattr(kernels, "triton_works", lambda: False)  # Triton wants real ones
     with FakeTensorMode(allow_non_fake_inputs=True):  # constants of modules: fake ones of the CPU
         yield torch.device("cuda")
-    colours._tables.cache_clear()  # these hold fake tensors now
+    jitter._tables.cache_clear()  # these hold fake tensors now
     sparsify._grid.cache_clear()
 
 
@@ -77,13 +77,13 @@ def test_what_an_audit_sums_up_is_all_on_the_cpu(gpu: torch.device) -> None:
     assert len(held) == 6 and set(held.values()) == {"cpu"}, held
 
 
-def test_colours_are_those_of_the_images_device(gpu: torch.device) -> None:
+def test_jitter_is_that_of_the_images_device(gpu: torch.device) -> None:
     pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8, device=gpu)
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         generator = torch.Generator().manual_seed(0)
     factors, orders = torch.ones(4, 3, device=gpu), torch.zeros(4, dtype=torch.int64, device=gpu)
-    assert colours.apply_jitter(pixels.float(), factors, orders).device.type == "cuda"
-    assert colours.jitter(pixels, JitterConfig(), generator).device.type == "cuda"
+    assert jitter.apply_jitter(pixels.float(), factors, orders).device.type == "cuda"
+    assert jitter.jitter(pixels, JitterConfig(), generator).device.type == "cuda"
 
 
 class LikeCuda(TorchDispatchMode):

@@ -9,8 +9,8 @@ from torch import Tensor
 from tinymim.configs.codecs import codec_config
 from tinymim.configs.sections import ModelConfig
 from tinymim.configs.taps import Shapes
+from tinymim.models import backbone
 from tinymim.models.student import StudentModel, shapes_of
-from tinymim.models.taps import count_tokens
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.stages.units.gradients import COORDINATES_PER_TENSOR, GradientProbe, reference_student
 from tinymim.targets.kinds import make_kind
@@ -90,7 +90,7 @@ def test_the_reference_student_has_the_teachers_tokens(heads: int, width: int, p
     kind, sizes = make_kind(codec_config(), 1), Shapes(heads, 8, 16 + prefix, prefix, (4, 4))
     made = reference_student(kind, 32, sizes)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert count_tokens(made.vit) == ((4, 4), prefix)
+    assert (backbone.grid(made.vit), backbone.prefix_tokens(made.vit)) == ((4, 4), prefix)
     assert made.vit.embed_dim == width and width % heads == 0
     q, _, _ = made(torch.zeros(1, 3, 32, 32))
     assert q.shape[2] == 16 + prefix

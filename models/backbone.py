@@ -1,0 +1,201 @@
+"""How a timm model is built inside: the only file that reads its blocks, embeddings and norms.
+
+Widths, strides and tokens are given by *place*, counted from 1 as timm's own `feature_info` and `forward_intermediates`
+list them: a block of a plain ViT. A family of stages would list its stages there and add its grids here; the functions
+on blocks, attention and positions are capabilities that a model may lack.
+
+Shapes: B image, P prefix token (class token, registers), N patch, T token = P + N, C channel, W row of qkv = 3 x C.
+"""
+
+from typing import Any, Final, NamedTuple
+
+import torch
+from timm.layers import DropPath
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from tinymim.configs.errors import RecipeError
+
+# How names of parameters begin: of the norm over tokens after the last block, and of the one after mean pooling.
+FINAL_NORM: Final = "norm."
+POOLED_NORM: Final = "fc_norm."
+POSITIONS: Final = "pos_embed"  # the name of the position table
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def widths(model: nn.Module) -> tuple[int, ...]:
+    """Channels at every place."""
+    return tuple(int(place["num_chs"]) for place in _places(model))
+
+
+def strides(model: nn.Module) -> tuple[int, ...]:
+    """Pixels between neighbouring tokens at every place: of a plain ViT its patch size."""
+    return tuple(int(place["reduction"]) for place in _places(model))
+
+
+def grid(model: nn.Module) -> tuple[int, int]:
+    """Rows and columns of patches at the image size that the model was built for."""
+    timm_model: Any = model
+    rows, columns = timm_model.patch_embed.grid_size
+    return int(rows), int(columns)
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """Tokens in front of the patches: class token and registers."""
+    return int(getattr(model, "num_prefix_tokens", 0))
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first token is a class token. Models that have registers only say so; others have it or no prefix."""
+    return bool(getattr(model, "has_class_token", prefix_tokens(model) > 0))
+
+
+def heads(model: nn.Module) -> int | None:
+    """Heads of the attention layers; None where there are none, or where they differ."""
+    numbers = (getattr(layer, "num_heads", None) for layer in model.modules())
+    found = {number for number in numbers if isinstance(number, int)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _places(model: nn.Module) -> list[dict[str, Any]]:
+    places: list[dict[str, Any]] | None = getattr(model, "feature_info", None)
+    if not places:
+        raise RecipeError("timm does not list the model's widths", got=type(model).__name__, expected="a ViT")
+    return places
+
+
+# ---------------------------------------------------------------- parts
+
+
+def blocks(model: nn.Module) -> nn.Sequential | nn.ModuleList:
+    """The blocks of a ViT in order. Raises RecipeError where there are none."""
+    found = getattr(model, "blocks", None)
+    if not isinstance(found, nn.Sequential | nn.ModuleList):
+        raise RecipeError("the model has no attention blocks", got=type(model).__name__, expected="a ViT")
+    return found
+
+
+def attention(model: nn.Module, block: int) -> nn.Module:
+    """The attention layer of a block, counted from 1."""
+    layer: nn.Module = blocks(model)[block - 1].attn  # type: ignore[assignment]  # a module's attribute
+    return layer
+
+
+def qkv_projection(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [W, C] and bias [W] (or None) of an attention layer's qkv layer, float32; rows q, k, v, each by head.
+
+    The norms and rotary embeddings that some layers apply to q and k afterwards are not in it.
+
+    Raises:
+        RecipeError: the attention has no single qkv layer.
+    """
+    projection = getattr(layer, "qkv", None)
+    if not isinstance(projection, nn.Linear):
+        raise RecipeError(
+            f"the attention layer {type(layer).__name__} has no single qkv layer",
+            got=type(projection).__name__,
+            expected="Linear",
+            hint="use codec.name: sketch, which stores relations as they are",
+        )
+    bias: Tensor | None = projection.bias
+    apart = [getattr(layer, f"{side}_bias", None) for side in "qkv"]  # BEiT and EVA keep biases of their own
+    if bias is None and all(isinstance(part, Tensor) for part in apart):
+        bias = torch.cat(apart)  # type: ignore[arg-type]
+    return projection.weight.detach().float(), None if bias is None else bias.detach().float()
+
+
+class Positions(NamedTuple):
+    """The table that is added to the tokens, [1, prefix + N, C]; prefix 0: class token and registers have no row."""
+
+    table: nn.Parameter
+    prefix: int
+
+
+def positions(model: nn.Module) -> Positions | None:
+    """The position table; None where a model has none (rotary or relative positions only)."""
+    table = getattr(model, POSITIONS, None)
+    if table is None:
+        return None
+    rows, columns = grid(model)
+    return Positions(table, table.shape[1] - rows * columns)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def tokens_at(model: nn.Module, images: Tensor, place: int | None) -> Tensor:
+    """Tokens [B, T, C] of normalised images [B, 3, S, S] at a place; nothing after it is computed.
+
+    Args:
+        place: 1 is the first; None: after all blocks and the final norm.
+
+    Raises:
+        RecipeError: the model has no such place, or no tokens there.
+    """
+    timm_model: Any = model
+    if place is None:
+        tokens: Tensor = timm_model.forward_features(images)
+        if tokens.ndim != 3:
+            raise RecipeError("the model has no tokens", got=f"features {tuple(tokens.shape)}", expected="a ViT")
+        return tokens
+    if not 1 <= place <= len(blocks(model)):
+        raise RecipeError("block is outside the model", got=place, expected=f"1..{len(blocks(model))}")
+    [found] = timm_model.forward_intermediates(
+        images,
+        indices=[place - 1],
+        return_prefix_tokens=True,
+        stop_early=True,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    return torch.cat([found[1], found[0]], dim=1) if prefix_tokens(model) else found
+
+
+def tokens_of_patches(vit: VisionTransformer, images: Tensor, kept: Tensor) -> Tensor:
+    """Tokens [B, 1 + M, C] after the final norm, of a plain ViT that sees only some patches.
+
+    Args:
+        vit: with a class token, a position table and no registers.
+        images: normalised, [B, 3, S, S].
+        kept: int64 [B, M], numbers of patches in raster order; their tokens come back in this order.
+    """
+    held = positions(vit)
+    assert held is not None and vit.cls_token is not None
+    tokens = take(vit.patch_embed(images) + held.table[:, held.prefix :], kept)
+    cls = vit.cls_token + (held.table[:, :1] if held.prefix else 0.0)
+    tokens = torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
+    out: Tensor = vit.norm(vit.blocks(vit.norm_pre(tokens)))
+    return out
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, N, C] at index [B, M] -> [B, M, C]."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+# ---------------------------------------------------------------- a fresh plain ViT
+
+
+def initialise_like_mae(vit: VisionTransformer, table: Tensor) -> None:
+    """He et al. (2022): linear layers and the patch projection Xavier-uniform; `table` [1, prefix + N, C] is fixed."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    projection = vit.patch_embed.proj.weight
+    nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+    if vit.cls_token is not None:
+        nn.init.normal_(vit.cls_token, std=0.02)
+    held = positions(vit)
+    assert held is not None
+    held.table.data.copy_(table)
+    held.table.requires_grad_(False)
+
+
+def set_drop_path(vit: VisionTransformer, rate: float) -> None:
+    """Stochastic depth at one rate in every block but the last, as TinyMIM has it; timm's rises from 0."""
+    for block in vit.blocks[:-1]:
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)

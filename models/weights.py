@@ -1,0 +1,127 @@
+"""The `weights` of a recipe: "random", "hub" (timm's of the model's name), "package:NAME" (shipped), or a file."""
+
+import importlib.resources
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import timm
+from torch import Tensor, nn
+
+from tinymim.configs.errors import CheckpointError, first_line
+from tinymim.configs.sections import ModelConfig
+from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_metadata, read_tensors
+from tinymim.models.heads import check_heads
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
+
+RANDOM: Final = "random"
+HUB: Final = "hub"
+_PACKAGE: Final = "package:"
+
+
+class Read(NamedTuple):
+    """Tensors by name, what made them (empty: not stated), and where they come from, for messages."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    origin: str
+
+
+def weights_path(weights: str) -> Path:
+    """The file of "package:NAME" or of a path.
+
+    Raises:
+        CheckpointError: no such file.
+    """
+    if weights.startswith(_PACKAGE):
+        folder = Path(str(importlib.resources.files("tinymim.models") / "weights"))
+        path = folder / f"{weights.removeprefix(_PACKAGE)}.safetensors"
+        shipped = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
+        hint = f"shipped weights: {shipped}"
+    else:
+        path, hint = Path(weights), "give a .safetensors or .pth file, 'hub', or 'package:NAME'"
+    if not path.is_file():
+        raise CheckpointError("weights file does not exist", got=path, hint=hint)
+    return path
+
+
+def read_weights(config: ModelConfig, weights: str) -> Read:
+    """The tensors that `weights` names, which are not "random".
+
+    Raises:
+        CheckpointError: they do not exist, cannot be read, or cannot be fetched.
+    """
+    if weights == HUB:
+        return Read(build_pretrained(config).state_dict(), {}, f"timm's '{config.name}'")
+    path = weights_path(weights)
+    return Read(read_tensors(path), read_metadata(path), str(path))
+
+
+def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -> LoadedWeights:
+    """Load a file into an encoder.
+
+    A position embedding of another grid is resampled (timm's bicubic); everything else must fit.
+
+    Args:
+        model: the encoder, in place.
+        weights: see `weights_path`.
+        unread: how names of parameters begin that nothing will read; those that the file lacks stay as they are.
+
+    Raises:
+        CheckpointError: the file is absent or unreadable, or keys are missing, unexpected or of another
+            shape (all are listed); or it was trained with another number of heads.
+    """
+    path = weights_path(weights)
+    loaded = load_tensors(model, read_tensors(path), str(path), may_lack=unread)
+    check_heads(model, read_metadata(path), str(path))
+    return loaded
+
+
+def build_with_weights(config: ModelConfig, weights: str, unread: tuple[str, ...] = ()) -> nn.Module:
+    """The timm model of `config` with the weights of "hub" or of a file in it; `unread` as in `load_weights`.
+
+    Raises:
+        RecipeError: timm cannot build the model.
+        CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
+    """
+    if weights == HUB:
+        return build_pretrained(config)
+    model = build_model(config)
+    load_weights(model, weights, unread)
+    return model
+
+
+def build_pretrained(config: ModelConfig) -> nn.Module:
+    """timm's pretrained weights of `config.name`. Raises CheckpointError where they cannot be fetched."""
+    # "name.tag" and "hf-hub:owner/name" (or "local-dir:folder") say themselves which weights are meant.
+    if not {".", ":"} & set(config.name) and not timm.models.is_model_pretrained(config.name):
+        raise CheckpointError(f"timm has no pretrained weights for '{config.name}'", hint="set weights to a file")
+    try:
+        return build_model(config, pretrained=True)
+    except Exception as error:  # the hub client raises many kinds: no network, no such file, no space
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"the pretrained weights of '{config.name}' cannot be fetched",
+            got=first_line(error),
+            hint="check the network, or download them elsewhere and set weights to the file",
+        ) from error
+
+
+class Stated(NamedTuple):
+    """Mean and deviation of the pixels (0..1) that weights were made with, and their licence."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    license: str
+
+
+def stated(model: nn.Module, weights: str) -> Stated:
+    """What timm states about the hub weights of its model.
+
+    A file says nothing of its pixels: ImageNet's statistics are those of MAE, DINOv2 and `pretrain-mae`.
+    """
+    if weights != HUB:
+        return Stated(IMAGENET_MEAN, IMAGENET_STD, "unknown (local file)")
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = tuple(cfg.get("mean", IMAGENET_MEAN)), tuple(cfg.get("std", IMAGENET_STD))
+    return Stated(mean, std, str(cfg.get("license") or "unknown"))
