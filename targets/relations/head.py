@@ -27,13 +27,13 @@ class RelationHead(TargetHead):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        nn.init.xavier_uniform_(self.qkv.weight)
-        nn.init.zeros_(self.qkv.bias)
+        self.projection = nn.Linear(width, 3 * width)
+        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
 
     def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:
         """See `TargetHead`."""
-        answers = QKV.split(self.qkv(tokens), self.heads)
+        answers = QKV.split(self.projection(tokens), self.heads)
         return answers.q, answers.k, answers.v
 
     def by_part(

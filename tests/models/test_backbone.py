@@ -88,7 +88,8 @@ def test_a_projection_is_found_where_there_is_one() -> None:
         assert weight.shape == (72, 24) and bias is not None and bias.shape == (72,)
     with pytest.raises(RecipeError, match="no single qkv layer"):
         backbone.qkv_projection(backbone.attention(made("EVA"), 2))
-    q, k, v, x = CutTeacher(made("EVA"), 2)(images_for("EVA"))  # relations are there all the same
+    tap = Tap("qkv", 2)
+    q, k, v, x = CutTeacher(made("EVA"), [tap])(images_for("EVA"))[tap]  # relations are there all the same
     assert q.shape == k.shape == v.shape == (2, 3, 17, 8) and x.shape == (2, 17, 24)
 
 
