@@ -9,6 +9,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
+from tinymim.configs.taps import Tap
 from tinymim.models import backbone
 from tinymim.models.taps import CutTeacher
 

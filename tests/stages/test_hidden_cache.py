@@ -184,7 +184,7 @@ def test_a_teacher_with_q_norm_is_refused_before_anything_is_written(
     torch.manual_seed(0)
     sizes = {name: value for name, value in TEACHER.items() if name != "name"}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, qk_norm=True, **sizes)
-    monkeypatch.setattr("tinymim.models.teacher._with_weights", lambda config: model)
+    monkeypatch.setattr("tinymim.models.teacher.build_with_weights", lambda *_args, **_kwargs: model)
     with pytest.raises(RecipeError, match="not a linear layer"):
         cache_teacher.run(hidden_recipe(home, cache=home / "other"))
     assert not (home / "other").exists()
