@@ -175,7 +175,7 @@ def to_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
     Raises:
         CheckpointError: the encoder has parts that the layout has no place for, or lacks some.
     """
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    depth = count_blocks(tensors)
     wanted = {*_STEM, *(f"blocks.{number}.{name}" for number in range(depth) for name in _BLOCK)}
     if tensors.keys() != wanted:
         missing, unexpected = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
@@ -194,6 +194,11 @@ def to_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
     ready = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors.items()}
     torch.save({"model": ready, "metadata": dict(metadata)}, buffer)
     return buffer.getvalue()
+
+
+def count_blocks(tensors: Mapping[str, Tensor]) -> int:
+    """Blocks of the ViT that tensors by timm's names are of."""
+    return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
 
 
 def _with_sorted_metadata(raw: bytes) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinymim.configs.codecs import SketchCodec
+from tinymim.configs.codecs import DenseCodec, SketchCodec
 from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError, UserError
 from tinymim.configs.load import load_recipe, recipe_digest
 from tinymim.configs.schema import RECIPES, CacheTeacherRecipe, EvaluateRecipe, PretrainMaeRecipe, TrainStudentRecipe
@@ -28,6 +28,7 @@ from tinymim.stages.run.folder import ENCODER_NAME, EVALUATION_NAME, STUDENT_NAM
 from tinymim.stages.run.progress import say
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.reader import CacheReader
+from tinymim.targets.kinds import make_kind
 
 RESULTS_NAME = "results.json"
 TEACHER = "package:demo-teacher"
@@ -290,7 +291,7 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
     manifest, codec = reader.manifest, recipes.cache.codec
     assert isinstance(codec, SketchCodec)
     num_records = reader.coverage().num_records
-    heads, tokens = int(manifest.teacher["heads"]), int(manifest.teacher["tokens"])
+    dense = make_kind(DenseCodec(name="dense", relations=codec.relations), manifest.block)
     one_error = 100 * 0.5 / size.val_images**0.5
     student = recipes.students[STUDENTS[0]]
     lesson = (
@@ -314,7 +315,7 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
         mae_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.autoencoders.items()},
         examples=list(relation_examples(recipes.cache, recipes.students, reader)),
         bytes_per_view={name: count / num_records for name, count in reader.bytes_by_component().items()},
-        dense_bytes=len(codec.relations) * heads * tokens * tokens * 2,
+        dense_bytes=sum(spec.size_bytes for spec in dense.specs(manifest.shapes) if spec.dtype == "float16"),
         provenance={
             "cache (spec id)": manifest.spec_id,
             "teacher weights (sha256)": str(manifest.teacher["weights_sha256"]),

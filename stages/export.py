@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import CheckpointError, UserError
-from tinymim.models.checkpoints import read_metadata, read_tensors, to_official
+from tinymim.models.checkpoints import count_blocks, read_metadata, read_tensors, to_official
 from tinymim.models.heads import stated_heads
 from tinymim.models.weights import weights_path
 from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
@@ -38,8 +38,7 @@ def run(source: Path, target: Path) -> dict[str, Any]:
     theirs = _THEIR_HEADS.get(width)
     if None not in (heads, theirs) and heads != theirs:
         say(f"export: warning: this model has {heads} heads; MAE's and TinyMIM's of width {width} have {theirs}")
-    depth = sum(name.endswith(".attn.qkv.weight") for name in tensors)
-    found = {"embed_dim": width, "depth": depth, "num_heads": heads}
+    found = {"embed_dim": width, "depth": count_blocks(tensors), "num_heads": heads}
     return {"file": str(target), "source": str(weights), "tensors": len(tensors)} | found
 
 

@@ -6,6 +6,7 @@ Code outside a kind uses this contract only. A new kind is one folder in `target
 Shapes: B view, P part of a loss (a head, or 1), T token, C width, N gradient coordinate.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class ArraySpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one record's array before compression."""
+        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
 
 
 class Loss(NamedTuple):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -157,6 +158,20 @@ def test_tests_mirror_the_tree() -> None:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         folder = path.parent.relative_to(ROOT / "tests")
         assert folder == Path() or (ROOT / folder).is_dir(), f"{path} is in a folder that the package does not have"
+
+
+def test_only_relations_name_what_relations_are_made_of() -> None:
+    """Models give taps and configs hold the section; everything else knows target kinds by their contract."""
+    words = re.compile(r"\bqkv\b|\bQKV\b|relation_heads|\bkl_(qk|vv|qq|kk)\b|[\"'](qk|vv|qq|kk)[\"']")
+    own = {Path("targets/relations"), Path("models"), Path("configs"), Path("tests")}
+    wrong = [
+        f"{path}:{number}: {line.strip()}"
+        for path in _modules()
+        if not own & {path, *path.parents}
+        for number, line in enumerate((ROOT / path).read_text().splitlines(), start=1)
+        if words.search(line)
+    ]
+    assert wrong == []
 
 
 def test_every_top_level_part_has_a_rule() -> None:

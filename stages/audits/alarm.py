@@ -31,7 +31,7 @@ FELL_TO: Final = 0.75
 
 @dataclass(frozen=True)
 class Audited:
-    """What a student says of one relation, held against the teacher's dense rows, in nats per row.
+    """What a student says about one loss, held against the teacher's whole targets.
 
     Attributes:
         per_head: KL by head.
@@ -70,18 +70,18 @@ class Audited:
 
 @dataclass(frozen=True)
 class Point:
-    """What an audit found of one relation: its step, its KL, and the training's KL of the steps before."""
+    """What an audit found of one loss: its step, its value, and the training's value of the steps before."""
 
     step: int
     kl: float
     train_kl: float
 
 
-def alarms(relation: str, audited: Audited, points: Sequence[Point]) -> list[str]:
+def alarms(loss: str, audited: Audited, points: Sequence[Point]) -> list[str]:
     """What is wrong, in words with numbers and likely causes.
 
     Args:
-        relation: its name.
+        loss: its name.
         audited: the last audit.
         points: of all audits that had a training before them, the last one at the end.
     """
@@ -89,7 +89,7 @@ def alarms(relation: str, audited: Audited, points: Sequence[Point]) -> list[str
     mark = audited.yardstick
     if audited.alike_for_any_image():
         found.append(
-            f"{relation}: the student answers alike for any image: KL {audited.kl:.4f} to the teacher's rows of its "
+            f"{loss}: the student answers alike for any image: KL {audited.kl:.4f} to the teacher's rows of its "
             f"own image, {audited.kl + audited.gap:.4f} to another's; {mark.common:.4f} needs no look at the image. "
             "Likely causes: the cache's records belong to other images or views than it says; a student whose features "
             "have collapsed"
@@ -98,7 +98,7 @@ def alarms(relation: str, audited: Audited, points: Sequence[Point]) -> list[str
     for before in points[:-1]:
         if now is not None and now.train_kl < FELL_TO * before.train_kl and now.kl >= before.kl:
             found.append(
-                f"{relation}: since step {before.step:,} the training's KL fell from {before.train_kl:.4f} to "
+                f"{loss}: since step {before.step:,} the training's KL fell from {before.train_kl:.4f} to "
                 f"{now.train_kl:.4f}, while the audit's went from {before.kl:.4f} to {now.kl:.4f}. Likely causes: "
                 "targets of another teacher, block or relation than the cache says; a biased codec (tail); too few "
                 "images, learnt by heart"
@@ -107,10 +107,8 @@ def alarms(relation: str, audited: Audited, points: Sequence[Point]) -> list[str
     return found
 
 
-def points_of(relation: str, audits: Sequence[Mapping[str, Any]]) -> list[Point]:
+def points_of(loss: str, audits: Sequence[Mapping[str, Any]]) -> list[Point]:
     """From the lines of an audit.jsonl."""
     return [
-        Point(line["step"], line[relation]["kl"], line["train_kl"][relation])
-        for line in audits
-        if relation in line["train_kl"]
+        Point(line["step"], line[loss]["kl"], line["train_kl"][loss]) for line in audits if loss in line["train_kl"]
     ]

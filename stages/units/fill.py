@@ -4,8 +4,6 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages.run.folder import RunFolder
@@ -45,7 +43,7 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
         for difference in writer.environment_differences:
             say(f"cache-teacher: warning: {difference}")
         specs = parts.kind.specs(manifest.shapes)
-        record_bytes = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape)) for spec in specs)
+        record_bytes = sum(spec.size_bytes for spec in specs)
         say(
             f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB "
             f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "

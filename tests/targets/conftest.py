@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from tinymim.targets.relations.qkv import QKV
+from tinymim.tests.targets.contract import TargetKindContract
 
 MakeQKV = Callable[..., QKV]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The cases of a class that inherits the contract's suite."""
+    if metafunc.cls is not None and issubclass(metafunc.cls, TargetKindContract):
+        metafunc.cls().pytest_generate(metafunc)
 
 
 @pytest.fixture
