@@ -35,7 +35,7 @@ from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, environment_ranks, set_up
-from tinymim.stages.training.validation import Counts, Record, Validation, by_class, merged
+from tinymim.stages.training.validation import Counts, History, Validation, by_class, merged
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
 LAST_NAME = "last.safetensors"
@@ -90,8 +90,8 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     example = (torch.zeros(2, 3, size, size, device=device),)
     content = [start.sha256, *(shard.content_hash for each in (source, held_out) for shard in each.shards)]
     learner = Learner("", about, recipe, "model", model, example, ranks, order, content)
-    record = Record()
-    learner.parts["record"] = record
+    history = History()
+    learner.parts["history"] = history
     metadata = {
         "made_by": "tinymim finetune",
         "recipe": dump_recipe(recipe),
@@ -107,7 +107,9 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     say(f"finetune: {started_from(recipe, start)}")
     books.describe(f"{source.num_samples:,} images, validated on {held_out.num_samples:,}")
     validation = Validation(recipe, held_out.shards, num_classes, normalise, ranks)
-    examiner = Examiner(recipe, learner, record, validation, metadata, order.steps_per_epoch, books.total_steps)
+    schedule = ValidationSchedule(
+        recipe, learner, history, validation, metadata, order.steps_per_epoch, books.total_steps
+    )
 
     # ---- train
     views = ImageViews(source.shards, RandomViews(recipe.views), seed=recipe.run.seed)
@@ -122,9 +124,9 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     mixing = Mixing(recipe.augment, recipe.smoothing, num_classes)
     criterion = SoftTargetCrossEntropy()
     with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
-        examiner.after(books.first_step, stop, meter)  # stopped in the middle of it
+        schedule.after(books.first_step, stop, meter)  # stopped in the middle of it
         for step, batch in enumerate(stream, start=books.first_step):
-            examiner.unreadable |= dict(batch.unreadable)
+            schedule.unreadable |= dict(batch.unreadable)
             images = normalise(batch.pixels.to(device, non_blocking=True))
             erase(images, batch.view_keys, recipe.augment.erasing)
             targets = mixing(images, batch.labels, order.lanes, recipe.run.seed, step)
@@ -135,12 +137,12 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
                         logits = learner.model(images[part.rows])
                     learner.backward({"loss": criterion(logits.float(), targets[part.rows])}, part.share)
             learner.update(step)
-            books.close(step + 1, stop, meter, save=examiner.due(step + 1))
-            examiner.after(step + 1, stop, meter)
+            books.close(step + 1, stop, meter, save=schedule.due(step + 1))
+            schedule.after(step + 1, stop, meter)
 
     # ---- export
     if ranks.first:
-        _export(examiner, start, source, held_out)
+        _export(schedule, start, source, held_out)
 
 
 def size_of_head(train: ShardSet, val: ShardSet) -> int:
@@ -170,7 +172,7 @@ def started_from(recipe: FinetuneRecipe, start: LoadedWeights) -> str:
 
 
 @dataclass
-class Examiner:
+class ValidationSchedule:
     """Validates when it is due, and keeps the books of it.
 
     Attributes:
@@ -179,7 +181,7 @@ class Examiner:
 
     recipe: FinetuneRecipe
     learner: Learner
-    record: Record
+    history: History
     validation: Validation
     metadata: dict[str, str]
     steps_per_epoch: int
@@ -199,7 +201,7 @@ class Examiner:
         Raises:
             Interrupted: some rank was asked to stop.
         """
-        if not self.due(step) or not self.record.lacks(step):
+        if not self.due(step) or not self.history.lacks(step):
             return
         learner, ranks = self.learner, self.learner.ranks
         models: dict[str, nn.Module] = {"model": learner.module}
@@ -212,7 +214,7 @@ class Examiner:
                 f"state of step {step:,} saved, without its validation; the same command continues",
                 interrupted.requeue,
             ) from None
-        self.record.unreadable |= dict(merged(list(self.unreadable.items()), ranks))
+        self.history.unreadable |= dict(merged(list(self.unreadable.items()), ranks))
         self.unreadable.clear()
         self._note(step, counts, models)
 
@@ -220,12 +222,12 @@ class Examiner:
         learner, scores = self.learner, {name: each.scores() for name, each in counts.items()}
         entry = {"epoch": round(step / self.steps_per_epoch, 4), "step": step, **scores}
         of = list(models)[-1]  # the average, where there is one
-        best = self.record.add(entry, of, counts[of], models[of] if learner.ranks.first else None)
+        best = self.history.add(entry, of, counts[of], models[of] if learner.ranks.first else None)
         learner.log(
             step, {f"val_{name}_{score}": value for name, each in scores.items() for score, value in each.items()}
         )
         if best and learner.ranks.first:
-            _write_weights(learner.folder / BEST_NAME, self.record.weights, self.metadata, self.record.best or {})
+            _write_weights(learner.folder / BEST_NAME, self.history.weights, self.metadata, self.history.best or {})
         told = ", ".join(f"{name} top-1 {each['top1']:.2%} top-5 {each['top5']:.2%}" for name, each in scores.items())
         say(f"finetune: epoch {entry['epoch']:g}: {told}, loss {scores[of]['loss']:.4f}{', the best' if best else ''}")
 
@@ -235,38 +237,38 @@ def _write_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str
     write_bytes_atomic(path, to_safetensors(state, metadata | {"validation": json.dumps(entry)}))
 
 
-def _export(examiner: Examiner, start: LoadedWeights, source: ShardSet, held_out: ShardSet) -> None:
+def _export(schedule: ValidationSchedule, start: LoadedWeights, source: ShardSet, held_out: ShardSet) -> None:
     """Write the last and the best weights, and the report; say so."""
-    recipe, learner, record = examiner.recipe, examiner.learner, examiner.record
-    assert record.best is not None  # validated after the last step
-    folder, last = recipe.run.folder, record.history[-1]
+    recipe, learner, history = schedule.recipe, schedule.learner, schedule.history
+    assert history.best is not None  # validated after the last step
+    folder, last = recipe.run.folder, history.entries[-1]
     files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
         LAST_NAME: (learner.module.state_dict(), last | {"of": "model"}),
-        BEST_NAME: (record.weights, record.best),
+        BEST_NAME: (history.weights, history.best),
     }
     if learner.ema is not None:
         files[LAST_EMA_NAME] = (learner.ema.module.state_dict(), last | {"of": "ema"})
     weights = {}
     for name, (state, entry) in files.items():
-        _write_weights(folder / name, state, examiner.metadata, entry)
+        _write_weights(folder / name, state, schedule.metadata, entry)
         about = {key: entry[key] for key in ("of", "epoch", "step")}
         weights[name] = about | entry[entry["of"]] | {"weights_sha256": tensors_sha256(state)}
     report = {
         "weights": weights,
         "num_train_images": source.num_samples,
-        "num_val_images": int(record.confusion.sum()),
-        "num_classes": len(record.confusion),
+        "num_val_images": int(history.confusion.sum()),
+        "num_classes": len(history.confusion),
         "unreadable": [
             {"set": name, "key": key, "reason": reason}
-            for name, found in (("train", sorted(record.unreadable.items())), ("val", examiner.validation.unreadable))
+            for name, found in (("train", sorted(history.unreadable.items())), ("val", schedule.validation.unreadable))
             for key, reason in found
         ],
-        "model": timm_arguments(recipe.model, len(record.confusion), recipe.pool),
+        "model": timm_arguments(recipe.model, len(history.confusion), recipe.pool),
         "started_from": {"weights": recipe.weights, "sha256": start.sha256, "new": start.new, "unused": start.dropped},
         "recipe_digest": recipe_digest(recipe),
         "libraries": environment(),
-        "history": record.history,
-        "classes_of_best": by_class(record.confusion, source.classes or held_out.classes),
+        "history": history.entries,
+        "classes_of_best": by_class(history.confusion, source.classes or held_out.classes),
     }
     write_json_atomic(folder / REPORT_NAME, report)
     best = weights[BEST_NAME]

@@ -134,11 +134,11 @@ def merged(unreadable: Sequence[tuple[str, str]], ranks: Ranks) -> list[tuple[st
     return sorted({(key, reason) for payload in payloads for key, reason in json.loads(payload)})
 
 
-class Record:
+class History:
     """What the validations of a run found; part of its state.
 
     Attributes:
-        history: one entry per validation: epoch, step, and the scores of each model.
+        entries: one per validation: epoch, step, and the scores of each model.
         best: the entry of the best weights so far, with "of": whose they are; None before the first validation.
         weights: those, on the CPU; on rank 0 only.
         confusion: int64 [K, K], theirs.
@@ -146,7 +146,7 @@ class Record:
     """
 
     def __init__(self) -> None:
-        self.history: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.weights: dict[str, Tensor] = {}
         self.confusion = torch.empty(0, 0, dtype=torch.int64)
@@ -156,12 +156,12 @@ class Record:
         """Note a validation; whether the weights are the best so far, of equally good ones the first.
 
         Args:
-            entry: for the history.
+            entry: the new one.
             of: the model in it that is compared.
             counts: of that model.
             model: itself; None where its weights are not kept.
         """
-        self.history.append(entry)
+        self.entries.append(entry)
         if self.best is not None and self.best[of]["top1"] >= entry[of]["top1"]:
             return False
         self.best, self.confusion = entry | {"of": of}, counts.confusion
@@ -171,7 +171,7 @@ class Record:
 
     def lacks(self, step: int) -> bool:
         """Whether there was no validation after so many steps."""
-        return all(entry["step"] != step for entry in self.history)
+        return all(entry["step"] != step for entry in self.entries)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""

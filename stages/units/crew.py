@@ -184,7 +184,7 @@ class Crew:
         self._flights: dict[Any, tuple[_Member, UnitId | None]] = {}  # by the call's reference; None: `open`
         self._deaths = 0  # since the last commit
         self._waiting_since_s = time.monotonic()
-        self.members = [self._hire() for _ in range(min(self._wanted(), max(1, len(ledger.left()))))]
+        self.members = [self._start() for _ in range(min(self._wanted(), max(1, len(ledger.left()))))]
         say(f"cache-teacher: {len(self.members)} workers on {len(_nodes())} nodes")
 
     def work(self, stop: StopFlag) -> None:
@@ -210,7 +210,7 @@ class Crew:
             self.board.meter.advance(0)
             self._say_if_nobody_works()
 
-    def dismiss(self, politely: bool) -> None:
+    def stop(self, politely: bool) -> None:
         """End all workers; politely: they commit what is whole and give back their leases, within `CLOSE_S`."""
         closing = [member.actor.close.remote() for member in self.members if member.units_ahead]
         if closing and politely:
@@ -243,7 +243,7 @@ class Crew:
         gpus, each = resources.get("GPU", 0.0), self.config.gpus_per_worker
         return int(by_cpu if not each else min(by_cpu, gpus * int(1 / each + 1e-6) if each < 1 else gpus))
 
-    def _hire(self) -> _Member:
+    def _start(self) -> _Member:
         options = {
             "num_cpus": self.config.cpus_per_worker,
             "num_gpus": self.config.gpus_per_worker,
@@ -302,7 +302,7 @@ class Crew:
                 got=_reason(cause),
                 hint="the logs of the workers are in Ray's session folder, /tmp/ray/session_latest/logs",
             )
-        self.members.append(self._hire())
+        self.members.append(self._start())
 
     def _say_if_nobody_works(self) -> None:
         now_s = time.monotonic()

@@ -38,7 +38,7 @@ class AuditedViews:
 
 
 @dataclass
-class Encoded:
+class EncodedBatch:
     """A batch behind the teacher.
 
     Attributes:
@@ -58,7 +58,7 @@ class Encoded:
 
 def encode(
     teacher: Teacher, kind: TargetKind, batch: ViewBatch, piece: Piece, audit_views: int, device: torch.device
-) -> Encoded:
+) -> EncodedBatch:
     """Run a batch through teacher and codec. On a GPU that goes on when this returns.
 
     Args:
@@ -66,7 +66,7 @@ def encode(
             image are too alike to say how gradients vary.
     """
     if not batch.keys:
-        return Encoded(piece, batch)
+        return EncodedBatch(piece, batch)
     pixels = batch.pixels.to(device, non_blocking=True)
     view_keys = batch.view_keys.to(device, non_blocking=True)
     marks = Marks(device)
@@ -86,7 +86,7 @@ def encode(
     arrays = {name: array.to("cpu", non_blocking=True) for name, array in records.items()}
     finite = finite.to("cpu", non_blocking=True)
     marks.mark()
-    return Encoded(piece, batch, arrays, marks, audited, finite)
+    return EncodedBatch(piece, batch, arrays, marks, audited, finite)
 
 
 def _picked(array: Tensor, some: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Draft:
         self._keys: list[str] = []
         self._parts: list[dict[str, npt.NDArray[Any]]] = []
 
-    def add(self, encoded: Encoded) -> None:
+    def add(self, encoded: EncodedBatch) -> None:
         """Append a batch; its marks have been waited for."""
         batch = encoded.batch
         self.unreadable += batch.unreadable

@@ -134,4 +134,4 @@ def _work_on_cluster(
         politely = True
         raise
     finally:
-        crew.dismiss(politely)
+        crew.stop(politely)

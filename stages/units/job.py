@@ -31,7 +31,7 @@ from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.background import Background
 from tinymim.stages.units.batch_size import find_images_per_batch
 from tinymim.stages.units.constants import settle_constants
-from tinymim.stages.units.draft import AuditedViews, Draft, Encoded, encode
+from tinymim.stages.units.draft import AuditedViews, Draft, EncodedBatch, encode
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.ledger import Piece, UnitBatches, UnitReport
 from tinymim.stages.units.timing import Stopwatch
@@ -137,7 +137,7 @@ class TeacherJob:
             raise
         self._settle_finished(units, watch)
 
-    def _round(self, units: Units, stop: Stop, watch: Stopwatch, collect: Background[Encoded]) -> bool:
+    def _round(self, units: Units, stop: Stop, watch: Stopwatch, collect: Background[EncodedBatch]) -> bool:
         """Work on what one loader yields. False: a shard as a whole failed, and the loader ended with it."""
         pieces = UnitBatches(self.source, self.images_per_batch, lambda wait: self._claimed(units, wait, watch))
         plan = pieces.plan()
@@ -245,7 +245,7 @@ class _Collector:
         self._job, self._watch, self._write = job, watch, write
         self._draft: Draft | None = None
 
-    def add(self, encoded: Encoded) -> None:
+    def add(self, encoded: EncodedBatch) -> None:
         """A batch; in tar order, unit after unit."""
         piece: Piece = encoded.piece
         if piece.first or self._draft is None:

@@ -151,7 +151,7 @@ class TargetKindContract:
     def _gradient(kind: TargetKind, answers: Answers, target: Any) -> Tensor:
         """[B, N]: of each view's losses, means over parts, by its answers."""
         total = torch.stack([loss.parts.mean(1) for loss in kind.losses(answers, target).values()]).sum()
-        grads = torch.autograd.grad(total, answers, allow_unused=True)
+        grads: tuple[Tensor | None, ...] = torch.autograd.grad(total, answers, allow_unused=True)
         return torch.cat([grad.flatten(1) for grad in grads if grad is not None], dim=1).double()
 
     def test_the_heads_gradient_by_part_is_autograds(self, case: str) -> None:
