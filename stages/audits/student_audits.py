@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from tinymim.models.student import StudentModel
 from tinymim.stages.audits.alarm import Audited, alarms, points_of
 from tinymim.stages.audits.batch import AuditBatch
 from tinymim.stages.audits.knn import AuditKnn
-from tinymim.stages.run.folder import AUDIT_NAME
+from tinymim.stages.run.folder import AUDIT_NAME, read_audits
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.bookkeeping import Bookkeeping
@@ -182,12 +181,6 @@ def _in_eval_mode(students: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for student in students:
             student.train()
-
-
-def read_audits(folder: Path) -> list[dict[str, Any]]:
-    """The audits of a student so far, from its run folder; none where there is no such file."""
-    path = folder / AUDIT_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _write(subject: _Subject, entry: Mapping[str, Any], compared: Mapping[str, Mapping[str, Audited]]) -> None:

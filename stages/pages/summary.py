@@ -11,11 +11,22 @@ from safetensors.torch import load_file
 
 from tinymim.configs.errors import RecipeError, UserError
 from tinymim.models.checkpoints import tensors_sha256
-from tinymim.stages.run.folder import AUDIT_NAME
-from tinymim.stages.run.sessions import read_sessions
+from tinymim.stages.run.folder import (
+    ENCODER_EMA_NAME,
+    EVALUATION_NAME,
+    FINETUNED_NAME,
+    LAST_EMA_NAME,
+    RECIPE_NAME,
+    STUDENT_EMA_NAME,
+    VERSIONS_NAME,
+    read_audits,
+    read_metrics,
+    read_sessions,
+)
 
 STAGES: Final = ("train-student", "pretrain-mae", "finetune", "evaluate", "cache-teacher")
 _ACCURACIES = ("_top1", "_top5")
+_AVERAGES = (STUDENT_EMA_NAME, ENCODER_EMA_NAME, LAST_EMA_NAME)
 Line = Mapping[str, Any]
 
 
@@ -91,12 +102,12 @@ def read_runs(folders: Sequence[Path]) -> list[RunSummary]:
 
 
 def _recipe_of(folder: Path) -> dict[str, Any]:
-    expected = f"a folder with the recipe.yaml that {', '.join(STAGES[:-1])} or {STAGES[-1]} wrote"
+    expected = f"a folder with the {RECIPE_NAME} that {', '.join(STAGES[:-1])} or {STAGES[-1]} wrote"
     try:
-        data = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        data = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        inside = sorted(path.parent.name for path in folder.glob("*/recipe.yaml")) if folder.is_dir() else []
-        there = f"no recipe.yaml, but runs in it: {', '.join(inside[:5])}" if inside else "no recipe.yaml"
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{RECIPE_NAME}")) if folder.is_dir() else []
+        there = f"no {RECIPE_NAME}, but runs in it: {', '.join(inside[:5])}" if inside else f"no {RECIPE_NAME}"
         raise UserError(
             f"{folder} is no run folder",
             got=there if folder.is_dir() else "no such folder",
@@ -105,7 +116,7 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} has an unreadable recipe.yaml", got=reason, expected=expected) from None
+        raise UserError(f"{folder} has an unreadable {RECIPE_NAME}", got=reason, expected=expected) from None
     stage = data.get("stage") if isinstance(data, dict) else None
     if stage not in STAGES:
         raise UserError(f"{folder} is of no run that can be compared", got=f"stage: {stage}", expected=expected)
@@ -113,9 +124,9 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
-    versions = _json(folder / "versions.json")
+    versions = _json(folder / VERSIONS_NAME)
     run = RunSummary(folder.name, folder, recipe["stage"], recipe, flattened(versions))
-    metrics, audits = _lines(folder / "metrics.jsonl"), _lines(folder / AUDIT_NAME)
+    metrics, audits = read_metrics(folder), read_audits(folder)
     epoch_steps = _steps_per_epoch(metrics, audits)
     if run.stage in ("train-student", "pretrain-mae", "finetune"):
         for line in metrics:
@@ -170,10 +181,10 @@ def _read_results(run: RunSummary, metrics: Sequence[Line]) -> None:
         run.results["steps"] = max(steps)
     if epochs := [point.epoch for points in run.curves.values() for point in points if point.epoch is not None]:
         run.results["epochs"] = max(epochs)
-    for name, value in _json(run.folder / "evaluation.json").items():
+    for name, value in _json(run.folder / EVALUATION_NAME).items():
         if name.endswith(_ACCURACIES):
             run.results[name] = value
-    for name, entry in _json(run.folder / "finetuned.json").get("weights", {}).items():
+    for name, entry in _json(run.folder / FINETUNED_NAME).get("weights", {}).items():
         kind = name.removesuffix(".safetensors")
         run.results |= {f"finetuned_{kind}_{key}": entry[key] for key in ("top1", "top5") if key in entry}
 
@@ -186,8 +197,8 @@ def _give_evaluations(runs: Sequence[RunSummary]) -> None:
         of = by_folder.get(path.resolve().parent)
         if run.stage != "evaluate" or of is None or path.suffix != ".safetensors" or not path.exists():
             continue
-        if tensors_sha256(load_file(path)) == _json(run.folder / "evaluation.json").get("weights_sha256"):
-            mark = "ema_" if "-ema" in path.name else ""
+        if tensors_sha256(load_file(path)) == _json(run.folder / EVALUATION_NAME).get("weights_sha256"):
+            mark = "ema_" if path.name in _AVERAGES else ""
             of.results |= {mark + name: value for name, value in run.results.items() if name.endswith(_ACCURACIES)}
 
 
@@ -256,19 +267,6 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
             count += 1
         names.append("/".join(own[-count:]))
     return names
-
-
-def _lines(path: Path) -> list[Line]:
-    """The lines of a JSON-lines file that have a step; one that a kill cut short is left out."""
-    found: list[Line] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int | float):
-            found.append(line)
-    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

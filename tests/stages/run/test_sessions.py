@@ -7,9 +7,9 @@ import pytest
 
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.run import sessions
-from tinymim.stages.run.folder import RunFolder
+from tinymim.stages.run.folder import SESSIONS_NAME, RunFolder, read_sessions
 from tinymim.stages.run.interrupt import Interrupted
-from tinymim.stages.run.sessions import SESSIONS_NAME, Session, read_sessions
+from tinymim.stages.run.sessions import Session
 from tinymim.stages.training import student_step
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, signal_in_step, student_recipe, write_teacher
 
@@ -48,7 +48,7 @@ def test_seconds_of_all_sessions_are_on_record_also_of_one_that_was_killed(
 def test_device_seconds_of_workers_elsewhere_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, recipe = Clock(monkeypatch), cache_recipe(tmp_path)
     recipe.run.folder.mkdir()
-    session = Session(recipe, anew=False)
+    session = Session(recipe.run.folder / SESSIONS_NAME, "CPU", anew=False)
     clock.now_s += 10
     session.device_s = 70.0
     session.tick(last=True)
