@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from tinymim.configs.errors import first_line
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
+from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.run.progress import Phase, ProgressFiles
 from tinymim.stages.run.sessions import Session, device_name
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
@@ -24,6 +27,8 @@ VERSIONS_NAME = "versions.json"
 METRICS_NAME = "metrics.jsonl"
 AUDIT_NAME = "audit.jsonl"  # of train-student: its student audits
 SESSIONS_NAME = "sessions.jsonl"
+LOG_NAME = "log.txt"  # messages, with times
+STATUS_NAME = "status.json"  # of the process that wrote last
 BOARD_NAME = "tensorboard"  # a folder
 
 STUDENT_NAME = "student.safetensors"  # train-student
@@ -59,12 +64,17 @@ class RunFolder:
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._board = SummaryWriter(str(self.path / BOARD_NAME), purge_step=first_step or None)
 
+        self._progress = ProgressFiles(self.path / LOG_NAME, self.path / STATUS_NAME)
+
     def __enter__(self) -> "RunFolder":
+        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._progress.end(*_outcome(error))
+        self._progress.__exit__(kind, error, trace)
         self.session.tick(last=True)
         self._metrics.close()
         self._board.close()
@@ -76,6 +86,14 @@ class RunFolder:
         self.session.tick()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+
+def _outcome(error: BaseException | None) -> tuple[Phase, str]:
+    """How a run ended, and the first line of why."""
+    if error is None:
+        return "done", ""
+    stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+    return "interrupted" if stopped else "failed", first_line(error)
 
 
 def write_provenance(recipe: RunRecipe) -> None:
