@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tinymim.stages.run import progress
 from tinymim.stages.run.folder import LOG_NAME, STATUS_NAME, RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, ProgressFiles, say, silence
+from tinymim.storage.atomic import write_json_atomic
 from tinymim.tests.stages.tiny import student_recipe
 
 
@@ -119,10 +121,9 @@ class Folder(ProgressFiles):
 def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Every status that is written, by whatever folder."""
     found: list[dict[str, Any]] = []
-    write = progress.write_json_atomic
 
     def spy(path: Path, status: dict[str, Any]) -> None:
-        write(path, status)
+        write_json_atomic(path, status)
         found.append(status)
 
     monkeypatch.setattr(progress, "write_json_atomic", spy)
@@ -142,7 +143,7 @@ def test_the_status_has_all_that_the_line_shows(clock: Clock, tmp_path: Path) ->
         clock.now_s += 10
         meter.advance(20, "loss 1.5")
         found = folder.status
-    assert progress.datetime.fromisoformat(found.pop("time")).tzinfo is not None
+    assert datetime.fromisoformat(found.pop("time")).tzinfo is not None
     assert found == {
         "label": "train",
         "phase": "running",
