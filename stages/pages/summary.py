@@ -16,6 +16,7 @@ from tinymim.stages.run.folder import (
     EVALUATION_NAME,
     FINETUNED_NAME,
     LAST_EMA_NAME,
+    METRICS_NAME,
     RECIPE_NAME,
     STUDENT_EMA_NAME,
     VERSIONS_NAME,
@@ -23,9 +24,9 @@ from tinymim.stages.run.folder import (
     read_metrics,
     read_sessions,
 )
+from tinymim.stages.run.metrics import EMA, audit_metrics, members, metric
 
 STAGES: Final = ("train-student", "pretrain-mae", "finetune", "evaluate", "cache-teacher")
-_ACCURACIES = ("_top1", "_top5")
 _AVERAGES = (STUDENT_EMA_NAME, ENCODER_EMA_NAME, LAST_EMA_NAME)
 Line = Mapping[str, Any]
 
@@ -50,7 +51,7 @@ class RunSummary:
         recipe: as resolved, plain values.
         versions: what `versions.json` holds, flattened.
         curves: by name of a metric; those of audits begin with `audit_`.
-        results: by name, numbers to compare: top-1 as shares, losses, alarms.
+        results: numbers to compare, by name of a metric.
         elapsed_s, device_s: of all its sessions.
         sessions: how many these were.
         devices: their names.
@@ -76,6 +77,17 @@ class RunSummary:
         if self.teacher_device_s is None or not self.device_s:
             return None
         return self.teacher_device_s / (self.teacher_device_s + self.device_s)
+
+    @property
+    def costs(self) -> dict[str, float | None]:
+        """What the run took, by name of a metric."""
+        device_h, teacher_h = (None if s is None else s / 3600 for s in (self.device_s, self.teacher_device_s))
+        return {
+            "elapsed_s": self.elapsed_s,
+            "device_h": device_h,
+            "teacher_h": teacher_h,
+            "teacher_share": self.teacher_share,
+        }
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunSummary]:
@@ -131,14 +143,15 @@ def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
     if run.stage in ("train-student", "pretrain-mae", "finetune"):
         for line in metrics:
             # A line is of its step, counted from 0; a validation's of the steps that were done.
-            done = line["step"] + (0 if any(name.startswith("val_") for name in line) else 1)
+            done = line["step"] + (0 if members("val_*", line) else 1)
             for name, value in line.items():
-                if _is_curve(name) and isinstance(value, int | float):
+                if metric(name).curve == METRICS_NAME and isinstance(value, int | float):
                     epoch = done / epoch_steps if epoch_steps else None
                     run.curves.setdefault(name, []).append(Point(done, epoch, value))
         for line in audits:
-            for name, value in _audit_values(line).items():
-                run.curves.setdefault(name, []).append(Point(line["step"], line.get("epoch"), value))
+            for name in (found := audit_metrics(line)):
+                if metric(name).curve:
+                    run.curves.setdefault(name, []).append(Point(line["step"], line.get("epoch"), found[name]))
         if audits:
             run.results["alarms"] = sum(len(line.get("alarms", ())) for line in audits)
     _read_results(run, metrics)
@@ -148,20 +161,6 @@ def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
         run.device_s = sum(session["device_s"] for session in sessions)
         run.sessions, run.devices = len(sessions), list(dict.fromkeys(session["device"] for session in sessions))
     return run
-
-
-def _is_curve(name: str) -> bool:
-    return name == "loss" or name.startswith(("kl_", "val_"))
-
-
-def _audit_values(line: Line) -> dict[str, float]:
-    """The numbers of an audit that are curves: KL by relation, k-NN, also of the average; names as in the metrics."""
-    values = {f"audit_{name}": value for name, value in line.items() if "knn_" in name}
-    for name, each in line.items():
-        if isinstance(each, dict) and "kl" in each:
-            relation = name.removeprefix("ema_")
-            values[f"audit_{name.removesuffix(relation)}kl_{relation}"] = each["kl"]
-    return values
 
 
 def _steps_per_epoch(metrics: Sequence[Line], audits: Sequence[Line]) -> float | None:
@@ -181,9 +180,8 @@ def _read_results(run: RunSummary, metrics: Sequence[Line]) -> None:
         run.results["steps"] = max(steps)
     if epochs := [point.epoch for points in run.curves.values() for point in points if point.epoch is not None]:
         run.results["epochs"] = max(epochs)
-    for name, value in _json(run.folder / EVALUATION_NAME).items():
-        if name.endswith(_ACCURACIES):
-            run.results[name] = value
+    evaluation = _json(run.folder / EVALUATION_NAME)
+    run.results |= {name: value for name, value in evaluation.items() if isinstance(value, float)}  # counts are whole
     for name, entry in _json(run.folder / FINETUNED_NAME).get("weights", {}).items():
         kind = name.removesuffix(".safetensors")
         run.results |= {f"finetuned_{kind}_{key}": entry[key] for key in ("top1", "top5") if key in entry}
@@ -198,8 +196,8 @@ def _give_evaluations(runs: Sequence[RunSummary]) -> None:
         if run.stage != "evaluate" or of is None or path.suffix != ".safetensors" or not path.exists():
             continue
         if tensors_sha256(load_file(path)) == _json(run.folder / EVALUATION_NAME).get("weights_sha256"):
-            mark = "ema_" if path.name in _AVERAGES else ""
-            of.results |= {mark + name: value for name, value in run.results.items() if name.endswith(_ACCURACIES)}
+            mark = EMA if path.name in _AVERAGES else ""
+            of.results |= {mark + name: value for name, value in run.results.items()}
 
 
 def _share_stage_one(runs: Sequence[RunSummary]) -> None:
