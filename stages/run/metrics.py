@@ -141,7 +141,7 @@ def audit_metrics(line: Mapping[str, Any], measure: str = "kl") -> dict[str, flo
 
 
 def _marked(measure: str, loss: str) -> str:
-    """kl_qk for qk, and ema_kl_qk for ema_qk."""
+    """The measure goes between the mark of the average, if there is one, and the name of the loss."""
     own = loss.removeprefix(EMA)
     return f"{loss.removesuffix(own)}{measure}_{own}"
 
