@@ -45,7 +45,7 @@ from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, train_student
 from tinymim.stages.cache.info import describe
 from tinymim.stages.fidelity import spread_items
-from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
+from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.states import read_state
 from tinymim.storage.atomic import write_json_atomic
@@ -208,7 +208,7 @@ def _finetuned(lab: Lab, arm: Arm, seed: int) -> None:
     recipe = cast(FinetuneRecipe, load_recipe(Path("tinyimagenet40-finetune"), "finetune", sets))
     report = finetune.run(recipe)
     assert report is not None
-    last = report["weights"][finetune.LAST_NAME]
+    last = report["weights"][LAST_NAME]
     record = {"arm": arm.name, "seed": seed, "finetune_top1": last["top1"], "top5": last["top5"]}
     write_json_atomic(result, record | {"commit": provenance.commit()})
 
@@ -225,7 +225,7 @@ def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[Model
         return {"": (model, "random")}
     if arm.kind == "supervised":
         finetune.run(cast(FinetuneRecipe, load_recipe(Path(base), command, sets)))
-        return {"": (model, str(folder / finetune.LAST_NAME))}
+        return {"": (model, str(folder / LAST_NAME))}
     if arm.kind == "mae":
         pretrain_mae.run(cast(PretrainMaeRecipe, load_recipe(Path(base), command, sets)))
         return {"": (model, str(folder / ENCODER_NAME))}

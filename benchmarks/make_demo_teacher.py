@@ -14,7 +14,7 @@ from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
 from tinymim.models.checkpoints import read_metadata, read_tensors, to_safetensors
 from tinymim.stages import make_shards, pretrain_mae
-from tinymim.stages.run.folder import ENCODER_NAME
+from tinymim.stages.run.folder import ENCODER_NAME, METRICS_NAME
 from tinymim.storage.atomic import write_bytes_atomic
 
 WEIGHTS = Path(__file__).parent.parent / "models" / "weights"
@@ -34,7 +34,7 @@ def main() -> None:
         encoder = recipe.run.folder / ENCODER_NAME
     packed = to_safetensors(read_tensors(encoder), read_metadata(encoder), half=True)
     write_bytes_atomic(WEIGHTS / "demo-teacher.safetensors", packed)
-    shutil.copyfile(encoder.parent / "metrics.jsonl", WEIGHTS / "demo-teacher.metrics.jsonl")
+    shutil.copyfile(encoder.parent / METRICS_NAME, WEIGHTS / "demo-teacher.metrics.jsonl")
     print(f"{WEIGHTS / 'demo-teacher.safetensors'}: {len(packed):,} bytes")
 
 

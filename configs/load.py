@@ -253,6 +253,8 @@ def _problem(recipe: type[Section], error: ErrorDetails) -> str:
             return f"{name}: missing, and it has no default"
         case "value_error":  # from a validator of the schema, which states the values itself
             return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+        case "union_tag_not_found":
+            return f"{name}.name: missing, and it has no default"
         case "union_tag_invalid":
             tags = error["ctx"]["expected_tags"]
             return f"{name}.name: got {error['ctx']['tag']!r}; expected one of {tags}"

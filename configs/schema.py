@@ -19,11 +19,12 @@ from tinymim.configs.sections import (
     ClusterConfig,
     Device,
     EmaConfig,
+    Evaluator,
     Fraction,
     JitterConfig,
-    KnnConfig,
+    KnnEvaluator,
     LayerwiseOptimConfig,
-    LinearProbeConfig,
+    LinearEvaluator,
     LoaderConfig,
     MaeConfig,
     ModelConfig,
@@ -220,7 +221,7 @@ TrainingRecipe = PretrainMaeRecipe | TrainStudentRecipe | FinetuneRecipe
 
 
 class EvaluateRecipe(Section):
-    """`tinymim evaluate`: k-NN and linear probe of a frozen encoder on labelled shards."""
+    """`tinymim evaluate`: evaluators of a frozen encoder, such as k-NN and a linear probe, on labelled shards."""
 
     stage: Literal["evaluate"]
     train: SourceConfig
@@ -233,10 +234,18 @@ class EvaluateRecipe(Section):
     std: tuple[float, float, float] | None = None
     resize_ratio: Annotated[float, Field(ge=1)] = 1.143  # short side = size x ratio, then centre crop (256/224)
     batch_size: Positive = 256
-    knn: KnnConfig = KnnConfig()
-    linear: LinearProbeConfig = LinearProbeConfig()
+    evaluators: tuple[Evaluator, ...] = (KnnEvaluator(name="knn"), LinearEvaluator(name="linear"))
     loader: LoaderConfig = LoaderConfig()
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "EvaluateRecipe":
+        names = [each.name for each in self.evaluators]
+        if not names:
+            raise ValueError("evaluators is empty: name at least one")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"evaluators names {', '.join(twice)} twice: the results have one place for each")
+        return self
 
 
 class FidelityRecipe(Section):

@@ -236,11 +236,21 @@ class KnnConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.07
 
 
-class LinearProbeConfig(Section):
-    """Multinomial logistic regression on standardised features by L-BFGS, full batch."""
+class KnnEvaluator(KnnConfig):
+    """An evaluator: top-1 and top-5 accuracy of k-NN."""
 
+    name: Literal["knn"]
+
+
+class LinearEvaluator(Section):
+    """An evaluator: accuracy of multinomial logistic regression on standardised features by L-BFGS, full batch."""
+
+    name: Literal["linear"]
     l2: Annotated[float, Field(ge=0)] = 1e-3
     max_iter: Positive = 200
+
+
+Evaluator = Annotated[KnnEvaluator | LinearEvaluator, Field(discriminator="name")]
 
 
 class AuditKnnConfig(KnnConfig):

@@ -7,32 +7,12 @@ from typing import Any
 
 from tinymim.configs.errors import UserError
 from tinymim.stages.pages.compare import page
+from tinymim.stages.pages.numbers import field_value
 from tinymim.stages.pages.summary import RunSummary, differences, read_runs
 from tinymim.stages.pages.tables import plain_table
+from tinymim.stages.run.metrics import MISSING, formatted, in_order, metric
 from tinymim.stages.run.progress import say
 from tinymim.storage.atomic import write_bytes_atomic
-
-MISSING = "-"
-# Columns of results, in their order: name of the metric, header. Those that no run has are left out.
-_RESULTS = {
-    "steps": "steps",
-    "epochs": "epochs",
-    "loss": "loss",
-    "kl_qk": "KL qk",
-    "kl_vv": "KL vv",
-    "kl_qq": "KL qq",
-    "kl_kk": "KL kk",
-    "audit_kl_qk": "audit KL qk",
-    "audit_kl_vv": "audit KL vv",
-    "audit_kl_qq": "audit KL qq",
-    "audit_kl_kk": "audit KL kk",
-    "alarms": "alarms",
-    "audit_knn_top1": "audit k-NN",
-    "knn_top1": "k-NN",
-    "linear_top1": "linear",
-    "finetuned_best_top1": "best top-1",
-    "finetuned_last_top1": "last top-1",
-}
 
 
 def run(folders: Sequence[Path], out: Path) -> list[RunSummary]:
@@ -53,8 +33,12 @@ def run(folders: Sequence[Path], out: Path) -> list[RunSummary]:
 
 
 def as_json(runs: Sequence[RunSummary]) -> dict[str, Any]:
-    """All that the page shows, and every point of the curves."""
+    """All that the page shows, every point of the curves, and how to read each metric."""
     return {
+        "metrics": {
+            name: {"header": metric(name).header, "better": metric(name).better}
+            for name in in_order(name for run in runs for name in run.results)
+        },
         "runs": [
             asdict(each)
             | {"folder": str(each.folder), "teacher_share": each.teacher_share}
@@ -79,18 +63,13 @@ def as_text(runs: Sequence[RunSummary]) -> str:
 
 def table_cells(runs: Sequence[RunSummary]) -> list[list[str]]:
     """Header and one row per run."""
-    columns: dict[str, list[str]] = {"run": [each.name for each in runs], "stage": [each.stage for each in runs]}
-    for name, header in _RESULTS.items():
-        values = [each.results.get(name) for each in runs]
-        if any(value is not None for value in values):
-            columns[header] = [_number(name, value) for value in values]
-    columns |= {
-        "seconds": [_rounded(each.elapsed_s) for each in runs],
-        "device-h": [_hours(each.device_s) for each in runs],
-        "teacher-h": [_hours(each.teacher_device_s) for each in runs],
-        "teacher share": [MISSING if each.teacher_share is None else f"{each.teacher_share:.0%}" for each in runs],
-    }
-    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    values: list[dict[str, float | None]] = [{**run.results, **run.costs} for run in runs]
+    names = [name for name in in_order(name for each in values for name in each) if metric(name).column]
+    rows = [
+        [run.name, run.stage, *(formatted(name, own.get(name)) for name in names)]
+        for run, own in zip(runs, values, strict=True)
+    ]
+    return [["run", "stage", *(metric(name).header for name in names)], *rows]
 
 
 def by_stage(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
@@ -107,31 +86,9 @@ def difference_cells(runs: Sequence[RunSummary]) -> dict[str, list[list[str]]]:
     for stage, same in by_stage(runs).items():
         names = [each.name for each in same]
         rows = [
-            [field, *(_plain(values[name]) if name in values else MISSING for name in names)]
+            [field, *(field_value(values[name]) if name in values else MISSING for name in names)]
             for field, values in differences(same).items()
         ]
         if rows:
             tables[stage] = [["field", *names], *rows]
     return tables
-
-
-def _plain(value: object) -> str:
-    return "null" if value is None else str(value)
-
-
-def _number(name: str, value: float | None) -> str:
-    if value is None:
-        return MISSING
-    if name.endswith("_top1"):
-        return f"{value:.1%}"
-    if name in ("steps", "alarms"):
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if name == "epochs" else f"{value:.4f}"
-
-
-def _rounded(seconds: float | None) -> str:
-    return MISSING if seconds is None else f"{seconds:,.0f}"
-
-
-def _hours(seconds: float | None) -> str:
-    return MISSING if seconds is None else f"{seconds / 3600:,.3f}"

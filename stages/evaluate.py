@@ -1,6 +1,7 @@
-"""`tinymim evaluate`: k-NN and linear probe of a frozen encoder on labelled shards."""
+"""`tinymim evaluate`: evaluators of a frozen encoder on labelled shards."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 
@@ -10,21 +11,28 @@ from tinymim.models.checkpoints import tensors_sha256
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
+from tinymim.stages.evaluation import knn, linear
 from tinymim.stages.evaluation.classes import count_classes
-from tinymim.stages.evaluation.encode import encode, load_encoder
-from tinymim.stages.evaluation.probes import probe
+from tinymim.stages.evaluation.encode import Encoder, load_encoder
+from tinymim.stages.evaluation.problem import Sets
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.folder import EVALUATION_NAME, RunFolder
 from tinymim.stages.run.interrupt import StopFlag
 from tinymim.stages.run.progress import say
 from tinymim.storage.atomic import write_json_atomic
 
+# By name in a recipe: (encoder, encoded sets, its own section) -> metrics by name.
+EVALUATORS: Final[dict[str, Callable[[Encoder, Sets, Any], dict[str, float]]]] = {
+    "knn": knn.run,
+    "linear": linear.run,
+}
+
 
 def run(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """Encode both sets, probe, and write `<run.folder>/evaluation.json`.
+    """Encode both sets, run the recipe's evaluators, and write `<run.folder>/evaluation.json`.
 
     Returns:
-        what the file holds: accuracies (shares, not percent), counts, and the identity of weights and recipe.
+        what the file holds: metrics (accuracies are shares, not percent), counts, the identity of weights and recipe.
 
     Raises:
         UserError: unlabelled or inconsistent sources; weights that do not exist, fit or download.
@@ -39,40 +47,30 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
 
     # ---- frozen encoder
     model, mean, std = load_encoder(recipe)
-    normalise = Normalise(mean, std)
     law = CentreView(recipe.model.img_size, recipe.resize_ratio)
+    normalise = Normalise(mean, std)
+    encoder = Encoder(model, normalise, law, recipe.block, recipe.pool, recipe.batch_size, recipe.loader, device)
 
-    # ---- features, probes
+    # ---- features, once; evaluators
+    metrics: dict[str, float] = {}
     with RunFolder(recipe) as log, StopFlag() as stop:
-        train_set, val_set = (
-            encode(
-                model,
-                source.shards,
-                law,
-                normalise,
-                block=recipe.block,
-                pool=recipe.pool,
-                batch_size=recipe.batch_size,
-                loader=recipe.loader,
-                device=device,
-                stop=stop,
-                label=f"evaluate {name}",
-            )
-            for name, source in (("train", train), ("val", val))
+        sets = Sets(
+            encoder.encode(train.shards, stop, "evaluate train"), encoder.encode(val.shards, stop, "evaluate val")
         )
-        accuracy = probe(train_set, val_set, recipe.knn, recipe.linear, device)
-        log.log(0, **accuracy)
+        for config in recipe.evaluators:
+            metrics |= EVALUATORS[config.name](encoder, sets, config)
+        log.log(0, **metrics)
 
     # ---- report
     result: dict[str, Any] = {
-        **accuracy,
-        "num_train_images": len(train_set.labels),
-        "num_val_images": len(val_set.labels),
+        **metrics,
+        "num_train_images": len(sets.train.labels),
+        "num_val_images": len(sets.val.labels),
         "num_classes": num_classes,
-        "num_features": train_set.features.shape[1],
+        "num_features": sets.train.features.shape[1],
         "unreadable": [
             {"set": name, "key": key, "reason": reason}
-            for name, encoded in (("train", train_set), ("val", val_set))
+            for name, encoded in sets._asdict().items()
             for key, reason in encoded.unreadable
         ],
         "model": recipe.model.model_dump(mode="json", exclude_none=True),

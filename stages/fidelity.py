@@ -26,7 +26,7 @@ from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.pages.fidelity import draw_frontier, format_tables
 from tinymim.stages.run.device import pick_device, require_view_size
-from tinymim.stages.run.folder import RunFolder
+from tinymim.stages.run.folder import FIDELITY_NAME, FRONTIER_NAME, RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
 from tinymim.stages.training.states import read_state
@@ -37,9 +37,6 @@ from tinymim.storage.layout import stored_bytes
 from tinymim.targets.contract import Target, TargetKind
 from tinymim.targets.fidelity import StatisticMoments, merged, rounded
 from tinymim.targets.kinds import make_kind
-
-FIDELITY_NAME = "fidelity.json"
-FRONTIER_NAME = "frontier.png"
 
 _NEXT_DRAW = 0x1E3779B97F4A7C15  # added to a view key: other draws, each as good as those of the view itself
 

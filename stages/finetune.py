@@ -28,6 +28,7 @@ from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.evaluation.classes import count_classes
 from tinymim.stages.run.device import autocast, require_view_size
+from tinymim.stages.run.folder import BEST_NAME, FINETUNED_NAME, LAST_EMA_NAME, LAST_NAME
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
 from tinymim.stages.training.bookkeeping import Bookkeeping
@@ -38,10 +39,6 @@ from tinymim.stages.training.ranks import Ranks, environment_ranks, set_up
 from tinymim.stages.training.validation import Counts, History, Validation, by_class, merged
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
-LAST_NAME = "last.safetensors"
-LAST_EMA_NAME = "last-ema.safetensors"
-BEST_NAME = "best.safetensors"
-REPORT_NAME = "finetuned.json"
 CPU = torch.device("cpu")
 
 
@@ -62,7 +59,7 @@ def run(recipe: FinetuneRecipe) -> dict[str, Any] | None:
     on_ranks(train, recipe)
     if not environment_ranks().first:
         return None
-    report: dict[str, Any] = json.loads((recipe.run.folder / REPORT_NAME).read_text())
+    report: dict[str, Any] = json.loads((recipe.run.folder / FINETUNED_NAME).read_text())
     return report
 
 
@@ -270,6 +267,6 @@ def _export(schedule: ValidationSchedule, start: LoadedWeights, source: ShardSet
         "history": history.entries,
         "classes_of_best": by_class(history.confusion, source.classes or held_out.classes),
     }
-    write_json_atomic(folder / REPORT_NAME, report)
+    write_json_atomic(folder / FINETUNED_NAME, report)
     best = weights[BEST_NAME]
     say(f"finetune: wrote {folder / BEST_NAME}: top-1 {best['top1']:.2%} after {best['epoch']:g} epochs")

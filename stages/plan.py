@@ -28,7 +28,7 @@ from tinymim.stages.planning.forecast import Forecast, StudentCosts, TeacherCost
 from tinymim.stages.planning.student import measured_student
 from tinymim.stages.planning.teacher import Sampled, measured_teacher
 from tinymim.stages.run.device import pick_device
-from tinymim.stages.run.folder import provenance, read_metrics
+from tinymim.stages.run.folder import RECIPE_NAME, VERSIONS_NAME, provenance, read_metrics
 from tinymim.stages.run.progress import say
 from tinymim.stages.units.prepare import prepare
 from tinymim.storage.catalog import resolve
@@ -217,7 +217,7 @@ def _row(
 ) -> list[dict[str, Any]]:
     if actual is None:
         return []
-    there = json.loads((folder / "versions.json").read_bytes())
+    there = json.loads((folder / VERSIONS_NAME).read_bytes())
     here = provenance(recipe)
     alike = all(there.get(key) == here[key] for key in ("machine", "cuda"))
     return [
@@ -228,7 +228,7 @@ def _row(
             "actual": actual,
             "ratio": forecast_value / actual,
             "folder": str(folder),
-            "same_recipe": (folder / "recipe.yaml").read_text() == dump_recipe(recipe),
+            "same_recipe": (folder / RECIPE_NAME).read_text() == dump_recipe(recipe),
             "same_machine": alike,
         }
     ]
@@ -242,9 +242,9 @@ def _finished(
     A run that was stopped and continued logs the rate of its last part, which stands for the whole.
     """
     try:
-        stage = f"stage: {recipe.stage}" in (folder / "recipe.yaml").read_text().splitlines()
+        stage = f"stage: {recipe.stage}" in (folder / RECIPE_NAME).read_text().splitlines()
         last = [line for line in read_metrics(folder) if "views_per_s" in line][-1]  # not one of an audit
-    except (OSError, IndexError, json.JSONDecodeError):
+    except (OSError, IndexError):
         return None
     done = last["step"] == last_step if last_step is not None else True
     return views / last["views_per_s"] if stage and done and last["views_per_s"] else None

@@ -20,7 +20,7 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.device import autocast, require_view_size
-from tinymim.stages.run.folder import ENCODER_NAME
+from tinymim.stages.run.folder import ENCODER_EMA_NAME, ENCODER_NAME
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.launch import on_ranks
@@ -28,8 +28,6 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, set_up
 from tinymim.storage.atomic import write_bytes_atomic
-
-EMA_NAME = "encoder-ema.safetensors"
 
 
 def run(recipe: PretrainMaeRecipe) -> None:
@@ -108,5 +106,5 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
     if learner.ema is not None:
         averaged = learner.ema.module.encoder.state_dict()
         metadata |= {"ema": str(learner.ema.decay)}
-        write_bytes_atomic(recipe.run.folder / EMA_NAME, to_safetensors(averaged, metadata))
+        write_bytes_atomic(recipe.run.folder / ENCODER_EMA_NAME, to_safetensors(averaged, metadata))
     say(f"pretrain-mae: wrote {recipe.run.folder / ENCODER_NAME}")

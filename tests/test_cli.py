@@ -196,10 +196,10 @@ def test_evaluate_prints_its_result_and_set_reaches_the_recipe(run: Run, monkeyp
 
     monkeypatch.setattr(evaluate, "run", stage_run)
     code, out, _ = run(
-        "evaluate", "tinyimagenet40-eval", "--set", "weights=random", "--set=knn.k=7", "--set", "knn.k=9"
+        "evaluate", "tinyimagenet40-eval", "--set", "weights=random", "--set=batch_size=7", "--set", "batch_size=9"
     )
     assert code == 0 and json.loads(out) == {"knn": 0.5}
-    assert (seen[0].weights, seen[0].knn.k) == ("random", 9)
+    assert (seen[0].weights, seen[0].batch_size) == ("random", 9)
 
 
 @pytest.mark.parametrize("stage", ["pretrain_mae", "cache_teacher", "train_student"])

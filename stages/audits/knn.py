@@ -10,9 +10,10 @@ from tinymim.models import backbone
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
+from tinymim.stages.evaluation import knn
 from tinymim.stages.evaluation.classes import count_classes
-from tinymim.stages.evaluation.encode import encode
-from tinymim.stages.evaluation.probes import knn_accuracy
+from tinymim.stages.evaluation.encode import Encoder
+from tinymim.stages.evaluation.problem import Sets
 from tinymim.stages.run.interrupt import StopFlag
 
 
@@ -60,23 +61,13 @@ class AuditKnn:
         return [found[number] for number in range(len(vits))]
 
     def _on(self, device: torch.device, vits: Sequence[nn.Module], stop: StopFlag) -> list[dict[str, float]]:
+        model, batch_size = _SideBySide(vits), self.config.batch_size
+        encoder = Encoder(model, Normalise(), self._law, None, "mean", batch_size, self.loader, device)
         train, val = (
-            encode(
-                _SideBySide(vits),
-                source.shards,
-                self._law,
-                Normalise(),
-                block=None,
-                pool="mean",
-                batch_size=self.config.batch_size,
-                loader=self.loader,
-                device=device,
-                stop=stop,
-                label=f"audit k-NN, {name}",
-            )
+            encoder.encode(source.shards, stop, f"audit k-NN, {name}")
             for name, source in zip(("train", "val"), self._sets, strict=True)
         )
         widths = [backbone.widths(vit)[-1] for vit in vits]
         parts = [set_._replace(features=part) for set_ in (train, val) for part in set_.features.split(widths, dim=1)]
         pairs = zip(parts[: len(vits)], parts[len(vits) :], strict=True)
-        return [knn_accuracy(of_train, of_val, self.config, device) for of_train, of_val in pairs]
+        return [knn.run(encoder, Sets(*pair), self.config) for pair in pairs]

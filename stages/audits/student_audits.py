@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.student import StudentModel
-from tinymim.stages.audits.alarm import Audited, alarms, points_of
+from tinymim.stages.audits.alarm import alarms, points_of
 from tinymim.stages.audits.batch import AuditBatch
 from tinymim.stages.audits.knn import AuditKnn
-from tinymim.stages.run.folder import AUDIT_NAME
+from tinymim.stages.run.folder import AUDIT_NAME, read_audits
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.metrics import EMA, audit_metrics, members
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.learner import Learner
@@ -32,7 +32,6 @@ from tinymim.storage.manifest import Manifest
 from tinymim.targets.contract import TargetKind
 
 _RECENT_STEPS = 16  # over which the training's own KL is a mean, about
-EMA = "ema_"
 
 
 @dataclass
@@ -41,21 +40,21 @@ class _Subject:
 
     learner: Learner
     student: StudentModel
-    prefix: str  # of the losses' metric names
+    measure: str  # in front of the losses' names in the metrics
     steps: int = 0
     recent: dict[str, Tensor] = field(default_factory=dict)  # on the device: no step waits for it
 
     def note(self) -> None:
         """After a step."""
         self.steps += 1
-        for name, loss in self.learner.losses.items():
-            if name.startswith(self.prefix):
-                before = self.recent.get(name, torch.zeros_like(loss))
-                self.recent[name] = before + (loss - before) / min(self.steps, _RECENT_STEPS)
+        for name, target in members(f"{self.measure}_*", self.learner.losses).items():
+            loss = self.learner.losses[name]
+            before = self.recent.get(target, torch.zeros_like(loss))
+            self.recent[target] = before + (loss - before) / min(self.steps, _RECENT_STEPS)
 
     def train_kl(self) -> dict[str, float]:
         """By loss, over this process's last steps and this rank's samples; nothing before the first step."""
-        return {name.removeprefix(self.prefix): float(mean) for name, mean in self.recent.items()}
+        return {target: float(mean) for target, mean in self.recent.items()}
 
     def versions(self) -> dict[str, StudentModel]:
         """The student itself, and its average."""
@@ -87,7 +86,7 @@ class StudentAudits:
     ) -> None:
         self._config, self._first = recipe.audit, ranks.first
         self._ranks = ranks
-        self._subjects = [_Subject(learner, model, f"{kind.measure}_") for _, model, learner in students]
+        self._subjects = [_Subject(learner, model, kind.measure) for _, model, learner in students]
         self._knn: AuditKnn | None = None
         if self._config is None or not ranks.first:
             return
@@ -152,7 +151,7 @@ class StudentAudits:
             ]
             entry["seconds"] = time.monotonic() - began_s  # of the audit, of all students
             heard += [f"{each.learner.name} {text}".lstrip() for text in entry["alarms"]]
-            _write(each, entry, compared)
+            _write(each, entry)
         for text in heard:
             say(f"train-student: AUDIT ALARM after {step:,} steps: {text}")
         return heard
@@ -184,20 +183,8 @@ def _in_eval_mode(students: Sequence[nn.Module]) -> Iterator[None]:
             student.train()
 
 
-def read_audits(folder: Path) -> list[dict[str, Any]]:
-    """The audits of a student so far, from its run folder; none where there is no such file."""
-    path = folder / AUDIT_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _write(subject: _Subject, entry: Mapping[str, Any], compared: Mapping[str, Mapping[str, Audited]]) -> None:
-    learner = subject.learner
-    with open(learner.folder / AUDIT_NAME, "a", encoding="utf-8") as lines:
+def _write(subject: _Subject, entry: Mapping[str, Any]) -> None:
+    with open(subject.learner.folder / AUDIT_NAME, "a", encoding="utf-8") as lines:
         lines.write(json.dumps(entry) + "\n")
-    values = {
-        f"audit_{of}{subject.prefix}{name}": one.kl for of, all_ in compared.items() for name, one in all_.items()
-    }
-    values |= {f"audit_gap_{name}": one.gap for name, one in compared[""].items()}
-    values |= {f"audit_{name}": value for name, value in entry.items() if "knn_" in name}
     # Like all metrics of the step that was just done, counted from 0.
-    learner.log(max(entry["step"] - 1, 0), values)
+    subject.learner.log(max(entry["step"] - 1, 0), audit_metrics(entry, subject.measure))

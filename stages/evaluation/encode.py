@@ -1,6 +1,7 @@
 """Frozen features of a labelled set, and the encoder that gives them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from tinymim.stages.run.progress import Meter, say
 Rgb = tuple[float, float, float]
 
 
-class Encoded(NamedTuple):
+class EncodedSet(NamedTuple):
     """Frozen features of a labelled set, in shard order, on the CPU."""
 
     features: Tensor  # float32 [N, C]
@@ -50,53 +51,60 @@ def load_encoder(recipe: EvaluateRecipe) -> tuple[nn.Module, Rgb, Rgb]:
     return model, recipe.mean or mean, recipe.std or std
 
 
-@torch.no_grad()
-def encode(
-    model: nn.Module,
-    shards: Sequence[Shard],
-    law: ViewLaw,
-    normalise: nn.Module,
-    *,
-    block: int | None,
-    pool: str,
-    batch_size: int,
-    loader: LoaderConfig,
-    device: torch.device,
-    stop: StopFlag,
-    label: str = "encode",
-) -> Encoded:
-    """One feature vector per image of `shards`; leaves the model on `device` in eval mode.
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen model, and how it sees images.
 
     Args:
+        model: a ViT; it is put on `device`, in eval mode.
+        normalise: uint8 pixels -> the model's input; put on `device`.
         law: which view of an image is seen, `CentreView` as a rule.
-        normalise: uint8 pixels -> the model's input.
-        block: see `pooled_features`, as for `pool`.
-        label: what the progress line says.
-
-    Raises:
-        SourceError: no image can be read.
-        RecipeError: the model has no such block or no class token.
-        Interrupted: `stop` was requested.
+        block, pool: see `pooled_features`.
+        batch_size: images at once.
+        loader: its processes read and decode the images.
+        device: where the model runs, and the evaluators' own computations.
     """
-    model.to(device).eval()
-    normalise.to(device)
-    counts = [shard.num_samples for shard in shards]
-    plan = (items for unit, count in enumerate(counts) for items in view_batches(unit, count, (0,), batch_size))
-    found: list[Tensor] = []
-    labels: list[Tensor] = []
-    unreadable: list[tuple[str, str]] = []
-    with Meter(label, sum(counts), "images") as meter:
-        for batch in batches(ImageViews(tuple(shards), law), plan, loader, pin_memory=device.type == "cuda"):
-            if stop.requested:
-                raise Interrupted("no evaluation written; the same command starts again")
-            unreadable += batch.unreadable
-            if batch.keys:
-                images = normalise(batch.pixels.to(device, non_blocking=True))
-                found.append(pooled_features(model, images, block, pool).float().cpu())
-                labels.append(batch.labels)
-            meter.advance(len(batch.keys) + len(batch.unreadable))
-    if not found:
-        raise SourceError(f"{label}: no image can be read", got=f"{len(unreadable)} unreadable images")
-    for key, reason in unreadable[:10]:
-        say(f"{label}: unreadable: {key}: {reason}")
-    return Encoded(torch.cat(found), torch.cat(labels), unreadable)
+
+    model: nn.Module
+    normalise: nn.Module
+    law: ViewLaw
+    block: int | None
+    pool: str
+    batch_size: int
+    loader: LoaderConfig
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device).eval()
+        self.normalise.to(self.device)
+
+    @torch.no_grad()
+    def encode(self, shards: Sequence[Shard], stop: StopFlag, label: str = "encode") -> EncodedSet:
+        """One feature vector per image of `shards`; `label` is the progress line's.
+
+        Raises:
+            SourceError: no image can be read.
+            RecipeError: the model has no such block or no class token.
+            Interrupted: `stop` was requested.
+        """
+        counts = [shard.num_samples for shard in shards]
+        plan = (item for unit, count in enumerate(counts) for item in view_batches(unit, count, (0,), self.batch_size))
+        views, on_gpu = ImageViews(tuple(shards), self.law), self.device.type == "cuda"
+        found: list[Tensor] = []
+        labels: list[Tensor] = []
+        unreadable: list[tuple[str, str]] = []
+        with Meter(label, sum(counts), "images") as meter:
+            for batch in batches(views, plan, self.loader, pin_memory=on_gpu):
+                if stop.requested:
+                    raise Interrupted("no evaluation written; the same command starts again")
+                unreadable += batch.unreadable
+                if batch.keys:
+                    images = self.normalise(batch.pixels.to(self.device, non_blocking=True))
+                    found.append(pooled_features(self.model, images, self.block, self.pool).float().cpu())
+                    labels.append(batch.labels)
+                meter.advance(len(batch.keys) + len(batch.unreadable))
+        if not found:
+            raise SourceError(f"{label}: no image can be read", got=f"{len(unreadable)} unreadable images")
+        for key, reason in unreadable[:10]:
+            say(f"{label}: unreadable: {key}: {reason}")
+        return EncodedSet(torch.cat(found), torch.cat(labels), unreadable)

@@ -1,8 +1,8 @@
 """The page of `tinymim compare`: tables and curves of several runs. It measures nothing."""
 
 import html
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 
 from matplotlib.figure import Figure
@@ -10,14 +10,49 @@ from matplotlib.figure import Figure
 from tinymim.stages.pages.look import COLOURS, DASHES, document, dress, html_figure, log_scale, png, prose
 from tinymim.stages.pages.summary import RunSummary
 from tinymim.stages.pages.tables import html_table
+from tinymim.stages.run.metrics import MISSING, in_order, members, metric
 
-Wanted = Callable[[RunSummary, str], bool]
 
-_LOSSES = {
-    "train-student": ("Students: KL to the cached targets, all relations together", "nats per row"),
-    "pretrain-mae": ("Masked autoencoders: loss", "squared error of masked patches"),
-    "finetune": ("Fine-tuning: loss", "cross entropy"),
-}
+@dataclass(frozen=True)
+class Picture:
+    """Curves of several runs in one picture.
+
+    Attributes:
+        title: what stands above it.
+        unit: of the vertical axis.
+        families: of the metrics in it; all have one direction.
+        log: a logarithmic axis.
+        stage: of the runs in it; None: of every command.
+    """
+
+    title: str
+    unit: str
+    families: tuple[str, ...]
+    log: bool
+    stage: str | None = None
+
+    def names_of(self, run: RunSummary) -> list[str]:
+        """The curves of a run that belong into it."""
+        if self.stage not in (None, run.stage):
+            return []
+        return in_order(name for family in self.families for name in members(family, run.curves))
+
+    @property
+    def label(self) -> str:
+        """The unit, and which direction is better."""
+        return f"{self.unit}, {metric(self.families[0]).better} is better"
+
+
+_STUDENTS = "Students: KL to the cached targets, all relations together"
+_AUDITS = "Students: KL to dense targets of held-out images"
+PICTURES = (
+    Picture(_STUDENTS, "nats per row", ("loss",), True, "train-student"),
+    Picture("Masked autoencoders: loss", "squared error of masked patches", ("loss",), True, "pretrain-mae"),
+    Picture("Fine-tuning: loss", "cross entropy", ("loss",), True, "finetune"),
+    Picture(_AUDITS, "nats per row", ("audit_kl_*", "audit_ema_kl_*"), True),
+    Picture("k-NN top-1 of audits", "share of images", ("audit_knn_top1", "audit_ema_knn_top1"), False),
+    Picture("Fine-tuning: top-1", "share of images", ("val_*_top1",), False),
+)
 
 
 _LEGEND = """A dash stands for what no run folder says. `seconds` are those of all sessions of a run, also of steps
@@ -50,28 +85,12 @@ def _note(text: str) -> str:
 
 def _curves(runs: Sequence[RunSummary]) -> str:
     """A picture for every quantity that some run has."""
-    pictures: list[tuple[str, str, Wanted, bool]] = [
-        (title, label, partial(_is_loss_of, stage), True) for stage, (title, label) in _LOSSES.items()
-    ]
-    pictures += [
-        ("Students: KL to dense targets of held-out images", "nats per row", _is_audit_kl, True),
-        ("k-NN top-1 of audits", "share of images", lambda _, name: name.endswith("knn_top1"), False),
-        ("Fine-tuning: top-1", "share of images", lambda _, name: name.startswith("val_") and "top1" in name, False),
-    ]
-    found = [(title, curves_figure(runs, wanted, label, log)) for title, label, wanted, log in pictures]
+    found = [(picture.title, curves_figure(runs, picture)) for picture in PICTURES]
     shown = [f"\n<h2>{html.escape(title)}</h2>\n{html_figure(png(figure), title)}" for title, figure in found if figure]
     return "".join(shown)
 
 
-def _is_loss_of(stage: str, run: RunSummary, name: str) -> bool:
-    return name == "loss" and run.stage == stage
-
-
-def _is_audit_kl(_: RunSummary, name: str) -> bool:
-    return name.startswith("audit_") and "kl_" in name
-
-
-def curves_figure(runs: Sequence[RunSummary], wanted: Wanted, label: str, log: bool) -> Figure | None:
+def curves_figure(runs: Sequence[RunSummary], picture: Picture) -> Figure | None:
     """A line per run and metric, by step on the left, by epoch on the right; None where there is nothing to show.
 
     A run has one colour in all pictures of a page, whichever runs are in them.
@@ -79,26 +98,25 @@ def curves_figure(runs: Sequence[RunSummary], wanted: Wanted, label: str, log: b
     curves = [
         (run.name, colour, name, run.curves[name])
         for colour, run in zip(cycle(COLOURS), runs, strict=False)
-        for name in sorted(run.curves)
-        if wanted(run, name)
+        for name in picture.names_of(run)
     ]
     if not curves:
         return None
-    names = sorted({name for _, _, name, _ in curves}, key=lambda name: ("ema" in name, name))  # averages are dashed
+    names = in_order(name for _, _, name, _ in curves)  # averages come last and are dashed
     figure = Figure(figsize=(9.6, 3.6), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for run_name, colour, name, points in curves:
         dash = DASHES[names.index(name) % len(DASHES)]
-        text = run_name if len(names) == 1 else f"{run_name}, {name.removeprefix('audit_').removeprefix('val_')}"
+        text = run_name if len(names) == 1 else f"{run_name}, {metric(name).header}"
         style = {"color": colour, "linestyle": dash, "linewidth": 1.3, "label": text}
         marker = "." if len(points) < 30 else ""
         left.plot([point.step for point in points], [point.value for point in points], marker=marker, **style)
         by_epoch = [point for point in points if point.epoch is not None]
         if by_epoch:
             right.plot([point.epoch for point in by_epoch], [point.value for point in by_epoch], marker=marker, **style)
-    if log and all(point.value > 0 for *_, points in curves for point in points):
+    if picture.log and all(point.value > 0 for *_, points in curves for point in points):
         log_scale(left)
-    dress(left, "", label)
+    dress(left, "", picture.label)
     dress(right, "", "", "epoch" if right.lines else "epoch (of no run on record)")
     if right.get_legend() is not None:
         right.get_legend().remove()
@@ -126,5 +144,5 @@ def _costs(runs: Sequence[RunSummary]) -> list[str]:
 def _identities(runs: Sequence[RunSummary]) -> list[list[str]]:
     rows = [["run", "folder", "sessions", "device"]]
     for run in runs:
-        rows.append([run.name, str(run.folder), str(run.sessions or "-"), "; ".join(run.devices) or "-"])
+        rows.append([run.name, str(run.folder), str(run.sessions or MISSING), "; ".join(run.devices) or MISSING])
     return rows

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from tinymim.stages.pages.look import COLOURS, DASHES, FAINT, INK, document, dress, html_figure, log_scale, png, prose
 from tinymim.stages.pages.tables import html_table, plain_table
+from tinymim.stages.run.metrics import formatted, members, metric
 from tinymim.storage.atomic import write_bytes_atomic
 from tinymim.targets.relations.picture import TITLES
 
@@ -84,7 +85,8 @@ def write_report(report: Report, folder: Path) -> Path:
 
 def table_cells(arms: Sequence[Arm]) -> list[list[str]]:
     """Header and one row per arm, as text in ASCII."""
-    header = ["model", "parameters", "how trained", "steps", "teacher passes", "k-NN top-1", "linear top-1"]
+    header = ["model", "parameters", "how trained", "steps", "teacher passes"]
+    header += [f"{metric(name).header} top-1" for name in ("knn_top1", "linear_top1")]
     assert len(header) == len(fields(Arm))
     return [header] + [
         [
@@ -93,8 +95,8 @@ def table_cells(arms: Sequence[Arm]) -> list[list[str]]:
             arm.how_trained,
             "?" if arm.steps is None else f"{arm.steps:,}",
             arm.teacher_passes,
-            f"{arm.knn_top1:.1%}",
-            f"{arm.linear_top1:.1%}",
+            formatted("knn_top1", arm.knn_top1),
+            formatted("linear_top1", arm.linear_top1),
         ]
         for arm in arms
     ]
@@ -116,8 +118,9 @@ def curves_figure(report: Report) -> Figure:
     figure = Figure(figsize=(9.6, 3.4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, (name, lines) in zip(COLOURS, report.student_curves.items(), strict=False):
-        for style, relation in zip(DASHES, _relations_of(lines), strict=False):
-            values = [line[f"kl_{relation}"] for line in lines]
+        by_relation = members("kl_*", lines[0] if lines else ())
+        for style, (loss, relation) in zip(DASHES, by_relation.items(), strict=False):
+            values = [line[loss] for line in lines]
             left.plot([line["step"] for line in lines], values, style, color=colour, label=f"{name}, {relation}")
     log_scale(left)
     dress(left, "students: KL to the cached sketches", "nats per row")
@@ -125,10 +128,6 @@ def curves_figure(report: Report) -> Figure:
         right.plot([line["step"] for line in lines], [line["loss"] for line in lines], style, color=colour, label=name)
     dress(right, "the same networks as masked autoencoders", "squared error of masked patches")
     return figure
-
-
-def _relations_of(lines: Sequence[Mapping[str, float]]) -> list[str]:
-    return [name.removeprefix("kl_") for name in (lines[0] if lines else {}) if name.startswith("kl_")]
 
 
 def relations_figure(examples: Sequence[Example]) -> Figure:

@@ -19,6 +19,11 @@ def format_value(value: object) -> str:
     return str(value)
 
 
+def field_value(value: object) -> str:
+    """The value of a recipe's field."""
+    return "null" if value is None else str(value)
+
+
 def duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:

@@ -11,11 +11,23 @@ from safetensors.torch import load_file
 
 from tinymim.configs.errors import RecipeError, UserError
 from tinymim.models.checkpoints import tensors_sha256
-from tinymim.stages.run.folder import AUDIT_NAME
-from tinymim.stages.run.sessions import read_sessions
+from tinymim.stages.run.folder import (
+    ENCODER_EMA_NAME,
+    EVALUATION_NAME,
+    FINETUNED_NAME,
+    LAST_EMA_NAME,
+    METRICS_NAME,
+    RECIPE_NAME,
+    STUDENT_EMA_NAME,
+    VERSIONS_NAME,
+    read_audits,
+    read_metrics,
+    read_sessions,
+)
+from tinymim.stages.run.metrics import EMA, audit_metrics, members, metric
 
 STAGES: Final = ("train-student", "pretrain-mae", "finetune", "evaluate", "cache-teacher")
-_ACCURACIES = ("_top1", "_top5")
+_AVERAGES = (STUDENT_EMA_NAME, ENCODER_EMA_NAME, LAST_EMA_NAME)
 Line = Mapping[str, Any]
 
 
@@ -39,7 +51,7 @@ class RunSummary:
         recipe: as resolved, plain values.
         versions: what `versions.json` holds, flattened.
         curves: by name of a metric; those of audits begin with `audit_`.
-        results: by name, numbers to compare: top-1 as shares, losses, alarms.
+        results: numbers to compare, by name of a metric.
         elapsed_s, device_s: of all its sessions.
         sessions: how many these were.
         devices: their names.
@@ -66,6 +78,17 @@ class RunSummary:
             return None
         return self.teacher_device_s / (self.teacher_device_s + self.device_s)
 
+    @property
+    def costs(self) -> dict[str, float | None]:
+        """What the run took, by name of a metric."""
+        device_h, teacher_h = (None if s is None else s / 3600 for s in (self.device_s, self.teacher_device_s))
+        return {
+            "elapsed_s": self.elapsed_s,
+            "device_h": device_h,
+            "teacher_h": teacher_h,
+            "teacher_share": self.teacher_share,
+        }
+
 
 def read_runs(folders: Sequence[Path]) -> list[RunSummary]:
     """The runs of some folders, in their order; of a run of several students each of them.
@@ -91,12 +114,12 @@ def read_runs(folders: Sequence[Path]) -> list[RunSummary]:
 
 
 def _recipe_of(folder: Path) -> dict[str, Any]:
-    expected = f"a folder with the recipe.yaml that {', '.join(STAGES[:-1])} or {STAGES[-1]} wrote"
+    expected = f"a folder with the {RECIPE_NAME} that {', '.join(STAGES[:-1])} or {STAGES[-1]} wrote"
     try:
-        data = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        data = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        inside = sorted(path.parent.name for path in folder.glob("*/recipe.yaml")) if folder.is_dir() else []
-        there = f"no recipe.yaml, but runs in it: {', '.join(inside[:5])}" if inside else "no recipe.yaml"
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{RECIPE_NAME}")) if folder.is_dir() else []
+        there = f"no {RECIPE_NAME}, but runs in it: {', '.join(inside[:5])}" if inside else f"no {RECIPE_NAME}"
         raise UserError(
             f"{folder} is no run folder",
             got=there if folder.is_dir() else "no such folder",
@@ -105,7 +128,7 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} has an unreadable recipe.yaml", got=reason, expected=expected) from None
+        raise UserError(f"{folder} has an unreadable {RECIPE_NAME}", got=reason, expected=expected) from None
     stage = data.get("stage") if isinstance(data, dict) else None
     if stage not in STAGES:
         raise UserError(f"{folder} is of no run that can be compared", got=f"stage: {stage}", expected=expected)
@@ -113,21 +136,22 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
-    versions = _json(folder / "versions.json")
+    versions = _json(folder / VERSIONS_NAME)
     run = RunSummary(folder.name, folder, recipe["stage"], recipe, flattened(versions))
-    metrics, audits = _lines(folder / "metrics.jsonl"), _lines(folder / AUDIT_NAME)
+    metrics, audits = read_metrics(folder), read_audits(folder)
     epoch_steps = _steps_per_epoch(metrics, audits)
     if run.stage in ("train-student", "pretrain-mae", "finetune"):
         for line in metrics:
             # A line is of its step, counted from 0; a validation's of the steps that were done.
-            done = line["step"] + (0 if any(name.startswith("val_") for name in line) else 1)
+            done = line["step"] + (0 if members("val_*", line) else 1)
             for name, value in line.items():
-                if _is_curve(name) and isinstance(value, int | float):
+                if metric(name).curve == METRICS_NAME and isinstance(value, int | float):
                     epoch = done / epoch_steps if epoch_steps else None
                     run.curves.setdefault(name, []).append(Point(done, epoch, value))
         for line in audits:
-            for name, value in _audit_values(line).items():
-                run.curves.setdefault(name, []).append(Point(line["step"], line.get("epoch"), value))
+            for name in (found := audit_metrics(line)):
+                if metric(name).curve:
+                    run.curves.setdefault(name, []).append(Point(line["step"], line.get("epoch"), found[name]))
         if audits:
             run.results["alarms"] = sum(len(line.get("alarms", ())) for line in audits)
     _read_results(run, metrics)
@@ -137,20 +161,6 @@ def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
         run.device_s = sum(session["device_s"] for session in sessions)
         run.sessions, run.devices = len(sessions), list(dict.fromkeys(session["device"] for session in sessions))
     return run
-
-
-def _is_curve(name: str) -> bool:
-    return name == "loss" or name.startswith(("kl_", "val_"))
-
-
-def _audit_values(line: Line) -> dict[str, float]:
-    """The numbers of an audit that are curves: KL by relation, k-NN, also of the average; names as in the metrics."""
-    values = {f"audit_{name}": value for name, value in line.items() if "knn_" in name}
-    for name, each in line.items():
-        if isinstance(each, dict) and "kl" in each:
-            relation = name.removeprefix("ema_")
-            values[f"audit_{name.removesuffix(relation)}kl_{relation}"] = each["kl"]
-    return values
 
 
 def _steps_per_epoch(metrics: Sequence[Line], audits: Sequence[Line]) -> float | None:
@@ -170,10 +180,9 @@ def _read_results(run: RunSummary, metrics: Sequence[Line]) -> None:
         run.results["steps"] = max(steps)
     if epochs := [point.epoch for points in run.curves.values() for point in points if point.epoch is not None]:
         run.results["epochs"] = max(epochs)
-    for name, value in _json(run.folder / "evaluation.json").items():
-        if name.endswith(_ACCURACIES):
-            run.results[name] = value
-    for name, entry in _json(run.folder / "finetuned.json").get("weights", {}).items():
+    evaluation = _json(run.folder / EVALUATION_NAME)
+    run.results |= {name: value for name, value in evaluation.items() if isinstance(value, float)}  # counts are whole
+    for name, entry in _json(run.folder / FINETUNED_NAME).get("weights", {}).items():
         kind = name.removesuffix(".safetensors")
         run.results |= {f"finetuned_{kind}_{key}": entry[key] for key in ("top1", "top5") if key in entry}
 
@@ -186,9 +195,9 @@ def _give_evaluations(runs: Sequence[RunSummary]) -> None:
         of = by_folder.get(path.resolve().parent)
         if run.stage != "evaluate" or of is None or path.suffix != ".safetensors" or not path.exists():
             continue
-        if tensors_sha256(load_file(path)) == _json(run.folder / "evaluation.json").get("weights_sha256"):
-            mark = "ema_" if "-ema" in path.name else ""
-            of.results |= {mark + name: value for name, value in run.results.items() if name.endswith(_ACCURACIES)}
+        if tensors_sha256(load_file(path)) == _json(run.folder / EVALUATION_NAME).get("weights_sha256"):
+            mark = EMA if path.name in _AVERAGES else ""
+            of.results |= {mark + name: value for name, value in run.results.items()}
 
 
 def _share_stage_one(runs: Sequence[RunSummary]) -> None:
@@ -256,19 +265,6 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
             count += 1
         names.append("/".join(own[-count:]))
     return names
-
-
-def _lines(path: Path) -> list[Line]:
-    """The lines of a JSON-lines file that have a step; one that a kill cut short is left out."""
-    found: list[Line] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int | float):
-            found.append(line)
-    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

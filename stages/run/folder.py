@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,13 +11,38 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from tinymim.configs.errors import first_line
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
-from tinymim.stages.run.sessions import Session
+from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.run.progress import Phase, ProgressFiles
+from tinymim.stages.run.sessions import Session, device_name
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
-AUDIT_NAME = "audit.jsonl"
+# ---- the names of its files
+
+RECIPE_NAME = "recipe.yaml"
+VERSIONS_NAME = "versions.json"
+METRICS_NAME = "metrics.jsonl"
+AUDIT_NAME = "audit.jsonl"  # of train-student: its student audits
+SESSIONS_NAME = "sessions.jsonl"
+LOG_NAME = "log.txt"  # messages, with times
+STATUS_NAME = "status.json"  # of the process that wrote last
+BOARD_NAME = "tensorboard"  # a folder
+
+STUDENT_NAME = "student.safetensors"  # train-student
+STUDENT_EMA_NAME = "student-ema.safetensors"
+TRAINED_NAME = "trained.json"
+ENCODER_NAME = "encoder.safetensors"  # pretrain-mae
+ENCODER_EMA_NAME = "encoder-ema.safetensors"
+LAST_NAME = "last.safetensors"  # finetune
+LAST_EMA_NAME = "last-ema.safetensors"
+BEST_NAME = "best.safetensors"
+FINETUNED_NAME = "finetuned.json"
+EVALUATION_NAME = "evaluation.json"  # evaluate
+FIDELITY_NAME = "fidelity.json"  # fidelity
+FRONTIER_NAME = "frontier.png"
 
 
 class RunFolder:
@@ -30,20 +56,25 @@ class RunFolder:
     def __init__(self, recipe: RunRecipe, first_step: int | None = 0, devices: float = 1.0) -> None:
         self.path: Path = recipe.run.folder
         write_provenance(recipe)
-        self.session = Session(recipe, devices, anew=first_step == 0)
-        metrics = self.path / "metrics.jsonl"
+        self.session = Session(self.path / SESSIONS_NAME, device_name(recipe.run), devices, anew=first_step == 0)
+        metrics = self.path / METRICS_NAME
         if first_step is not None:
             _drop_from(metrics, first_step)
             _drop_from(self.path / AUDIT_NAME, first_step + 1 if first_step else 0)  # what step 0 was may have changed
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step or None)
+        self._board = SummaryWriter(str(self.path / BOARD_NAME), purge_step=first_step or None)
+
+        self._progress = ProgressFiles(self.path / LOG_NAME, self.path / STATUS_NAME)
 
     def __enter__(self) -> "RunFolder":
+        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._progress.end(*_outcome(error))
+        self._progress.__exit__(kind, error, trace)
         self.session.tick(last=True)
         self._metrics.close()
         self._board.close()
@@ -57,31 +88,20 @@ class RunFolder:
             self._board.add_scalar(name, value, step)
 
 
+def _outcome(error: BaseException | None) -> tuple[Phase, str]:
+    """How a run ended, and the first line of why."""
+    if error is None:
+        return "done", ""
+    stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+    return "interrupted" if stopped else "failed", first_line(error)
+
+
 def write_provenance(recipe: RunRecipe) -> None:
     """Make the run folder and write into it the resolved recipe, and what makes its results."""
     folder: Path = recipe.run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(folder / "recipe.yaml", dump_recipe(recipe).encode())
-    write_json_atomic(folder / "versions.json", provenance(recipe))
-
-
-def _drop_from(lines: Path, first_step: int) -> None:
-    if not lines.exists():
-        return
-    kept = [line for line in lines.read_text().splitlines(keepends=True) if _step_of(line) < first_step]
-    write_bytes_atomic(lines, "".join(kept).encode())
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # a line cut short by a kill
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The metric lines of a run, oldest first."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    write_bytes_atomic(folder / RECIPE_NAME, dump_recipe(recipe).encode())
+    write_json_atomic(folder / VERSIONS_NAME, provenance(recipe))
 
 
 def provenance(recipe: RunRecipe) -> dict[str, Any]:
@@ -97,10 +117,51 @@ def provenance(recipe: RunRecipe) -> dict[str, Any]:
     }
 
 
-EVALUATION_NAME = "evaluation.json"
+# ---- JSON lines
 
 
-STUDENT_NAME = "student.safetensors"
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, oldest first; none where there is no file.
+
+    A line that holds no object is left out: a kill can cut the last one short, and the next process appends to it.
+    """
+    if not path.exists():
+        return []
+    found = map(_parsed, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [line for line in found if line is not None]
 
 
-ENCODER_NAME = "encoder.safetensors"
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The metric lines of a run, oldest first."""
+    return [line for line in read_lines(folder / METRICS_NAME) if _has_step(line)]
+
+
+def read_audits(folder: Path) -> list[dict[str, Any]]:
+    """The student audits of a run, oldest first."""
+    return [line for line in read_lines(folder / AUDIT_NAME) if _has_step(line)]
+
+
+def read_sessions(folder: Path) -> list[Mapping[str, Any]]:
+    """The last line of every session of a run, oldest session first."""
+    lines = read_lines(folder / SESSIONS_NAME)
+    return list({line["session"]: line for line in lines if "session" in line}.values())
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _has_step(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("step"), int | float)
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    """Drop lines of `first_step` and later ones, and those that cannot be read."""
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if _has_step(line) and line["step"] < first_step]
+    write_bytes_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

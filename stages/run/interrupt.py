@@ -1,8 +1,10 @@
 """Ctrl-C and SIGTERM: finish the step or unit at hand, save, and leave with an exit code of its own."""
 
+import contextlib
 import signal
 import threading
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from types import TracebackType
 
 from tinymim.stages.run.progress import say
 
@@ -20,6 +22,24 @@ class Interrupted(Exception):
         self.requeue = requeue
 
 
+@contextlib.contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `handle` with their number, until the context ends.
+
+    Only the main thread can set handlers: elsewhere, such as in a worker of Ray, signals stay as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda number, _frame: handle(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StopFlag:
     """Context manager that turns the first SIGINT or SIGTERM into `flag.requested`; a second one raises at once.
 
@@ -34,24 +54,20 @@ class StopFlag:
     def __init__(self, insists: bool = True) -> None:
         self.requested = self.requeue = False
         self._insists = insists
-        self._previous: dict[signal.Signals, object] = {}
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> "StopFlag":
         _open_flags.add(self)
-        if threading.current_thread() is not threading.main_thread():
-            return self  # Ray's worker: signals are not ours
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        self._handlers.enter_context(on_signals(self._on_signal))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _open_flags.discard(self)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        self._handlers.close()
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int) -> None:
         if self.requested:
             if self._insists:
                 raise KeyboardInterrupt

@@ -1,26 +1,154 @@
-"""Progress with rate and ETA: a bar on a terminal, a plain line every few seconds elsewhere. Always on stderr."""
+"""Progress: messages and meters, on stderr and in the run folder.
 
+Messages go through the logger "tinymim": to stderr as they are, and with a time stamp into `log.txt` of the open run
+folders. A meter is a bar on a terminal and a plain line every few seconds elsewhere; it keeps `status.json` up to date.
+"""
+
+import contextlib
+import logging
+import os
+import socket
 import sys
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
+from typing import Literal, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from tinymim.storage.atomic import write_json_atomic
+
 _PLAIN_EVERY_S = 10.0
-_silent = False
+_STATUS_EVERY_S = 2.0
+Phase = Literal["running", "done", "interrupted", "failed"]
+
+
+class _Stderr(logging.Handler):
+    """Prints messages as they are to what `sys.stderr` is by then. A stderr that is gone ends no run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+_logger = logging.getLogger("tinymim")
+_logger.setLevel(logging.INFO)
+_logger.propagate = False  # the root's handlers, if somebody sets some, would print every message twice
+_stderr = _Stderr()
+_logger.addHandler(_stderr)
 
 
 def silence() -> None:
-    """From now on this process says nothing: of many ranks one is to be heard."""
-    global _silent
-    _silent = True
+    """From now on this process prints and records nothing; of many ranks only the first does."""
+    _logger.setLevel(logging.CRITICAL + 1)
 
 
 def say(message: str) -> None:
-    """Print one line of log to stderr."""
-    if not _silent:
-        print(message, file=sys.stderr, flush=True)
+    """Log one message."""
+    _logger.info(message)
+
+
+class ProgressFiles(logging.Handler):
+    """The messages and the status of a run in its folder, within the context; none in a process that is silent.
+
+    Several processes may share a folder: `log.txt` then has the lines of all of them, and `status.json` is of the one
+    that wrote last, whose pid and host it states. A file that cannot be written is reported once on stderr, and the run
+    goes on: progress is worth less than the run.
+
+    Args:
+        log: the file that messages are appended to.
+        status: the JSON file that is replaced at most every 2 s, and once at the end; written if there was a meter.
+    """
+
+    def __init__(self, log: Path, status: Path) -> None:
+        super().__init__()
+        self._log, self._status = log, status
+        self._meter: Meter | None = None
+        self._written_s = -float("inf")
+        self._refused: set[Path] = set()
+
+    def __enter__(self) -> Self:
+        if _logger.isEnabledFor(logging.INFO):
+            _logger.addHandler(self)
+            _open_files.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self in _open_files:
+            _open_files.remove(self)
+            _logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a message to the log."""
+        line = f"{_now()} {record.getMessage()}\n".encode(errors="backslashreplace")
+        try:
+            # Opened anew for each of the few lines: nothing is buffered, and lines of several processes stay whole.
+            with open(self._log, "ab", buffering=0) as file:
+                file.write(line)
+        except OSError as error:
+            self._refuse(self._log, error)
+
+    def report(self, meter: "Meter", note: str) -> None:
+        """Write the meter's status, if it is due."""
+        self._meter = meter
+        if time.monotonic() - self._written_s >= _STATUS_EVERY_S:
+            self._write(meter, "running", note)
+
+    def end(self, phase: Phase, reason: str) -> None:
+        """Write how the run ended and why, into both files; `reason` may be empty."""
+        if self not in _open_files:
+            return
+        text = f"{phase}: {reason}" if reason else phase
+        self.handle(_logger.makeRecord(_logger.name, logging.INFO, "", 0, text, (), None))
+        if self._meter is not None:
+            self._write(self._meter, phase, reason or self._meter.note)
+
+    def _write(self, meter: "Meter", phase: Phase, note: str) -> None:
+        self._written_s = time.monotonic()
+        status = {
+            "label": meter.label,
+            "phase": phase,
+            "done": int(meter.done),
+            "total": int(meter.total),
+            "unit": meter.unit,
+            "rate_per_s": meter.rate,
+            "eta_s": meter.eta_s,
+            "note": note,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": _now(),
+        }
+        try:
+            write_json_atomic(self._status, status)
+        except OSError as error:
+            self._refuse(self._status, error)
+
+    def _refuse(self, path: Path, error: OSError) -> None:
+        if path not in self._refused:
+            self._refused.add(path)
+            text = f"warning: {path} cannot be written ({error.strerror}); the run goes on without it"
+            _stderr.handle(_logger.makeRecord(_logger.name, logging.WARNING, "", 0, text, (), None))
+
+
+_open_files: list[ProgressFiles] = []
+_running: list["Meter"] = []  # the outermost first
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _report() -> None:
+    """Write the outermost meter into the open run folders; a meter within it, such as an audit's, is its note."""
+    if _running:
+        outer, inner = _running[0], _running[-1]
+        for files in _open_files:
+            files.report(outer, outer.note if inner is outer else inner.line())
 
 
 class Meter:
@@ -41,7 +169,9 @@ class Meter:
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Meter":
-        if sys.stderr.isatty() and not _silent:
+        _running.append(self)
+        _report()
+        if sys.stderr.isatty() and _logger.isEnabledFor(logging.INFO):
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -57,20 +187,23 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _report()
+        _running.remove(self)
         if self._bar is not None:
             self._bar.stop()
         elif kind is None and time.monotonic() - self._began_s > 2.0:
-            say(self._line())
+            say(self.line())
 
     def advance(self, count: int, note: str | None = None) -> None:
         """Add `count` units; `note` (a loss, say) is shown beside the rate."""
         self.done += count
         self.note = self.note if note is None else note
+        _report()
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, status=f"{self.rate:,.0f} {self.unit}/s {self.note}")
         elif time.monotonic() - self._said_s > _PLAIN_EVERY_S:
             self._said_s = time.monotonic()
-            say(self._line())
+            say(self.line())
 
     @property
     def rate(self) -> float:
@@ -82,8 +215,14 @@ class Meter:
         """Since it was made."""
         return time.monotonic() - self._began_s
 
-    def _line(self) -> str:
-        left_s = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
-        eta = f"{int(left_s // 60)}m{int(left_s % 60):02d}s" if left_s < 1e8 else "unknown"
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at this rate; None where nothing is done yet."""
+        return (self.total - self.done) / self.rate if self.rate > 0 else None
+
+    def line(self) -> str:
+        """Label, counts, rate, ETA and note."""
+        left_s = self.eta_s
+        eta = "unknown" if left_s is None or left_s >= 1e8 else f"{int(left_s // 60)}m{int(left_s % 60):02d}s"
         counts = f"{self.done:,}/{self.total:,} {self.unit}, {self.rate:,.1f}/s"
         return f"{self.label}: {counts}, ETA {eta} {self.note}".rstrip()

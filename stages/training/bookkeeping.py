@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.metrics import formatted
 from tinymim.stages.run.progress import Meter, say
 from tinymim.stages.training.learner import NEVER, Learner
 from tinymim.stages.training.ranks import Ranks, batch_arithmetic
@@ -120,7 +121,7 @@ class Bookkeeping:
         notes = []
         for learner in self.learners:
             means = learner.means()
-            notes.append(f"{learner.name} loss {means['loss']:.4f}".lstrip())
+            notes.append(f"{learner.name} loss {formatted('loss', means['loss'])}".lstrip())
             if write:
                 rate = {self.rate_name: meter.rate * self.order.batch_size}
                 epoch = {"epoch": (step + 1) / self.order.steps_per_epoch}

@@ -6,11 +6,10 @@ raises what they raise, so that a run on many workers ends like a run in one pro
 
 import signal
 from pathlib import Path
-from types import FrameType
 
 from tinymim.configs.errors import InternalError
 from tinymim.configs.schema import TrainingRecipe
-from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.run.interrupt import Interrupted, on_signals
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.ranks import joined, launched
 from tinymim.stages.training.start import R, Start, Training, WorkersDied
@@ -44,7 +43,8 @@ def on_ranks(train: Training[R], recipe: R) -> None:
 
 def _supervised(train: Training[R], recipe: R, start: Start) -> None:
     began_with = _states(recipe)
-    with _Forwarding(start) as stop:
+    stop = _Forwarding(start)
+    with on_signals(stop.on_signal):
         for restarts in range(recipe.max_restarts + 1):
             try:
                 stopped = start(train, recipe)
@@ -89,7 +89,7 @@ def resuming(recipe: R, began_with: dict[Path, int]) -> R:
 
 
 class _Forwarding:
-    """Context manager of the parent: the first SIGINT or SIGTERM goes to the workers, which save; a second kills them.
+    """What the parent does with SIGINT and SIGTERM: the first goes to the workers, which save; a second kills them.
 
     A terminal sends its Ctrl-C, and a batch system its SIGTERM, to the workers as well: they count one signal only.
     """
@@ -97,18 +97,9 @@ class _Forwarding:
     def __init__(self, start: Start) -> None:
         self.requested = self.requeue = False
         self._start = start
-        self._previous: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> "_Forwarding":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def on_signal(self, number: int) -> None:
+        """Of SIGINT or SIGTERM. Raises Interrupted where there is no worker yet, KeyboardInterrupt the second time."""
         if self.requested:
             self._start.kill()
             raise KeyboardInterrupt

@@ -211,6 +211,28 @@ def test_a_problem_is_named_with_value_and_remedy(tmp_path: Path, override: str,
     assert f"\n  {line}" in message
 
 
+EVALUATE = "stage: evaluate\ntrain: {shards: a}\nval: {shards: b}\nmodel: {}\nweights: random\nrun: {folder: r}\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("evaluators=[{name: knn, kk: 1}]", "evaluators.0.kk: unknown key (value 1); did you mean `k`?"),
+        ("evaluators=[{name: linear, k: 1}]", "evaluators.0.k: unknown key (value 1); known here: name, l2, max_iter"),
+        ("evaluators=[{name: knn}, {name: kn}]", "evaluators.1.name: got 'kn'; expected one of 'knn', 'linear'"),
+        ("evaluators=[{k: 5}]", "evaluators.0.name: missing, and it has no default"),
+        ("evaluators=[{name: knn, k: 5}, {name: knn}]", "recipe: evaluators names knn twice"),
+        ("evaluators=[]", "recipe: evaluators is empty: name at least one"),
+        ("knn={k: 5}", "knn: unknown key (value {'k': 5}); known here: stage, train, val, "),
+        ("linear.l2=0.1", "linear: unknown key (value {'l2': 0.1}); known here: stage, train, val, "),
+    ],
+)
+def test_an_evaluator_is_named_by_its_place_in_the_list(tmp_path: Path, override: str, line: str) -> None:
+    message = _error(tmp_path, EVALUATE, override, stage="evaluate")
+    assert "has 1 problem:" in message
+    assert f"\n  {line}" in message
+
+
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     assert "run: missing, and it has no default" in _error(tmp_path, STUDENT.partition("run:")[0])
 

@@ -14,7 +14,9 @@ from tinymim.configs.errors import RecipeError, UserError
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.stages import compare
 from tinymim.stages.compare import as_json, as_text, table_cells
+from tinymim.stages.pages.compare import PICTURES
 from tinymim.stages.pages.summary import RunSummary, differences, read_runs
+from tinymim.stages.run.metrics import metric
 from tinymim.tests.stages.conftest import Run
 
 STUDENT: dict[str, Any] = {"stage": "train-student", "cache": "caches/mine", "optim": {"base_lr": 0.1, "steps": 20}}
@@ -144,6 +146,34 @@ def test_the_table_has_a_dash_where_nothing_is_known_and_no_column_that_nobody_f
     assert "what differs in train-student" in text and text.isascii()
 
 
+def test_results_of_a_target_or_an_evaluator_that_nobody_has_listed_are_columns_and_curves(tmp_path: Path) -> None:
+    folder = make_student(tmp_path, "new")
+    write_lines(folder / "metrics.jsonl", [{"step": 0, "loss": 2.0, "cosine_cls": 0.123456, "lr": 0.1}])
+    weights = {"weight": torch.arange(3.0)}
+    save_file(weights, folder / "student-ema.safetensors")
+    recipe = {"stage": "evaluate", "weights": str(folder / "student-ema.safetensors")}
+    judged = make_run(tmp_path / "judged", recipe)
+    result = {"robust_top1": 0.5, "cka": 0.25, "num_classes": 10, "block": 3, "weights_sha256": tensors_sha256(weights)}
+    (judged / "evaluation.json").write_text(json.dumps(result))
+    runs = read_runs([folder, judged])
+    assert runs[0].results["ema_robust_top1"] == 0.5 and runs[1].results == {"robust_top1": 0.5, "cka": 0.25}
+    assert "lr" not in runs[0].curves and len(runs[0].curves["cosine_cls"]) == 1
+    header, row, other = table_cells(runs)
+    assert header[3:6] == ["epochs", "loss", "cosine cls"] and row[header.index("cosine cls")] == "0.1235"
+    assert (other[header.index("robust")], other[header.index("cka")], other[header.index("loss")]) == (
+        "50.0%",
+        "0.25",
+        "-",
+    )
+
+
+def test_pictures_say_which_direction_is_better(runs: dict[str, Path]) -> None:
+    labels = {picture.title: picture.label for picture in PICTURES}
+    assert labels["Fine-tuning: loss"] == "cross entropy, lower is better"
+    assert labels["k-NN top-1 of audits"] == "share of images, higher is better"
+    assert all(len({metric(family).better for family in picture.families}) == 1 for picture in PICTURES)
+
+
 def test_the_page_needs_nothing_else_and_shows_what_there_is(runs: dict[str, Path], tmp_path: Path) -> None:
     make_student(tmp_path, "<b>", 10.0)
     compare.run([*runs.values(), tmp_path / "<b>"], tmp_path / "out" / "page.html")
@@ -197,5 +227,6 @@ def test_the_command_prints_a_table_or_json_and_says_where_the_page_is(
     assert data == json.loads(json.dumps(as_json(read_runs([runs["fast"], runs["slow"]]))))
     assert data["runs"][0]["curves"]["loss"][0] == {"step": 1, "epoch": 0.1, "value": 2.0}
     assert data["differences"]["train-student"]["optim.base_lr"] == {"fast": 0.1, "slow": 0.2}
+    assert data["metrics"]["kl_qk"] == {"header": "KL qk", "better": "lower"}
     code, out, err = run("compare", tmp_path / "nowhere")
     assert code == 2 and out == "" and "hint:" in err

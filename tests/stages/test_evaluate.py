@@ -4,9 +4,8 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -15,14 +14,13 @@ from safetensors.torch import load_file, save_file
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.load import recipe_digest
 from tinymim.configs.schema import EvaluateRecipe
-from tinymim.configs.sections import KnnConfig, LinearProbeConfig, LoaderConfig, ModelConfig, SourceConfig
+from tinymim.configs.sections import Evaluator, LoaderConfig, ModelConfig, SourceConfig
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.models.vit import IMAGENET_MEAN, Normalise, build_vit
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
 from tinymim.stages import evaluate, make_shards
-from tinymim.stages.evaluation.encode import Encoded, encode, load_encoder
-from tinymim.stages.evaluation.probes import probe
+from tinymim.stages.evaluation.encode import EncodedSet, Encoder, load_encoder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 
 MODEL = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -36,7 +34,7 @@ def recipe(shards: Path, folder: Path, **changes: Any) -> EvaluateRecipe:
         "model": MODEL,
         "weights": "random",
         "batch_size": 16,
-        "knn": {"k": 5},
+        "evaluators": [{"name": "knn", "k": 5}, {"name": "linear"}],
         "loader": {"workers": 0},
         "run": {"folder": folder, "device": "cpu", "threads": 1},
     }
@@ -88,10 +86,39 @@ def test_random_weights_are_those_of_the_run_seed(drawn_shards: Path, tmp_path: 
 
 def test_training_images_find_themselves(drawn_shards: Path, tmp_path: Path) -> None:
     """With the same images on both sides and k = 1 the nearest neighbour is the image itself."""
-    result = evaluate.run(
-        recipe(drawn_shards, tmp_path, val={"shards": drawn_shards}, train={"shards": drawn_shards}, knn={"k": 1})
-    )
-    assert result["knn_top1"] == 1.0
+    both, nearest = {"shards": drawn_shards}, [{"name": "knn", "k": 1}]
+    result = evaluate.run(recipe(drawn_shards, tmp_path, val=both, train=both, evaluators=nearest))
+    assert result["knn_top1"] == 1.0 and "linear_top1" not in result
+
+
+def test_sets_are_encoded_once_for_all_evaluators(
+    drawn_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    encode = Encoder.encode
+
+    def spy(self: Encoder, shards: Any, stop: StopFlag, label: str) -> EncodedSet:
+        encoded.append(label)
+        return encode(self, shards, stop, label)
+
+    monkeypatch.setattr(Encoder, "encode", spy)
+    both = evaluate.run(recipe(drawn_shards, tmp_path / "both"))
+    assert encoded == ["evaluate train", "evaluate val"]
+    linear = [{"name": "linear"}]
+    alone = evaluate.run(recipe(drawn_shards, tmp_path / "alone", evaluators=linear))
+    assert alone | {"recipe_digest": ""} == {
+        name: value for name, value in (both | {"recipe_digest": ""}).items() if not name.startswith("knn")
+    }
+
+
+def test_without_evaluators_in_the_recipe_there_are_both_and_every_section_has_its_function() -> None:
+    field = EvaluateRecipe.model_fields["evaluators"]
+    assert [(each.name, each.model_dump()) for each in field.default] == [
+        ("knn", {"name": "knn", "k": 20, "temperature": 0.07}),
+        ("linear", {"name": "linear", "l2": 1e-3, "max_iter": 200}),
+    ]
+    sections = get_args(get_args(Evaluator)[0])
+    assert [get_args(each.model_fields["name"].annotation)[0] for each in sections] == list(evaluate.EVALUATORS)
 
 
 def test_features_do_not_depend_on_batches_or_workers(drawn_shards: Path) -> None:
@@ -102,18 +129,16 @@ def test_features_do_not_depend_on_batches_or_workers(drawn_shards: Path) -> Non
     for batch_size, workers in ((7, 0), (60, 0), (16, 1)):
         with StopFlag() as stop:
             found.append(
-                encode(
+                Encoder(
                     model,
-                    shards,
-                    CentreView(32, 1.143),
                     Normalise(),
+                    CentreView(32, 1.143),
                     block=1,
                     pool="cls",
                     batch_size=batch_size,
                     loader=LoaderConfig(workers=workers),
                     device=torch.device("cpu"),
-                    stop=stop,
-                )
+                ).encode(shards, stop)
             )
     for other in found[1:]:
         torch.testing.assert_close(other.features, found[0].features, atol=1e-5, rtol=1e-5)
@@ -243,15 +268,3 @@ def test_unreadable_images_are_counted_and_listed(drawn_shards: Path, tmp_path: 
     write_tar(tmp_path / "none" / "x.tar", {"a": b"broken"}, {"a": 0})
     with pytest.raises(SourceError, match="no image can be read"):
         evaluate.run(recipe(drawn_shards, tmp_path / "run", val={"shards": tmp_path / "none"}))
-
-
-def test_class_numbers_need_not_be_consecutive() -> None:
-    features = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 4))).float()
-    labels = torch.tensor([1000, 7, 123_456_789, 1000, 7, 123_456_789])
-    train = Encoded(features, labels, [])
-    found = probe(train, train, KnnConfig(k=1), LinearProbeConfig(), torch.device("cpu"))
-    assert found == {"knn_top1": 1.0, "knn_top5": 1.0, "linear_top1": 1.0, "linear_top5": 1.0}
-    with pytest.raises(SourceError, match="classes that train lacks"):
-        probe(
-            train, Encoded(features[:1], torch.tensor([8]), []), KnnConfig(), LinearProbeConfig(), torch.device("cpu")
-        )

@@ -20,9 +20,9 @@ from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.audits.batch import AuditBatch
-from tinymim.stages.audits.student_audits import StudentAudits, read_audits
+from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.opened import opened_kind
-from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.training import student_step
 from tinymim.stages.training.device_stream import CPU

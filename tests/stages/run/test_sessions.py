@@ -7,9 +7,10 @@ import pytest
 
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.run import sessions
-from tinymim.stages.run.folder import RunFolder
+from tinymim.stages.run.folder import SESSIONS_NAME, RunFolder, read_metrics, read_sessions
 from tinymim.stages.run.interrupt import Interrupted
-from tinymim.stages.run.sessions import SESSIONS_NAME, Session, read_sessions
+from tinymim.stages.run.metrics import metric
+from tinymim.stages.run.sessions import Session
 from tinymim.stages.training import student_step
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, signal_in_step, student_recipe, write_teacher
 
@@ -48,7 +49,7 @@ def test_seconds_of_all_sessions_are_on_record_also_of_one_that_was_killed(
 def test_device_seconds_of_workers_elsewhere_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, recipe = Clock(monkeypatch), cache_recipe(tmp_path)
     recipe.run.folder.mkdir()
-    session = Session(recipe, anew=False)
+    session = Session(recipe.run.folder / SESSIONS_NAME, "CPU", anew=False)
     clock.now_s += 10
     session.device_s = 70.0
     session.tick(last=True)
@@ -60,6 +61,8 @@ def test_both_stages_write_down_what_they_take(tmp_path: Path, monkeypatch: pyte
     make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=16, images_per_shard=8, seed=5))
     write_teacher(tmp_path / "teacher.safetensors")
     cache_teacher.run(cache_recipe(tmp_path))
+    lines = read_metrics(tmp_path / "run-cache")
+    assert [name for line in lines for name in line if metric(name).curve] == []  # each has an entry
     (stage_one,) = read_sessions(tmp_path / "run-cache")
     assert 0 < stage_one["device_s"] <= stage_one["elapsed_s"] + 1e-3
     two = {"student": None, "students": {"a": {"model": STUDENT}, "b": {"model": STUDENT}}}

@@ -29,8 +29,7 @@ from tinymim.configs.errors import CacheCorrupt, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.stages import cache_teacher, make_shards, pretrain_mae, train_student
-from tinymim.stages.audits.student_audits import read_audits
-from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step
 from tinymim.stages.training.launch import on_ranks
