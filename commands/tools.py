@@ -8,6 +8,7 @@ from cyclopts import App, Parameter
 
 from tinymim.commands.shared import print_json, print_text
 from tinymim.configs import shipped
+from tinymim.configs.errors import RecipeError
 
 tools_app = App()  # its commands become tinymim's own
 
@@ -93,8 +94,8 @@ def export(source: Annotated[Path, Parameter(name="RUN")], target: Annotated[Pat
 
 
 @tools_app.command(name="recipes", sort_key=8)
-def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) -> None:
-    """List the shipped recipes, or print one of them.
+def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /, *, fields: str | None = None) -> None:
+    """List the shipped recipes, print one of them, or explain the fields of a recipe.
 
     Reads the recipes inside the package; writes nothing.
 
@@ -103,9 +104,19 @@ def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) 
     Parameters
     ----------
     name
-        The recipe whose YAML is printed; without it, all names.
+        Print this recipe as YAML. Without it, list all names.
+    fields
+        Print every field of this command's recipe with default and meaning; `all`
+        prints the fields of all commands.
     """
-    print_text(shipped.listing() if name is None else shipped.text(name).rstrip("\n"))
+    if fields is None:
+        print_text(shipped.listing() if name is None else shipped.text(name).rstrip("\n"))
+        return
+    from tinymim.configs import fields as explained
+
+    if name is not None:
+        raise RecipeError("NAME and --fields exclude each other", got=f"{name} and --fields {fields}")
+    print_text(explained.text(fields).rstrip("\n"))
 
 
 @tools_app.command(name="demo", sort_key=0)

@@ -26,7 +26,6 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.schema import RECIPES, Recipe
 from tinymim.configs.sections import Section
 
-_FIELDS_HINT = "every field, with its default and meaning, is in tinymim/configs/schema.py and sections.py"
 # Values in messages are cut: a recipe may hold a section where a number belongs.
 _short = Repr()
 _short.maxstring = _short.maxother = 60
@@ -64,7 +63,7 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe
         lines = [_problem(RECIPES[stage], details) for details in error.errors(include_url=False)]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         what = "\n  ".join([f"recipe {path} has {count}:", *lines])
-        raise RecipeError(what, hint=_FIELDS_HINT) from error
+        raise RecipeError(what, hint=f"print every field and its meaning: tinymim recipes --fields {stage}") from error
 
 
 def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
