@@ -71,8 +71,8 @@ def first_line(error: BaseException) -> str:
 def in_one_line(error: TinymimError) -> str:
     """Return what, got and expected of an error as one line, for lists of errors."""
     values = {"got": error.got, "expected": error.expected}
-    told = [f"{name} {value}" for name, value in values.items() if value is not None]
-    return " ".join(", ".join([error.what, *told]).split())
+    stated = [f"{name} {value}" for name, value in values.items() if value is not None]
+    return " ".join(", ".join([error.what, *stated]).split())
 
 
 def _rebuild(kind: type[TinymimError], what: str, got: object, expected: object, hint: str | None) -> TinymimError:

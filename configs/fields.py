@@ -82,7 +82,7 @@ def _titled_sections(recipes: Iterable[type[Section]]) -> Iterator[tuple[str, ty
 
 
 def _choice(section: type[Section]) -> str | None:
-    """The value of a section's literal `name`, by which a list of possible sections is told apart."""
+    """Return the value of a section's literal `name`, which selects it among possible sections."""
     name = section.model_fields.get("name")
     return str(get_args(name.annotation)[0]) if name and get_origin(name.annotation) is Literal else None
 
