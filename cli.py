@@ -1,4 +1,4 @@
-"""The entry point: the commands together, exit codes, and how errors are printed."""
+"""The entry point: all commands, exit codes, and the printing of errors."""
 
 import contextlib
 import os
@@ -20,31 +20,26 @@ from tinymim.stages.run.interrupt import Interrupted
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM with all saved, the same command continues
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM, state saved, the same command resumes
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 app = App(
     name="tinymim",
     version=f"tinymim {__version__}",
-    help="""Distil one large masked-image-modelling ViT into many small ones, and pay
-for the large one once.
+    help="""Distil one large vision transformer into many small ones. The large one runs
+only once.
 
-In order of use:
-  tinymim demo                      all of it on drawn images, without a network
-  tinymim make-shards photos shards      1. images -> shards
-  tinymim cache-teacher RECIPE           2. the teacher over every view, once
-  tinymim train-student RECIPE           3. as many students as you like
-  tinymim evaluate RECIPE                4. k-NN and linear probe
-  tinymim finetune RECIPE                   top-1 with a head, end to end
-  tinymim fidelity RECIPE                   which codec, before you cache
-  tinymim plan RECIPES                      what it costs and saves, before
-  tinymim compare RUN RUN                   runs side by side, afterwards
-  tinymim export RUN FILE.pth               for MAE's and TinyMIM's own code
-  tinymim cache --help                      list, check, mend, copy caches
+The usual order:
+  tinymim make-shards photos shards    1. pack images into tar shards
+  tinymim cache-teacher RECIPE         2. run the teacher, store its targets
+  tinymim train-student RECIPE         3. train students from the cache
+  tinymim evaluate RECIPE              4. measure their accuracy
 
-RECIPE is a YAML file or the name of a shipped recipe (see `tinymim recipes`).""",
+Start here, offline: tinymim demo
+
+RECIPE is a YAML file or the name of a shipped recipe.""",
     help_format="plaintext",
-    help_epilogue="--debug, anywhere on the line: show the traceback of an error.",
+    help_epilogue="Add --debug anywhere to print the traceback of an error.",
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
@@ -59,13 +54,13 @@ app.command(compare, name="compare", sort_key=7)
 
 
 def _say(text: str) -> None:
-    """A message, to stderr."""
+    """Print a message to stderr."""
     with contextlib.suppress(BrokenPipeError):
         print(text, file=sys.stderr, flush=True)
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command line; every error becomes a message on stderr and an exit code."""
+    """Run one command line. Errors become a message on stderr and an exit code."""
     debug = "--debug" in arguments
     try:
         app([argument for argument in arguments if argument != "--debug"], print_error=False, exit_on_error=False)
@@ -80,7 +75,7 @@ def run_command(arguments: Sequence[str]) -> int:
         _say("interrupted: stopped at once; the last saved state is intact")
         return EXIT_INTERRUPTED
     except CycloptsError as error:
-        _say(f"error: {error}\n  hint: tinymim --help, or tinymim COMMAND --help, shows what there is")
+        _say(f"error: {error}\n  hint: tinymim --help lists the commands, tinymim COMMAND --help its options")
         return EXIT_USAGE
     except Exception as error:
         if debug:
@@ -96,13 +91,13 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"error: {error}", error.exit_code
     if isinstance(error, OSError) and is_refusal(error):
         return f"error: {error.strerror}: {error.filename or 'a file of the run'}", EXIT_USAGE
-    hint = "run the same command with --debug for the traceback, and report it"
+    hint = "run the same command with --debug and report the traceback"
     return f"internal error: {type(error).__name__}: {error}\n  hint: {hint}", 1
 
 
 def main() -> None:
     """The entry point of the `tinymim` command."""
-    # Threads of an operation that wait for one another sleep instead of spinning: on cores shared with loader workers
-    # or other work, spinning cost 3.5x the CPU time (docs/log.md). Must be set before torch is imported.
+    # OpenMP threads sleep while they wait instead of spinning. On cores shared with loader workers, spinning cost 3.5x
+    # the CPU time (docs/log.md). This must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run_command(sys.argv[1:]))

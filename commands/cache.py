@@ -1,4 +1,4 @@
-"""The commands of `tinymim cache`; no logic. As in cli.py, stages are imported by the command that runs them."""
+"""The commands of `tinymim cache`: flags and help, no logic. Each command imports its stage when it runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,14 +13,16 @@ from tinymim.configs.schema import CacheTeacherRecipe
 
 cache_app = App(
     name="cache",
-    help="""Look at caches, check, mend, copy and remove them.
+    help="""List, describe, verify, repair, copy and remove caches.
 
-A place is a folder or the URL of one in an object store (s3://bucket/prefix;
-credentials from the environment). PATH is a cache, or a root that holds just one.""",
+Caches lie in folders or in object stores (s3://bucket/prefix; credentials come
+from the environment). PATH is a cache, or a root that holds exactly one.""",
     sort_key=9,
 )
 
-PathArgument = Annotated[str, Parameter(name="PATH", help="A cache, or a root that holds just one: a folder or a URL.")]
+PathArgument = Annotated[
+    str, Parameter(name="PATH", help="Folder or URL of a cache, or of a root that holds exactly one.")
+]
 JsonOption = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
 
 
@@ -32,15 +34,15 @@ def _cache_recipe(recipe: Path, overrides: list[str] | None) -> CacheTeacherReci
 
 @cache_app.command(name="list", sort_key=0)
 def cache_list(
-    root: Annotated[str, Parameter(name="ROOT", help="Where caches are shared: a folder or a URL.")],
+    root: Annotated[str, Parameter(name="ROOT", help="Folder or URL that holds the caches.")],
     /,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """The caches below a root, a line each.
+    """List the caches below a root, one line each.
 
     Reads the manifests and commit records of the caches directly in ROOT, or of
-    ROOT itself; writes nothing. A damaged cache is listed with what is wrong.
+    ROOT itself; writes nothing. A damaged cache is listed with its problem.
 
     Example: tinymim cache list s3://bucket/caches
     """
@@ -56,17 +58,16 @@ def cache_list(
 
 @cache_app.command(name="info", sort_key=1)
 def cache_info(path: PathArgument, /, *, more_views: int = 10, as_json: JsonOption = False) -> None:
-    """What a cache is, how much is there, what it costs, how faithful it is, who made it.
+    """Describe a cache: identity, coverage, size, fidelity, authors.
 
-    Reads the manifest, the commit records and their dates of the cache at PATH;
-    writes nothing.
+    Reads the manifest, the commit records and their dates; writes nothing.
 
     Example: tinymim cache info caches/imagenet-sample --more-views 100
 
     Parameters
     ----------
     more_views
-        Tell the size that so many more views of every image would take.
+        Also estimate the size of adding N views per image.
     """
     from tinymim.stages.cache import info as stage
 
@@ -93,26 +94,25 @@ def cache_verify(
 ) -> None:
     """Check every byte of a cache; with --deep also against the teacher.
 
-    Reads all files of the cache at PATH: sizes, digests, decoding, keys, commit
-    records, groups, constants, and what belongs to nothing. With --deep also the
-    images and teacher of a cache-teacher recipe: a sample of views is drawn,
-    rendered and encoded again; box, flip and pixels must be the stored ones, and
-    of the codec's elements a share of --min-agreement.
-    Writes nothing. Prints all findings; exit code 0 if there are none, else 2.
+    Reads all files of the cache: sizes, digests, decoding, keys, commit records,
+    groups, constants, and files that belong to nothing. --deep also reads the
+    images and the teacher: it draws, renders and encodes a sample of views again.
+    Box, flip and pixels must equal the stored ones, and at least --min-agreement
+    of the codec's elements.
+    Writes nothing. Prints all findings. Exit code 0 without findings, else 2.
 
     Example: tinymim cache verify caches/mine --deep cache.yaml --sample 256
 
     Parameters
     ----------
     deep
-        The recipe that made the cache: a YAML file or the name of a shipped one.
+        Recipe that made the cache: a YAML file or the name of a shipped one.
     sample
-        Records to make again, spread over the units; with --deep.
+        Number of records to compute again, spread over the units. Needs --deep.
     min_agreement
-        Least share of equal elements, 0 to 1; with --deep. Other hardware rounds
-        a few draws differently, another teacher changes most of them.
+        Smallest share of equal elements, 0 to 1. Other hardware rounds a few draws differently. Needs --deep.
     seed
-        Another one chooses another sample; with --deep.
+        Seed of the sample. Needs --deep.
     """
     from tinymim.stages.cache import verify as stage
 
@@ -121,7 +121,7 @@ def cache_verify(
         got = f"--sample {sample}, --min-agreement {min_agreement}"
         raise RecipeError("--sample or --min-agreement is out of range", got=got, expected="at least 1; 0 to 1")
     if overrides and deep is None:
-        raise RecipeError("--set is for the recipe of --deep", hint="add --deep RECIPE")
+        raise RecipeError("--set changes the recipe of --deep", got="--set without --deep", hint="add --deep RECIPE")
     recipe = _cache_recipe(deep, overrides) if deep is not None else None
     report = stage.run(place)
     if recipe is not None:
@@ -137,13 +137,13 @@ def cache_verify(
 
 @cache_app.command(name="repair", sort_key=3)
 def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """Recompute what is damaged or missing in a cache, and nothing else.
+    """Recompute damaged or missing parts of a cache, and nothing else.
 
-    Reads all files of the recipe's cache, the images and the teacher. Refuses a
-    recipe that the cache was not made by before it touches anything.
-    Writes metadata of groups, the manifest and constants again where they are
-    damaged, removes what belongs to nothing and damaged units, and then runs
-    cache-teacher for what is missing. The repaired cache has the bytes that it had.
+    Reads all files of the recipe's cache, the images and the teacher. A recipe that
+    did not make the cache is refused before anything is touched.
+    Writes damaged metadata, manifest and constants again, removes stray files and
+    damaged units, then runs cache-teacher for the missing units. The repaired cache
+    has its original bytes.
 
     Example: tinymim cache repair cache.yaml --set cache=caches/mine
     """
@@ -165,21 +165,21 @@ def cache_copy(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a cache to a folder or an object store, every byte checked.
+    """Copy a cache to a folder or an object store, checking every byte.
 
     Reads the committed units of SRC and compares every file with its digest.
-    Writes DST unit by unit; a stopped copy continues, several at once share the
-    work, what is there already stays. The copy has the same bytes. A DST that
-    holds another cache is refused.
+    Writes DST unit by unit. A stopped copy resumes. Several copies at once share
+    the work. Existing units stay. The copy has the same bytes. A DST that holds
+    another cache is refused.
 
     Example: tinymim cache copy caches/mine s3://bucket/caches/mine
 
     Parameters
     ----------
     source
-        A cache, or a root that holds just one: a folder or a URL.
+        Folder or URL of a cache, or of a root that holds exactly one.
     target
-        The copy itself (not a root): a new or unfinished one.
+        Folder or URL of the copy itself (not of a root), new or unfinished.
     """
     from tinymim.stages.cache import copy as stage
 
@@ -192,26 +192,26 @@ def cache_copy(
 
 @cache_app.command(name="remove", sort_key=5)
 def cache_remove(
-    path: Annotated[str, Parameter(name="PATH", help="The cache itself, not a root: a folder or a URL.")],
+    path: Annotated[str, Parameter(name="PATH", help="Folder or URL of the cache itself, not of a root.")],
     /,
     *,
     yes: Annotated[bool, Parameter(name="--yes", negative="")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove a cache, and nothing that is not of it.
+    """Remove a cache, and only files that belong to it.
 
-    Reads the manifest at PATH and lists its files; without --yes it only says what
-    would go, and exits with 2. Refuses what is no tinymim cache, and a cache that
-    somebody is writing.
-    Writes nothing; removes commit records first and the manifest last, so that it
-    can be stopped and run again. Files that are not of a cache are named and left.
+    Reads the manifest at PATH and lists its files. Without --yes it prints them and
+    exits with code 2. Refuses folders that are no tinymim cache, and caches with an
+    active writer.
+    Writes nothing. Removes commit records first and the manifest last, so a
+    stopped removal can be run again. Foreign files are named and left.
 
     Example: tinymim cache remove caches/mine --yes
 
     Parameters
     ----------
     yes
-        Do it.
+        Remove the files.
     """
     from tinymim.stages.cache import remove as stage
 

@@ -1,4 +1,4 @@
-"""The command `tinymim compare`; no logic. As in cli.py, stages are imported when it runs."""
+"""The command `tinymim compare`: flags and help, no logic."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,29 +9,28 @@ from tinymim.commands.shared import print_json, print_text
 
 
 def compare(
-    run: Annotated[Path, Parameter(name="RUN", help="A run folder.")],
+    run: Annotated[Path, Parameter(name="RUN", help="Run folder.")],
     /,
-    *more: Annotated[Path, Parameter(name="RUN", help="Further ones.")],
+    *more: Annotated[Path, Parameter(name="RUN", help="More run folders.")],
     out: Path = Path("compare.html"),
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Runs side by side: losses, audits, accuracies, cost, what differs in recipes.
+    """Compare runs on one page: losses, accuracies, cost, recipe differences.
 
-    Reads the run folders of train-student (of several students each), pretrain-mae,
-    finetune, evaluate and cache-teacher: recipe.yaml, versions.json, metrics.jsonl,
-    audit.jsonl, sessions.jsonl, evaluation.json, finetuned.json. What is not there
-    is shown as missing. An evaluation also counts for the run that wrote its
-    weights; with the run folder of cache-teacher students carry their part of it.
-    Writes the page, one HTML file that needs nothing else; prints the table.
+    Reads run folders of train-student, pretrain-mae, finetune, evaluate and
+    cache-teacher. Missing values are shown as missing. An evaluation also counts
+    for the run that wrote its weights. If the run folder of cache-teacher is
+    given, each student carries its share of the teacher's cost.
+    Writes one self-contained HTML page and prints the table.
 
     Example: tinymim compare runs/cache runs/tiny runs/small --out compare.html
 
     Parameters
     ----------
     out
-        The page.
+        Path of the HTML page.
     as_json
-        Print JSON, with every point of the curves, instead of the table.
+        Print JSON with all points of the curves instead of the table.
     """
     from tinymim.stages import compare as stage
 

@@ -1,4 +1,4 @@
-"""The command `tinymim plan`; no logic. As in cli.py, stages are imported when it runs."""
+"""The command `tinymim plan`: flags and help, no logic."""
 
 from typing import Annotated
 
@@ -22,40 +22,41 @@ def plan(
     random_weights: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Measure for half a minute, and tell what a cache would cost and save here.
+    """Estimate the cost and savings of a cache by measuring for half a minute.
 
-    Name a cache-teacher recipe and the train-student recipes that would read it;
-    one kind alone gives its half of the answer. Runs the teacher, the codec, the
-    disk, the decoder and the students on some images of the source, and prints for
-    the whole run: size of the cache by codec, time of stage one, time of every
-    training with the cache and with the teacher beside it, reading and loader
-    cores it needs, from how many trainings and epochs the cache pays, what storing
-    it costs, and a verdict, which may be "do not cache". Where run.folder holds a
-    finished run, forecast and actual stand side by side.
+    Takes one cache-teacher recipe and the train-student recipes that read it; a
+    recipe of one kind alone gives half of the answer. Runs teacher, codec, disk,
+    decoder and students on a few images. Prints for the whole run:
+      - size of the cache by codec, and the price of storing it
+      - time of stage one, and of each training run with the cache or with the
+        teacher in the loop
+      - reading rate and loader cores needed
+      - break-even: number of training runs or epochs from which the cache pays
+      - a verdict, which may be "do not cache"
+    If run.folder holds a finished run, forecast and actual stand side by side.
 
     Reads the recipes, the shards and the teacher's weights; a train-student recipe
-    alone also its cache.
-    Writes nothing that stays: one unit in a temporary place beside the cache.
+    alone also reads its cache.
+    Writes one temporary unit beside the cache and removes it.
 
     Example: tinymim plan demo-cache demo-wide demo-narrow --seconds 20
 
     Parameters
     ----------
     overrides
-        Set one field in all recipes that have it, e.g. --set num_views=4.
+        Set one field in every recipe that has it, e.g. --set num_views=4.
     seconds
-        That measuring takes, about; loading and starting come on top.
+        Approximate time spent measuring, excluding start-up.
     trainings
-        How often each student will be trained: a search for its settings, say.
+        Number of training runs per student, e.g. for a hyperparameter search.
     images
-        How many the whole source has, where what is at hand is a sample of it.
+        Number of images of the whole source, if the shards here are only a sample.
     price
-        Of storing 1 GB (1e9 bytes) for a month.
+        Price of storing 1 GB (1e9 bytes) for a month.
     device_hour
-        Price of an hour of a device; with it the verdict weighs money, too.
+        Price of one device-hour. If given, the verdict also weighs money.
     random_weights
-        Measure a teacher whose weights are not at hand. Times hold; its sketches come
-        out too small, because draws from even rows pack better.
+        Measure with a randomly initialised teacher. Times hold; sketch sizes come out too small.
     as_json
         Print JSON instead of text.
     """

@@ -1,4 +1,4 @@
-"""What the commands share: the recipe's argument, and data on stdout."""
+"""Shared by all commands: the RECIPE argument, `--set`, and data on stdout."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,16 @@ from cyclopts import Parameter
 RecipeArgument = Annotated[Path, Parameter(help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[
     list[str] | None,
-    Parameter(name="--set", negative="", help="Set one field, e.g. --set optim.steps=300; may be repeated."),
+    Parameter(name="--set", negative="", help="Set one field, e.g. --set optim.steps=300. May be repeated."),
 ]
 
 
 class StdoutClosed(Exception):
-    """Whoever read our output has gone: `tinymim recipes | head -1`."""
+    """The reader of stdout has gone: `tinymim recipes | head -1`."""
 
 
 def print_text(text: str) -> None:
-    """Data, to stdout. Raises StdoutClosed where nobody reads it."""
+    """Print data to stdout. Raises StdoutClosed if its reader has gone."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -26,5 +26,5 @@ def print_text(text: str) -> None:
 
 
 def print_json(data: dict[str, Any] | list[Any]) -> None:
-    """JSON, to stdout; errors as `print_text`."""
+    """Print JSON to stdout. Raises StdoutClosed like `print_text`."""
     print_text(json.dumps(data, indent=2))

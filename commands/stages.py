@@ -1,4 +1,4 @@
-"""The commands that take one recipe; no logic. As in cli.py, stages are imported by the command that runs them."""
+"""The commands that take one recipe: help texts, no logic. Each command imports its stage when it runs."""
 
 import inspect
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from tinymim.configs.schema import (
     TrainStudentRecipe,
 )
 
-stages_app = App()  # its commands become tinymim's own
+stages_app = App()  # cli.py adds its commands to tinymim
 
 R = TypeVar("R", bound=BaseModel)
 
 
 def _recipe_command(name: str, kind: type[R], *, sort_key: int) -> Callable[[Callable[[R], None]], Callable[[R], None]]:
-    """Make a function of a loaded recipe `tinymim NAME RECIPE [--set key=value]`, its docstring the help."""
+    """Turn a function of a loaded recipe into `tinymim NAME RECIPE [--set key=value]`; its docstring is the help."""
 
     def register(run: Callable[[R], None]) -> Callable[[R], None]:
         def command(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
@@ -44,12 +44,14 @@ def _recipe_command(name: str, kind: type[R], *, sort_key: int) -> Callable[[Cal
 
 @_recipe_command("pretrain-mae", PretrainMaeRecipe, sort_key=2)
 def pretrain_mae(recipe: PretrainMaeRecipe) -> None:
-    """Make a teacher, or a baseline student, from images alone (masked autoencoder).
+    """Train a teacher from images alone, as a masked autoencoder.
+
+    Also serves as the baseline of a student.
 
     Reads the shards of `source`.
     Writes run.folder: encoder.safetensors (a timm ViT without head), metrics.jsonl,
-    TensorBoard, the resolved recipe and versions, and state-STEP.pt, from which the
-    same command continues. On several GPUs with --set workers=N.
+    TensorBoard, the resolved recipe, versions, and state-STEP.pt for resume.
+    The same command resumes. --set workers=N trains on N GPUs.
 
     Example: tinymim pretrain-mae demo-teacher --set optim.steps=200
     """
@@ -60,12 +62,12 @@ def pretrain_mae(recipe: PretrainMaeRecipe) -> None:
 
 @_recipe_command("cache-teacher", CacheTeacherRecipe, sort_key=3)
 def cache_teacher(recipe: CacheTeacherRecipe) -> None:
-    """Run the teacher once over every view and store sketches of its relations.
+    """Run the teacher once over every view and store its targets in a cache.
 
     Reads the shards of `source` and the teacher's weights.
-    Writes the folder `cache` (docs/cache-format.md) and run.folder. What is committed
-    stays: a stopped run continues, a larger num_views or more shards add to it,
-    another teacher or view law is refused.
+    Writes `cache` (format: docs/cache-format.md) and run.folder. The same command
+    resumes. A larger num_views or more shards add to the cache; another teacher or
+    view law is refused.
 
     Example: tinymim cache-teacher imagenet-sample-cache --set num_views=4
     """
@@ -76,13 +78,14 @@ def cache_teacher(recipe: CacheTeacherRecipe) -> None:
 
 @_recipe_command("train-student", TrainStudentRecipe, sort_key=4)
 def train_student(recipe: TrainStudentRecipe) -> None:
-    """Train one student, or several, from a cache and its images; no teacher needed.
+    """Train one student or several from a cache, without the teacher.
 
     Reads `cache` and the shards of `source`.
-    Writes run.folder: student.safetensors (loads into timm with strict=True),
-    trained.json (which tensors were trained), metrics.jsonl, TensorBoard, the
-    resolved recipe and versions, and state-STEP.pt, from which the same command
-    continues; of `students` into a folder each; with `audit` audit.jsonl. On several GPUs with --set workers=N.
+    Writes run.folder, or one folder per student: student.safetensors (loads into
+    timm with strict=True), trained.json (names of trained tensors), metrics.jsonl,
+    TensorBoard, the resolved recipe, versions, audit.jsonl if `audit` is set, and
+    state-STEP.pt for resume. The same command resumes. --set workers=N trains on N
+    GPUs.
 
     Example: tinymim train-student imagenet-sample-student --set optim.steps=600
     """
@@ -93,13 +96,12 @@ def train_student(recipe: TrainStudentRecipe) -> None:
 
 @_recipe_command("chain", ChainRecipe, sort_key=6)
 def chain(recipe: ChainRecipe) -> None:
-    """Commands one after the other: a teacher's cache, its student, the student's cache, ...
+    """Run several commands in order; a student may become the next teacher.
 
-    Reads and writes what the recipes of its `steps` do. All of them are read and
-    checked before the first begins; each step goes on from where it stopped, so the
-    same command continues the chain.
+    Reads and writes the files of each step. All recipes are checked before the
+    first step starts. Each step resumes, so the same command resumes the chain.
 
-    Example: tinymim chain imagenet-tinymim-chain --set set=[source.shards=shards/mine]
+    Example: tinymim chain imagenet-tinymim-chain --set set=[source.shards=mine]
     """
     from tinymim.stages import chain as stage
 
@@ -108,11 +110,11 @@ def chain(recipe: ChainRecipe) -> None:
 
 @_recipe_command("evaluate", EvaluateRecipe, sort_key=5)
 def evaluate(recipe: EvaluateRecipe) -> None:
-    """k-NN and linear probe of a frozen encoder on labelled shards.
+    """Evaluate a frozen encoder on labelled shards: k-NN and linear probe.
 
-    Reads the shards of `train` and `val`, and `weights`: a file, `hub`, `package:NAME`
-    or `random`.
-    Writes run.folder with evaluation.json, and prints the same JSON.
+    Reads the shards of `train` and `val`, and `weights`: a file, `hub`,
+    `package:NAME` or `random`.
+    Writes evaluation.json into run.folder and prints the same JSON.
 
     Example: tinymim evaluate tinyimagenet40-eval --set weights=random
     """
@@ -123,16 +125,16 @@ def evaluate(recipe: EvaluateRecipe) -> None:
 
 @_recipe_command("finetune", FinetuneRecipe, sort_key=5)
 def finetune(recipe: FinetuneRecipe) -> None:
-    """Fine-tune an encoder with a new head on labels: top-1, top-5, confusion.
+    """Fine-tune an encoder and a new head on labelled images.
 
     Reads the shards of `train` and `val`, and `weights`: a file (a student, an
-    encoder of pretrain-mae, an official MAE .pth, another fine-tuning), `hub`,
-    `package:NAME`, or `random` for training from scratch. Weights that do not exist
-    or do not fit are an error that lists missing and unexpected keys.
+    encoder of pretrain-mae, an official MAE .pth, a fine-tuned model), `hub`,
+    `package:NAME`, or `random` to train from scratch. If weights do not fit, the
+    error lists missing and unexpected keys.
     Writes run.folder: last.safetensors and best.safetensors (by top-1 on `val`),
-    which load into timm with strict=True, finetuned.json (scores, confusion),
-    metrics.jsonl, TensorBoard, the resolved recipe and versions, and state-STEP.pt,
-    from which the same command continues. On several GPUs with --set workers=N.
+    both for timm with strict=True; finetuned.json (top-1, top-5, confusion),
+    metrics.jsonl, TensorBoard, the resolved recipe, versions, and state-STEP.pt for
+    resume. The same command resumes. --set workers=N trains on N GPUs.
     Prints finetuned.json without history and classes.
 
     Example: tinymim finetune tinyimagenet40-finetune --set optim.epochs=2
@@ -146,13 +148,13 @@ def finetune(recipe: FinetuneRecipe) -> None:
 
 @_recipe_command("fidelity", FidelityRecipe, sort_key=6)
 def fidelity(recipe: FidelityRecipe) -> None:
-    """Compare codecs: what each does to a student's gradient, and what it costs.
+    """Compare codecs: their effect on a student's gradient, and their cost.
 
-    Runs the teacher over some views, encodes them with every codec in `codecs`, and
-    compares the gradient of the student (at its start, and of the run folder
-    `student_state` if given) with the one under the dense relation maps: bias with
-    its standard error, noise ratio (added / image-to-image variance), angle, norm;
-    bytes per view, time to encode and decode. Choose what you cache by it.
+    Runs the teacher on a few views and encodes them with every codec in `codecs`.
+    Compares the student's gradient with the one under dense relations: bias with
+    standard error, noise ratio (added / image-to-image variance), angle, norm. Also
+    reports bytes per view and the time to encode and decode. `student_state` adds a
+    trained student to the untrained one.
     Reads the shards of `source` and the teacher's weights.
     Writes run.folder with fidelity.json (per relation and head) and frontier.png,
     and prints the tables.

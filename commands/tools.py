@@ -1,4 +1,4 @@
-"""The commands that take no recipe; no logic. Stages are imported by the command that runs them."""
+"""The commands that take no recipe: flags and help, no logic. Each command imports its stage when it runs."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,9 @@ from cyclopts import App, Parameter
 
 from tinymim.commands.shared import print_json, print_text
 from tinymim.configs import shipped
+from tinymim.configs.errors import RecipeError
 
-tools_app = App()  # its commands become tinymim's own
+tools_app = App()  # cli.py adds its commands to tinymim
 
 
 @tools_app.command(name="make-shards", sort_key=1)
@@ -25,13 +26,13 @@ def make_shards(
     resize_short: int = 0,
     quality: int = 95,
 ) -> None:
-    """Images -> webdataset shards and an index.
+    """Pack images into webdataset shards with an index.
 
-    Reads SRC: a folder of images (class sub-folders give labels, a flat folder
-    none), a folder of tars, or the word `drawn`: textures of ten classes.
-    Writes DST: PREFIX-000000.tar, ..., index.json. Image bytes are kept as they
-    are, unless --resize-short makes large images smaller: that is another source,
-    with caches of its own. Unreadable images are listed in the index and left out.
+    Reads SRC: a folder of images, a folder of tars, or the word `drawn` (generated
+    textures of ten classes). Class sub-folders give labels.
+    Writes DST: PREFIX-000000.tar, ..., index.json. Image bytes are kept, unless
+    --resize-short shrinks large images; the result is then another source, which
+    needs its own caches. Unreadable images are left out and listed in the index.
     Prints one line of JSON: num_samples, shards, unreadable.
 
     Example: tinymim make-shards photos/train shards/train
@@ -39,22 +40,21 @@ def make_shards(
     Parameters
     ----------
     source
-        Folder of images or tars, or `drawn`.
+        Folder of images, folder of tars, or `drawn`.
     target
         New or empty folder.
     images_per_shard
-        Images in one tar.
+        Images per tar.
     prefix
         First part of the tars' names.
     count
-        Images to draw; for SRC = drawn only.
+        Number of images to draw; only if SRC is `drawn`.
     seed
-        Seed of the drawn set; for SRC = drawn only.
+        Seed of the drawn images; only if SRC is `drawn`.
     resize_short
-        Images with a longer short side are resized to it, in pixels, and encoded
-        as JPEG; 0: none.
+        Shrink images to this short side in pixels and encode them as JPEG. 0: keep all.
     quality
-        JPEG quality of the resized images, 1 to 100.
+        JPEG quality of resized images, 1 to 100.
     """
     from tinymim.stages import make_shards as stage
 
@@ -69,13 +69,13 @@ def make_shards(
 
 @tools_app.command(name="export", sort_key=7)
 def export(source: Annotated[Path, Parameter(name="RUN")], target: Annotated[Path, Parameter(name="FILE")], /) -> None:
-    """Weights -> a .pth as the code of MAE and TinyMIM reads it.
+    """Export weights as a .pth that the code of MAE and TinyMIM reads.
 
-    Reads RUN: the folder of a finished train-student or pretrain-mae (of several
-    students: the folder of one), or a file, such as its student-ema.safetensors.
+    Reads RUN: the run folder of a finished train-student or pretrain-mae (for
+    several students: the folder of one), or a weights file.
     Writes FILE, a new .pth for `--finetune` of MAE's and TinyMIM's
-    main_finetune.py: float32 tensors under `model`. timm needs no export, it loads
-    student.safetensors as it is.
+    main_finetune.py: float32 tensors under `model`. timm needs no export; it loads
+    student.safetensors directly.
     Prints JSON: file, source, tensors, embed_dim, depth, num_heads.
 
     Example: tinymim export runs/mine mine.pth
@@ -83,9 +83,9 @@ def export(source: Annotated[Path, Parameter(name="RUN")], target: Annotated[Pat
     Parameters
     ----------
     source
-        Run folder or weights.
+        Run folder or weights file.
     target
-        The file to write.
+        File to write.
     """
     from tinymim.stages import export as stage
 
@@ -93,8 +93,8 @@ def export(source: Annotated[Path, Parameter(name="RUN")], target: Annotated[Pat
 
 
 @tools_app.command(name="recipes", sort_key=8)
-def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) -> None:
-    """List the shipped recipes, or print one of them.
+def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /, *, fields: str | None = None) -> None:
+    """List the shipped recipes, print one of them, or explain the fields of a recipe.
 
     Reads the recipes inside the package; writes nothing.
 
@@ -103,27 +103,36 @@ def show_recipes(name: Annotated[str | None, Parameter(name="NAME")] = None, /) 
     Parameters
     ----------
     name
-        The recipe whose YAML is printed; without it, all names.
+        Print this recipe as YAML. Without it, list all names.
+    fields
+        Explain every field of the recipe of this command, e.g. train-student, or of `all`.
     """
-    print_text(shipped.listing() if name is None else shipped.text(name).rstrip("\n"))
+    if fields is None:
+        print_text(shipped.listing() if name is None else shipped.text(name).rstrip("\n"))
+        return
+    from tinymim.configs import fields as explained
+
+    if name is not None:
+        raise RecipeError("NAME and --fields exclude each other", got=f"{name} and --fields {fields}")
+    print_text(explained.text(fields).rstrip("\n"))
 
 
 @tools_app.command(name="demo", sort_key=0)
 def demo(*, folder: Path = Path("runs/demo"), seed: int = 0) -> None:
-    """All of it on drawn images: one teacher, one cache, two students, a report.
+    """Run the whole pipeline on generated images; works offline.
 
-    Reads nothing but the package; needs no network.
-    Writes FOLDER with shards, cache, students and report.html, and prints the
-    path of the report.
+    Reads only the package.
+    Writes shards, one cache, two students and report.html into FOLDER, and prints
+    the path of the report.
 
     Example: tinymim demo --folder runs/demo
 
     Parameters
     ----------
     folder
-        Where everything goes.
+        Folder for all results.
     seed
-        Seed of views, sketches, students and training; images and teacher stay.
+        Seed of views, sketches, students and training. Images and teacher stay the same.
     """
     from tinymim.stages import demo as stage
 

@@ -16,20 +16,26 @@ def _distinct(relations: tuple[Relation, ...]) -> tuple[Relation, ...]:
 
 
 Relations = Annotated[tuple[Relation, ...], AfterValidator(_distinct)]
+_NAME = "Name of the codec: `sketch`, `hidden` or `dense`."
+_RELATIONS = "Relations to store."
+_RELATION_HEADS = "Heads into which the teacher's channels are split for the relations. Default: the teacher's own."
 
 
 class SketchCodec(Section):
-    """Sampled rows of the relation maps, a few tokens each (I4): unbiased with `tail: sampled`, the default."""
+    """Sampled rows of the relations, a few sampled tokens each. Unbiased with `tail: sampled`, the default (I4)."""
 
-    name: Literal["sketch"] = "sketch"
-    relations: Relations = ("qk", "vv")
-    # Into how many heads the teacher's channels are split for the relations; None: the teacher's own.
-    relation_heads: Positive | None = None
-    rows: Positive = 64  # query rows drawn per view, relation and head (capped at the token count)
-    head_k: Annotated[int, Field(ge=0)] = 0  # largest entries of a row kept with their value
-    tail_k: Annotated[int, Field(ge=0)] = 8  # systematic draws from the rest of the row; 0 unless tail: sampled
-    # What stands for the entries outside the head. The published top-k tails are biased: for comparison.
-    tail: Literal["sampled", "uniform", "ghost", "renormalise"] = "sampled"
+    name: Literal["sketch"] = Field(default="sketch", description=_NAME)
+    relations: Relations = Field(default=("qk", "vv"), description=_RELATIONS)
+    relation_heads: Positive | None = Field(default=None, description=_RELATION_HEADS)
+    rows: Positive = Field(
+        default=64, description="Query rows drawn per view, relation and head; at most the number of tokens."
+    )
+    head_k: int = Field(default=0, ge=0, description="Largest entries of a row that are stored with their values.")
+    tail_k: int = Field(default=8, ge=0, description="Systematic draws from the rest of the row.")
+    tail: Literal["sampled", "uniform", "ghost", "renormalise"] = Field(
+        default="sampled",
+        description="Stand-in for the other entries of a row. All but `sampled` are published top-k tails and biased.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -50,12 +56,15 @@ class SketchCodec(Section):
 
 
 class HiddenCodec(Section):
-    """The input of the block's qkv projection, quantised; any relation is rebuilt from it at read."""
+    """The input of the block's qkv projection, quantised. A reader rebuilds any relation from it."""
 
-    name: Literal["hidden"]
-    basis: Literal["channels", "pca"] = "channels"  # what is quantised: the channels, or principal components of qkv
-    bits: Annotated[float, Field(gt=0, le=8)] = 8  # mean bits per channel and token; `channels` takes 4 or 8
-    calibration_views: Positive = 256  # views that fix the scales, once per cache
+    name: Literal["hidden"] = Field(description=_NAME)
+    basis: Literal["channels", "pca"] = Field(
+        default="channels",
+        description="Quantise the channels, or the principal components of q, k, v with more bits for larger ones.",
+    )
+    bits: float = Field(default=8, gt=0, le=8, description="Mean bits per channel and token. `channels` takes 4 or 8.")
+    calibration_views: Positive = Field(default=256, description="Views that fix the scales, once per cache.")
 
     @model_validator(mode="after")
     def _whole_bits(self) -> "HiddenCodec":
@@ -65,11 +74,11 @@ class HiddenCodec(Section):
 
 
 class DenseCodec(Section):
-    """Every row in fp16, for audits."""
+    """Every row of the relations in fp16, for audits."""
 
-    name: Literal["dense"]
-    relations: Relations = ("qk", "vv")
-    relation_heads: Positive | None = None
+    name: Literal["dense"] = Field(description=_NAME)
+    relations: Relations = Field(default=("qk", "vv"), description=_RELATIONS)
+    relation_heads: Positive | None = Field(default=None, description=_RELATION_HEADS)
 
 
 def _codec_name(value: Any) -> str:
@@ -90,12 +99,18 @@ def codec_config(**fields: Any) -> CodecConfig:
 
 
 class TargetsConfig(Section):
-    """What a student is compared on, where that is not all that the cache holds.
+    """A choice among the targets that the cache holds.
 
-    A `hidden` cache rebuilds any relation with any number of heads and rows; from a `dense` or `sketch` cache
-    relations can be left out, and from a `dense` one rows.
+    A `hidden` cache rebuilds any relation with any number of heads and rows. A `dense` or `sketch` cache can leave
+    relations out, and a `dense` one rows.
     """
 
-    relations: Relations | None = None  # None: the cache's; of a hidden cache qk and vv
-    relation_heads: Positive | None = None  # None: the cache's; of a hidden cache the teacher's
-    rows: Positive | None = None  # query rows per view, relation and head; None: all that the cache holds
+    relations: Relations | None = Field(
+        default=None, description="Relations to learn from. Default: the cache's; `qk` and `vv` of a `hidden` cache."
+    )
+    relation_heads: Positive | None = Field(
+        default=None, description="Heads of the relations. Default: the cache's; the teacher's of a `hidden` cache."
+    )
+    rows: Positive | None = Field(
+        default=None, description="Query rows per view, relation and head. Default: all that the cache holds."
+    )

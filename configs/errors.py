@@ -1,4 +1,4 @@
-"""The error tree. Every error a user can cause says what, got, expected and a hint.
+"""The error tree. Every error that a user can cause states what is wrong, got, expected and a hint.
 
 TinymimError
 ├── UserError (exit 2)
@@ -6,9 +6,9 @@ TinymimError
 │   ├── SourceError       the images or shards are wrong
 │   ├── StoreError        an object store refuses, fails, or holds another object than before
 │   ├── CheckpointError   weights do not exist, do not fit or cannot be trusted
-│   ├── CacheMismatch     a cache was made by something else than what is wanted (I6)
+│   ├── CacheMismatch     a cache was made from something else than the recipe states (I6)
 │   ├── CacheCorrupt      bytes of a cache are missing or changed
-│   ├── UnitsFailed       some units of a cache could not be made, all others are there (exit 3)
+│   ├── UnitsFailed       some units of a cache failed, all others are committed (exit 3)
 │   └── ViewMismatch      the pixels of a view are not the pixels the teacher saw (I2)
 └── InternalError (exit 1)
 """
@@ -16,7 +16,7 @@ TinymimError
 import errno
 from typing import ClassVar
 
-# The machine's refusals: no bug of ours, and the message of the system says all there is to say.
+# Refusals of the machine. They are no bugs of ours, and the system's message suffices.
 _SYSTEM_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -59,20 +59,20 @@ class TinymimError(Exception):
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the machine refused something that the user can mend: a permission, space on a disk."""
+    """Return whether the machine refused something that the user can fix: a permission, disk space."""
     return isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of somebody else's error message, at most 200 characters; its type where it has none."""
+    """Return the first line of a foreign error message, at most 200 characters, or its type if it is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def in_one_line(error: TinymimError) -> str:
-    """What, got and expected of an error, for a list of them."""
+    """Return what, got and expected of an error as one line, for lists of errors."""
     values = {"got": error.got, "expected": error.expected}
-    told = [f"{name} {value}" for name, value in values.items() if value is not None]
-    return " ".join(", ".join([error.what, *told]).split())
+    stated = [f"{name} {value}" for name, value in values.items() if value is not None]
+    return " ".join(", ".join([error.what, *stated]).split())
 
 
 def _rebuild(kind: type[TinymimError], what: str, got: object, expected: object, hint: str | None) -> TinymimError:
@@ -80,7 +80,7 @@ def _rebuild(kind: type[TinymimError], what: str, got: object, expected: object,
 
 
 class UserError(TinymimError):
-    """Something the user can mend."""
+    """A mistake that the user can fix."""
 
     exit_code = 2
 
@@ -96,7 +96,7 @@ class SourceError(UserError):
 class StoreError(UserError):
     """An object store refuses, fails, or holds another object than before.
 
-    Not a SourceError: those count as unreadable images and are passed over up to a limit, and a store that is down
+    It is no SourceError, because those count as unreadable images and are skipped up to a limit. A store that is down
     must never cost a cache its images.
     """
 
@@ -106,7 +106,7 @@ class CheckpointError(UserError):
 
 
 class CacheMismatch(UserError):
-    """A cache was made by something other than what is wanted; names the field."""
+    """A cache was made from something else than the recipe states; names the field."""
 
 
 class CacheCorrupt(UserError):
@@ -114,13 +114,13 @@ class CacheCorrupt(UserError):
 
 
 class UnitsFailed(UserError):
-    """Some units of a cache could not be made; all the others are committed. Exit code 3: partial."""
+    """Some units of a cache failed; all others are committed. Exit code 3: partial."""
 
     exit_code = 3
 
 
 class ViewMismatch(UserError):
-    """A replayed view's pixels differ from the pixels the teacher saw; names image and view."""
+    """The pixels of a replayed view differ from those the teacher saw; names image and view."""
 
 
 class InternalError(TinymimError):

@@ -1,4 +1,4 @@
-"""Recipes in and out: YAML file + `--set a.b=c` -> one frozen, validated recipe, or one RecipeError.
+"""Reading and writing recipes: a YAML file and `--set a.b=c` give one frozen, validated recipe, or one RecipeError.
 
 The YAML is 1.1 as PyYAML reads it, with two differences: `1e-3` is a number, and a repeated key is an error.
 Relative paths inside a recipe are relative to the working directory of the command, not to the recipe.
@@ -26,7 +26,6 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.schema import RECIPES, Recipe
 from tinymim.configs.sections import Section
 
-_FIELDS_HINT = "every field, with its default and meaning, is in tinymim/configs/schema.py and sections.py"
 # Values in messages are cut: a recipe may hold a section where a number belongs.
 _short = Repr()
 _short.maxstring = _short.maxother = 60
@@ -40,12 +39,12 @@ RECIPE_FILES = resources.files("tinymim.configs") / "recipes"
 
 
 def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads and validates the recipe of one command.
+    """Read and validate the recipe of one command.
 
     Args:
         path: a file, or the bare name of a shipped recipe such as `demo-teacher`; a file wins.
-        stage: the command, a key of RECIPES; the recipe must say that it is for this command.
-        overrides: `a.b=value` each, value in YAML; they beat the file, later ones beat earlier ones.
+        stage: the command, a key of RECIPES; the recipe's `stage:` line must name it.
+        overrides: `a.b=value`, value in YAML; they override the file, later ones override earlier ones.
 
     Raises:
         RecipeError: unreadable file, bad YAML (with line), wrong stage, or all schema problems, one per line.
@@ -53,7 +52,7 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe
     data = _parse(_read(path), f"recipe {path}")
     if not isinstance(data, dict):
         raise RecipeError(
-            f"recipe {path} holds no keys", got=_short.repr(data), expected=f"`stage: {stage}` and its fields"
+            f"recipe {path} has no fields", got=_short.repr(data), expected=f"`stage: {stage}` and its fields"
         )
     for override in overrides:
         data = _overridden(data, override)
@@ -64,19 +63,19 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe
         lines = [_problem(RECIPES[stage], details) for details in error.errors(include_url=False)]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         what = "\n  ".join([f"recipe {path} has {count}:", *lines])
-        raise RecipeError(what, hint=_FIELDS_HINT) from error
+        raise RecipeError(what, hint=f"print every field and its meaning: tinymim recipes --fields {stage}") from error
 
 
 def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
-    """Several recipes, each of the command that its `stage:` line names.
+    """Read several recipes, each for the command that its `stage:` line names.
 
     Args:
-        paths: as for `load_recipe`.
-        stages: the commands that recipes may be for.
-        overrides: each applies to those recipes that have a field of its first name.
+        paths: files or names of shipped recipes, as for `load_recipe`.
+        stages: the allowed commands.
+        overrides: `a.b=value`; each applies to the recipes that have a field `a`.
 
     Raises:
-        RecipeError: as `load_recipe`; a recipe for another command; an override that no recipe has a field for.
+        RecipeError: as `load_recipe`; a recipe for another command; an override whose field no recipe has.
     """
     named: list[tuple[Path, str]] = []
     for path in paths:
@@ -95,7 +94,9 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
         if not any(first in known for known in fields.values()):
             everything = sorted({name for known in fields.values() for name in known})
             raise RecipeError(
-                f"--set {override}: no recipe here has such a field", got=first, hint=_did_you_mean(first, everything)
+                f"--set {override}: none of the recipes has this field",
+                got=first,
+                hint=_did_you_mean(first, everything) or f"fields: {', '.join(everything)}",
             )
     return [
         load_recipe(path, stage, [o for o, first in zip(overrides, firsts, strict=True) if first in fields[stage]])
@@ -134,7 +135,7 @@ def _read(path: Path) -> str:
         raise RecipeError(f"recipe {path} cannot be read", got=error) from error
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"recipe {path}, line {line}: not text in UTF-8", got=error.reason) from error
+        raise RecipeError(f"recipe {path}, line {line}: not valid UTF-8", got=error.reason) from error
 
 
 # ---- YAML ----
@@ -149,7 +150,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             identity, line = (key.tag, str(key.value)), key.start_mark.line + 1
             if identity in first_line:
-                problem = f"key `{key.value}` stands twice, first in line {first_line[identity]}"
+                problem = f"key `{key.value}` is repeated; it first appears in line {first_line[identity]}"
                 raise ComposerError(None, None, problem, key.start_mark)
             first_line[identity] = line
         return node
@@ -170,8 +171,8 @@ def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
 
-# YAML 1.1 wants a dot and a signed exponent, so that PyYAML reads 1e-3 as a string. The dumper must know too:
-# it quotes a string only if it would be read as something else.
+# YAML 1.1 requires a dot and a signed exponent, so PyYAML reads 1e-3 as a string. The dumper needs the same rule,
+# because it quotes a string only if it would be read as something else.
 _EXPONENT_FLOAT = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+.0123456789"))
@@ -198,7 +199,7 @@ def _parse(text: str, origin: str) -> Any:
 
 
 def _overridden(data: dict[Any, Any], override: str) -> dict[Any, Any]:
-    """A copy of data with one `a.b=value` applied."""
+    """Return a copy of data with one `a.b=value` applied."""
     name, equals, value = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -223,7 +224,7 @@ def _check_stage(data: dict[Any, Any], path: Path, stage: str) -> None:
         return
     if got is None:
         raise RecipeError(
-            f"recipe {path} does not say which command it is for",
+            f"recipe {path} does not name its command",
             got="no `stage:` line",
             expected=f"stage: {stage}",
             hint=f"commands with recipes: {', '.join(RECIPES)}",
@@ -236,7 +237,7 @@ def _check_stage(data: dict[Any, Any], path: Path, stage: str) -> None:
             hint=f"run: tinymim {got} {path}",
         )
     raise RecipeError(
-        f"recipe {path} is for no command of tinymim",
+        f"recipe {path} names an unknown command",
         got=f"stage: {_short.repr(got)}",
         expected=f"stage: {stage}",
         hint=_did_you_mean(str(got), RECIPES) or f"commands with recipes: {', '.join(RECIPES)}",
@@ -250,7 +251,7 @@ def _problem(recipe: type[Section], error: ErrorDetails) -> str:
     got = _short.repr(error["input"])
     match error["type"]:
         case "missing":
-            return f"{name}: missing, and it has no default"
+            return f"{name}: required, but missing"
         case "value_error":  # from a validator of the schema, which states the values itself
             return f"{name}: {error['msg'].removeprefix('Value error, ')}"
         case "union_tag_not_found":
@@ -260,14 +261,14 @@ def _problem(recipe: type[Section], error: ErrorDetails) -> str:
             return f"{name}.name: got {error['ctx']['tag']!r}; expected one of {tags}"
         case "extra_forbidden":
             fields = section.model_fields
-            near = _did_you_mean(str(names[-1]), fields) or f"known here: {', '.join(fields)}"
+            near = _did_you_mean(str(names[-1]), fields) or f"fields here: {', '.join(fields)}"
             return f"{name}: unknown key (value {got}); {near}"
         case _:
             return f"{name}: got {got}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _walk(recipe: type[Section], loc: Sequence[int | str]) -> tuple[type[Section], list[int | str]]:
-    """The innermost section on the way along `loc`, and `loc` without the tags that pydantic adds for unions."""
+    """Return the innermost section along `loc`, and `loc` without the tags that pydantic adds for unions."""
     section: type[Section] = recipe
     choices: dict[str, type[Section]] = {}  # the sections that the last field may be, by tag
     names: list[int | str] = []
@@ -301,9 +302,9 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str | None:
 
 
 def dump_recipe(recipe: Section) -> str:
-    """The whole recipe, defaults included, in the order of the schema, as YAML that loads back equal.
+    """Return the recipe with all defaults, in the order of the schema, as YAML that loads back equal.
 
-    What all trainings have comes last.
+    Fields that all training recipes share come last.
     """
     data = recipe.model_dump(mode="json")
     data = {name: data[name] for name in dict.fromkeys([*type(recipe).__annotations__, *data])}

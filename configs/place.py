@@ -1,4 +1,4 @@
-"""Where shards and caches lie: a folder, or the URL of one in an object store."""
+"""Places of shards and caches: a folder, or a URL in an object store."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,20 +11,18 @@ STORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http
 
 
 def _place(value: object) -> Path | str:
-    """A URL stays a string (a Path would fold its slashes), all else is a folder."""
+    """Return a URL as string (a Path would fold its slashes) and any other text as a folder."""
     if isinstance(value, Path) or (isinstance(value, str) and "://" not in value):
         return Path(value)
     if not isinstance(value, str):
-        raise ValueError(f"got {value!r}; expected a folder, or the URL of one in an object store")
+        raise ValueError(f"got {value!r}; expected a folder, or a URL in an object store")
     scheme, _, rest = value.partition("://")
     if scheme not in STORE_SCHEMES:
-        raise ValueError(f"got '{value}'; the object stores known are {', '.join(STORE_SCHEMES)}")
+        raise ValueError(f"got '{value}'; supported schemes are {', '.join(STORE_SCHEMES)}")
     if "@" in rest.partition("/")[0] and not scheme.startswith("abfs"):
-        raise ValueError("credentials belong into the environment, not into a recipe that is stored and shown")
+        raise ValueError("credentials belong in the environment, because recipes are stored and shown")
     if not rest.strip("/") or "?" in rest or "#" in rest:
-        raise ValueError(
-            f"got '{value.partition('?')[0]}...'; an object store is SCHEME://BUCKET/PREFIX, without a query"
-        )
+        raise ValueError(f"got '{value.partition('?')[0]}...'; expected SCHEME://BUCKET/PREFIX without a query")
     return value.rstrip("/")
 
 
@@ -32,13 +30,13 @@ Place = Annotated[Path | str, BeforeValidator(_place)]  # str: a URL, without a 
 
 
 def parse_place(text: str) -> Path | str:
-    """A place named on the command line. Raises RecipeError for a URL that can be none."""
+    """Parse a place from the command line. Raises RecipeError for a malformed URL."""
     try:
         return _place(text)
     except ValueError as error:
-        raise RecipeError(f"this names no folder and no object store: {error}") from None
+        raise RecipeError(f"neither a folder nor an object store: {error}") from None
 
 
 def joined(root: Path | str, name: str) -> Path | str:
-    """The place `name` below `root`."""
+    """Return the place `name` below `root`."""
     return root / name if isinstance(root, Path) else f"{root}/{name}"

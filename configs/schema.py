@@ -1,7 +1,7 @@
 """The one schema of all recipes, one class per command.
 
-A recipe is a YAML file with a `stage:` line that names the command it is for; every other key is a field
-below, and most fields are sections (`configs/sections.py`).
+A recipe is a YAML file. Its `stage:` line names the command it is for. Every other key is a field below, and most
+fields are sections (`configs/sections.py`).
 """
 
 from pathlib import Path
@@ -12,6 +12,9 @@ from pydantic import Field, model_validator
 from tinymim.configs.codecs import CodecConfig, SketchCodec, TargetsConfig
 from tinymim.configs.place import Place
 from tinymim.configs.sections import (
+    MEAN_DESCRIPTION,
+    RESIZE_RATIO_DESCRIPTION,
+    STD_DESCRIPTION,
     AuditConfig,
     AugmentConfig,
     CheckpointConfig,
@@ -32,7 +35,6 @@ from tinymim.configs.sections import (
     OrderConfig,
     Positive,
     Precision,
-    Restarts,
     RunConfig,
     Section,
     SourceConfig,
@@ -40,24 +42,41 @@ from tinymim.configs.sections import (
     ValidationConfig,
     VerifyConfig,
     ViewConfig,
-    Workers,
 )
+
+_STAGE = "Command that the recipe is for."
+_SOURCE = "Images."
+_VIEWS = "View law."
+_RUN = "Run folder, device and seed."
+_LOADER = "Loader processes."
+_WEIGHTS = "`random`, `hub`, `package:NAME`, or a .safetensors or .pth file (docs/parity.md)."
+_TRAIN = "Labelled images to train on."
+_VAL = "Labelled images to test on."
 
 
 class _Training(Section):
-    """What all trainings have: how long, how fast, in what order, on what, and where it is kept."""
+    """Fields that all training commands share."""
 
     stage: str
-    optim: OptimConfig
-    ema: EmaConfig | None = None
-    order: OrderConfig = OrderConfig()
-    loader: LoaderConfig = LoaderConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    precision: Precision = "fp32"
-    workers: Workers = 1
-    cluster: Cluster = "local"
-    max_restarts: Restarts = 3
-    run: RunConfig
+    optim: OptimConfig = Field(description="Optimiser, schedule and length.")
+    ema: EmaConfig | None = Field(
+        default=None, description="Moving average of the weights. Default: none; `{}` turns it on."
+    )
+    order: OrderConfig = Field(default=OrderConfig(), description="Order of the samples.")
+    loader: LoaderConfig = Field(default=LoaderConfig(), description="Loader processes.")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="States for resume.")
+    precision: Precision = Field(default="fp32", description="Precision of training; `fp16` uses loss scaling.")
+    workers: Positive = Field(
+        default=1,
+        description="Training processes on this machine, one per GPU. Ignored under torchrun (docs/training.md).",
+    )
+    cluster: Cluster = Field(
+        default="local", description="`local` starts the workers on this machine, `ray` by Ray Train on a cluster."
+    )
+    max_restarts: int = Field(
+        default=3, ge=0, description="Restarts of all workers after one was killed or crashed, per training run."
+    )
+    run: RunConfig = Field(description=_RUN)
 
     @model_validator(mode="after")
     def _whole_shares(self) -> "_Training":
@@ -68,84 +87,108 @@ class _Training(Section):
 
 
 class PretrainMaeRecipe(_Training):
-    """`tinymim pretrain-mae`: make a teacher (or a baseline student) from images alone."""
+    """`tinymim pretrain-mae`: train a teacher, or a baseline student, from images alone."""
 
-    stage: Literal["pretrain-mae"]
-    source: SourceConfig
-    views: ViewConfig = ViewConfig()
-    model: ModelConfig
-    mae: MaeConfig = MaeConfig()
+    stage: Literal["pretrain-mae"] = Field(description=_STAGE)
+    source: SourceConfig = Field(description=_SOURCE)
+    views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
+    model: ModelConfig = Field(description="Encoder to train.")
+    mae: MaeConfig = Field(default=MaeConfig(), description="Mask and decoder.")
 
 
 class CacheTeacherRecipe(Section):
     """`tinymim cache-teacher`: run the teacher once over every view and store the sketches."""
 
-    stage: Literal["cache-teacher"]
-    source: SourceConfig
-    views: ViewConfig = ViewConfig()
-    num_views: Positive = 2
-    teacher: TeacherConfig
-    codec: CodecConfig = SketchCodec()
-    cache: Place | None = None  # where the cache is, or is to be: a folder, or the URL of one in an object store
-    cache_root: Place | None = None  # instead of `cache`: where caches are shared, each below its spec_id
-    # Images; each carries num_views views through the teacher. "auto": as many as fit into memory.
-    batch_size: Positive | Literal["auto"] = 64
-    max_unreadable: Fraction = 0.01  # share of unreadable images above which a unit fails
-    retries: Annotated[int, Field(ge=0)] = 2  # times that a failed unit is tried again, after all others
-    audit_views: Annotated[int, Field(ge=0)] = 16  # views per unit whose records are compared with the dense maps (I5)
-    # Jobs on one cache share its shards; after so many seconds without a sign of life others take over a job's shard.
-    lease_s: Annotated[float, Field(gt=0)] = 60.0
-    cluster: ClusterConfig | None = None  # None: this process alone, without Ray
-    loader: LoaderConfig = LoaderConfig()
-    run: RunConfig
+    stage: Literal["cache-teacher"] = Field(description=_STAGE)
+    source: SourceConfig = Field(description=_SOURCE)
+    views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
+    num_views: Positive = Field(default=2, description="Views per image. Raising it later adds views to the cache.")
+    teacher: TeacherConfig = Field(description="Teacher and tapped block.")
+    codec: CodecConfig = Field(
+        default=SketchCodec(), description="How a target becomes bytes. Part of a cache's identity."
+    )
+    cache: Place | None = Field(default=None, description="The cache to write: a folder, or a URL in an object store.")
+    cache_root: Place | None = Field(
+        default=None, description="Instead of `cache`: a folder of shared caches, each named by its `spec_id`."
+    )
+    batch_size: Positive | Literal["auto"] = Field(
+        default=64, description="Images per batch, each with `num_views` views. `auto`: as many as fit into memory."
+    )
+    max_unreadable: Fraction = Field(default=0.01, description="Share of unreadable images above which a unit fails.")
+    retries: int = Field(default=2, ge=0, description="Further attempts at a failed unit, after all other units.")
+    audit_views: int = Field(
+        default=16, ge=0, description="Views per unit whose records are compared with the dense target (I5). 0: none."
+    )
+    lease_s: float = Field(
+        default=60.0, gt=0, description="Seconds without a heartbeat after which other jobs take over a job's shard."
+    )
+    cluster: ClusterConfig | None = Field(
+        default=None, description="Ray workers. Default: this process alone, without Ray."
+    )
+    loader: LoaderConfig = Field(default=LoaderConfig(), description=_LOADER)
+    run: RunConfig = Field(description=_RUN)
 
     @property
     def given_batch_size(self) -> int:
-        """`batch_size`, or 64: for calibration and checks, which are no matter of speed."""
+        """`batch_size`, or 64 for `auto`: used by calibration and checks, where speed does not matter."""
         return 64 if self.batch_size == "auto" else self.batch_size
 
     @model_validator(mode="after")
     def _one_place(self) -> "CacheTeacherRecipe":
         if (self.cache is None) == (self.cache_root is None):
-            raise ValueError(f"give cache or cache_root, exactly one; got cache={self.cache}, root={self.cache_root}")
+            raise ValueError(
+                f"give cache or cache_root, exactly one; got cache={self.cache}, cache_root={self.cache_root}"
+            )
         return self
 
 
+_INHERITED: dict[str, Any] = {"default": "the recipe's"}  # filled in by `TrainStudentRecipe._inherit`
+
+
 class StudentConfig(Section):
-    """One of several students of a run. What it leaves out, also within `optim`, is as the recipe has it."""
+    """One of several students of a run (docs/training.md). A field left out, also in `optim`, is the recipe's."""
 
-    model: ModelConfig
-    optim: OptimConfig
-    drop_path: Fraction
-    jitter: JitterConfig
-    ema: EmaConfig | None
-    device: Device | None = None  # None: run.device
+    model: ModelConfig = Field(description="The student.")
+    optim: OptimConfig = Field(description="Its optimiser.", json_schema_extra=_INHERITED)
+    drop_path: Fraction = Field(description="Its stochastic depth.", json_schema_extra=_INHERITED)
+    jitter: JitterConfig = Field(description="Its colour jitter.", json_schema_extra=_INHERITED)
+    ema: EmaConfig | None = Field(description="Its moving average of the weights.", json_schema_extra=_INHERITED)
+    device: Device | None = Field(
+        default=None, description="Its device, such as `cuda:1`; with one process only. Default: `run.device`."
+    )
 
 
-_OWN = ("optim", "drop_path", "jitter", "ema")  # what a student may have for itself
-_OF_THE_STREAM = ("batch_size", "epochs", "steps", "accumulate")  # of `optim`: the same for all students
+_OWN = ("optim", "drop_path", "jitter", "ema")  # fields that a student may override
+_OF_THE_STREAM = ("batch_size", "epochs", "steps", "accumulate")  # fields of `optim` that all students share
 
 
 class TrainStudentRecipe(_Training):
-    """`tinymim train-student`: stream the cache joined with the same views into one student, or into several."""
+    """`tinymim train-student`: train one student, or several, from a cache and the same views."""
 
-    stage: Literal["train-student"]
-    source: SourceConfig
-    cache: Place  # a cache, or a root that holds just one
-    num_views: Positive | None = None  # use the first so many views of every image; None: as many as the cache is for
-    on_missing: Literal["refuse", "skip"] = "refuse"  # images of the source that the cache holds no record of
-    student: ModelConfig | None = None  # either this
-    students: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], StudentConfig] | None = None  # or this, by names
-    targets: TargetsConfig = TargetsConfig()
-    drop_path: Fraction = 0.1
-    jitter: JitterConfig = JitterConfig()
-    verify: VerifyConfig = VerifyConfig()
-    audit: AuditConfig | None = None
+    stage: Literal["train-student"] = Field(description=_STAGE)
+    source: SourceConfig = Field(description="Images that the cache was made from.")
+    cache: Place = Field(description="The cache to read: a folder or URL, or a root that holds exactly one cache.")
+    num_views: Positive | None = Field(
+        default=None, description="Use the first N views of every image. Default: all that the cache is for."
+    )
+    on_missing: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="Images without a record: `refuse` is an error, `skip` leaves them out and counts them.",
+    )
+    student: ModelConfig | None = Field(default=None, description="The student. Give `student` or `students`.")
+    students: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], StudentConfig] | None = Field(
+        default=None, description="Several students on one stream, each under a name of your choice."
+    )
+    targets: TargetsConfig = Field(default=TargetsConfig(), description="A choice among the cached targets.")
+    drop_path: Fraction = Field(default=0.1, description="Stochastic depth: one rate in every block but the last.")
+    jitter: JitterConfig = Field(default=JitterConfig(), description="Colour jitter of the student.")
+    verify: VerifyConfig = Field(default=VerifyConfig(), description="Comparison of pixels with the stored digests.")
+    audit: AuditConfig | None = Field(default=None, description="Student audits. Default: none.")
 
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, data: Any) -> Any:
-        """Write into every student what it has from the recipe; problems are left to the fields' own checks."""
+        """Fill the fields that a student leaves out from the recipe; each field's own check reports problems."""
         if not isinstance(data, dict) or not isinstance(data.get("students"), dict):
             return data
         shared = {name: data.get(name, cls.model_fields[name].get_default()) for name in _OWN}
@@ -161,17 +204,17 @@ class TrainStudentRecipe(_Training):
     @model_validator(mode="after")
     def _one_stream(self) -> "TrainStudentRecipe":
         if (self.student is None) == (not self.students):
-            raise ValueError("give student, or students with at least one name in it, and not both")
+            raise ValueError("give student, or students with at least one name, and not both")
         for name, student in (self.students or {}).items():
             for field in _OF_THE_STREAM:
                 own, shared = getattr(student.optim, field), getattr(self.optim, field)
                 if own != shared:
-                    what = f"students.{name}.optim.{field} must be the recipe's: the students share one stream"
+                    what = f"students.{name}.optim.{field} must be the recipe's, because all students share one stream"
                     raise ValueError(f"{what}; got {own} and {shared}")
         return self
 
     def each(self) -> dict[str, "TrainStudentRecipe"]:
-        """By name, the recipe that trains each student alone, into `<run.folder>/<name>`; that of `student` is ""."""
+        """The recipes that train each student alone, into `<run.folder>/<name>`, by name; `student` has the name ""."""
         if self.students is None:
             return {"": self}
         return {
@@ -190,28 +233,34 @@ class TrainStudentRecipe(_Training):
 
 
 class FinetuneRecipe(_Training):
-    """`tinymim finetune`: train an encoder and a new head on labelled images."""
+    """`tinymim finetune`: train an encoder and a new head on labelled images (docs/finetune.md)."""
 
-    stage: Literal["finetune"]
-    train: SourceConfig
-    val: SourceConfig
-    views: ViewConfig = ViewConfig()
-    model: ModelConfig
-    weights: str  # "random" (supervised from scratch), "hub", "package:NAME", or a file
-    pool: Literal["mean", "cls"] = "mean"  # what the head sees: the mean over patches, or the class token
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    drop_path: Fraction = 0.1
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of labels
-    augment: AugmentConfig = AugmentConfig()
-    optim: LayerwiseOptimConfig
-    validation: ValidationConfig = ValidationConfig()
+    stage: Literal["finetune"] = Field(description=_STAGE)
+    train: SourceConfig = Field(description=_TRAIN)
+    val: SourceConfig = Field(description=_VAL)
+    views: ViewConfig = Field(
+        default=ViewConfig(), description="View law; epoch e uses view e. Papers: `scale: [0.08, 1.0]`."
+    )
+    model: ModelConfig = Field(description="Encoder.")
+    weights: str = Field(description=_WEIGHTS)
+    pool: Literal["mean", "cls"] = Field(
+        default="mean", description="Input of the head: the mean over patches through a new norm, or the class token."
+    )
+    mean: tuple[float, float, float] | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: tuple[float, float, float] | None = Field(default=None, description=STD_DESCRIPTION)
+    drop_path: Fraction = Field(
+        default=0.1, description="Stochastic depth; the rate rises from 0 to this value (timm)."
+    )
+    smoothing: float = Field(default=0.1, ge=0, lt=1, description="Label smoothing.")
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="Augmentation.")
+    optim: LayerwiseOptimConfig = Field(description="Optimiser, schedule and length.")
+    validation: ValidationConfig = Field(default=ValidationConfig(), description="Validation during training.")
 
     @model_validator(mode="after")
     def _whole_pairs(self) -> "FinetuneRecipe":
         if self.augment.mixes and self.optim.batch_size % (2 * self.order.lanes):
             raise ValueError(
-                "mixup and cutmix pair the samples of a lane: optim.batch_size must be a multiple of 2 x order.lanes; "
+                "mixup and cutmix pair samples of a lane, so optim.batch_size must be a multiple of 2 x order.lanes; "
                 f"got {self.optim.batch_size} and {self.order.lanes} lanes"
             )
         return self
@@ -223,20 +272,27 @@ TrainingRecipe = PretrainMaeRecipe | TrainStudentRecipe | FinetuneRecipe
 class EvaluateRecipe(Section):
     """`tinymim evaluate`: evaluators of a frozen encoder, such as k-NN and a linear probe, on labelled shards."""
 
-    stage: Literal["evaluate"]
-    train: SourceConfig
-    val: SourceConfig
-    model: ModelConfig
-    weights: str  # "random", "hub", "package:NAME", or a file
-    block: Positive | None = None  # features after this block, counted from 1; None: the last, with final norm
-    pool: Literal["mean", "cls"] = "mean"
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    resize_ratio: Annotated[float, Field(ge=1)] = 1.143  # short side = size x ratio, then centre crop (256/224)
-    batch_size: Positive = 256
-    evaluators: tuple[Evaluator, ...] = (KnnEvaluator(name="knn"), LinearEvaluator(name="linear"))
-    loader: LoaderConfig = LoaderConfig()
-    run: RunConfig
+    stage: Literal["evaluate"] = Field(description=_STAGE)
+    train: SourceConfig = Field(description=_TRAIN)
+    val: SourceConfig = Field(description=_VAL)
+    model: ModelConfig = Field(description="Encoder.")
+    weights: str = Field(description=_WEIGHTS)
+    block: Positive | None = Field(
+        default=None, description="Take features after this block, counted from 1. Default: the last, with its norm."
+    )
+    pool: Literal["mean", "cls"] = Field(
+        default="mean", description="Features: mean over patch tokens, or class token."
+    )
+    mean: tuple[float, float, float] | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: tuple[float, float, float] | None = Field(default=None, description=STD_DESCRIPTION)
+    resize_ratio: float = Field(default=1.143, ge=1, description=RESIZE_RATIO_DESCRIPTION)
+    batch_size: Positive = Field(default=256, description="Images per forward pass. Does not affect results.")
+    evaluators: tuple[Evaluator, ...] = Field(
+        default=(KnnEvaluator(name="knn"), LinearEvaluator(name="linear")),
+        description="What is measured, each evaluator once. --set replaces the whole list.",
+    )
+    loader: LoaderConfig = Field(default=LoaderConfig(), description=_LOADER)
+    run: RunConfig = Field(description=_RUN)
 
     @model_validator(mode="after")
     def _each_once(self) -> "EvaluateRecipe":
@@ -251,19 +307,21 @@ class EvaluateRecipe(Section):
 class FidelityRecipe(Section):
     """`tinymim fidelity`: compare codecs by the gradients that they give a student, on the same views."""
 
-    stage: Literal["fidelity"]
-    source: SourceConfig
-    views: ViewConfig = ViewConfig()
-    teacher: TeacherConfig
-    codecs: dict[str, CodecConfig]  # by a name of your choice
-    targets: TargetsConfig = TargetsConfig()  # what all of them are asked for
-    student: ModelConfig
-    student_state: Path | None = None  # run folder of train-student: judge by that student too, not only at its start
-    num_images: Annotated[int, Field(ge=4)] = 64  # one view of each
-    draws: Positive = 2  # independent encodings of every view by a codec that draws
-    batch_size: Positive = 16  # views that the teacher sees at a time
-    loader: LoaderConfig = LoaderConfig()
-    run: RunConfig
+    stage: Literal["fidelity"] = Field(description=_STAGE)
+    source: SourceConfig = Field(description=_SOURCE)
+    views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
+    teacher: TeacherConfig = Field(description="Teacher and tapped block.")
+    codecs: dict[str, CodecConfig] = Field(description="Codecs to compare, each under a name of your choice.")
+    targets: TargetsConfig = Field(default=TargetsConfig(), description="Targets that every codec is compared on.")
+    student: ModelConfig = Field(description="Student whose gradient is compared.")
+    student_state: Path | None = Field(
+        default=None, description="Run folder of `train-student`: also compare with this trained student."
+    )
+    num_images: int = Field(default=64, ge=4, description="Number of images, one view each.")
+    draws: Positive = Field(default=2, description="Independent encodings of every view by a codec that draws.")
+    batch_size: Positive = Field(default=16, description="Views per forward pass of the teacher.")
+    loader: LoaderConfig = Field(default=LoaderConfig(), description=_LOADER)
+    run: RunConfig = Field(description=_RUN)
 
     @model_validator(mode="after")
     def _some_codec(self) -> "FidelityRecipe":
@@ -275,17 +333,20 @@ class FidelityRecipe(Section):
 class ChainStep(Section):
     """One command of a chain."""
 
-    stage: Literal["pretrain-mae", "cache-teacher", "train-student", "finetune"]
-    recipe: Path  # a file, or the name of a shipped recipe
-    set: tuple[str, ...] = ()  # as --set: `cache=caches/mine`; later than the chain's own
+    stage: Literal["pretrain-mae", "cache-teacher", "train-student", "finetune"] = Field(description="Command to run.")
+    recipe: Path = Field(description="A file, or the name of a shipped recipe.")
+    set: tuple[str, ...] = Field(default=(), description="`--set` values for this step, applied after the chain's own.")
 
 
 class ChainRecipe(Section):
-    """`tinymim chain`: commands one after the other, such as a student that becomes the next one's teacher."""
+    """`tinymim chain`: run commands one after another; a student may become the next teacher.
 
-    stage: Literal["chain"]
-    steps: Annotated[tuple[ChainStep, ...], Field(min_length=1)]
-    set: tuple[str, ...] = ()  # as --set, for every step: `source.shards=shards/mine`
+    All recipes are read and checked before the first command starts. The same command resumes a stopped chain.
+    """
+
+    stage: Literal["chain"] = Field(description=_STAGE)
+    steps: tuple[ChainStep, ...] = Field(min_length=1, description="Commands in order.")
+    set: tuple[str, ...] = Field(default=(), description="`--set` values for every step: `source.shards=shards/mine`.")
 
 
 RunRecipe = (

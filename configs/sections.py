@@ -1,6 +1,7 @@
 """The sections that recipes are made of: frozen, typed, unknown keys refused, all problems reported at once.
 
-`docs/recipes.md` explains them in prose. Defaults are TinyMIM's (Ren et al., CVPR 2023) where it has one.
+Each field's `description` is its documentation: `tinymim recipes --fields STAGE` prints it, and `docs/recipes.md` is
+generated from it. Defaults are TinyMIM's (Ren et al., CVPR 2023) if it has one.
 """
 
 from pathlib import Path
@@ -14,9 +15,12 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
-Workers = Positive  # training processes, one per GPU, unless torchrun has started them
-Cluster = Literal["local", "ray"]  # where these are started: on this machine, or by Ray Train on a cluster
-Restarts = Annotated[int, Field(ge=0)]  # times that a killed or crashed worker makes all of them begin again
+Cluster = Literal["local", "ray"]
+MEAN_DESCRIPTION = (
+    "Mean per RGB channel, for pixels in 0..1. Default: timm's value for hub weights, ImageNet's for a file."
+)
+STD_DESCRIPTION = "Standard deviation per RGB channel. Default: as for `mean`."
+RESIZE_RATIO_DESCRIPTION = "The short side is resized to input size x ratio, then the centre is cropped (256/224)."
 
 
 class Section(BaseModel):
@@ -26,22 +30,28 @@ class Section(BaseModel):
 
 
 class SourceConfig(Section):
-    """Where images come from: webdataset tars, with the index `make-shards` wrote or without one."""
+    """Images: webdataset tars, with or without the index that `make-shards` writes."""
 
-    shards: Place  # a folder, or the URL of one in an object store
-    pattern: str = "*.tar"  # which tars of the folder belong to the set
+    shards: Place = Field(description="Folder of tars, or its URL in an object store (docs/object-stores.md).")
+    pattern: str = Field(default="*.tar", description="Glob for the tars of the folder that belong to the set.")
 
 
 class ViewConfig(Section):
-    """The view law (I1): RandomResizedCrop + flip, a function of (seed, key, view index) alone."""
+    """The view law: RandomResizedCrop and flip, drawn from (seed, sample key, view index) alone (I1).
 
-    size: Positive = 224  # output pixels, square
-    scale: tuple[Fraction, Fraction] = (0.2, 1.0)  # share of the image area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    flip: Fraction = 0.5  # probability of a horizontal flip
-    seed: int = 0
-    scaled_decode: bool = True  # JPEGs are decoded at 1/2, 1/4 or 1/8 where the box stays at least `size` long
+    These fields are part of a cache's identity: other values need another cache.
+    """
+
+    size: Positive = Field(default=224, description="Width and height of a view in pixels; the model's `img_size`.")
+    scale: tuple[Fraction, Fraction] = Field(default=(0.2, 1.0), description="Crop area as a share of the image area.")
+    ratio: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="Crop width / height, drawn log-uniformly.")
+    interpolation: Literal["bicubic", "bilinear"] = Field(default="bicubic", description="Filter of the resize.")
+    flip: Fraction = Field(default=0.5, description="Probability of a horizontal flip.")
+    seed: int = Field(default=0, description="Seed of all views.")
+    scaled_decode: bool = Field(
+        default=True,
+        description="Decode JPEGs at 1/2, 1/4 or 1/8 if the crop stays at least `size` long (docs/views.md).",
+    )
 
     def identity(self) -> dict[str, Any]:
         """The law as a cache's manifest holds it: caches from before scaled decoding lack the field."""
@@ -57,43 +67,57 @@ class ViewConfig(Section):
 
 
 class ModelConfig(Section):
-    """A plain ViT by its timm name; the sizes given here override the named architecture."""
+    """A plain ViT by its timm name. Sizes given here override those of the named architecture."""
 
-    name: str = "vit_tiny_patch16_224"
-    img_size: Positive = 224
-    patch_size: Positive | None = None
-    embed_dim: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
+    name: str = Field(default="vit_tiny_patch16_224", description="Model name in timm.")
+    img_size: Positive = Field(default=224, description="Input width and height in pixels.")
+    patch_size: Positive | None = Field(default=None, description="Patch width in pixels. Default: by name.")
+    embed_dim: Positive | None = Field(default=None, description="Width of the tokens. Default: by name.")
+    depth: Positive | None = Field(default=None, description="Number of blocks. Default: by name.")
+    num_heads: Positive | None = Field(default=None, description="Attention heads. Default: by name.")
 
 
 class TeacherConfig(ModelConfig):
-    """The teacher: a timm ViT, its weights, and the block whose q, k, v are taken."""
+    """The teacher: a timm ViT, its weights, and the block whose q, k, v are taken.
 
-    name: str = "vit_large_patch16_224.mae"
-    # "hub": timm's pretrained weights of `name`; "package:NAME": weights shipped with tinymim; else a file.
-    weights: str = "hub"
-    block: Positive = 18  # counted from 1; the teacher is cut after this block's qkv
-    precision: Precision = "fp32"
-    compile: bool = False  # torch.compile of the blocks before the tapped one; no part of a cache's identity
-    # Per-channel normalisation of pixels in 0..1; None: what timm states for hub weights, ImageNet's for a file.
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    All fields but `compile` are part of a cache's identity. The teacher's relation heads must divide the student's
+    width.
+    """
+
+    name: str = Field(default="vit_large_patch16_224.mae", description="Model name in timm.")
+    weights: str = Field(
+        default="hub",
+        description="`hub` (timm's pretrained weights), `package:NAME` (shipped with tinymim), or a .safetensors or "
+        ".pth file (docs/parity.md).",
+    )
+    block: Positive = Field(default=18, description="Tapped block, counted from 1. The teacher stops there.")
+    precision: Precision = Field(default="fp32", description="Precision of the teacher's forward pass.")
+    compile: bool = Field(
+        default=False, description="Apply torch.compile to the blocks before the tap. Needs a C++ compiler or Triton."
+    )
+    mean: tuple[float, float, float] | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: tuple[float, float, float] | None = Field(default=None, description=STD_DESCRIPTION)
 
 
 class OptimConfig(Section):
-    """AdamW with linear warm-up and a cosine to `min_lr`, per step. Give `epochs` or `steps`, not both."""
+    """AdamW with linear warm-up, then a cosine to `min_lr`, per step. Give `epochs` or `steps`, not both."""
 
-    batch_size: Positive = 256
-    epochs: Positive | None = None
-    steps: Positive | None = None
-    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4  # lr at batch 256; scaled linearly with the batch
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Fraction = 0.05  # share of all steps (TinyMIM: 15 of 300 epochs)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # none on biases and 1-D parameters
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    accumulate: Positive = 1  # parts into which a rank cuts its share of a batch, one after the other in memory
+    batch_size: Positive = Field(default=256, description="Images per step, over all ranks.")
+    epochs: Positive | None = Field(default=None, description="Length of the training run in epochs.")
+    steps: Positive | None = Field(default=None, description="Length of the training run in steps.")
+    base_lr: float = Field(
+        default=1.5e-4, gt=0, description="Learning rate at batch 256. The peak is base_lr x batch_size / 256."
+    )
+    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end.")
+    warmup: Fraction = Field(
+        default=0.05, description="Share of all steps used for warm-up (TinyMIM: 15 of 300 epochs)."
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Betas of AdamW.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Weight decay; none on biases, norms and tokens.")
+    clip_norm: float | None = Field(default=None, gt=0, description="Largest gradient norm. Default: no clipping.")
+    accumulate: Positive = Field(
+        default=1, description="Gradient accumulation: a rank splits its share of a batch into N parts."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "OptimConfig":
@@ -103,31 +127,51 @@ class OptimConfig(Section):
 
 
 class LayerwiseOptimConfig(OptimConfig):
-    """AdamW for fine-tuning; the rate is the head's, and each layer below has `layer_decay` of that above it."""
+    """AdamW for fine-tuning, with a lower rate in each lower layer (timm's `param_groups_layer_decay`).
 
-    base_lr: Annotated[float, Field(gt=0)] = 5e-4
-    min_lr: Annotated[float, Field(ge=0)] = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65  # 1: the same rate everywhere
+    `base_lr` is the rate of the head.
+    """
+
+    base_lr: float = Field(
+        default=5e-4, gt=0, description="Learning rate of the head at batch 256; scales with the batch as above."
+    )
+    min_lr: float = Field(default=1e-6, ge=0, description="Learning rate of the head at the end.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Betas of AdamW.")
+    layer_decay: float = Field(
+        default=0.65,
+        gt=0,
+        le=1,
+        description="Rate of a layer relative to the layer above it. 1: the same rate everywhere.",
+    )
 
 
 class LoaderConfig(Section):
-    """Reading and decoding. None of this changes a pixel or the order of samples."""
+    """Reading and decoding. These fields change neither a pixel nor the order of samples."""
 
-    workers: Annotated[int, Field(ge=0)] = 2
-    prefetch: Positive = 4  # batches per worker; at least the batches of one decode, see order.views_per_decode
+    workers: int = Field(
+        default=2, ge=0, description="Loader processes per rank. 0: load in the training process, without overlap."
+    )
+    prefetch: Positive = Field(
+        default=4, description="Batches kept ready per loader process; at least `order.views_per_decode`."
+    )
 
 
 class OrderConfig(Section):
-    """The order of samples: a function of (seed, epoch) alone, whatever the number of workers (I10)."""
+    """The order of samples: a function of (seed, epoch), whatever the number of workers (I10)."""
 
-    seed: int = 0
-    shuffle_units: Positive = 4  # shards whose samples are mixed with one another, in every lane
-    # Views of an image that one decode serves: its batch and the next ones hold the same images, other views.
-    views_per_decode: Positive = 1
-    views_per_epoch: Positive | Literal["all"] = 1  # views of every image in one epoch, the next ones in the next
-    # Parts into which an epoch's shards are dealt: a multiple of every number of ranks that will train with it.
-    lanes: Positive = 1
+    seed: int = Field(default=0, description="Seed of the order.")
+    shuffle_units: Positive = Field(
+        default=4, description="Shards whose samples are mixed, per lane. Memory grows with it (docs/training.md)."
+    )
+    views_per_decode: Positive = Field(
+        default=1, description="Views made from one decode. Consecutive batches then hold the same images."
+    )
+    views_per_epoch: Positive | Literal["all"] = Field(
+        default=1, description="Views of every image per epoch: a multiple of `views_per_decode`, or `all`."
+    )
+    lanes: Positive = Field(
+        default=1, description="Parts of an epoch. Must be a multiple of every number of ranks and divide the batch."
+    )
 
     @model_validator(mode="after")
     def _whole_decodes(self) -> "OrderConfig":
@@ -140,40 +184,42 @@ class OrderConfig(Section):
 
 
 class RunConfig(Section):
-    """What every training or caching run shares."""
+    """The run folder, the device and the seed."""
 
-    folder: Path  # resolved recipe, versions, metrics.jsonl, TensorBoard, checkpoints
-    device: Device = "auto"
-    seed: int = 0
-    threads: Positive | None = None  # torch intra-op threads; None: torch's choice
-    log_every: Positive = 20  # steps between metric lines
+    folder: Path = Field(description="Run folder: resolved recipe, versions, metrics, TensorBoard, states, results.")
+    device: Device = Field(default="auto", description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.")
+    seed: int = Field(default=0, description="Seed of weights, masks, jitter, drop path and augmentation.")
+    threads: Positive | None = Field(default=None, description="Torch's intra-op threads. Default: torch's choice.")
+    log_every: Positive = Field(default=20, description="Steps between lines of metrics.")
 
 
 class MaeConfig(Section):
-    """Masked autoencoder (He et al., CVPR 2022), decoder sizes; defaults are MAE-Lite's for ViT-T."""
+    """Masked autoencoder (He et al., CVPR 2022). Defaults are MAE-Lite's decoder for ViT-T."""
 
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    decoder_dim: Positive = 96
-    decoder_depth: Positive = 1
-    decoder_heads: Positive = 3
-    norm_pixels: bool = True  # predict pixels normalised per patch
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of patches hidden from the encoder.")
+    decoder_dim: Positive = Field(default=96, description="Width of the decoder.")
+    decoder_depth: Positive = Field(default=1, description="Blocks of the decoder.")
+    decoder_heads: Positive = Field(default=3, description="Attention heads of the decoder.")
+    norm_pixels: bool = Field(default=True, description="Predict pixels that are normalised per patch.")
 
 
 class JitterConfig(Section):
-    """Student-only photometric jitter (I3), in the manner of torchvision's ColorJitter."""
+    """Colour jitter for the student only, fresh at every step (I3). The factor is drawn from 1 - x to 1 + x."""
 
-    brightness: Fraction = 0.4
-    contrast: Fraction = 0.4
-    saturation: Fraction = 0.4
+    brightness: Fraction = Field(default=0.4, description="Largest change x of brightness.")
+    contrast: Fraction = Field(default=0.4, description="Largest change x of contrast.")
+    saturation: Fraction = Field(default=0.4, description="Largest change x of saturation.")
 
 
 class AugmentConfig(Section):
-    """What fine-tuning does to a view, by timm: RandAugment, random erasing, mixup or CutMix. 0 or null: not at all."""
+    """Augmentation during fine-tuning, by timm. If mixup and CutMix are both on, each batch of a lane gets one."""
 
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's notation
-    erasing: Fraction = 0.25  # share of the images in which a box becomes noise
-    mixup: Annotated[float, Field(ge=0)] = 0.8  # alpha; of both the coin decides, batch by batch
-    cutmix: Annotated[float, Field(ge=0)] = 1.0  # alpha
+    rand_augment: str | None = Field(
+        default="rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation. null: none."
+    )
+    erasing: Fraction = Field(default=0.25, description="Share of images in which a box becomes noise.")
+    mixup: float = Field(default=0.8, ge=0, description="Alpha of mixup. 0: none.")
+    cutmix: float = Field(default=1.0, ge=0, description="Alpha of CutMix. 0: none.")
 
     @property
     def mixes(self) -> bool:
@@ -182,92 +228,104 @@ class AugmentConfig(Section):
 
 
 class VerifyConfig(Section):
-    """How many replayed views have their pixel digest compared with the stored one (I2)."""
+    """Comparison of replayed pixels with the stored digests: are these the teacher's pixels? (I2)"""
 
-    first: Annotated[int, Field(ge=0)] = 4096  # all of the first so many samples after a start or resume
-    every: Annotated[int, Field(ge=0)] = 16  # then one in so many; 0: none
+    first: int = Field(default=4096, ge=0, description="Compare the first N samples after a start or resume.")
+    every: int = Field(default=16, ge=0, description="Then compare one sample in N. 0: none.")
 
 
 class EmaConfig(Section):
-    """Exponential moving average of the weights (timm's ModelEmaV3), exported beside the weights themselves."""
+    """Moving average of the weights (timm's ModelEmaV3), written beside them as `*-ema.safetensors`."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    warmup: bool = True  # the decay begins at 0 and rises as 1 - (1 + step)^(-2/3), up to `decay`
+    decay: float = Field(default=0.9999, ge=0, lt=1, description="Share of the average that a step keeps.")
+    warmup: bool = Field(default=True, description="Raise the decay from 0 as 1 - (1 + step)^(-2/3), up to `decay`.")
 
 
 class CheckpointConfig(Section):
     """Training states for resume, each written atomically."""
 
-    every_steps: Positive = 1000
-    keep: Positive = 2  # newest states kept; the one before is used where the newest is damaged
-    resume: bool = True  # continue from the run folder's newest state if there is one
+    every_steps: Positive = Field(default=1000, description="Steps between states (`state-STEP.pt`).")
+    keep: Positive = Field(default=2, description="Newest states kept. A damaged state is skipped with a message.")
+    resume: bool = Field(default=True, description="Continue from the newest state of the run folder, if there is one.")
 
 
 class ClusterConfig(Section):
-    """Workers of stage one on a Ray cluster, each with a teacher of its own."""
+    """Workers of `cache-teacher` on a Ray cluster, each with its own teacher (docs/cluster.md)."""
 
-    # "auto": what RAY_ADDRESS names, else the Ray that runs on this machine, else as "local": one begun for this run.
-    address: Annotated[str, Field(pattern=r"^(local|auto|(ray://)?[^/\s]+:\d+)$")] = "auto"
-    workers: Positive | None = None  # None: as many as the cluster has room for when the run begins
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 1.0  # below 1: several workers on one GPU; 0: on CPUs
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0  # what Ray counts; `loader.workers` come in addition
+    address: Annotated[str, Field(pattern=r"^(local|auto|(ray://)?[^/\s]+:\d+)$")] = Field(
+        default="auto",
+        description="`auto` (RAY_ADDRESS, else a running Ray, else `local`), `local`, `HOST:PORT` or `ray://HOST:PORT`.",
+    )
+    workers: Positive | None = Field(default=None, description="Number of workers. Default: as many as fit.")
+    gpus_per_worker: float = Field(
+        default=1.0, ge=0, description="GPUs per worker. 0.5: two workers on a GPU; 0: CPUs."
+    )
+    cpus_per_worker: float = Field(
+        default=2.0, gt=0, description="CPU cores that Ray reserves per worker: `loader.workers` + 1."
+    )
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> "ClusterConfig":
         if self.gpus_per_worker not in (0.0, 1.0) and not 0 < self.gpus_per_worker < 1:
             raise ValueError(
-                f"gpus_per_worker is 0, a fraction or 1: a worker uses one GPU; got {self.gpus_per_worker}"
+                f"gpus_per_worker must be 0, a fraction or 1, because a worker uses one GPU; got {self.gpus_per_worker}"
             )
         return self
 
 
 class ValidationConfig(Section):
-    """Accuracy on the validation set during fine-tuning; at its end in any case."""
+    """Accuracy on `val` during fine-tuning, and always after the last step."""
 
-    every_epochs: Positive = 1
-    batch_size: Positive = 256  # of one rank
-    resize_ratio: Annotated[float, Field(ge=1)] = 1.143  # short side = size x ratio, then centre crop (256/224)
+    every_epochs: Positive = Field(default=1, description="Epochs between validations.")
+    batch_size: Positive = Field(default=256, description="Images per forward pass and rank. Does not affect results.")
+    resize_ratio: float = Field(default=1.143, ge=1, description=RESIZE_RATIO_DESCRIPTION)
 
 
 class KnnConfig(Section):
     """Weighted k-NN on l2-normalised features (Wu et al., CVPR 2018; Caron et al., ICCV 2021)."""
 
-    k: Positive = 20
-    temperature: Annotated[float, Field(gt=0)] = 0.07
+    k: Positive = Field(default=20, description="Number of neighbours.")
+    temperature: float = Field(default=0.07, gt=0, description="Temperature of the neighbours' weights.")
 
 
 class KnnEvaluator(KnnConfig):
     """An evaluator: top-1 and top-5 accuracy of k-NN."""
 
-    name: Literal["knn"]
+    name: Literal["knn"] = Field(description="This evaluator.")
 
 
 class LinearEvaluator(Section):
     """An evaluator: accuracy of multinomial logistic regression on standardised features by L-BFGS, full batch."""
 
-    name: Literal["linear"]
-    l2: Annotated[float, Field(ge=0)] = 1e-3
-    max_iter: Positive = 200
+    name: Literal["linear"] = Field(description="This evaluator.")
+    l2: float = Field(default=1e-3, ge=0, description="Weight of the L2 penalty.")
+    max_iter: Positive = Field(default=200, description="Largest number of L-BFGS iterations.")
 
 
 Evaluator = Annotated[KnnEvaluator | LinearEvaluator, Field(discriminator="name")]
 
 
 class AuditKnnConfig(KnnConfig):
-    """k-NN accuracy of students in training: centre crops of labelled shards."""
+    """k-NN accuracy of the student at each audit, on centre crops of labelled shards."""
 
-    train: SourceConfig
-    val: SourceConfig
-    resize_ratio: Annotated[float, Field(ge=1)] = 1.143  # as in `evaluate`
-    batch_size: Positive = 256
+    train: SourceConfig = Field(description="Labelled images that serve as neighbours.")
+    val: SourceConfig = Field(description="Labelled images that are classified.")
+    resize_ratio: float = Field(default=1.143, ge=1, description=RESIZE_RATIO_DESCRIPTION)
+    batch_size: Positive = Field(default=256, description="Images per forward pass. Does not affect results.")
 
 
 class AuditConfig(Section):
-    """Students in training compared with dense targets of images that they are not trained on."""
+    """Student audits: compare students with dense targets of held-out images during training (docs/audits.md)."""
 
-    cache: Place  # dense or hidden, of the teacher and view size of the training's cache
-    source: SourceConfig  # its images: held out
-    every_epochs: Annotated[float, Field(gt=0)] = 10.0  # and before the first step, and after the last
-    num_images: Annotated[int, Field(ge=8)] = 64  # the first so many of the cache, one view of each
-    knn: AuditKnnConfig | None = None
-    on_alarm: Literal["warn", "stop"] = "warn"
+    cache: Place = Field(description="Cache with codec `dense` or `hidden`, of the same teacher and view size.")
+    source: SourceConfig = Field(description="Images of the audit's cache, held out from training.")
+    every_epochs: float = Field(
+        default=10.0,
+        gt=0,
+        description="Epochs between audits. Audits also run before the first and after the last step.",
+    )
+    num_images: int = Field(default=64, ge=8, description="Images per audit: the first N of the cache, one view each.")
+    knn: AuditKnnConfig | None = Field(default=None, description="Also measure k-NN accuracy. Default: no.")
+    on_alarm: Literal["warn", "stop"] = Field(
+        default="warn", description="`warn` prints a message; `stop` saves the state and exits with code 2."
+    )

@@ -316,6 +316,8 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
         examples=list(relation_examples(recipes.cache, recipes.students, reader)),
         bytes_per_view={name: count / num_records for name, count in reader.bytes_by_component().items()},
         dense_bytes=sum(spec.size_bytes for spec in dense.specs(manifest.shapes) if spec.dtype == "float16"),
+        head_k=codec.head_k,
+        tail_k=codec.tail_k,
         provenance={
             "cache (spec id)": manifest.spec_id,
             "teacher weights (sha256)": str(manifest.teacher["weights_sha256"]),

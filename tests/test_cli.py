@@ -3,6 +3,7 @@
 import errno
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -100,12 +101,32 @@ def test_help_says_what_is_read_and_written_and_gives_an_example(verb: list[str]
     assert "--debug" in out
 
 
+@pytest.mark.parametrize("verb", [[], ["cache"], *VERBS], ids=" ".join)
+def test_help_is_plain_and_fits_a_terminal(verb: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+    for columns in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        out = run(*verb, "--help")[1]
+        texts.append([line.rstrip() for line in re.split("Shipped recipes:|╭", out)[0].splitlines()])
+        words = [line.strip("│* ") for line in out.splitlines()]
+        assert [line for line in words if line.startswith(("Of ", "That ", "How many ", "Where ", "With "))] == []
+    assert texts[0] == texts[1], "lines of help have at most 79 characters, else a terminal breaks them"
+
+
 @pytest.mark.parametrize("stage", RECIPES)
 def test_help_of_a_recipe_verb_names_its_shipped_recipes_and_they_load(stage: str, run: Run) -> None:
     out = " ".join(run(stage, "--help")[1].split())
     listed = out.partition("Shipped recipes: ")[2].partition(".")[0].split(", ")
     own = [name for name in shipped_recipes() if yaml.safe_load(run("recipes", name)[1])["stage"] == stage]
     assert listed == own and own
+
+
+def test_fields_of_a_recipe_are_explained_on_stdout(run: Run) -> None:
+    code, out, err = run("recipes", "--fields", "evaluate")
+    assert (code, err) == (0, "") and "| `weights` | text | required |" in out
+    assert run("recipes", "--fields", "evaluates")[0] == 2
+    code, out, err = run("recipes", "demo-wide", "--fields", "evaluate")
+    assert (code, out) == (2, "") and "exclude each other" in err
 
 
 def test_examples_in_help_name_recipes_that_exist(run: Run) -> None:

@@ -279,7 +279,7 @@ def test_only_the_view_law_and_the_format_name_what_a_view_is_stored_as() -> Non
     assert named == {Path("pipeline", "views.py"), Path("storage", "layout.py")}
 
 
-def test_the_wheel_holds_every_module_recipe_and_weight(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_module_recipe_and_weight_and_says_that_it_is_typed(tmp_path: Path) -> None:
     # From a copy: setuptools leaves build/ behind and would pack stale files from it the next time.
     source = tmp_path / "anything"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", *NOT_PACKAGED)
@@ -295,4 +295,4 @@ def test_the_wheel_holds_every_module_recipe_and_weight(tmp_path: Path) -> None:
         if path.suffix in {".safetensors", ".json"}
     ]
     recipes = [Path("configs", "recipes", f"{name}.yaml") for name in shipped_recipes()]
-    assert held == {Path("tinymim", path).as_posix() for path in [*_modules(), *recipes, *weights]}
+    assert held == {Path("tinymim", path).as_posix() for path in [*_modules(), Path("py.typed"), *recipes, *weights]}

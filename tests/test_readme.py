@@ -6,6 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from tinymim.configs.load import load_recipe, load_recipes, shipped_recipes
 from tinymim.configs.schema import RECIPES
@@ -36,6 +38,14 @@ def test_a_shown_command_names_a_verb_and_a_recipe_that_exist(command: list[str]
     }  # made in the README's lines above
     rest[0] = copies.get(rest[0], rest[0])
     load_recipe(Path(rest[0]), verb, overrides)
+
+
+def test_a_student_loads_into_timm_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    student = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    save_file(student.state_dict(), tmp_path / "student.safetensors")
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -68,6 +68,8 @@ class Report:
     examples: Sequence[Example]
     bytes_per_view: Mapping[str, float]  # component -> bytes on disk
     dense_bytes: int  # of one view in fp16
+    head_k: int  # largest entries of a row that the codec stores
+    tail_k: int  # draws from the rest of the row
     provenance: Mapping[str, str]
 
 
@@ -133,8 +135,8 @@ def curves_figure(report: Report) -> Figure:
 def relations_figure(examples: Sequence[Example]) -> Figure:
     """One line per example: the crop, then for each relation the row as teacher, cache and students have it.
 
-    Within one relation of one example the exact rows share the teacher's colour scale; the sketch, six draws of
-    equal weight and two exact entries, has its own.
+    Within one relation of one example the exact rows share the teacher's colour scale. The sketch, a few draws of equal
+    weight, has its own.
     """
     relations = list(examples[0].maps) if examples else []
     columns = [len(examples[0].maps[relation]) for relation in relations]
@@ -245,11 +247,10 @@ def page(report: Report, relations_png: bytes, curves_png: bytes) -> str:
 <h2>What the teacher says, what the cache keeps, what the students learnt</h2>
 {html_figure(relations_png, "Relation rows of the teacher, the cache and the students for some query patches")}
 <p class="note">Each line is one query patch (boxed) of one training view, in one of the teacher&#39;s heads. A map
-shows where on the patches the probability of that relation row falls. The exact row is never stored: the cache keeps
-its largest entries and a few random draws from the rest, each draw standing for an equal share of what is left, so that
-the average over many sketches is the exact row. Teacher and students share one colour scale per line and relation; the
-sketch has its own. Shown are, of each view, the most selective of the queries that the cache holds for all relations,
-in different heads.</p>
+shows where on the patches the probability of that relation row falls. The exact row is never stored. Instead the cache
+keeps {_kept(report)}. Each draw stands for an equal share, so the average over many sketches is the exact row. Teacher
+and students share one colour scale per line and relation; the sketch has its own. For each view the picture shows the
+most selective queries that the cache holds for all relations, in different heads.</p>
 
 <h2>What a view costs</h2>
 {html_table(_byte_rows(report), frozenset({1, 2}))}
@@ -259,6 +260,14 @@ kept is recomputed from the view&#39;s identity and costs nothing.</p>
 <h2>Provenance</h2>
 <div class="k">{identity}</div>
 """,
+    )
+
+
+def _kept(report: Report) -> str:
+    """The entries of a row that the codec stores, in words."""
+    draws = f"{report.tail_k} random draws"
+    return (
+        f"its {report.head_k} largest entries and {draws} from the rest" if report.head_k else f"{draws} from the row"
     )
 
 

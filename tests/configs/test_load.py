@@ -194,9 +194,9 @@ def test_all_problems_come_at_once_one_a_line(tmp_path: Path) -> None:
     ("override", "line"),
     [
         ("optm={steps: 1}", "optm: unknown key (value {'steps': 1}); did you mean `optim`?"),
-        ("verify.zzz=1", "verify.zzz: unknown key (value 1); known here: first, every"),
+        ("verify.zzz=1", "verify.zzz: unknown key (value 1); fields here: first, every"),
         ("optim.steps=null", "optim: give epochs or steps, exactly one; got epochs=None, steps=None"),
-        ("optim.betas=[1]", "optim.betas.1: missing, and it has no default"),
+        ("optim.betas=[1]", "optim.betas.1: required, but missing"),
         ("views={1: 2}", "views: unknown key"),
         ("verify={1: 2}", "verify.1: got 1; keys should be strings"),
         (
@@ -234,7 +234,7 @@ def test_an_evaluator_is_named_by_its_place_in_the_list(tmp_path: Path, override
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
-    assert "run: missing, and it has no default" in _error(tmp_path, STUDENT.partition("run:")[0])
+    assert "run: required, but missing" in _error(tmp_path, STUDENT.partition("run:")[0])
 
 
 def test_a_long_value_is_cut(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_bad_yaml_is_answered_with_its_line(tmp_path: Path, text: str, where: st
 
 
 def test_a_repeated_key_says_where_it_stood_first(tmp_path: Path) -> None:
-    assert "key `cache` stands twice, first in line 3" in _error(tmp_path, STUDENT + "cache: y\n")
+    assert "key `cache` is repeated; it first appears in line 3" in _error(tmp_path, STUDENT + "cache: y\n")
 
 
 def test_merged_keys_are_no_repetition(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_merged_keys_are_no_repetition(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n", "just text\n", "3"])
 def test_a_file_without_keys_is_refused(tmp_path: Path, text: str) -> None:
-    assert "holds no keys" in _error(tmp_path, text)
+    assert "has no fields" in _error(tmp_path, text)
 
 
 def test_endless_nesting_is_refused(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_section_inside_itself_is_refused(tmp_path: Path) -> None:
 def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"stage: train-student\ncache: \xff\xfe\n")
-    with pytest.raises(RecipeError, match="line 2: not text in UTF-8"):
+    with pytest.raises(RecipeError, match="line 2: not valid UTF-8"):
         load_recipe(path, "train-student")
 
 

@@ -346,8 +346,8 @@ def test_recipes_keep_urls_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("ftp://host/x", "object stores known are s3"),
-        ("s3://key:secret@bucket/x", "credentials belong into the environment"),
+        ("ftp://host/x", "supported schemes are s3"),
+        ("s3://key:secret@bucket/x", "credentials belong in the environment"),
         ("https://host/x?sig=1", "without a query"),
         ("s3://", "SCHEME://BUCKET"),
         ("5", "got 5; expected a folder"),

@@ -186,7 +186,7 @@ def test_set_reaches_the_recipes_that_have_the_field(files: list[str], run: Run)
     assert code == 0 and found["measured"]["students"][0]["steps"] == 7
     assert found["measured"]["teacher"]["audit_views"] == 0
     code, out, err = run("plan", *files, "--set", "knn.k=3")
-    assert (code, out) == (2, "") and "no recipe here has such a field" in err
+    assert (code, out) == (2, "") and "none of the recipes has this field" in err
     code, out, err = run("plan", files[0], "--set", "optim.steps=7")
     assert (code, out) == (2, "") and "optim" in err
 

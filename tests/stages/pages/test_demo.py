@@ -11,6 +11,7 @@ from tinymim.stages.pages.demo import (
     Arm,
     Example,
     Report,
+    page,
     table_cells,
     text_table,
     write_report,
@@ -37,6 +38,8 @@ def report(**changes: object) -> Report:
         "examples": [example],
         "bytes_per_view": {"qk_tail_index": 750.0, "overhead": 250.0},
         "dense_bytes": 67_600,
+        "head_k": 0,
+        "tail_k": 8,
         "provenance": {"cache (spec id)": "0123"},
     }
     return Report(**(fields | changes))  # type: ignore[arg-type]
@@ -85,3 +88,9 @@ def test_bytes_add_up_and_are_compared_with_dense_maps(tmp_path: Path) -> None:
 def test_the_same_report_twice_is_the_same_file(tmp_path: Path) -> None:
     first = write_report(report(), tmp_path).read_bytes()
     assert write_report(report(), tmp_path).read_bytes() == first
+
+
+def test_the_page_says_what_the_codec_keeps_of_a_row() -> None:
+    assert "cache\nkeeps 8 random draws from the row." in page(report(), b"", b"")
+    both = page(report(head_k=2, tail_k=6), b"", b"")
+    assert "keeps its 2 largest entries and 6 random draws from the rest." in both
