@@ -146,6 +146,8 @@ def _plain(value: object) -> str:
     """A value as YAML has it: true, null, 0.75, 1e-6, qk."""
     if isinstance(value, float):
         return f"{value:.4g}".replace("e-0", "e-")
+    if isinstance(value, Section):  # of a list: by its name
+        return f"{{name: {_choice(type(value))}}}"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -182,7 +184,7 @@ def _kinds(annotation: Any, limits: Iterable[Any]) -> Iterator[str]:
     elif get_origin(annotation) is dict:
         yield "sections by name"
     elif get_origin(annotation) is tuple and Ellipsis in arguments:
-        yield f"list of {_listed(_kinds(arguments[0], ()))}"
+        yield f"list of {_listed(dict.fromkeys(_kinds(arguments[0], ())))}"
     elif get_origin(annotation) is tuple:
         yield f"{len(arguments)} numbers"
     elif annotation in (int, float):

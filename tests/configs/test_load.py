@@ -218,13 +218,13 @@ EVALUATE = "stage: evaluate\ntrain: {shards: a}\nval: {shards: b}\nmodel: {}\nwe
     ("override", "line"),
     [
         ("evaluators=[{name: knn, kk: 1}]", "evaluators.0.kk: unknown key (value 1); did you mean `k`?"),
-        ("evaluators=[{name: linear, k: 1}]", "evaluators.0.k: unknown key (value 1); known here: name, l2, max_iter"),
+        ("evaluators=[{name: linear, k: 1}]", "evaluators.0.k: unknown key (value 1); fields here: name, l2, max_iter"),
         ("evaluators=[{name: knn}, {name: kn}]", "evaluators.1.name: got 'kn'; expected one of 'knn', 'linear'"),
         ("evaluators=[{k: 5}]", "evaluators.0.name: missing, and it has no default"),
         ("evaluators=[{name: knn, k: 5}, {name: knn}]", "recipe: evaluators names knn twice"),
         ("evaluators=[]", "recipe: evaluators is empty: name at least one"),
-        ("knn={k: 5}", "knn: unknown key (value {'k': 5}); known here: stage, train, val, "),
-        ("linear.l2=0.1", "linear: unknown key (value {'l2': 0.1}); known here: stage, train, val, "),
+        ("knn={k: 5}", "knn: unknown key (value {'k': 5}); fields here: stage, train, val, "),
+        ("linear.l2=0.1", "linear: unknown key (value {'l2': 0.1}); fields here: stage, train, val, "),
     ],
 )
 def test_an_evaluator_is_named_by_its_place_in_the_list(tmp_path: Path, override: str, line: str) -> None:
