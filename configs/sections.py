@@ -25,11 +25,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class SpoolConfig(Section):
+    """Local copies of an object store's shards, shared by all processes of a machine. Local shards need none."""
+
+    folder: Path | None = None  # on a local disk; None: tinymim/spool in the user's cache folder
+    gib: Annotated[float, Field(gt=0)] = 20.0  # at most; the shards used longest ago go first
+
+
 class SourceConfig(Section):
     """Where images come from: webdataset tars, with the index `make-shards` wrote or without one."""
 
     shards: Place  # a folder, or the URL of one in an object store
     pattern: str = "*.tar"  # which tars of the folder belong to the set
+    spool: SpoolConfig = SpoolConfig()
 
 
 class ViewConfig(Section):
