@@ -80,7 +80,7 @@ def read(
 ) -> tuple[float, int, int]:
     """Seconds, requests and bytes fetched of a pass over `plan`, with other work of `work_s` after every batch."""
     counted = Counted()
-    spool.fetch_range = counted
+    vars(spool)["fetch_range"] = counted
     start = time.perf_counter()
     with spooling(shards, plan, look_ahead) as (followed, done):
         for items in followed:
