@@ -165,7 +165,8 @@ class _ReadAhead:
         """What is begun, and what comes after it as far as the budget holds both."""
         with self._lock:
             begun, coming, room = self._begun.tars(), self._coming.tars(), self._budget_bytes - self._begun.size_bytes
-        coming = [tar for tar in coming if tar not in set(begun)]
+        held = set(begun)
+        coming = [tar for tar in coming if tar not in held]
         ends = accumulate(tar.source.size_bytes for tar in coming)
         return begun, [tar for tar, end in zip(coming, ends, strict=True) if end <= room]
 
