@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -312,7 +311,7 @@ class SpooledTar:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"the disk of the spool folder {folder} is full",
-                    got=f"{shutil.disk_usage(folder).free:,} bytes free",
+                    got=first_line(error),
                     expected=f"{self.source.size_bytes:,} bytes for shard {self.name}",
                     hint="free some space, lower source.spool.gib, or set source.spool.folder to a larger local disk",
                 ) from error
