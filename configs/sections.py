@@ -29,11 +29,21 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class SpoolConfig(Section):
+    """Local copies of an object store's shards, shared by all processes of a machine. Local shards need none."""
+
+    folder: Path | None = Field(
+        default=None, description="Folder on a local disk. Default: tinymim/spool in the user's cache folder."
+    )
+    gib: float = Field(default=20.0, gt=0, description="Size limit in GiB. The least recently used shards go first.")
+
+
 class SourceConfig(Section):
     """Images: webdataset tars, with or without the index that `make-shards` writes."""
 
     shards: Place = Field(description="Folder of tars, or its URL in an object store (docs/object-stores.md).")
     pattern: str = Field(default="*.tar", description="Glob for the tars of the folder that belong to the set.")
+    spool: SpoolConfig = Field(default=SpoolConfig(), description="Local copies of shards in an object store.")
 
 
 class ViewConfig(Section):

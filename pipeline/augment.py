@@ -83,6 +83,7 @@ class AugmentedViews:
     """
 
     def __init__(self, views: ImageViews, config: str | None, mean: Sequence[float]) -> None:
+        self.shards = views.shards
         self._views, self._grey = views, torch.tensor(mean).mul(255).round().to(torch.uint8).view(3, 1, 1)
         self._transform = None if config is None else rand_augment(config, views.law.size, mean)
 

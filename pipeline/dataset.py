@@ -73,7 +73,9 @@ class ViewBatch:
 
 
 class ViewSource(Protocol):
-    """Makes whole batches; picklable, so that loader workers can hold it."""
+    """Makes whole batches of `shards`; picklable, so that loader workers can hold it."""
+
+    shards: tuple[Shard, ...]
 
     def batch(self, items: Items) -> ViewBatch: ...
 

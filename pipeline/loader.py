@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinymim.configs.errors import TinymimError
 from tinymim.configs.sections import LoaderConfig
+from tinymim.pipeline.ahead import spooling
 from tinymim.pipeline.dataset import ViewBatch, ViewSource
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.workers import prepare_loader, worker_context
@@ -62,6 +63,7 @@ def batches(
     config: LoaderConfig,
     pin_memory: bool = False,
     batches_per_entry: int = 1,
+    look_ahead: bool = True,
 ) -> Generator[ViewBatch]:
     """Yield the batches of `plan` in its order, whatever the number of workers.
 
@@ -71,24 +73,28 @@ def batches(
         config: `prefetch` batches, but at least one entry, are made ahead per worker; without workers none.
         pin_memory: for batches that go to a GPU.
         batches_per_entry: the largest n of the plan.
+        look_ahead: whether the plan may be read far ahead of its batches, to spool the shards that come next.
     """
-    if config.workers == 0:
-        for items in plan:
-            for batch in _entry_batches(source, items):
-                yield batch.pin_memory() if pin_memory else batch
-        return
-    loaded: DataLoader[list[ViewBatch] | TinymimError] = DataLoader(
-        _Adapter(source),
-        batch_sampler=plan,  # type: ignore[arg-type]  # an array of items is one entry for __getitems__
-        num_workers=config.workers,
-        prefetch_factor=-(-config.prefetch // batches_per_entry),
-        collate_fn=_as_is,
-        multiprocessing_context=worker_context(),
-        worker_init_fn=prepare_loader,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
-    )
-    for entry in loaded:
-        if isinstance(entry, TinymimError):
-            raise entry
-        yield from entry
+    with spooling(source.shards, plan, look_ahead) as (plan, done):
+        if config.workers == 0:
+            for items in plan:
+                for batch in _entry_batches(source, items):
+                    yield batch.pin_memory() if pin_memory else batch
+                done()
+            return
+        loaded: DataLoader[list[ViewBatch] | TinymimError] = DataLoader(
+            _Adapter(source),
+            batch_sampler=plan,  # type: ignore[arg-type]  # an array of items is one entry for __getitems__
+            num_workers=config.workers,
+            prefetch_factor=-(-config.prefetch // batches_per_entry),
+            collate_fn=_as_is,
+            multiprocessing_context=worker_context(),
+            worker_init_fn=prepare_loader,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
+        )
+        for entry in loaded:
+            if isinstance(entry, TinymimError):
+                raise entry
+            yield from entry
+            done()

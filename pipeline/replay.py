@@ -188,6 +188,7 @@ class ReplayedViews:
         resident_units: int,
     ) -> None:
         self.reader, self.source, self.arrays, self.verify = reader, source, tuple(arrays), verify
+        self.shards = source.shards
         self.resident_units = resident_units
         self._resident: OrderedDict[str, ResidentUnit] = OrderedDict()
 

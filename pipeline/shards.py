@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from tinymim.configs.errors import SourceError
 from tinymim.configs.sections import SourceConfig
-from tinymim.pipeline import remote, remote_members
-from tinymim.pipeline.remote import RemoteObject
+from tinymim.pipeline.remote import list_objects, read_text
+from tinymim.pipeline.spool import Spool, SpooledTar
 from tinymim.pipeline.tar import UNLABELLED as UNLABELLED
 from tinymim.pipeline.tar import Members, not_a_tar, scan_tar
 from tinymim.pipeline.tar import split_name as split_name
@@ -30,7 +30,7 @@ class Shard:
     """One tar and its identity."""
 
     name: str
-    place: Path | RemoteObject
+    place: Path | SpooledTar
     size_bytes: int
     num_samples: int
     content_hash: str  # "sha256:..." of the whole file
@@ -51,12 +51,11 @@ class Shard:
         Raises:
             SourceError: the file is shorter than when it was scanned.
             StoreError: the object store refuses or fails, or the object was replaced.
+            UserError: the object cannot be spooled.
         """
         members = self.members()
         offset, size = int(members.offsets[sample]), int(members.sizes[sample])
-        if isinstance(self.place, RemoteObject):
-            return remote.reader().read(self.place, offset, size)
-        with open(self.place, "rb", buffering=0) as file:
+        with open(self.place, "rb", buffering=0) if isinstance(self.place, Path) else self.place.open() as file:
             data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
             raise SourceError(
@@ -95,13 +94,20 @@ def open_shards(config: SourceConfig) -> ShardSet:
     Raises:
         SourceError: no such folder, no tar in it, a damaged tar, or a file whose size differs from the index.
         StoreError: the object store refuses or fails.
+        RecipeError: a shard is larger than the spool.
     """
     place = config.shards
     _scan.cache_clear()  # a tar may have been replaced by one of the same size
+    paths: Sequence[Path | SpooledTar]
     if isinstance(place, str):
-        index = _parse_index(f"{place}/{INDEX_NAME}", remote.read_text(place, INDEX_NAME))
+        index = _parse_index(f"{place}/{INDEX_NAME}", read_text(place, INDEX_NAME))
         known = {row["name"]: row for row in index.get("shards", [])}
-        paths: Sequence[Path | RemoteObject] = remote.list_objects(place, config.pattern, list(known))
+        spool = Spool(config.spool.folder, int(config.spool.gib * 2**30))
+        listed = list_objects(place, config.pattern, list(known))
+        tars = [SpooledTar(found, spool, known.get(found.name, {}).get("content_hash", "")) for found in listed]
+        for tar in tars:
+            tar.refuse_small_budget()
+        paths = tars
     else:
         if not place.is_dir():
             raise SourceError("source folder does not exist", got=place, hint="make one with `tinymim make-shards`")
@@ -110,9 +116,9 @@ def open_shards(config: SourceConfig) -> ShardSet:
         known = {row["name"]: row for row in index.get("shards", [])}
     if not paths:
         raise SourceError(f"no shards match '{config.pattern}'", got=place, expected="at least one tar")
-    unknown = [path for path in paths if isinstance(path, RemoteObject) and path.name not in known]
+    unknown = [path for path in paths if isinstance(path, SpooledTar) and path.name not in known]
     if unknown:
-        gib = sum(path.size_bytes for path in unknown) / 2**30
+        gib = sum(tar.source.size_bytes for tar in unknown) / 2**30
         print(
             f"{place}: {INDEX_NAME} does not know {len(unknown)} of {len(paths)} shards; reading all of their "
             f"{gib:.2f} GiB once for counts and hashes (upload the {INDEX_NAME} of `tinymim make-shards` to avoid it)",
@@ -123,11 +129,12 @@ def open_shards(config: SourceConfig) -> ShardSet:
     return ShardSet(shards, tuple(index.get("classes", ())))
 
 
-def _open_shard(path: Path | RemoteObject, row: dict[str, Any] | None) -> Shard:
-    size = path.size_bytes if isinstance(path, RemoteObject) else path.stat().st_size
+def _open_shard(path: Path | SpooledTar, row: dict[str, Any] | None) -> Shard:
+    size = path.source.size_bytes if isinstance(path, SpooledTar) else path.stat().st_size
     if row is None:
-        if isinstance(path, RemoteObject):
-            members, content_hash = remote_members.scan_and_hash(path)
+        if isinstance(path, SpooledTar):
+            members, content_hash = path.members()
+            path = replace(path, content_hash=content_hash)  # what is downloaded again must be the same
         else:
             members, content_hash = _scan(path, size), hash_file(path)
         return Shard(path.name, path, size, len(members.keys), content_hash)
@@ -166,10 +173,10 @@ def hash_file(path: Path) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _scan(path: Path | RemoteObject, size_bytes: int) -> Members:
+def _scan(path: Path | SpooledTar, size_bytes: int) -> Members:
     """Read the headers of one tar. The size is part of the cache key so that a replaced file is scanned again."""
-    if isinstance(path, RemoteObject):
-        return remote_members.scan(path)
+    if isinstance(path, SpooledTar):
+        return path.members()[0]
     try:
         with open(path, "rb") as file:
             return scan_tar(file, path.name, size_bytes)

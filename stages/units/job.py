@@ -168,7 +168,9 @@ class TeacherJob:
                 self._settle_finished(units, watch)
 
     def _loaded(self, plan: Iterable[Items]) -> Generator[ViewBatch, None, None]:
-        yield from batches(self._views, plan, self.recipe.loader, pin_memory=self.device.type == "cuda")
+        # To read the plan is to claim units.
+        cuda = self.device.type == "cuda"
+        yield from batches(self._views, plan, self.recipe.loader, pin_memory=cuda, look_ahead=False)
 
     def _claimed(self, units: Units, may_wait: bool, watch: Stopwatch) -> UnitId | None:
         """The next unit, claimed; None where there is none now, or where there will be none if it may wait."""

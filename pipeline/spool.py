@@ -1,0 +1,368 @@
+"""Whole tars of an object store in a local folder of bounded size, shared by all processes of a machine.
+
+A tar's file is named by the tar's identity (URL, size, version): no name in a store can point out of the folder, and
+a tar that was replaced in the store is another file. It grows as `NAME.tar.partial` and is renamed when it is whole.
+
+Every claim is a flock, which the kernel drops when its process dies:
+
+| file | exclusive | shared |
+|---|---|---|
+| `NAME.tar.partial` | one process downloads it; without the lock anybody goes on from its bytes | |
+| `NAME.tar` | it is being evicted | it is being read, or needed by the batches under way: never evicted |
+| `lock` | room is being made | |
+
+The modification time of a tar is its last use. docs/decisions/012-spool.md says why.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from tinymim.configs.errors import RecipeError, StoreError, UserError, first_line
+from tinymim.pipeline.remote import RemoteObject, fetch_range
+from tinymim.pipeline.tar import Members, scan_tar
+from tinymim.storage.atomic import digest_hex, fsync_folder, write_json_atomic
+
+PART_BYTES: Final = 4 * 2**20  # of one request
+REQUESTS: Final = 8  # at once per download: 32 MiB of memory at most
+ROOM_S = 60.0  # a reader waits for room this long
+STALE_S = 60.0  # a download ahead of need evicts only what was not used for this long
+_POLL_S = 0.05
+_TOUCH_S = 1.0
+_NAME = re.compile(r"[0-9a-f]{32}-([0-9]+)\.tar(\.partial)?")
+_MEMBERS_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Spool:
+    """Where tars are kept, and how many bytes of them."""
+
+    folder: Path | None  # None: in the user's cache folder, on every machine in its own
+    budget_bytes: int
+
+    @property
+    def path(self) -> Path:
+        """The folder: by default `tinymim/spool` in $XDG_CACHE_HOME, or in ~/.cache."""
+        if self.folder is not None:
+            return self.folder
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinymim" / "spool"
+
+
+@dataclass(frozen=True)
+class SpooledTar:
+    """A tar of an object store, read by way of the spool."""
+
+    source: RemoteObject
+    spool: Spool
+    content_hash: str  # "sha256:..." that every download must have; "": unknown
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def stem(self) -> str:
+        identity = f"{self.source}\n{self.source.size_bytes}\n{self.source.version}"
+        return f"{digest_hex(identity.encode())}-{self.source.size_bytes}"
+
+    @property
+    def path(self) -> Path:
+        """Its file, once it is whole."""
+        return self.spool.path / f"{self.stem}.tar"
+
+    @property
+    def _partial(self) -> Path:
+        return self.spool.path / f"{self.stem}.tar.partial"
+
+    @property
+    def _members(self) -> Path:
+        return self.spool.path / "members" / f"{self.stem}.json"
+
+    def refuse_small_budget(self) -> None:
+        """Raises RecipeError where the budget is less than this one tar."""
+        if self.source.size_bytes > self.spool.budget_bytes:
+            raise RecipeError(
+                f"source.spool.gib is less than shard {self.name}",
+                got=f"{self.spool.budget_bytes / 2**30:.3g} GiB ({self.spool.budget_bytes:,} bytes)",
+                expected=f"at least {self.source.size_bytes / 2**30:.3g} GiB ({self.source.size_bytes:,} bytes)",
+                hint="raise source.spool.gib, or make smaller shards (`tinymim make-shards --images-per-shard`)",
+            )
+
+    def open(self) -> FileIO:
+        """The whole tar, opened and locked against eviction until it is closed; downloaded where it is absent.
+
+        Raises:
+            StoreError: the store refuses or fails, or holds another object than the one that was listed.
+            UserError: the folder cannot be written, its disk is full, or other readers need all of the budget.
+        """
+        give_up = time.monotonic() + ROOM_S
+        while True:
+            try:
+                file = self.open_spooled() or self.fetch()
+            except NoRoom:
+                if time.monotonic() > give_up:
+                    raise
+            else:
+                if file is not None:
+                    return file
+                give_up = time.monotonic() + ROOM_S  # another process downloads it, however long that takes
+            time.sleep(_POLL_S)
+
+    def open_spooled(self) -> FileIO | None:
+        """As `open`, but None where the tar is not in the spool."""
+        with self._explained_refusals(), ExitStack() as closing:
+            try:
+                file = closing.enter_context(open(self.path, "rb", buffering=0))
+            except FileNotFoundError:
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH)
+            stat = os.fstat(file.fileno())
+            if stat.st_nlink == 0:  # evicted since it was opened
+                return None
+            if stat.st_size != self.source.size_bytes:  # somebody else wrote to it
+                self.path.unlink(missing_ok=True)
+                return None
+            if time.time() - stat.st_mtime > _TOUCH_S:
+                os.utime(file.fileno())
+            closing.pop_all()
+            return file
+
+    def touch(self, used: bool = True) -> bool:
+        """Mark a spooled tar as used now, or as the first to be evicted. False: it is not in the spool."""
+        try:
+            os.utime(self.path, None if used else (0, 0))
+        except OSError:
+            return False
+        return True
+
+    def fetch(self, ahead: Callable[[], bool] | None = None) -> FileIO | None:
+        """Download the tar, going on where another download ended; None where one is under way, or has just ended.
+
+        Args:
+            ahead: given for a download ahead of need, which evicts nothing that was used lately. It is called before
+                every request and ends the download by False.
+
+        Returns:
+            the tar as from `open`.
+
+        Raises:
+            StoreError, UserError: as `open`; a UserError where there is no room now.
+        """
+        self.refuse_small_budget()
+        with self._explained_refusals(), ExitStack() as closing:
+            with self._making_room():
+                file = closing.enter_context(open(self._partial, "a+b", buffering=0))
+                if not (_locked(file) and _is_at(file, self._partial)):
+                    return None
+                if self.path.exists():
+                    self._partial.unlink()
+                    return None
+                try:
+                    self._make_room(ahead is not None)
+                except NoRoom:
+                    if os.fstat(file.fileno()).st_size == 0:
+                        self._partial.unlink()
+                    raise
+            try:
+                whole = self._download(file, ahead)
+            except OSError:
+                self._partial.unlink(missing_ok=True)  # a full disk needs the room
+                raise
+            if not whole:
+                return None
+            os.replace(self._partial, self.path)
+            fsync_folder(self.spool.path)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            file.seek(0)
+            closing.pop_all()
+            return file
+
+    def members(self) -> tuple[Members, str]:
+        """Members and content hash of the tar; found once and kept beside the tars, also when the tar is evicted.
+
+        Raises:
+            SourceError: not a whole tar.
+            StoreError, UserError: as `open`.
+        """
+        kept = _load_members(self._members)
+        if kept is not None:
+            return kept
+        with self.open() as file:
+            content_hash = self.content_hash or _sha256(file)
+            file.seek(0)
+            members = scan_tar(file, self.name, self.source.size_bytes)
+        with self._explained_refusals():
+            _save_members(self._members, members, content_hash)
+        return members, content_hash
+
+    @contextmanager
+    def _making_room(self) -> Iterator[None]:
+        """Of all processes one at a time."""
+        self.spool.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self.spool.path / "lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _make_room(self, ahead: bool) -> None:
+        """Evict the least recently used tars, and partials without a process, until this tar fits into the budget.
+
+        Raises:
+            NoRoom: it cannot; nothing is evicted then.
+        """
+        found: list[tuple[float, int, Path]] = []
+        for entry in os.scandir(self.spool.path):
+            name = _NAME.fullmatch(entry.name)  # nobody else's files are counted or touched
+            if name and not entry.name.startswith(self.stem):
+                with suppress(FileNotFoundError):  # a partial that has just become whole counts as such below
+                    found.append((entry.stat().st_mtime, int(name[1]), Path(entry.path)))
+        excess = sum(size for _, size, _ in found) + self.source.size_bytes - self.spool.budget_bytes
+        in_use_bytes = 0
+        with ExitStack() as closing:
+            evicted = []
+            for used_at, size, path in sorted(found):
+                if excess <= 0:
+                    break
+                try:
+                    file = closing.enter_context(open(path, "rb", buffering=0))
+                except FileNotFoundError:
+                    in_use_bytes += size
+                    continue
+                if (ahead and time.time() - used_at < STALE_S) or not _locked(file):
+                    in_use_bytes += size
+                    continue
+                evicted.append(path)
+                excess -= size
+            if excess > 0:
+                raise NoRoom(
+                    f"there is no room for shard {self.name} in the spool {self.spool.path}",
+                    got=f"{in_use_bytes / 2**30:.3g} GiB of other shards in use at once",
+                    expected=f"at most {(self.spool.budget_bytes - self.source.size_bytes) / 2**30:.3g} GiB, which "
+                    f"source.spool.gib: {self.spool.budget_bytes / 2**30:.3g} leaves beside this shard",
+                    hint="raise source.spool.gib, lower order.shuffle_units, or give the run a source.spool.folder of "
+                    "its own",
+                )
+            for path in evicted:
+                path.unlink(missing_ok=True)
+
+    def _download(self, file: FileIO, going_on: Callable[[], bool] | None) -> bool:
+        """Append to the partial what it lacks and check it; False where `going_on` ended the download."""
+        begun = os.fstat(file.fileno()).st_size
+        while True:
+            if not self._append(file, going_on):
+                return False
+            os.fsync(file.fileno())
+            file.seek(0)
+            content_hash = _sha256(file) if self.content_hash else ""
+            if content_hash == self.content_hash:
+                return True
+            file.truncate(0)
+            if not begun:
+                break
+            begun = 0  # bytes of an earlier download, damaged when the machine lost power
+        self._partial.unlink()
+        raise StoreError(
+            f"{self.source} is not the shard that index.json describes",
+            got=content_hash,
+            expected=self.content_hash,
+            hint="upload the shard again, or the index.json that belongs to it",
+        )
+
+    def _append(self, file: FileIO, going_on: Callable[[], bool] | None) -> bool:
+        """Parts arrive in any order and are written in theirs, so that the length of a partial is what it holds."""
+        size = self.source.size_bytes
+        starts = iter(range(os.fstat(file.fileno()).st_size, size, PART_BYTES))
+        coming: deque[Future[memoryview]] = deque()
+        pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="tinymim-spool")
+        try:
+            while True:
+                while len(coming) < REQUESTS and (start := next(starts, None)) is not None:
+                    coming.append(pool.submit(fetch_range, self.source, start, min(start + PART_BYTES, size)))
+                if not coming:
+                    return True
+                if going_on is not None and not going_on():
+                    return False
+                part = coming.popleft().result()
+                while part:
+                    part = part[file.write(part) :]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def _explained_refusals(self) -> Iterator[None]:
+        """Turn the operating system's refusals about the spool into a UserError with a remedy."""
+        folder = self.spool.path
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"the disk of the spool folder {folder} is full",
+                    got=first_line(error),
+                    expected=f"{self.source.size_bytes:,} bytes for shard {self.name}",
+                    hint="free some space, lower source.spool.gib, or set source.spool.folder to a larger local disk",
+                ) from error
+            raise UserError(
+                f"the spool folder {folder} cannot be used",
+                got=first_line(error),
+                hint="set source.spool.folder to a folder on a local disk that you may write to",
+            ) from error
+
+
+class NoRoom(UserError):
+    """Other shards are in use; there may be room later."""
+
+
+def _locked(file: FileIO) -> bool:
+    """Lock a file for this process alone, unless anybody else has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: FileIO, path: Path) -> bool:
+    """Whether an open file still has the name that it was opened by."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sha256(file: FileIO) -> str:
+    return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_members(path: Path) -> tuple[Members, str] | None:
+    try:
+        kept = json.loads(path.read_text())
+        if kept["version"] != _MEMBERS_VERSION:
+            return None
+        places = np.array(kept["places"], dtype=np.int64).reshape(len(kept["keys"]), 3)
+        members = Members(tuple(kept["keys"]), places[:, 0].copy(), places[:, 1].copy(), places[:, 2].copy())
+        return members, str(kept["content_hash"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # found anew
+
+
+def _save_members(path: Path, members: Members, content_hash: str) -> None:
+    places = np.stack([members.offsets, members.sizes, members.labels], axis=1).tolist()
+    path.parent.mkdir(exist_ok=True)
+    write_json_atomic(
+        path,
+        {"version": _MEMBERS_VERSION, "keys": members.keys, "places": places, "content_hash": content_hash},
+    )
