@@ -35,6 +35,8 @@ resume, memory), [student audits](audits.md), [clusters](cluster.md), [views](vi
 
 This page is generated: `tinymim recipes --fields all > docs/recipes.md`."""
 
+MOST_PLACES = 4  # places of a section that its title names
+
 
 def text(stage: str) -> str:
     """The fields of one recipe and of its sections as Markdown tables.
@@ -72,7 +74,8 @@ def _titled_sections(recipes: Iterable[type[Section]]) -> Iterator[tuple[str, ty
             if _stage(recipe) not in users.setdefault(section, []):
                 users[section].append(_stage(recipe))
     for section, names in places.items():
-        title = ", ".join(f"`{name}`" for name in names)
+        listed = [f"`{name}`" for name in names]
+        title = ", ".join(listed[:MOST_PLACES]) + (", ..." if len(listed) > MOST_PLACES else "")
         shared = any(set(names) & set(others) for other, others in places.items() if other is not section)
         if (choice := _choice(section)) is not None:
             title += f" with `name: {choice}`"
