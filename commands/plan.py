@@ -5,8 +5,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
-from tinymim.configs.load import load_recipes
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 
 
 def plan(
@@ -60,6 +58,9 @@ def plan(
     as_json
         Print JSON instead of text.
     """
+    from tinymim.configs.load import load_recipes
+    from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+
     paths = [recipe, *more]
     loaded = load_recipes(paths, ("cache-teacher", "train-student"), overrides or ())
     from tinymim.stages import plan as stage

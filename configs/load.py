@@ -8,9 +8,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, get_args
@@ -25,14 +23,11 @@ from yaml.reader import ReaderError
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.schema import RECIPES, Recipe
 from tinymim.configs.sections import Section
+from tinymim.configs.shipped import recipe_file, shipped_recipes
 
 # Values in messages are cut: a recipe may hold a section where a number belongs.
 _short = Repr()
 _short.maxstring = _short.maxother = 60
-
-
-# The shipped recipes, inside the package.
-RECIPE_FILES = resources.files("tinymim.configs") / "recipes"
 
 
 # ---- reading ----
@@ -104,25 +99,12 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
     ]
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package, sorted, without `.yaml`: `demo-teacher`, ..."""
-    return sorted(_yaml_names(RECIPE_FILES))
-
-
-def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _yaml_names(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(".yaml"):
-            yield prefix + entry.name.removesuffix(".yaml")
-
-
 def _read(path: Path) -> str:
     try:
         if path.exists() and not path.is_dir():  # not is_file(): a pipe will do
             data = path.read_bytes()
         elif (name := path.as_posix()) in (shipped := shipped_recipes()):
-            data = RECIPE_FILES.joinpath(f"{name}.yaml").read_bytes()
+            data = recipe_file(name).read_bytes()
         else:
             raise RecipeError(
                 f"recipe {path} not found",
