@@ -126,6 +126,10 @@ def cache_verify(
         raise RecipeError("--set changes the recipe of --deep", got="--set without --deep", hint="add --deep RECIPE")
     recipe = _cache_recipe(deep, overrides) if deep is not None else None
     from tinymim.stages.cache import verify as stage
+    from tinymim.stages.run.preflight import require_inputs
+
+    if recipe is not None:
+        require_inputs(recipe)
 
     report = stage.run(place)
     if recipe is not None:
@@ -152,6 +156,9 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
     Example: tinymim cache repair cache.yaml --set cache=caches/mine
     """
     loaded = _cache_recipe(recipe, overrides)
+    from tinymim.stages.run.preflight import preflight
+
+    preflight(loaded)
     from tinymim.stages.cache import repair as stage
 
     report = stage.run(loaded)

@@ -63,14 +63,17 @@ def plan(
 
     paths = [recipe, *more]
     loaded = load_recipes(paths, ("cache-teacher", "train-student"), overrides or ())
-    from tinymim.stages import plan as stage
-    from tinymim.stages.pages.plan import format_plan
-
     named = [
         (path.name.removesuffix(".yaml"), recipe)
         for path, recipe in zip(paths, loaded, strict=True)
         if isinstance(recipe, CacheTeacherRecipe | TrainStudentRecipe)
     ]
+    from tinymim.stages.run.preflight import preflight_plan
+
+    preflight_plan([recipe for _, recipe in named], random_weights)
+    from tinymim.stages import plan as stage
+    from tinymim.stages.pages.plan import format_plan
+
     options = stage.Options(seconds, trainings, price, device_hour, images, random_weights)
     result = stage.run(*stage.read_recipes(named), options)
     if as_json:

@@ -34,7 +34,11 @@ def _recipe_command(name: str, *, sort_key: int) -> Callable[[Callable[[R], None
         def command(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
             from tinymim.configs.load import load_recipe
 
-            run(cast("R", load_recipe(recipe, name, overrides or ())))  # `name` decides the kind of recipe
+            loaded = load_recipe(recipe, name, overrides or ())
+            from tinymim.stages.run.preflight import preflight
+
+            preflight(loaded)
+            run(cast("R", loaded))  # `name` decides the kind of recipe
 
         names = ", ".join(shipped.names_by_stage().get(name, ["none"]))
         text = f"{inspect.getdoc(run)}\n\nShipped recipes: {names}."

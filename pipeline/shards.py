@@ -103,13 +103,12 @@ def open_shards(config: SourceConfig) -> ShardSet:
         known = {row["name"]: row for row in index.get("shards", [])}
         paths: Sequence[Path | RemoteObject] = remote.list_objects(place, config.pattern, list(known))
     else:
-        if not place.is_dir():
-            raise SourceError("source folder does not exist", got=place, hint="make one with `tinymim make-shards`")
+        require_shards(config)
         paths = sorted(place.glob(config.pattern))
-        index = read_index(place) if paths else {}
+        index = read_index(place)
         known = {row["name"]: row for row in index.get("shards", [])}
     if not paths:
-        raise SourceError(f"no shards match '{config.pattern}'", got=place, expected="at least one tar")
+        raise _no_shards(config)
     unknown = [path for path in paths if isinstance(path, RemoteObject) and path.name not in known]
     if unknown:
         gib = sum(path.size_bytes for path in unknown) / 2**30
@@ -121,6 +120,21 @@ def open_shards(config: SourceConfig) -> ShardSet:
         )
     shards = tuple(_open_shard(path, known.get(path.name)) for path in paths)
     return ShardSet(shards, tuple(index.get("classes", ())))
+
+
+def require_shards(config: SourceConfig) -> None:
+    """Raises SourceError where the source is a folder that does not exist or holds no shard; a store is not asked."""
+    place = config.shards
+    if isinstance(place, str):
+        return
+    if not place.is_dir():
+        raise SourceError("source folder does not exist", got=place, hint="make one with `tinymim make-shards`")
+    if next(place.glob(config.pattern), None) is None:
+        raise _no_shards(config)
+
+
+def _no_shards(config: SourceConfig) -> SourceError:
+    return SourceError(f"no shards match '{config.pattern}'", got=config.shards, expected="at least one tar")
 
 
 def _open_shard(path: Path | RemoteObject, row: dict[str, Any] | None) -> Shard:

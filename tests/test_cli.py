@@ -20,6 +20,7 @@ from tinymim.configs.errors import InternalError, SourceError
 from tinymim.configs.schema import RECIPES
 from tinymim.configs.shipped import shipped_recipes
 from tinymim.stages import make_shards
+from tinymim.stages.run import preflight
 from tinymim.stages.run.interrupt import Interrupted
 
 COMMITTED_CACHE = Path(__file__).parent / "data" / "cache_v1"
@@ -238,6 +239,7 @@ def test_evaluate_prints_its_result_and_set_reaches_the_recipe(run: Run, monkeyp
         return {"knn": 0.5}
 
     monkeypatch.setattr(evaluate, "run", stage_run)
+    monkeypatch.setattr(preflight, "preflight", lambda _: None)
     code, out, _ = run(
         "evaluate", "tinyimagenet40-eval", "--set", "weights=random", "--set=batch_size=7", "--set", "batch_size=9"
     )
@@ -251,6 +253,7 @@ def test_training_verbs_run_their_stage(stage: str, run: Run, monkeypatch: pytes
 
     seen: list[Any] = []
     monkeypatch.setattr(importlib.import_module(f"tinymim.stages.{stage}"), "run", seen.append)
+    monkeypatch.setattr(preflight, "preflight", lambda _: None)
     verb = stage.replace("_", "-")
     name = next(name for name in shipped_recipes() if f"stage: {verb}" in run("recipes", name)[1])
     assert run(verb, name) == (0, "", "")
