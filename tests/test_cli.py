@@ -100,7 +100,7 @@ def test_a_wrong_recipe_imports_the_schema_and_nothing_heavy(tmp_path: Path) -> 
 def test_looking_at_a_cache_imports_no_torch(tmp_path: Path) -> None:
     lines = [["cache", verb, "nowhere"] for verb in ("list", "info", "verify", "remove")]
     imported = imported_by([*lines, ["cache", "copy", "nowhere", "elsewhere"]], tmp_path)
-    assert imported & HEAVY == {"numpy", "zarr", "obstore"}  # what reading a cache needs
+    assert imported & HEAVY == {"numpy", "obstore"}  # what reading a cache needs
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def _run(code: str, folder: Path) -> str:
 
 def test_workers_import_neither_torchvision_nor_timm_nor_dynamo(tmp_path: Path) -> None:
     imports = "\n".join(f"import {name}" for name in PRELOADED)
-    heavy = '{"timm", "torchvision", "torch._dynamo", "sympy", "ray", "matplotlib"}'
+    heavy = '{"timm", "torchvision", "torch._dynamo", "sympy", "zarr", "ray", "matplotlib"}'
     assert _run(f"import sys\n{imports}\nprint({heavy} & sys.modules.keys())", tmp_path) == "set()\n"
 
 
