@@ -149,4 +149,5 @@ def _start_workers(recipe: RunRecipe) -> None:
         case _:
             here = True
     if here and recipe.loader.workers:
-        start_server(["tinymim.pipeline.augment"] if isinstance(recipe, FinetuneRecipe) else ())
+        augment = ["tinymim.pipeline.augment"] if isinstance(recipe, FinetuneRecipe) else []
+        start_server(["tinymim.cli", *augment])  # every worker runs the script of the command, which imports it
