@@ -29,10 +29,9 @@ import provenance
 HELP_CPU_S, WORKERS_RATIO = 0.3, 1.3  # targets
 TINYMIM = str(Path(sys.executable).with_name("tinymim"))
 WRONG = "stage: train-student\nsorce: 3\noptim: {steps: many}\n"
-HELP = "--help"
 SMALL = {
-    "help": [HELP],
-    "help of a verb": ["train-student", HELP],
+    "help": ["--help"],
+    "help of a verb": ["train-student", "--help"],
     "list of recipes": ["recipes"],
     "recipe that is not there": ["train-student", "nowhere"],
     "recipe that is no YAML": ["train-student", "broken.yaml"],
@@ -62,15 +61,20 @@ def training(workers: int) -> list[str]:
     return ["train-student", "demo-narrow", *(f"--set={name}={value}" for name, value in settings.items())]
 
 
+def reap() -> None:
+    """Wait for all processes that commands have left behind."""
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
 def run(line: list[str]) -> Cost:
-    """Run a command line, and wait for all processes that it leaves behind."""
+    """Run a command line to the end of all processes that it starts."""
     shutil.rmtree(RUN, ignore_errors=True)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     subprocess.run([TINYMIM, *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     wall_s = time.time() - began
-    with suppress(ChildProcessError):
-        while True:
-            os.wait()
+    reap()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     metrics = RUN / "metrics.jsonl"
     first_step_s = metrics.stat().st_mtime - began if metrics.exists() else wall_s
@@ -99,6 +103,7 @@ def main() -> int:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
         subprocess.run([TINYMIM, "make-shards", "drawn", "data/demo-train", "--count", "64"], **quiet)  # type: ignore[call-overload]
         subprocess.run([TINYMIM, "cache-teacher", "demo-cache"], **quiet)  # type: ignore[call-overload]
+        reap()
         for _ in range(rounds):
             for name, line in lines.items():
                 costs[name].append(run(line))
