@@ -100,4 +100,5 @@ def main() -> None:
     # OpenMP threads sleep while they wait instead of spinning. On cores shared with loader workers, spinning cost 3.5x
     # the CPU time (docs/log.md). This must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads the metadata of every package
     sys.exit(run_command(sys.argv[1:]))

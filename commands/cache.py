@@ -1,15 +1,16 @@
 """The commands of `tinymim cache`: flags and help, no logic. Each command imports its stage when it runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.load import load_recipe
 from tinymim.configs.place import parse_place
-from tinymim.configs.schema import CacheTeacherRecipe
+
+if TYPE_CHECKING:
+    from tinymim.configs.schema import CacheTeacherRecipe
 
 cache_app = App(
     name="cache",
@@ -26,7 +27,10 @@ PathArgument = Annotated[
 JsonOption = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
 
 
-def _cache_recipe(recipe: Path, overrides: list[str] | None) -> CacheTeacherRecipe:
+def _cache_recipe(recipe: Path, overrides: list[str] | None) -> "CacheTeacherRecipe":
+    from tinymim.configs.load import load_recipe
+    from tinymim.configs.schema import CacheTeacherRecipe
+
     loaded = load_recipe(recipe, "cache-teacher", overrides or ())
     assert isinstance(loaded, CacheTeacherRecipe)
     return loaded
@@ -114,8 +118,6 @@ def cache_verify(
     seed
         Seed of the sample. Needs --deep.
     """
-    from tinymim.stages.cache import verify as stage
-
     place = parse_place(path)
     if sample < 1 or not 0 <= min_agreement <= 1:
         got = f"--sample {sample}, --min-agreement {min_agreement}"
@@ -123,6 +125,12 @@ def cache_verify(
     if overrides and deep is None:
         raise RecipeError("--set changes the recipe of --deep", got="--set without --deep", hint="add --deep RECIPE")
     recipe = _cache_recipe(deep, overrides) if deep is not None else None
+    from tinymim.stages.cache import verify as stage
+    from tinymim.stages.run.preflight import require_inputs
+
+    if recipe is not None:
+        require_inputs(recipe)
+
     report = stage.run(place)
     if recipe is not None:
         from tinymim.stages.cache import deep as deep_check
@@ -148,6 +156,9 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
     Example: tinymim cache repair cache.yaml --set cache=caches/mine
     """
     loaded = _cache_recipe(recipe, overrides)
+    from tinymim.stages.run.preflight import preflight
+
+    preflight(loaded)
     from tinymim.stages.cache import repair as stage
 
     report = stage.run(loaded)

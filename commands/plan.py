@@ -5,8 +5,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
-from tinymim.configs.load import load_recipes
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 
 
 def plan(
@@ -60,16 +58,22 @@ def plan(
     as_json
         Print JSON instead of text.
     """
+    from tinymim.configs.load import load_recipes
+    from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+
     paths = [recipe, *more]
     loaded = load_recipes(paths, ("cache-teacher", "train-student"), overrides or ())
-    from tinymim.stages import plan as stage
-    from tinymim.stages.pages.plan import format_plan
-
     named = [
         (path.name.removesuffix(".yaml"), recipe)
         for path, recipe in zip(paths, loaded, strict=True)
         if isinstance(recipe, CacheTeacherRecipe | TrainStudentRecipe)
     ]
+    from tinymim.stages.run.preflight import preflight_plan
+
+    preflight_plan([recipe for _, recipe in named], random_weights)
+    from tinymim.stages import plan as stage
+    from tinymim.stages.pages.plan import format_plan
+
     options = stage.Options(seconds, trainings, price, device_hour, images, random_weights)
     result = stage.run(*stage.read_recipes(named), options)
     if as_json:

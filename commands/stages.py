@@ -2,39 +2,45 @@
 
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from cyclopts import App
-from pydantic import BaseModel
 
 from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
 from tinymim.configs import shipped
-from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import (
-    CacheTeacherRecipe,
-    ChainRecipe,
-    EvaluateRecipe,
-    FidelityRecipe,
-    FinetuneRecipe,
-    PretrainMaeRecipe,
-    TrainStudentRecipe,
-)
+
+if TYPE_CHECKING:
+    # At run time by `load_recipe` alone: building the schema takes longer than printing a help.
+    from tinymim.configs.schema import (
+        CacheTeacherRecipe,
+        ChainRecipe,
+        EvaluateRecipe,
+        FidelityRecipe,
+        FinetuneRecipe,
+        PretrainMaeRecipe,
+        Recipe,
+        TrainStudentRecipe,
+    )
 
 stages_app = App()  # cli.py adds its commands to tinymim
 
-R = TypeVar("R", bound=BaseModel)
+R = TypeVar("R", bound="Recipe")
 
 
-def _recipe_command(name: str, kind: type[R], *, sort_key: int) -> Callable[[Callable[[R], None]], Callable[[R], None]]:
+def _recipe_command(name: str, *, sort_key: int) -> Callable[[Callable[[R], None]], Callable[[R], None]]:
     """Turn a function of a loaded recipe into `tinymim NAME RECIPE [--set key=value]`; its docstring is the help."""
 
     def register(run: Callable[[R], None]) -> Callable[[R], None]:
         def command(recipe: RecipeArgument, /, *, overrides: SetOption = None) -> None:
-            loaded = load_recipe(recipe, name, overrides or ())
-            assert isinstance(loaded, kind)
-            run(loaded)
+            from tinymim.configs.load import load_recipe
 
-        names = ", ".join(shipped.names_for(name)) or "none"
+            loaded = load_recipe(recipe, name, overrides or ())
+            from tinymim.stages.run.preflight import preflight
+
+            preflight(loaded)
+            run(cast("R", loaded))  # `name` decides the kind of recipe
+
+        names = ", ".join(shipped.names_by_stage().get(name, ["none"]))
         text = f"{inspect.getdoc(run)}\n\nShipped recipes: {names}."
         stages_app.command(command, name=name, sort_key=sort_key, help=text)
         return run
@@ -42,8 +48,8 @@ def _recipe_command(name: str, kind: type[R], *, sort_key: int) -> Callable[[Cal
     return register
 
 
-@_recipe_command("pretrain-mae", PretrainMaeRecipe, sort_key=2)
-def pretrain_mae(recipe: PretrainMaeRecipe) -> None:
+@_recipe_command("pretrain-mae", sort_key=2)
+def pretrain_mae(recipe: "PretrainMaeRecipe") -> None:
     """Train a teacher from images alone, as a masked autoencoder.
 
     Also serves as the baseline of a student.
@@ -60,8 +66,8 @@ def pretrain_mae(recipe: PretrainMaeRecipe) -> None:
     stage.run(recipe)
 
 
-@_recipe_command("cache-teacher", CacheTeacherRecipe, sort_key=3)
-def cache_teacher(recipe: CacheTeacherRecipe) -> None:
+@_recipe_command("cache-teacher", sort_key=3)
+def cache_teacher(recipe: "CacheTeacherRecipe") -> None:
     """Run the teacher once over every view and store its targets in a cache.
 
     Reads the shards of `source` and the teacher's weights.
@@ -76,8 +82,8 @@ def cache_teacher(recipe: CacheTeacherRecipe) -> None:
     stage.run(recipe)
 
 
-@_recipe_command("train-student", TrainStudentRecipe, sort_key=4)
-def train_student(recipe: TrainStudentRecipe) -> None:
+@_recipe_command("train-student", sort_key=4)
+def train_student(recipe: "TrainStudentRecipe") -> None:
     """Train one student or several from a cache, without the teacher.
 
     Reads `cache` and the shards of `source`.
@@ -94,8 +100,8 @@ def train_student(recipe: TrainStudentRecipe) -> None:
     stage.run(recipe)
 
 
-@_recipe_command("chain", ChainRecipe, sort_key=6)
-def chain(recipe: ChainRecipe) -> None:
+@_recipe_command("chain", sort_key=6)
+def chain(recipe: "ChainRecipe") -> None:
     """Run several commands in order; a student may become the next teacher.
 
     Reads and writes the files of each step. All recipes are checked before the
@@ -108,8 +114,8 @@ def chain(recipe: ChainRecipe) -> None:
     stage.run(recipe)
 
 
-@_recipe_command("evaluate", EvaluateRecipe, sort_key=5)
-def evaluate(recipe: EvaluateRecipe) -> None:
+@_recipe_command("evaluate", sort_key=5)
+def evaluate(recipe: "EvaluateRecipe") -> None:
     """Evaluate a frozen encoder on labelled shards: k-NN and linear probe.
 
     Reads the shards of `train` and `val`, and `weights`: a file, `hub`,
@@ -123,8 +129,8 @@ def evaluate(recipe: EvaluateRecipe) -> None:
     print_json(stage.run(recipe))
 
 
-@_recipe_command("finetune", FinetuneRecipe, sort_key=5)
-def finetune(recipe: FinetuneRecipe) -> None:
+@_recipe_command("finetune", sort_key=5)
+def finetune(recipe: "FinetuneRecipe") -> None:
     """Fine-tune an encoder and a new head on labelled images.
 
     Reads the shards of `train` and `val`, and `weights`: a file (a student, an
@@ -146,8 +152,8 @@ def finetune(recipe: FinetuneRecipe) -> None:
         print_json({name: value for name, value in report.items() if name not in ("history", "classes_of_best")})
 
 
-@_recipe_command("fidelity", FidelityRecipe, sort_key=6)
-def fidelity(recipe: FidelityRecipe) -> None:
+@_recipe_command("fidelity", sort_key=6)
+def fidelity(recipe: "FidelityRecipe") -> None:
     """Compare codecs: their effect on a student's gradient, and their cost.
 
     Runs the teacher on a few views and encodes them with every codec in `codecs`.

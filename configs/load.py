@@ -8,37 +8,35 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from reprlib import Repr
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import RECIPES, Recipe
-from tinymim.configs.sections import Section
+from tinymim.configs.shipped import recipe_file, shipped_recipes
+
+if TYPE_CHECKING:
+    # At run time by the functions that need it, once the YAML has been read: its import takes longer than reading.
+    from pydantic_core import ErrorDetails
+
+    from tinymim.configs.schema import Recipe
+    from tinymim.configs.sections import Section
 
 # Values in messages are cut: a recipe may hold a section where a number belongs.
 _short = Repr()
 _short.maxstring = _short.maxother = 60
 
 
-# The shipped recipes, inside the package.
-RECIPE_FILES = resources.files("tinymim.configs") / "recipes"
-
-
 # ---- reading ----
 
 
-def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> "Recipe":
     """Read and validate the recipe of one command.
 
     Args:
@@ -56,7 +54,11 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe
         )
     for override in overrides:
         data = _overridden(data, override)
-    _check_stage(data, path, stage)
+    from pydantic import ValidationError
+
+    from tinymim.configs.schema import RECIPES
+
+    _check_stage(data, path, stage, list(RECIPES))
     try:
         return RECIPES[stage].model_validate(data)
     except ValidationError as error:
@@ -66,7 +68,7 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> Recipe
         raise RecipeError(what, hint=f"print every field and its meaning: tinymim recipes --fields {stage}") from error
 
 
-def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
+def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequence[str] = ()) -> "list[Recipe]":
     """Read several recipes, each for the command that its `stage:` line names.
 
     Args:
@@ -88,6 +90,8 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
                 expected=" or ".join(f"stage: {each}" for each in stages),
             )
         named.append((path, stage))
+    from tinymim.configs.schema import RECIPES
+
     fields = {stage: RECIPES[stage].model_fields for _, stage in named}
     firsts = [override.partition("=")[0].strip().split(".")[0] for override in overrides]
     for override, first in zip(overrides, firsts, strict=True):
@@ -104,25 +108,12 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
     ]
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package, sorted, without `.yaml`: `demo-teacher`, ..."""
-    return sorted(_yaml_names(RECIPE_FILES))
-
-
-def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _yaml_names(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(".yaml"):
-            yield prefix + entry.name.removesuffix(".yaml")
-
-
 def _read(path: Path) -> str:
     try:
         if path.exists() and not path.is_dir():  # not is_file(): a pipe will do
             data = path.read_bytes()
         elif (name := path.as_posix()) in (shipped := shipped_recipes()):
-            data = RECIPE_FILES.joinpath(f"{name}.yaml").read_bytes()
+            data = recipe_file(name).read_bytes()
         else:
             raise RecipeError(
                 f"recipe {path} not found",
@@ -218,7 +209,7 @@ def _replaced(section: Any, keys: Sequence[str], value: Any, override: str) -> d
     return {**section, head: _replaced(section.get(head), rest, value, override) if rest else value}
 
 
-def _check_stage(data: dict[Any, Any], path: Path, stage: str) -> None:
+def _check_stage(data: dict[Any, Any], path: Path, stage: str, stages: Sequence[str]) -> None:
     got = data.get("stage")
     if got == stage:
         return
@@ -227,9 +218,9 @@ def _check_stage(data: dict[Any, Any], path: Path, stage: str) -> None:
             f"recipe {path} does not name its command",
             got="no `stage:` line",
             expected=f"stage: {stage}",
-            hint=f"commands with recipes: {', '.join(RECIPES)}",
+            hint=f"commands with recipes: {', '.join(stages)}",
         )
-    if isinstance(got, str) and got in RECIPES:
+    if isinstance(got, str) and got in stages:
         raise RecipeError(
             f"recipe {path} is for `tinymim {got}`, not for `tinymim {stage}`",
             got=f"stage: {got}",
@@ -240,11 +231,11 @@ def _check_stage(data: dict[Any, Any], path: Path, stage: str) -> None:
         f"recipe {path} names an unknown command",
         got=f"stage: {_short.repr(got)}",
         expected=f"stage: {stage}",
-        hint=_did_you_mean(str(got), RECIPES) or f"commands with recipes: {', '.join(RECIPES)}",
+        hint=_did_you_mean(str(got), stages) or f"commands with recipes: {', '.join(stages)}",
     )
 
 
-def _problem(recipe: type[Section], error: ErrorDetails) -> str:
+def _problem(recipe: "type[Section]", error: "ErrorDetails") -> str:
     """One line: dotted name, message, value."""
     section, names = _walk(recipe, error["loc"])
     name = ".".join(map(str, names)) or "recipe"
@@ -267,7 +258,7 @@ def _problem(recipe: type[Section], error: ErrorDetails) -> str:
             return f"{name}: got {got}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _walk(recipe: type[Section], loc: Sequence[int | str]) -> tuple[type[Section], list[int | str]]:
+def _walk(recipe: "type[Section]", loc: Sequence[int | str]) -> "tuple[type[Section], list[int | str]]":
     """Return the innermost section along `loc`, and `loc` without the tags that pydantic adds for unions."""
     section: type[Section] = recipe
     choices: dict[str, type[Section]] = {}  # the sections that the last field may be, by tag
@@ -286,8 +277,10 @@ def _walk(recipe: type[Section], loc: Sequence[int | str]) -> tuple[type[Section
     return section, names
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
+def _sections_in(annotation: Any) -> "list[type[Section]]":
     """The section classes that an annotation names, in order."""
+    from tinymim.configs.sections import Section
+
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [kind for inner in get_args(annotation) for kind in _sections_in(inner)]
@@ -301,7 +294,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str | None:
 # ---- writing ----
 
 
-def dump_recipe(recipe: Section) -> str:
+def dump_recipe(recipe: "Section") -> str:
     """Return the recipe with all defaults, in the order of the schema, as YAML that loads back equal.
 
     Fields that all training recipes share come last.
@@ -311,7 +304,7 @@ def dump_recipe(recipe: Section) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
-def recipe_digest(recipe: Section) -> str:
+def recipe_digest(recipe: "Section") -> str:
     """blake2b-128 of the canonical JSON of a recipe or a section: 32 hex digits, equal for equal values."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

@@ -1,17 +1,14 @@
 """Places of shards and caches: a folder, or a URL in an object store."""
 
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import BeforeValidator
 
 from tinymim.configs.errors import RecipeError
 
 STORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "https", "http", "file")
 
 
-def _place(value: object) -> Path | str:
-    """Return a URL as string (a Path would fold its slashes) and any other text as a folder."""
+def checked_place(value: object) -> Path | str:
+    """Return a URL as string (a Path would fold its slashes) and any other text as a folder. Raises ValueError."""
     if isinstance(value, Path) or (isinstance(value, str) and "://" not in value):
         return Path(value)
     if not isinstance(value, str):
@@ -26,13 +23,10 @@ def _place(value: object) -> Path | str:
     return value.rstrip("/")
 
 
-Place = Annotated[Path | str, BeforeValidator(_place)]  # str: a URL, without a slash at its end
-
-
 def parse_place(text: str) -> Path | str:
     """Parse a place from the command line. Raises RecipeError for a malformed URL."""
     try:
-        return _place(text)
+        return checked_place(text)
     except ValueError as error:
         raise RecipeError(f"neither a folder nor an object store: {error}") from None
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tinymim.configs.codecs import CodecConfig, SketchCodec, TargetsConfig
-from tinymim.configs.place import Place
 from tinymim.configs.sections import (
     MEAN_DESCRIPTION,
     RESIZE_RATIO_DESCRIPTION,
@@ -33,6 +32,7 @@ from tinymim.configs.sections import (
     ModelConfig,
     OptimConfig,
     OrderConfig,
+    Place,
     Positive,
     Precision,
     RunConfig,

@@ -7,10 +7,11 @@ generated from it. Defaults are TinyMIM's (Ren et al., CVPR 2023) if it has one.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from tinymim.configs.place import Place
+from tinymim.configs.place import checked_place
 
+Place = Annotated[Path | str, BeforeValidator(checked_place)]  # str: a URL, without a slash at its end
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -26,7 +27,7 @@ RESIZE_RATIO_DESCRIPTION = "The short side is resized to input size x ratio, the
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, defaults checked like given values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
 
 
 class SpoolConfig(Section):

@@ -1,26 +1,47 @@
 """`tinymim recipes`: list and print the recipes inside the package. Imports nothing heavy."""
 
+from functools import cache
+from pathlib import Path
+
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.load import RECIPE_FILES, shipped_recipes
+
+RECIPE_FILES = Path(__file__).with_name("recipes")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package, sorted, without `.yaml`: `demo-teacher`, ..."""
+    files = RECIPE_FILES.rglob("*.yaml")
+    return sorted(file.relative_to(RECIPE_FILES).with_suffix("").as_posix() for file in files)
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a shipped recipe."""
+    return RECIPE_FILES / f"{name}.yaml"
 
 
 def text(name: str) -> str:
     """Return the YAML of a shipped recipe with its comments. Raises RecipeError for an unknown name."""
     if name not in (shipped := shipped_recipes()):
         raise RecipeError(f"no shipped recipe is named '{name}'", expected=", ".join(shipped))
-    return RECIPE_FILES.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return recipe_file(name).read_text(encoding="utf-8")
 
 
 def listing() -> str:
     """Return one line per shipped recipe: its name and the first line of its header comment."""
     names = shipped_recipes()
     width = max(map(len, names), default=0)
-    return "\n".join(f"{name:{width}}  {_headline(text(name))}" for name in names)
+    return "\n".join(f"{name:{width}}  {_headline(recipe_file(name).read_text(encoding='utf-8'))}" for name in names)
 
 
-def names_for(stage: str) -> list[str]:
-    """Return the names of the shipped recipes of one command."""
-    return [name for name in shipped_recipes() if f"stage: {stage}" in text(name).splitlines()]
+@cache
+def names_by_stage() -> dict[str, list[str]]:
+    """Return the names of the shipped recipes by command, from their `stage:` lines."""
+    names: dict[str, list[str]] = {}
+    for name in shipped_recipes():
+        for line in recipe_file(name).read_text(encoding="utf-8").splitlines():
+            if line.startswith("stage: "):
+                names.setdefault(line.removeprefix("stage: "), []).append(name)
+    return names
 
 
 def _headline(yaml: str) -> str:

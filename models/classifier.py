@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.backbone import FINAL_NORM, POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, tensors_sha256
+from tinymim.models.files import RANDOM
 from tinymim.models.heads import check_heads
 from tinymim.models.vit import build_model, size_overrides
-from tinymim.models.weights import RANDOM, read_weights
+from tinymim.models.weights import read_weights
 
 _HEAD_STD = 2e-5  # MAE's: a new head says nothing at first, and what it sends back cannot disturb the encoder
 _POOLS = {"mean": "avg", "cls": "token"}  # timm's names

@@ -1,8 +1,6 @@
 """The `weights` of a recipe: "random", "hub" (timm's of the model's name), "package:NAME" (shipped), or a file."""
 
-import importlib.resources
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 from torch import Tensor, nn
@@ -10,12 +8,9 @@ from torch import Tensor, nn
 from tinymim.configs.errors import CheckpointError, first_line
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_metadata, read_tensors
+from tinymim.models.files import HUB, weights_path
 from tinymim.models.heads import check_heads
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
-
-RANDOM: Final = "random"
-HUB: Final = "hub"
-_PACKAGE: Final = "package:"
 
 
 class Read(NamedTuple):
@@ -24,24 +19,6 @@ class Read(NamedTuple):
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     origin: str
-
-
-def weights_path(weights: str) -> Path:
-    """The file of "package:NAME" or of a path.
-
-    Raises:
-        CheckpointError: no such file.
-    """
-    if weights.startswith(_PACKAGE):
-        folder = Path(str(importlib.resources.files("tinymim.models") / "weights"))
-        path = folder / f"{weights.removeprefix(_PACKAGE)}.safetensors"
-        shipped = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
-        hint = f"shipped weights: {shipped}"
-    else:
-        path, hint = Path(weights), "give a .safetensors or .pth file, 'hub', or 'package:NAME'"
-    if not path.is_file():
-        raise CheckpointError("weights file does not exist", got=path, hint=hint)
-    return path
 
 
 def read_weights(config: ModelConfig, weights: str) -> Read:

@@ -18,13 +18,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from tinymim.configs.errors import SourceError, first_line
 from tinymim.pipeline.views import View
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include some that run programs (EPS)
 _JPEG_MAGIC = b"\xff\xd8\xff"
 # Colours that simplejpeg converts as Pillow does; its CMYK differs.
@@ -146,12 +143,11 @@ def render(image: Tensor, view: View, size: int, interpolation: str) -> Tensor:
     crop = image[:, view.top : view.top + view.height, view.left : view.left + view.width]
     if (view.height, view.width) == (size, size):
         pixels = crop
-    elif interpolation == "bicubic":
-        # torchvision's resize without its detour: packed pixels in, planes out. The same kernel and bits.
-        packed = crop.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-        pixels = interpolate(packed, [size, size], mode="bicubic", antialias=True)[0]
     else:
-        pixels = F.resize(crop, [size, size], InterpolationMode.BILINEAR, antialias=True)
+        # torchvision's resize without its detour: packed pixels in, planes out. The same kernel and bits. Importing
+        # torchvision takes longer than importing torch, and every loader worker would pay for it.
+        packed = crop.unsqueeze(0).contiguous(memory_format=torch.channels_last)
+        pixels = interpolate(packed, [size, size], mode=interpolation, antialias=True)[0]
     return pixels.flip(-1) if view.flip else pixels
 
 

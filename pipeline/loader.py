@@ -88,7 +88,7 @@ def batches(
             num_workers=config.workers,
             prefetch_factor=-(-config.prefetch // batches_per_entry),
             collate_fn=_as_is,
-            multiprocessing_context=worker_context(),
+            multiprocessing_context=worker_context([type(source).__module__]),
             worker_init_fn=prepare_loader,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training

@@ -109,13 +109,12 @@ def open_shards(config: SourceConfig) -> ShardSet:
             tar.refuse_small_budget()
         paths = tars
     else:
-        if not place.is_dir():
-            raise SourceError("source folder does not exist", got=place, hint="make one with `tinymim make-shards`")
+        require_shards(config)
         paths = sorted(place.glob(config.pattern))
-        index = read_index(place) if paths else {}
+        index = read_index(place)
         known = {row["name"]: row for row in index.get("shards", [])}
     if not paths:
-        raise SourceError(f"no shards match '{config.pattern}'", got=place, expected="at least one tar")
+        raise _no_shards(config)
     unknown = [path for path in paths if isinstance(path, SpooledTar) and path.name not in known]
     if unknown:
         gib = sum(tar.source.size_bytes for tar in unknown) / 2**30
@@ -127,6 +126,21 @@ def open_shards(config: SourceConfig) -> ShardSet:
         )
     shards = tuple(_open_shard(path, known.get(path.name)) for path in paths)
     return ShardSet(shards, tuple(index.get("classes", ())))
+
+
+def require_shards(config: SourceConfig) -> None:
+    """Raises SourceError where the source is a folder that does not exist or holds no shard; a store is not asked."""
+    place = config.shards
+    if isinstance(place, str):
+        return
+    if not place.is_dir():
+        raise SourceError("source folder does not exist", got=place, hint="make one with `tinymim make-shards`")
+    if next(place.glob(config.pattern), None) is None:
+        raise _no_shards(config)
+
+
+def _no_shards(config: SourceConfig) -> SourceError:
+    return SourceError(f"no shards match '{config.pattern}'", got=config.shards, expected="at least one tar")
 
 
 def _open_shard(path: Path | SpooledTar, row: dict[str, Any] | None) -> Shard:

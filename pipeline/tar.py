@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymim.configs.errors import SourceError
-from tinymim.pipeline.decode import IMAGE_EXTENSIONS
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 UNLABELLED = -1
 
 

@@ -1,25 +1,43 @@
-"""Worker processes, for the loader and for drawing: one way to start them."""
+"""Worker processes, for the loader and for drawing: one way to start them. Imports no torch."""
 
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
-import torch
-
 _GRACE_S = 30
+# What workers need; neither timm nor torchvision is part of it, which take longer to import than torch.
+PRELOADED = ("tinymim.pipeline.loader", "tinymim.pipeline.replay", "tinymim.pipeline.drawn")
 
 
-def worker_context() -> BaseContext:
+def worker_context(also: Sequence[str] = ()) -> BaseContext:
     """forkserver: fork hangs once a thread of the parent holds a lock (zarr's and torch's do).
 
-    The server imports what workers need once, so that each further worker starts in milliseconds.
+    The server imports what workers need once, so that each further worker starts in milliseconds. `also` as in
+    `start_server`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tinymim.pipeline.replay", "tinymim.pipeline.drawn"])
-    return context
+    start_server(also)
+    return multiprocessing.get_context("forkserver")
+
+
+def start_server(also: Sequence[str] = ()) -> None:
+    """Start the fork server, where there is none yet. It imports what workers need while this process goes on.
+
+    Args:
+        also: modules that workers need beyond `PRELOADED`.
+    """
+    multiprocessing.set_forkserver_preload([*PRELOADED, *also])
+    resource_tracker.ensure_running()  # otherwise the server starts it, and unblocks the signal
+    # Ctrl-C goes to the whole process group, and the server ignores it only once it has imported everything.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def prepare_loader(worker: int) -> None:
@@ -45,6 +63,8 @@ def _end_with(parent: BaseProcess) -> None:
 
 def prepare_worker(_worker: int = 0) -> None:
     """Run first in every worker."""
+    import torch  # not above: `start_server` is called before this process imports it
+
     # Workers are the parallelism; torch's own threads would only fight over the cores.
     torch.set_num_threads(1)
     # Ctrl-C goes to the whole process group; the parent decides when the workers end.

@@ -1,6 +1,5 @@
 """`tinymim chain`: commands one after the other, each going on from where it stopped."""
 
-from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (
     CacheTeacherRecipe,
     ChainRecipe,
@@ -10,6 +9,7 @@ from tinymim.configs.schema import (
     TrainStudentRecipe,
 )
 from tinymim.stages import cache_teacher, finetune, pretrain_mae, train_student
+from tinymim.stages.run.preflight import load_steps
 from tinymim.stages.run.progress import say
 
 
@@ -21,7 +21,7 @@ def run(recipe: ChainRecipe) -> None:
         Interrupted: stopped by a signal; the same command continues.
         TinymimError: whatever a step raises; the steps before it are done.
     """
-    recipes = [load_recipe(step.recipe, step.stage, (*recipe.set, *step.set)) for step in recipe.steps]
+    recipes = load_steps(recipe)
     for number, (step, loaded) in enumerate(zip(recipe.steps, recipes, strict=True), start=1):
         say(f"chain {number}/{len(recipes)}: {step.stage} {step.recipe}")
         _run(loaded)

@@ -16,8 +16,8 @@ from tinymim.configs.load import load_recipe, recipe_digest
 from tinymim.configs.schema import RECIPES, CacheTeacherRecipe, EvaluateRecipe, PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.checkpoints import read_metadata, tensors_sha256
+from tinymim.models.files import weights_path
 from tinymim.models.vit import count_parameters
-from tinymim.models.weights import weights_path
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import INDEX_NAME, read_index
 from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student

@@ -5,8 +5,8 @@ from typing import Any
 
 from tinymim.configs.errors import CheckpointError, UserError
 from tinymim.models.checkpoints import count_blocks, read_metadata, read_tensors, to_official
+from tinymim.models.files import weights_path
 from tinymim.models.heads import stated_heads
-from tinymim.models.weights import weights_path
 from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import say
 from tinymim.storage.atomic import write_bytes_atomic

@@ -17,8 +17,9 @@ from tinymim.configs.schema import FinetuneRecipe
 from tinymim.models.checkpoints import LoadedWeights, tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier, timm_arguments
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
+from tinymim.models.files import RANDOM
 from tinymim.models.vit import Normalise, count_parameters
-from tinymim.models.weights import RANDOM, stated
+from tinymim.models.weights import stated
 from tinymim.pipeline.augment import AugmentedViews, Mixing, erase
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment

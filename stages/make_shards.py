@@ -19,8 +19,9 @@ from torch import Tensor
 from tinymim.configs.errors import SourceError
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import drawn
-from tinymim.pipeline.decode import IMAGE_EXTENSIONS, decode
+from tinymim.pipeline.decode import decode
 from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, UNLABELLED, hash_file, open_shards
+from tinymim.pipeline.tar import IMAGE_EXTENSIONS
 from tinymim.pipeline.workers import prepare_worker, worker_context
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say

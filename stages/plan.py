@@ -29,6 +29,7 @@ from tinymim.stages.planning.student import measured_student
 from tinymim.stages.planning.teacher import Sampled, measured_teacher
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.folder import RECIPE_NAME, VERSIONS_NAME, provenance, read_metrics
+from tinymim.stages.run.preflight import CACHE_RECIPE_HINT, RANDOM_WEIGHTS_HINT, hinted
 from tinymim.stages.run.progress import say
 from tinymim.stages.units.prepare import prepare
 from tinymim.storage.catalog import resolve
@@ -154,11 +155,8 @@ def _check(options: Options) -> None:
 def _with_weights(recipe: CacheTeacherRecipe, random: bool) -> Iterator[CacheTeacherRecipe]:
     """The recipe as it is, or with a file of random weights, gone afterwards, for its teacher."""
     if not random:
-        try:
+        with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
             yield recipe
-        except CheckpointError as error:
-            hint = f"{error.hint}; or measure with --random-weights"
-            raise CheckpointError(error.what, got=error.got, expected=error.expected, hint=hint) from error
         return
     with tempfile.TemporaryDirectory(prefix="tinymim-plan-") as folder:
         path = Path(folder, "random.safetensors")
@@ -169,11 +167,8 @@ def _with_weights(recipe: CacheTeacherRecipe, random: bool) -> Iterator[CacheTea
 
 def _existing(recipe: TrainStudentRecipe, source: ShardSet) -> Sampled:
     """The cache that a training is to read, as far as measuring needs it: its first unit of this source."""
-    try:
+    with hinted(UserError, CACHE_RECIPE_HINT):
         reader = CacheReader(resolve(recipe.cache))
-    except UserError as error:
-        hint = "name the cache-teacher recipe too: `tinymim plan CACHE_RECIPE STUDENT_RECIPE` needs no cache"
-        raise type(error)(error.what, got=error.got, expected=error.expected, hint=hint) from error
     joined = join(source, reader, recipe.num_views, "skip")
     info = joined.units[joined.shards[0].name][0]
     reads = []

@@ -14,10 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 from numcodecs import Zstd
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from tinymim.configs.errors import CacheCorrupt, SourceError, UserError
 from tinymim.storage.atomic import canonical_json, digest_hex
@@ -181,6 +178,11 @@ def encode_array(name: str, values: npt.NDArray[Any], whole: bool = False) -> di
 
     Keys and base arrays are small and always read whole: they get one inner chunk, as do others on demand.
     """
+    # Reading needs no zarr, and its import would be half of what a loader worker imports beyond torch.
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.storage import MemoryStore
+
     length = max(len(values), 1)
     whole = whole or name in KEY_ARRAYS or name in BASE_ARRAYS
     chunk = length if whole else min(CHUNK_RECORDS, length)

@@ -17,9 +17,10 @@ import yaml
 from tinymim import __version__, cli
 from tinymim.commands import tools
 from tinymim.configs.errors import InternalError, SourceError
-from tinymim.configs.load import shipped_recipes
 from tinymim.configs.schema import RECIPES
+from tinymim.configs.shipped import shipped_recipes
 from tinymim.stages import make_shards
+from tinymim.stages.run import preflight
 from tinymim.stages.run.interrupt import Interrupted
 
 COMMITTED_CACHE = Path(__file__).parent / "data" / "cache_v1"
@@ -64,20 +65,42 @@ def test_version_help_and_usage_errors_of_the_installed_command(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_imports_no_torch(tmp_path: Path) -> None:
-    code = """
+HEAVY = {"torch", "timm", "torchvision", "numpy", "zarr", "obstore", "matplotlib", "ray"}
+
+
+def imported_by(lines: list[list[str]], cwd: Path) -> set[str]:
+    """Names of the packages that a fresh process has imported once it has run these command lines."""
+    code = f"""
 import sys
 from tinymim import cli
-for line in (["--help"], ["train-student", "--help"], ["recipes"], ["cache", "--help"]):
+for line in {lines!r}:
     cli.run_command(line)
-for verb in ("list", "info", "verify", "remove"):
-    cli.run_command(["cache", verb, "nowhere"])
-cli.run_command(["cache", "copy", "nowhere", "elsewhere"])
-heavy = {"torch", "timm", "torchvision", "numpy", "matplotlib", "ray"} & sys.modules.keys()
-assert heavy <= {"numpy"}, heavy  # reading a cache needs zarr
+print("imported", *{{name.partition(".")[0] for name in sys.modules}})
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("imported")[2].split())
+
+
+def test_help_and_recipes_import_neither_the_schema_nor_anything_heavy(tmp_path: Path) -> None:
+    lines = [["--help"], ["recipes"], ["recipes", "demo-teacher"], *([*verb, "--help"] for verb in [["cache"], *VERBS])]
+    assert imported_by(lines, tmp_path) & (HEAVY | {"pydantic", "yaml", "asyncio"}) == set()
+
+
+def test_a_wrong_recipe_imports_the_schema_and_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "yaml.yaml").write_text("stage: [")
+    (tmp_path / "type.yaml").write_text("stage: evaluate\nbatch_size: many\nnothing: 1\n")
+    recipes = ["missing", "yaml.yaml", "type.yaml", "recipe-of-no-command"]
+    lines = [[stage, recipe] for stage in [*RECIPES, "plan"] for recipe in recipes]
+    lines += [["cache", "repair", "type.yaml"], ["cache", "verify", "nowhere", "--deep", "type.yaml"]]
+    imported = imported_by(lines, tmp_path)
+    assert imported & (HEAVY | {"rich", "asyncio"}) == set() and {"pydantic", "yaml"} <= imported
+
+
+def test_looking_at_a_cache_imports_no_torch(tmp_path: Path) -> None:
+    lines = [["cache", verb, "nowhere"] for verb in ("list", "info", "verify", "remove")]
+    imported = imported_by([*lines, ["cache", "copy", "nowhere", "elsewhere"]], tmp_path)
+    assert imported & HEAVY == {"numpy", "obstore"}  # what reading a cache needs
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
@@ -216,6 +239,7 @@ def test_evaluate_prints_its_result_and_set_reaches_the_recipe(run: Run, monkeyp
         return {"knn": 0.5}
 
     monkeypatch.setattr(evaluate, "run", stage_run)
+    monkeypatch.setattr(preflight, "preflight", lambda _: None)
     code, out, _ = run(
         "evaluate", "tinyimagenet40-eval", "--set", "weights=random", "--set=batch_size=7", "--set", "batch_size=9"
     )
@@ -229,6 +253,7 @@ def test_training_verbs_run_their_stage(stage: str, run: Run, monkeypatch: pytes
 
     seen: list[Any] = []
     monkeypatch.setattr(importlib.import_module(f"tinymim.stages.{stage}"), "run", seen.append)
+    monkeypatch.setattr(preflight, "preflight", lambda _: None)
     verb = stage.replace("_", "-")
     name = next(name for name in shipped_recipes() if f"stage: {verb}" in run("recipes", name)[1])
     assert run(verb, name) == (0, "", "")

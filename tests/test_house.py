@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 
-from tinymim.configs.load import shipped_recipes
 from tinymim.configs.schema import RECIPES
 from tinymim.configs.sections import Section
+from tinymim.configs.shipped import shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_PACKAGED = {"benchmarks", "build", "caches", "data", "dist", "docs", "runs", "tests"}

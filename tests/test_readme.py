@@ -9,8 +9,9 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from tinymim.configs.load import load_recipe, load_recipes, shipped_recipes
+from tinymim.configs.load import load_recipe, load_recipes
 from tinymim.configs.schema import RECIPES
+from tinymim.configs.shipped import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 OTHER_VERBS = {"compare", "make-shards", "cache", "recipes", "demo"}

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from tinymim.configs.errors import SourceError
 from tinymim.configs.schema import EvaluateRecipe
 from tinymim.configs.sections import LoaderConfig
+from tinymim.models.files import RANDOM
 from tinymim.models.probes import pooled_features
 from tinymim.models.vit import build_vit
-from tinymim.models.weights import RANDOM, build_with_weights, stated
+from tinymim.models.weights import build_with_weights, stated
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import view_batches

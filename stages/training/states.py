@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import CheckpointError, UserError
+from tinymim.stages.run.preflight import no_state
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.ranks import Ranks
 from tinymim.storage.atomic import PARTIAL_SUFFIX, write_bytes_atomic
@@ -150,7 +151,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     payloads = newest_payloads([folder])
     if payloads is None:
-        raise CheckpointError("there is no training state", got=folder, hint="name a run folder of train-student")
+        raise no_state(folder)
     return _decoded(payloads[0])
 
 

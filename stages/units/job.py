@@ -148,7 +148,7 @@ class TeacherJob:
         with contextlib.closing(self._loaded(itertools.chain([first], plan))) as loaded:
             while True:
                 try:
-                    with watch.during("waited_for_images"):
+                    with watch.waiting_for_images():
                         batch = next(loaded, None)
                 except SourceError as error:
                     self._give_back(pieces.in_hand(), error, units, watch)

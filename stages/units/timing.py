@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 
 # What limits a job, in the order of an image's way.
-PHASES = ("decode", "teacher", "encode", "audit", "write")
-# How a job's time is measured: on the device; as waiting for images, or for the threads behind the teacher; and how
-# long these were at work, by which their part is told apart.
-MEASURED = ("teacher", "encode", "waited_for_images", "waited_behind", "audit", "write")
+PHASES = ("start", "decode", "teacher", "encode", "audit", "write")
+# How a job's time is measured: until its first images; on the device; as waiting for later images, or for the threads
+# behind the teacher; and how long these were at work, by which their part is told apart.
+MEASURED = ("start", "teacher", "encode", "waited_for_images", "waited_behind", "audit", "write")
 
 
 class Marks:
@@ -63,6 +63,18 @@ class Stopwatch:
         finally:
             self.add(phase, time.monotonic() - began_s)
 
+    @contextmanager
+    def waiting_for_images(self) -> Iterator[None]:
+        """Count the block's time as waiting for images; the first one ends the start, during which workers start."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._seconds["start"]:
+                self.add("waited_for_images", time.monotonic() - began_s)
+            else:
+                self.add("start", time.monotonic() - self._began_s)
+
     def seconds(self) -> dict[str, float]:
         """All of `MEASURED`, and "wall"; never less than at an earlier call."""
         return {**self._seconds, "wall": time.monotonic() - self._began_s}
@@ -75,11 +87,12 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     waited for, in the proportion of the waits.
     """
     found = {name: seconds.get(name, 0.0) / max(seconds.get("wall", 0.0), 1e-9) for name in MEASURED}
-    idle = max(0.0, 1.0 - found["teacher"] - found["encode"])
+    idle = max(0.0, 1.0 - found["start"] - found["teacher"] - found["encode"])
     waited = found["waited_for_images"] + found["waited_behind"]
     part = min(1.0, idle / waited) if waited else 0.0
     behind = part * found["waited_behind"] / max(found["audit"] + found["write"], 1e-9)
     return {
+        "start": found["start"],
         "decode": part * found["waited_for_images"],
         "teacher": found["teacher"],
         "encode": found["encode"],
@@ -89,5 +102,5 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def percentages(seconds: Mapping[str, float]) -> str:
-    """`shares` as text, e.g. "decode 4 % teacher 91 % encode 5 % audit 0 % write 0 %"."""
+    """`shares` as text, e.g. "start 1 % decode 4 % teacher 90 % encode 5 % audit 0 % write 0 %"."""
     return " ".join(f"{phase} {100 * share:.0f} %" for phase, share in shares(seconds).items())

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tinymim.configs import load
+from tinymim.configs import load, shipped
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.load import dump_recipe, load_recipe, recipe_digest, shipped_recipes
+from tinymim.configs.load import dump_recipe, load_recipe, recipe_digest
 from tinymim.configs.schema import RECIPES, Recipe, TrainStudentRecipe
+from tinymim.configs.shipped import shipped_recipes
 
 STUDENT = """\
 stage: train-student
@@ -307,7 +308,7 @@ def _shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (package / "demo").mkdir(parents=True)
     (package / "demo" / "student.yaml").write_text(STUDENT)
     (package / "plain.yaml").write_text(STUDENT)
-    monkeypatch.setattr(load, "RECIPE_FILES", package)
+    monkeypatch.setattr(shipped, "RECIPE_FILES", package)
     monkeypatch.chdir(tmp_path)
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
 from tinymim.models.checkpoints import read_metadata, read_tensors
+from tinymim.models.files import weights_path
 from tinymim.models.probes import knn_predict, top_k_accuracy
 from tinymim.models.vit import Normalise, build_vit
-from tinymim.models.weights import load_weights, weights_path
+from tinymim.models.weights import load_weights
 from tinymim.pipeline import drawn
 from tinymim.pipeline.decode import render
 from tinymim.pipeline.shards import hash_file

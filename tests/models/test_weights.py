@@ -12,17 +12,9 @@ from tinymim.configs.errors import CheckpointError
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier
+from tinymim.models.files import HUB, RANDOM, weights_path
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from tinymim.models.weights import (
-    HUB,
-    RANDOM,
-    build_pretrained,
-    build_with_weights,
-    load_weights,
-    read_weights,
-    stated,
-    weights_path,
-)
+from tinymim.models.weights import build_pretrained, build_with_weights, load_weights, read_weights, stated
 
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
 CONFIG = ModelConfig(name="vit_tiny_patch16_224", **SIZES)

@@ -1,11 +1,13 @@
 """Bytes to uint8 RGB: every colour mode, clear errors for the rest, and a digest that is a function of the pixels."""
 
 import io
+import platform
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from tinymim.configs.errors import SourceError
 from tinymim.pipeline.decode import decode, environment, pixel_digest, render
@@ -132,6 +134,29 @@ def test_render_crops_flips_and_keeps_an_exact_crop_as_it_is() -> None:
     assert torch.equal(render(image, View(7, 11, 16, 16, False), 16, "bicubic"), crop)
     assert torch.equal(render(image, View(7, 11, 16, 16, True), 16, "bicubic"), crop.flip(-1))
     assert render(image, View(0, 0, 60, 50, False), 32, "bilinear").shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_pixels_are_torchvisions(mode: str) -> None:
+    if mode == "bilinear" and torch.backends.cpu.get_cpu_capability() == "DEFAULT" and platform.machine() == "x86_64":
+        pytest.skip("without AVX2 torchvision resizes bilinearly in float32, and rounds")
+    drawn = np.random.default_rng(0)
+    for number in range(150):
+        height, width, size = (int(length) for length in drawn.integers(1, 300, 3))
+        box_height, box_width = int(drawn.integers(1, height + 1)), int(drawn.integers(1, width + 1))
+        top, left = int(drawn.integers(0, height - box_height + 1)), int(drawn.integers(0, width - box_width + 1))
+        image = torch.from_numpy(drawn.integers(0, 256, (height, width, 3), dtype=np.uint8)).permute(2, 0, 1)
+        image = image.contiguous() if number % 2 else image
+        got = render(image, View(top, left, box_height, box_width, False), size, mode)
+        wanted = functional.resized_crop(
+            image, top, left, box_height, box_width, [size, size], InterpolationMode(mode), antialias=True
+        )
+        assert torch.equal(got, wanted), (height, width, top, left, box_height, box_width, size)
+
+
+@pytest.mark.parametrize(("mode", "digest"), [("bicubic", -508473130636483189), ("bilinear", -946377242143089927)])
+def test_resized_pixels_are_the_same_on_every_machine(mode: str, digest: int) -> None:
+    assert pixel_digest(render(_pattern(200, 300), View(3, 5, 190, 280, True), 96, mode)) == digest
 
 
 def test_pixels_do_not_depend_on_the_number_of_threads() -> None:

@@ -168,7 +168,7 @@ def test_progress_says_units_rates_gib_and_what_limits(
 ) -> None:
     monkeypatch.setattr("tinymim.stages.run.progress._PLAIN_EVERY_S", 0.0)
     cache_teacher.run(recipe(made, tmp_path))
-    shares = r"decode \d+ % teacher \d+ % encode \d+ % audit \d+ % write \d+ %"
+    shares = r"start \d+ % decode \d+ % teacher \d+ % encode \d+ % audit \d+ % write \d+ %"
     line = rf"cache-teacher: 70/70 views, [\d.]+/s, ETA 0m00s 5/5 units, [\d.]+ images/s, 0\.00 GiB, {shares}"
     assert re.search(line, capsys.readouterr().err)
     lines = read_metrics(tmp_path / "run")
@@ -176,7 +176,7 @@ def test_progress_says_units_rates_gib_and_what_limits(
     assert sum(line["records"] for line in lines) == 2 * SHARDS * IMAGES
     stored = sum(f.size_bytes for info in CacheReader(tmp_path / "cache").units() for f in info.files.values())
     assert lines[-1]["gib_written"] == pytest.approx(stored / 2**30)
-    phases = ("decode", "teacher", "encode", "audit", "write")
+    phases = ("start", "decode", "teacher", "encode", "audit", "write")
     assert 0.1 < sum(lines[-1][f"{phase}_share"] for phase in phases) <= 1.01
 
 

@@ -1,0 +1,153 @@
+"""What a recipe names and a look at the disk can refuse, before torch is imported, which takes seconds.
+
+The stages check all of it again; the functions that raise are the same.
+"""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tinymim.configs.errors import CheckpointError, RecipeError, TinymimError, UserError
+from tinymim.configs.load import load_recipe
+from tinymim.configs.schema import (
+    CacheTeacherRecipe,
+    ChainRecipe,
+    EvaluateRecipe,
+    FidelityRecipe,
+    FinetuneRecipe,
+    PretrainMaeRecipe,
+    Recipe,
+    RunRecipe,
+    TrainStudentRecipe,
+)
+from tinymim.models.files import HUB, RANDOM, weights_path
+from tinymim.pipeline.shards import require_shards
+from tinymim.pipeline.workers import start_server
+from tinymim.storage.catalog import resolve
+
+RANDOM_WEIGHTS_HINT = "{}; or measure with --random-weights"
+CACHE_RECIPE_HINT = "name the cache-teacher recipe too: `tinymim plan CACHE_RECIPE STUDENT_RECIPE` needs no cache"
+
+
+def preflight(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot run, then let the fork server import what loader workers need.
+
+    Of a chain only the first step is looked at: the later ones read what the earlier ones write.
+
+    Args:
+        recipe: the recipe of the command.
+
+    Raises:
+        RecipeError: run.folder cannot be a folder; or a step of a chain is wrong.
+        PermissionError: run.folder cannot be written.
+        and those of `require_inputs`.
+    """
+    if isinstance(recipe, ChainRecipe):
+        preflight(load_steps(recipe)[0])
+        return
+    require_inputs(recipe)
+    _require_folder(recipe.run.folder)
+    _start_workers(recipe)
+
+
+def require_inputs(recipe: RunRecipe) -> None:
+    """Refuse a recipe whose inputs are not there. The stage checks sources in an object store and timm's hub.
+
+    Args:
+        recipe: the recipe of the command.
+
+    Raises:
+        SourceError: a source folder does not exist or holds no shard.
+        CheckpointError: a file of weights, or `student_state`, does not exist.
+        UserError: there is no cache, or several.
+        StoreError: the object store of a cache refuses or fails.
+    """
+    match recipe:
+        case PretrainMaeRecipe():
+            require_shards(recipe.source)
+        case CacheTeacherRecipe():
+            require_shards(recipe.source)
+            _require_weights(recipe.teacher.weights)
+        case TrainStudentRecipe():
+            resolve(recipe.cache)
+            require_shards(recipe.source)
+            if recipe.audit is not None:
+                resolve(recipe.audit.cache)
+                require_shards(recipe.audit.source)
+                if recipe.audit.knn is not None:
+                    require_shards(recipe.audit.knn.train)
+                    require_shards(recipe.audit.knn.val)
+        case EvaluateRecipe() | FinetuneRecipe():
+            require_shards(recipe.train)
+            require_shards(recipe.val)
+            if recipe.weights != RANDOM:
+                _require_weights(recipe.weights)
+        case FidelityRecipe():
+            require_shards(recipe.source)
+            _require_weights(recipe.teacher.weights)
+            if recipe.student_state is not None and next(recipe.student_state.glob("state*.pt"), None) is None:
+                raise no_state(recipe.student_state)
+
+
+def preflight_plan(recipes: Iterable[CacheTeacherRecipe | TrainStudentRecipe], random_weights: bool) -> None:
+    """`preflight` for `tinymim plan`, which needs no cache where the recipe that makes it is named, and may need no
+    weights.
+    """
+    makes_cache = any(isinstance(recipe, CacheTeacherRecipe) for recipe in recipes)
+    for recipe in recipes:
+        require_shards(recipe.source)
+        if isinstance(recipe, TrainStudentRecipe) and not makes_cache:
+            with hinted(UserError, CACHE_RECIPE_HINT):
+                resolve(recipe.cache)
+        if isinstance(recipe, CacheTeacherRecipe) and not random_weights:
+            with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
+                _require_weights(recipe.teacher.weights)
+
+
+def load_steps(chain: ChainRecipe) -> list[Recipe]:
+    """The recipes of all steps of a chain. Raises RecipeError where one is wrong."""
+    return [load_recipe(step.recipe, step.stage, (*chain.set, *step.set)) for step in chain.steps]
+
+
+def no_state(folder: Path) -> CheckpointError:
+    """The error of a run folder without a training state."""
+    return CheckpointError("there is no training state", got=folder, hint="name a run folder of train-student")
+
+
+@contextmanager
+def hinted(kind: type[TinymimError], hint: str) -> Iterator[None]:
+    """Give errors of a kind another hint; "{}" in it stands for their own."""
+    try:
+        yield
+    except kind as error:
+        raise type(error)(error.what, got=error.got, expected=error.expected, hint=hint.format(error.hint)) from error
+
+
+def _require_weights(weights: str) -> None:
+    if weights != HUB:
+        weights_path(weights)
+
+
+def _require_folder(folder: Path) -> None:
+    """Raises what making the folder and writing into it would raise, without doing either."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise RecipeError("run.folder cannot be made", got=f"{existing} is a file", expected="a folder, or nothing yet")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def _start_workers(recipe: RunRecipe) -> None:
+    """Start the fork server, unless other processes than this one will run the loaders."""
+    match recipe:
+        case CacheTeacherRecipe():
+            here = recipe.cluster is None
+        case PretrainMaeRecipe() | TrainStudentRecipe() | FinetuneRecipe():
+            here = "RANK" in os.environ or (recipe.workers == 1 and recipe.cluster == "local")
+        case _:
+            here = True
+    if here and recipe.loader.workers:
+        augment = ["tinymim.pipeline.augment"] if isinstance(recipe, FinetuneRecipe) else []
+        start_server(["tinymim.cli", *augment])  # every worker runs the script of the command, which imports it
