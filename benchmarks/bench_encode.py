@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation, codec_config
-from tinymim.models.taps import CutTeacher, split_qkv
-from tinymim.targets.counter import sample_rows, stream_of, uniforms
-from tinymim.targets.kinds import make_codec
-from tinymim.targets.record import mean_entropy, to_gaps
+from tinymim.models.taps import CutTeacher
+from tinymim.targets.counter import uniforms
+from tinymim.targets.kinds import make_kind
+from tinymim.targets.record import to_gaps
+from tinymim.targets.relations.draws import sample_rows, stream_of
 from tinymim.targets.relations.kernels.encode import fused, sketch_rows_torch
+from tinymim.targets.relations.kind import mean_entropy
 from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.targets.relations.sparsify import quantise, systematic_draws, top_entries
 
@@ -65,14 +67,15 @@ def main() -> int:
     torch.manual_seed(0)
 
     config = codec_config(head_k=flags.head_k, tail_k=TAIL_K, rows=ROWS, relations=RELATIONS)
-    codec = make_codec(config)
+    kind = make_kind(config, 18)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     # As a block leaves them: strided views of one projection.
-    qkv = QKV(*split_qkv(torch.randn(batch, TOKENS, 3 * HEADS * WIDTH, device=device, dtype=dtype), HEADS))
+    qkv = QKV.split(torch.randn(batch, TOKENS, 3 * HEADS * WIDTH, device=device, dtype=dtype), HEADS)
+    tapped = {kind.taps[0]: (qkv.q, qkv.k, qkv.v)}
     keys = torch.arange(batch, device=device)
     name = "codec, fused kernel" if fused(qkv, "qk") else "codec, a few views at a time"
     paths: dict[str, Callable[[], object]] = {
-        name: lambda: codec.encode(qkv, keys),
+        name: lambda: kind.encode(tapped, keys),
         "torch operations, all views at once (before)": lambda: encode_eager(qkv, keys, flags.head_k),
     }
     if fused(qkv, "qk"):
@@ -80,7 +83,7 @@ def main() -> int:
     timings = measure(paths, batch, flags.repeats, device)
 
     model = timm.create_model("vit_large_patch16_224", num_classes=0)
-    teacher = CutTeacher(model, 18).to(device, dtype).eval().requires_grad_(False)
+    teacher = CutTeacher(model, kind.taps).to(device, dtype).eval().requires_grad_(False)
     images = torch.randn(teacher_batch, 3, 224, 224, device=device, dtype=dtype)
     with torch.no_grad():
         repeats = flags.repeats if on_gpu else min(flags.repeats, 3)
@@ -101,7 +104,7 @@ def encode_eager(qkv: QKV, keys: Tensor, head_k: int) -> dict[str, Tensor]:
         index, head = top_entries(probs, head_k)
         u_head = uniforms(keys, stream_of("rounding", relation), tuple(head.shape[1:]))
         u_tail = uniforms(keys, stream_of("tail", relation), tuple(probs.shape[1:3]))
-        out[f"{relation}_entropy"] = mean_entropy(probs, relation)
+        out[f"{relation}_entropy"] = mean_entropy(probs)
         out[f"{relation}_head_gap"] = to_gaps(index).to(torch.uint8)
         out[f"{relation}_head_code"] = quantise(head, u_head).to(torch.uint8)
         out[f"{relation}_tail_gap"] = to_gaps(systematic_draws(probs, index, u_tail, TAIL_K)).to(torch.uint8)

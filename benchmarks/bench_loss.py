@@ -20,16 +20,18 @@ import timm
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation, SketchCodec
-from tinymim.targets.kinds import make_codec
+from tinymim.configs.codecs import SketchCodec
+from tinymim.configs.taps import Shapes
+from tinymim.targets.kinds import make_kind
 from tinymim.targets.relations.kernels.loss import relation_cross_entropy_chunked
-from tinymim.targets.relations.losses import reference_cross_entropy, relation_loss
-from tinymim.targets.relations.qkv import QKV, relation_logits, relation_probs
-from tinymim.targets.relations.rows import DenseRows, SparseRows, Target
+from tinymim.targets.relations.losses import reference_cross_entropy
+from tinymim.targets.relations.qkv import QKV, relation_logits
+from tinymim.targets.relations.rows import DenseRows, Rows, SparseRows
 
-HEADS, TOKENS, TEACHER_HEAD_WIDTH = 16, 197, 64
+HEADS, TOKENS = 16, 197
+TEACHER = Shapes(HEADS, 64, TOKENS, 1, (14, 14))
+KIND = make_kind(SketchCodec(), block=18)
 WIDTHS = {"vit_tiny": 192, "vit_small": 384}
-RELATIONS: tuple[Relation, ...] = ("qk", "vv")
 
 Step = Callable[[], object]
 
@@ -63,7 +65,7 @@ def contenders(device: torch.device, batch: int, head_width: int) -> dict[str, S
     qkv = torch.randn(batch, TOKENS, 3, HEADS, head_width, generator=generator).to(device, dtype).requires_grad_()
     dense, sparse = targets(batch, generator, device)
 
-    def timed(loss: Callable[[QKV, Target], Tensor], target: Target) -> Step:
+    def timed(loss: Callable[[QKV, Rows], Tensor], target: Rows) -> Step:
         def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -74,7 +76,7 @@ def contenders(device: torch.device, batch: int, head_width: int) -> dict[str, S
 
     def one_view_at_a_time() -> None:
         for view in range(batch):
-            one: Target = {r: DenseRows(None, t.dense()[view, None], t.entropy[view, None]) for r, t in dense.items()}
+            one: Rows = KIND.pick(dense, slice(view, view + 1))
             leaf = qkv[view, None].detach().requires_grad_()
             torch.autograd.grad(ours(QKV(*leaf.permute(2, 0, 3, 1, 4)), one) / batch, leaf)
 
@@ -94,29 +96,29 @@ def contenders(device: torch.device, batch: int, head_width: int) -> dict[str, S
     return steps
 
 
-def targets(batch: int, generator: torch.Generator, device: torch.device) -> tuple[Target, Target]:
+def targets(batch: int, generator: torch.Generator, device: torch.device) -> tuple[Rows, Rows]:
     """Dense rows and the default codec's sketch of the same random teacher."""
-    codec = make_codec(SketchCodec())
-    dense: dict[str, list[Tensor]] = {relation: [] for relation in RELATIONS}
+    exact: list[Rows] = []
     records: dict[str, list[Tensor]] = {}
     keys = torch.arange(batch)
     for part in keys.split(8):
-        teacher = QKV(*torch.randn(3, len(part), HEADS, TOKENS, TEACHER_HEAD_WIDTH, generator=generator))
-        for name, array in codec.encode(teacher, part).items():
+        q, k, v = torch.randn(3, len(part), HEADS, TOKENS, TEACHER.head_dim, generator=generator)
+        tapped = {KIND.taps[0]: (q, k, v)}
+        for name, array in KIND.encode(tapped, part).items():
             records.setdefault(name, []).append(array.to(device))
-        for relation in RELATIONS:
-            dense[relation].append(relation_probs(teacher, relation).to(device))
-    sparse = codec.decode({name: torch.cat(arrays) for name, arrays in records.items()}, keys.to(device), TOKENS)
-    full: Target = {r: DenseRows(None, torch.cat(dense[r]), sparse[r].entropy) for r in RELATIONS}
-    return full, {relation: sparse[relation] for relation in RELATIONS}
+        exact.append(KIND.pick(KIND.exact(tapped), slice(None), device))
+    sparse: Rows = KIND.decode({name: torch.cat(arrays) for name, arrays in records.items()}, keys.to(device), TEACHER)
+    dense = {r: torch.cat([each[r].dense() for each in exact]) for r in sparse}
+    return {r: DenseRows(None, probs, sparse[r].entropy) for r, probs in dense.items()}, sparse
 
 
-def ours(student: QKV, target: Target) -> Tensor:
-    return torch.stack(list(relation_loss(student, target).values())).sum()
+def ours(student: QKV, target: Rows) -> Tensor:
+    losses = KIND.losses((student.q, student.k, student.v), target)
+    return torch.stack([loss.mean() for loss in losses.values()]).sum()
 
 
-def textbook(student: QKV, target: Target) -> Tensor:
-    """As `relation_loss`, from all logits of the sampled rows at once, with autograd's gradients."""
+def textbook(student: QKV, target: Rows) -> Tensor:
+    """As `ours`, from all logits of the sampled rows at once, with autograd's gradients."""
     parts = [
         reference_cross_entropy(relation_logits(student, relation, rows.rows), rows).mean() - rows.entropy.mean()
         for relation, rows in target.items()

@@ -24,12 +24,11 @@ import numpy.typing as npt
 import provenance
 import torch
 from numcodecs import Zstd
-from real_records import HEADS, TOKENS, real_blocks
+from real_records import HEADS, TAP, TOKENS, Block, real_blocks
 
 from tinymim.configs.codecs import codec_config
-from tinymim.targets.kinds import make_codec
+from tinymim.targets.kinds import make_kind
 from tinymim.targets.record import from_gaps
-from tinymim.targets.relations.qkv import QKV
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -55,18 +54,19 @@ def main() -> int:
     return 0
 
 
-def random_blocks(images: int) -> list[tuple[QKV, torch.Tensor]]:
+def random_blocks(images: int) -> list[Block]:
     """Normal q, k and v of a ViT-L."""
     generator = torch.Generator().manual_seed(0)
     return [
-        (QKV(*torch.randn(3, 1, HEADS, TOKENS, 64, generator=generator)), torch.tensor([key])) for key in range(images)
+        ({TAP: tuple(torch.randn(3, 1, HEADS, TOKENS, 64, generator=generator))}, torch.tensor([key]))
+        for key in range(images)
     ]
 
 
-def encode(blocks: list[tuple[QKV, torch.Tensor]], head_k: int) -> dict[str, Bytes]:
+def encode(blocks: list[Block], head_k: int) -> dict[str, Bytes]:
     """The gap arrays of all records by name, uint8 [B, H, Q, K]."""
-    codec = make_codec(codec_config(head_k=head_k, relation_heads=HEADS))
-    records = [codec.encode(qkv, keys) for qkv, keys in blocks]
+    kind = make_kind(codec_config(head_k=head_k, relation_heads=HEADS), TAP.place)
+    records = [kind.encode(tapped, keys) for tapped, keys in blocks]
     names = [name for name in records[0] if name.endswith("_gap")]
     return {name: np.concatenate([record[name].numpy() for record in records]) for name in names}
 

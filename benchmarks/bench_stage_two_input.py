@@ -43,7 +43,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.kinds import stored_codec
+from tinymim.targets.kinds import stored_kind
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 NUM_VIEWS, TOKENS, HEADS = 4, 197, 16
@@ -133,7 +133,8 @@ def make_cache(root: Path, source: SourceConfig, views_per_unit: int) -> CacheTe
 
 
 def replayed(reader: CacheReader, source: CachedSource, order: SampleOrder, verify: VerifyConfig) -> ReplayedViews:
-    arrays = [spec.name for spec in stored_codec(reader.manifest.codec).arrays(HEADS, TOKENS)]
+    manifest = reader.manifest
+    arrays = [spec.name for spec in stored_kind(manifest.codec, manifest.block).specs(manifest.shapes)]
     resident = order.resident_units(source.units_per_shard)
     return ReplayedViews(reader, source, arrays, verify, resident)
 

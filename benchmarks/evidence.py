@@ -36,7 +36,7 @@ from tinymim.configs.schema import (
     TrainStudentRecipe,
 )
 from tinymim.configs.sections import ModelConfig
-from tinymim.models.taps import StudentWithTap
+from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.dataset import ImageViews
@@ -49,9 +49,7 @@ from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.states import read_state
 from tinymim.storage.atomic import write_json_atomic
-from tinymim.targets.relations.fidelity import exact_target
-from tinymim.targets.relations.losses import relation_loss
-from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.kinds import make_kind
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "tinyimagenet40"
 RESULTS = Path(__file__).parent / "results" / "evidence"
@@ -241,19 +239,20 @@ def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[Model
 def held_out_kl(lab: Lab, model: ModelConfig, folder: Path, num_images: int = 512) -> dict[str, float]:
     """KL in nats of a trained student's relations against dense ones, of one view of validation images each."""
     cache = lab.cache("64x8")
-    teacher = Teacher(cache.teacher)
-    student = StudentWithTap(build_vit(model))
+    kind = make_kind(cache.codec, cache.teacher.block)
+    teacher = Teacher(cache.teacher, kind.taps)
+    vit = build_vit(model)
+    student = StudentModel(vit, kind.head(shapes_of(vit), teacher.shapes()))
     student.load_state_dict(read_state(folder)["parts"]["student"])
     student.eval()
     source = open_shards(cache.source.model_copy(update={"pattern": "val-*.tar"}))
     views = ImageViews(source.shards, RandomViews(cache.views), cache.views.seed)
-    total: dict[str, float] = {"kl_qk": 0.0, "kl_vv": 0.0}
+    total: dict[str, float] = {}
     for items in spread_items(source, num_images, 64):
         batch = views.batch(items)
-        q, k, v, _ = teacher(batch.pixels)
-        qkv = QKV(*student(Normalise()(batch.pixels.float()))).resplit(q.shape[1])
-        for relation, loss in relation_loss(qkv, exact_target(QKV(q, k, v), ("qk", "vv"))).items():
-            total[f"kl_{relation}"] += float(loss) * len(batch.keys) / num_images
+        answers = student(Normalise()(batch.pixels.float()))
+        for name, loss in kind.losses(answers, kind.exact(teacher(batch.pixels))).items():
+            total[f"kl_{name}"] = total.get(f"kl_{name}", 0.0) + float(loss.mean()) * len(batch.keys) / num_images
     return total
 
 

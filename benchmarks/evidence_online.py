@@ -1,102 +1,110 @@
-"""The students of `evidence.py` that have the teacher at their side: its dense relations, its features, or a control.
+"""The students of `evidence.py` with the teacher in the loop: its dense relations, its features, or a control.
 
-Not a part of tinymim, which caches instead; made of its parts, so that all but the target is as in `train-student`:
-initial weights, images, their order, views, jitter, optimiser, schedule, tap.
+Not a part of tinymim, which caches instead. The step is that of `train-student`; the teacher makes its targets.
 """
 
 import contextlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.models import backbone
+from tinymim.configs.taps import Shapes, Tap
 from tinymim.models.checkpoints import to_safetensors
-from tinymim.models.taps import StudentWithTap
+from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.dataset import ImageViews
-from tinymim.pipeline.jitter import jitter
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.folder import STUDENT_NAME
 from tinymim.stages.training.bookkeeping import Bookkeeping
-from tinymim.stages.training.learner import Learner
-from tinymim.stages.training.optim import seeded
-from tinymim.stages.training.ranks import Ranks
+from tinymim.stages.training.ranks import Ranks, set_up
+from tinymim.stages.training.student_step import StudentStep, make_students
 from tinymim.storage.atomic import write_bytes_atomic
-from tinymim.targets.relations.fidelity import exact_target
-from tinymim.targets.relations.losses import relation_loss
-from tinymim.targets.relations.qkv import QKV
-
-CPU = torch.device("cpu")
+from tinymim.targets.contract import Answers, Loss, Target, TargetKind
+from tinymim.targets.kinds import make_kind
 
 # What the student is to match: the relations of its image; the features of its image; the relations of another image.
 Wanted = Literal["relations", "features", "strange relations"]
 
 
-class FeatureStudent(nn.Module):
-    """A plain ViT and a linear layer from its final norm to the teacher's channels, dropped at export."""
+class FeatureHead(nn.Module):
+    """A linear layer from the student's final tokens [B, T, C] to the teacher's channels."""
 
-    def __init__(self, student: StudentWithTap, channels: int) -> None:
+    def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.vit = student.vit
-        self.tap = nn.Linear(backbone.widths(student.vit)[-1], channels)
+        self.linear = nn.Linear(width, channels)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, T, C] for normalised images [B, 3, S, S]."""
-        features: Tensor = self.tap(self.vit.forward_features(images))
-        return features
+    def forward(self, tokens: Tensor) -> Answers:
+        """[B, T, teacher's channels]."""
+        return (self.linear(tokens),)
+
+
+class Features:
+    """What a step needs of a `TargetKind`: the tapped input, standardised per token, compared by mean squared error."""
+
+    measure = "mse"
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+
+    def exact(self, tapped: Tapped) -> Tensor:
+        """The target [B, T, C]."""
+        x = tapped[self.tap][3]
+        return nn.functional.layer_norm(x, x.shape[-1:])
+
+    def head(self, student: Shapes, teacher: Shapes) -> FeatureHead:
+        """The student's head."""
+        return FeatureHead(student.width, teacher.width)
+
+    def losses(self, answers: Answers, target: Tensor) -> dict[str, Loss]:
+        """The one loss, in one part."""
+        error = (answers[0] - target).square().mean((1, 2))
+        return {"features": Loss(error[:, None], torch.zeros_like(error))}
 
 
 def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted) -> None:
     """Train as `train_student.run` does with a cache of `cache`, and write `student.safetensors`.
 
     Args:
-        recipe: of the student; `recipe.cache` is not opened.
-        cache: says teacher, views and relations.
-        wanted: `features` are the tapped block's input, standardised per token, compared by mean squared error;
-            `strange relations` are those of the image before in the batch, whatever it is.
+        recipe: the student's recipe; `recipe.cache` is not opened.
+        cache: names teacher, views and relations.
+        wanted: `strange relations` are those of the image before in the batch, whatever it is.
     """
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    assert recipe.student is not None and cache.codec.name == "sketch"
-    source = open_shards(recipe.source)
-    order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, cache.num_views)
-    teacher = Teacher(cache.teacher)
-    torch.manual_seed(recipe.run.seed)
-    student = StudentWithTap(build_vit(recipe.student, drop_path=recipe.drop_path))
-    width = backbone.widths(teacher.cut.model)[-1]
-    module: nn.Module = FeatureStudent(student, width) if wanted == "features" else student
-    example = (torch.zeros(2, 3, recipe.student.img_size, recipe.student.img_size),)
+    # ---- teacher in the loop
+    ranks = Ranks()
+    device = set_up(recipe, ranks)
+    relations = make_kind(cache.codec, cache.teacher.block)
+    teacher = Teacher(cache.teacher, relations.taps).to(device)
+    kind = cast(TargetKind, Features(relations.taps[0])) if wanted == "features" else relations
+
+    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> Target:
+        tapped: Tapped = teacher(pixels)
+        if wanted == "strange relations":
+            tapped = {tap: tuple(each.roll(1, dims=0) for each in tensors) for tap, tensors in tapped.items()}
+        return kind.exact(tapped)
+
+    # ---- student
+    source, batch_size = open_shards(recipe.source), recipe.optim.batch_size
+    order = SampleOrder(source.counts, recipe.order, batch_size, cache.num_views)
     content = [wanted, *(shard.content_hash for shard in source.shards)]
-    learner = Learner("", "student", recipe, "student", module, example, Ranks(), order, content)
-    books = Bookkeeping(recipe, [learner], Ranks(), order, [shard.name for shard in source.shards], "views_per_s")
-    books.resume()
-    normalise = Normalise()
-    stream = batches(
-        ImageViews(source.shards, RandomViews(cache.views), cache.views.seed),
-        order.plan(books.total_steps),
-        recipe.loader,
+    [student] = make_students(recipe, kind, teacher.shapes(), ranks, order, content)
+    do_step = StudentStep(
+        recipe, [student], kind, {student.learner.device: target}, torch.from_numpy(order.places), batch_size
     )
+    names = [shard.name for shard in source.shards]
+    books = Bookkeeping(recipe, [student.learner], ranks, order, names, "views_per_s")
+    books.resume()
+
+    # ---- train
+    views = ImageViews(source.shards, RandomViews(cache.views), cache.views.seed)
+    stream = batches(views, order.plan(books.total_steps), recipe.loader)
     with contextlib.closing(stream), books.opened() as (stop, meter):
         for step, batch in enumerate(stream, start=books.first_step):
-            q, k, v, x = teacher(batch.pixels)
-            images = normalise(jitter(batch.pixels, recipe.jitter, seeded(CPU, recipe.run.seed, step)))
-            with learner.part_of_step(first=True, last=True):
-                if wanted == "features":
-                    standard = nn.functional.layer_norm(x, x.shape[-1:])
-                    learner.backward({"loss": nn.functional.mse_loss(learner.model(images), standard)}, 1.0)
-                else:
-                    if wanted == "strange relations":
-                        q, k, v = (each.roll(1, dims=0) for each in (q, k, v))
-                    student.draw(seeded(CPU, recipe.run.seed, step), torch.arange(len(images)), len(images))
-                    target = exact_target(QKV(q, k, v), cache.codec.relations)
-                    losses = relation_loss(QKV(*learner.model(images)).resplit(q.shape[1]), target)
-                    learner.backward({"loss": torch.stack(list(losses.values())).sum()} | losses, 1.0)
-            learner.update(step)
+            do_step(step, batch)
             books.close(step + 1, stop, meter)
-    write_bytes_atomic(recipe.run.folder / STUDENT_NAME, to_safetensors(student.vit.state_dict(), {}))
+    write_bytes_atomic(recipe.run.folder / STUDENT_NAME, to_safetensors(student.model.vit.state_dict(), {}))

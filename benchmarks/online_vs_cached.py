@@ -1,11 +1,12 @@
-"""The teacher beside the student at every step, against the cache: step, input, memory, and cost per student.
+"""The teacher in the loop against the cache: step, input, memory, and cost per student.
 
     python benchmarks/online_vs_cached.py [--device cuda] [--students T S B] [--rounds 5] > page.md
 
 The online side is as good as it can be had: the teacher is cut at its tap, sees the student's batch without gradients
 (in bf16 on a GPU), and its q, k, v become the target where they are: as dense maps, and as the records' own sketch,
-of which the faster counts. Student, batch, views, jitter and loss are the same on both sides, and once more there is
-the same step without any target: what is left to pay beside it is what the cache costs.
+of which the faster counts. Student, batch, views, jitter and loss are the same on both sides: the step is that of
+`train-student`. Once more there is the same step without any target, and what is left to pay beside it is what the
+cache costs.
 
 On a GPU: ViT-L/16, block 18 of 24, students T, S and B at 224 px, wall time. On a CPU: ViT-B/16, block 9 of 12, the
 same students at 112 px, CPU time of one thread. Weights are random: speed does not depend on them. The cache is made
@@ -22,11 +23,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import provenance
 import timm
@@ -36,38 +37,26 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinymim.configs.codecs import SketchCodec
-from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import (
-    JitterConfig,
-    ModelConfig,
-    OptimConfig,
-    OrderConfig,
-    SourceConfig,
-    TeacherConfig,
-    VerifyConfig,
-    ViewConfig,
-)
-from tinymim.models import backbone
-from tinymim.models.taps import CutTeacher, StudentWithTap
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.sections import ModelConfig, TeacherConfig, ViewConfig
+from tinymim.configs.taps import Shapes
+from tinymim.models.student import StudentModel, shapes_of
+from tinymim.models.taps import CutTeacher
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import Normalise, build_vit
+from tinymim.models.vit import build_vit
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
-from tinymim.pipeline.jitter import jitter
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher
-from tinymim.stages.run.device import autocast
-from tinymim.stages.training.optim import make_optimiser, make_scaler, optimiser_step, seeded
+from tinymim.stages.training.optim import parts_of
+from tinymim.stages.training.ranks import Ranks
+from tinymim.stages.training.student_step import Student, StudentStep, make_students
 from tinymim.storage.layout import encode_array
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.kinds import make_codec
-from tinymim.targets.record import Codec
-from tinymim.targets.relations.fidelity import exact_target
-from tinymim.targets.relations.losses import relation_loss
-from tinymim.targets.relations.qkv import QKV
-from tinymim.targets.relations.rows import Target
+from tinymim.targets.contract import Answers, Loss, Target, TargetKind
+from tinymim.targets.kinds import make_kind
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STUDENTS = {"T": "vit_tiny_patch16_224", "S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}
@@ -86,18 +75,28 @@ Lap = Callable[[str], None]
 class Setting:
     """What all variants of one student share."""
 
-    args: argparse.Namespace
-    device: torch.device
-    scale: dict[str, Any]
+    recipe: TrainStudentRecipe
     teacher: Teacher
-    codec: Codec
+    kind: TargetKind
+    shapes: Shapes
     batch: ViewBatch
-    student: StudentWithTap
+    student: Student
 
-    def __post_init__(self) -> None:
-        self.normalise = Normalise().to(self.device)
-        self.optimiser = make_optimiser(self.student, OptimConfig(steps=1))
-        self.scaler = make_scaler(self.device, self.scale["precision"])
+    @property
+    def device(self) -> torch.device:
+        """Of teacher and student."""
+        return self.student.learner.device
+
+
+class NoTarget:
+    """In the place of a target kind: a loss that costs next to nothing and trains all that the others train."""
+
+    measure = "no"
+
+    def losses(self, answers: Answers, target: Target) -> dict[str, Loss]:
+        """Mean squares of the answers."""
+        squares = torch.stack([side.float().square().flatten(1).mean(1) for side in answers]).sum(0)
+        return {"target": Loss(squares[:, None], torch.zeros_like(squares))}
 
 
 @dataclass
@@ -122,63 +121,52 @@ def now_s(device: torch.device) -> float:
 
 
 def one_step(setting: Setting, variant: str, lap: Lap) -> None:
-    """A whole step, from a batch in memory to updated weights; `lap` is told at the end of every part."""
-    device, batch = setting.device, setting.batch
-    pixels = batch.pixels.to(device, non_blocking=True)
-    keys = batch.view_keys.to(device, non_blocking=True)
-    tokens = setting.teacher.grid[0] * setting.teacher.grid[1] + setting.teacher.prefix_tokens
-    target: Target = {}
-    heads = 0
-    if variant == "cached":
-        records = {name: array.to(device, non_blocking=True) for name, array in batch.records.items()}
-        target = setting.codec.decode(records, keys, tokens)
-        lap("unpack the target")
-    elif variant != "no target":
-        with torch.no_grad():
-            block = QKV(*setting.teacher(pixels))
-            lap("teacher")
-            if variant == "online, dense maps":
-                target = exact_target(block, CODEC.relations)
-            else:
-                target = setting.codec.decode(setting.codec.encode(block, keys), keys, tokens)
-        lap("make the target")
-    count = len(pixels)
-    places = torch.arange(count)
-    images = setting.normalise(jitter(pixels, JitterConfig(), seeded(torch.device("cpu"), 0), places, count))
-    setting.student.draw(seeded(torch.device("cpu"), 0), places, count)
-    lap("jitter")
-    with autocast(device, setting.scale["precision"]):
-        tapped = QKV(*setting.student(images))
-        if target:
-            heads = next(iter(target.values())).shape[1]
-            loss = torch.stack(list(relation_loss(tapped.resplit(heads), target).values())).sum()
+    """A whole step, from a batch in memory to updated weights; `lap` is called at the end of every part."""
+    kind, teacher, shapes, student = setting.kind, setting.teacher, setting.shapes, setting.student
+
+    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> Target:
+        if variant == "no target":
+            return None
+        if variant == "cached":
+            found = kind.decode(records, view_keys, shapes)
+            lap("unpack the target")
+            return found
+        tapped = teacher(pixels)
+        lap("teacher")
+        if variant == "online, dense maps":
+            found = kind.exact(tapped)
         else:
-            loss = sum_of_squares(tapped)
-    loss.backward()
+            found = kind.decode(kind.encode(tapped, view_keys), view_keys, shapes)
+        lap("make the target")
+        return found
+
+    compared = cast(TargetKind, NoTarget()) if variant == "no target" else kind
+    count = len(setting.batch.keys)
+    # Made anew for every step: it holds its last target, which would count as memory of the next variant.
+    step = StudentStep(setting.recipe, [student], compared, {setting.device: target}, torch.arange(count), count)
+    step.take(0, setting.batch)
+    with student.model.register_forward_pre_hook(lambda *_: lap("jitter")):
+        for part in parts_of(count, accumulate=1):
+            step.add(0, part)
     lap("student, forward and backward")
-    optimiser_step(setting.student, setting.optimiser, setting.scaler, 1e-6, None)
+    step.update(0)
     lap("optimiser")
 
 
-def sum_of_squares(tapped: QKV) -> Tensor:
-    """A loss that costs next to nothing and trains every parameter that the others train."""
-    return torch.stack([side.float().square().mean() for side in (tapped.q, tapped.k, tapped.v)]).sum()
-
-
-def measure(setting: Setting) -> Measured:
-    """All variants, step by step in turn."""
+def measure(setting: Setting, rounds: int, steps: int) -> Measured:
+    """All variants, `steps` steps each in turn."""
     found = Measured()
     for variant in VARIANTS:
         reset_peak(setting.device)
         one_step(setting, variant, lambda _: None)
         found.peak[variant] = peak_bytes(setting.device)
-    for number in range(setting.args.rounds):
+    for number in range(rounds):
         for place in range(len(VARIANTS)):  # another one begins each round
             variant = VARIANTS[(number + place) % len(VARIANTS)]
             began = now_s(setting.device)
-            for _ in range(setting.args.steps):
+            for _ in range(steps):
                 one_step(setting, variant, lambda _: None)
-            found.steps[variant].append((now_s(setting.device) - began) / setting.args.steps)
+            found.steps[variant].append((now_s(setting.device) - began) / steps)
     for variant in VARIANTS:
         parts: dict[str, float] = {}
         last = now_s(setting.device)
@@ -213,17 +201,13 @@ def peak_bytes(device: torch.device) -> int:
 # ---------------------------------------------------------------- models, cache and input
 
 
-def make_teacher(scale: dict[str, Any], root: Path, device: torch.device) -> Teacher:
+def make_teacher(scale: dict[str, Any], kind: TargetKind, root: Path, device: torch.device) -> Teacher:
     path = root / "teacher.safetensors"
     model = timm.create_model(scale["teacher"], num_classes=0, img_size=scale["size"])
     save_file(model.state_dict(), path)
     fields = {"name": scale["teacher"], "img_size": scale["size"], "weights": str(path)}
     config = TeacherConfig.model_validate(fields | {"block": scale["block"], "precision": scale["precision"]})
-    return Teacher(config).to(device)
-
-
-def make_student(scale: dict[str, Any], name: str) -> StudentWithTap:
-    return StudentWithTap(build_vit(ModelConfig(name=STUDENTS[name], img_size=scale["size"]), drop_path=0.1))
+    return Teacher(config, kind.taps).to(device)
 
 
 def make_cache(args: argparse.Namespace, scale: dict[str, Any], heads: int, root: Path) -> CacheReader:
@@ -253,15 +237,31 @@ def make_cache(args: argparse.Namespace, scale: dict[str, Any], heads: int, root
     return CacheReader(root / "cache")
 
 
-def measure_input(args: argparse.Namespace, reader: CacheReader, batch_size: int) -> tuple[dict[str, float], ViewBatch]:
-    """Seconds per view on one core of both sides' input, in turn, and one batch with its records."""
-    source = join(open_shards(SourceConfig(shards=args.data, pattern=args.pattern)), reader)
-    codec = make_codec(CODEC)
-    teacher = reader.manifest.teacher
-    names = [spec.name for spec in codec.arrays(int(teacher["heads"]), int(teacher["tokens"]))]
-    order = SampleOrder(source.counts, OrderConfig(shuffle_units=2), batch_size, reader.manifest.num_views)
-    steady = VerifyConfig(first=0)
-    replayed = ReplayedViews(reader, source, names, steady, order.resident_units(source.units_per_shard))
+def training(args: argparse.Namespace, scale: dict[str, Any], name: str, root: Path) -> TrainStudentRecipe:
+    """The recipe of a student; nothing is written to its folder."""
+    fields: dict[str, Any] = {
+        "stage": "train-student",
+        "source": {"shards": args.data, "pattern": args.pattern},
+        "cache": root / "cache",
+        "student": {"name": STUDENTS[name], "img_size": scale["size"]},
+        "optim": {"batch_size": args.batch, "steps": 1, "base_lr": 1e-6},
+        "order": {"shuffle_units": 2},
+        "verify": {"first": 0},  # as after the first 4096 views of a run
+        "precision": scale["precision"],
+        "run": {"folder": root / name, "device": args.device, "threads": 1},
+    }
+    return TrainStudentRecipe.model_validate(fields)
+
+
+def measure_input(
+    args: argparse.Namespace, recipe: TrainStudentRecipe, arrays: Sequence[str], reader: CacheReader
+) -> tuple[dict[str, float], SampleOrder, ViewBatch]:
+    """Seconds per view on one core of both sides' input, in turn; their order, and one batch with its records."""
+    source = join(open_shards(recipe.source), reader)
+    batch_size = recipe.optim.batch_size
+    order = SampleOrder(source.counts, recipe.order, batch_size, reader.manifest.num_views)
+    resident = order.resident_units(source.units_per_shard)
+    replayed = ReplayedViews(reader, source, arrays, recipe.verify, resident)
     law = ViewConfig.model_validate(reader.manifest.views)
     drawn = ImageViews(source.shards, RandomViews(law), law.seed)
     times: dict[str, list[float]] = {"views of the cache": [], "views drawn anew": []}
@@ -283,7 +283,7 @@ def measure_input(args: argparse.Namespace, reader: CacheReader, batch_size: int
     assert batch is not None, "fewer photographs than one batch"
     # The first batch reads units that later ones use: means over all count reading as often as it comes.
     result = {name: statistics.mean(values) for name, values in times.items()}
-    return result | {"of it, reading and unpacking a record": statistics.median(reads)}, batch
+    return result | {"of it, reading and unpacking a record": statistics.median(reads)}, order, batch
 
 
 def stage_one_s(setting: Setting) -> float:
@@ -292,7 +292,7 @@ def stage_one_s(setting: Setting) -> float:
     walls = []
     for _ in range(3):
         began = now_s(setting.device)
-        records = setting.codec.encode(QKV(*setting.teacher(pixels)), keys)
+        records = setting.kind.encode(setting.teacher(pixels), keys)
         for name, array in records.items():
             encode_array(name, array.cpu().numpy())
         walls.append((now_s(setting.device) - began) / len(pixels))
@@ -301,14 +301,17 @@ def stage_one_s(setting: Setting) -> float:
 
 def flop_limit(scale: dict[str, Any], student: str) -> tuple[float, float]:
     """GFLOP per image of the cut teacher's forward pass, and of the student's step; counted without computing."""
+    kind = make_kind(CODEC, scale["block"])
     with torch.device("meta"):
-        teacher = CutTeacher(timm.create_model(scale["teacher"], num_classes=0, img_size=scale["size"]), scale["block"])
-        model = make_student(scale, student).eval()
+        whole = timm.create_model(scale["teacher"], num_classes=0, img_size=scale["size"])
+        vit = build_vit(ModelConfig(name=STUDENTS[student], img_size=scale["size"]))
+        model = StudentModel(vit, kind.head(shapes_of(vit), shapes_of(whole))).eval()
+        teacher = CutTeacher(whole, kind.taps)
         images = torch.zeros(1, 3, scale["size"], scale["size"])
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         teacher(images)
     with FlopCounterMode(display=False) as step:
-        sum_of_squares(QKV(*model(images))).backward()
+        NoTarget().losses(model(images), None)["target"].mean().backward()
     return forward.get_total_flops() / 1e9, step.get_total_flops() / 1e9
 
 
@@ -402,20 +405,22 @@ def main() -> int:
     torch.set_num_threads(1)
     args.steps = args.steps or (10 if args.device == "cuda" else 1)
     scale, device = SCALES[args.device], torch.device(args.device)
-    batch_size = args.batch or scale["batch"]
+    args.batch = batch_size = args.batch or scale["batch"]
+    kind = make_kind(CODEC, scale["block"])
     missed = False
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        teacher = make_teacher(scale, Path(folder), device)
-        reader = make_cache(args, scale, teacher.describe()["heads"], Path(folder))
-        times, batch = measure_input(args, reader, batch_size)
+        teacher = make_teacher(scale, kind, Path(folder), device)
+        shapes = teacher.shapes()
+        reader = make_cache(args, scale, shapes.heads, Path(folder))
+        recipes = {name: training(args, scale, name, Path(folder)) for name in args.students}
+        arrays = [spec.name for spec in kind.specs(shapes)]
+        times, order, batch = measure_input(args, recipes[args.students[0]], arrays, reader)
         print("\n".join([*header(args, scale, batch_size), *input_table(times)]), flush=True)
-        for name in args.students:
-            student = make_student(scale, name).to(device).train()
-            assert backbone.grid(student.vit) == teacher.grid
-            assert backbone.prefix_tokens(student.vit) == teacher.prefix_tokens
-            setting = Setting(args, device, scale, teacher, make_codec(CODEC), batch, student)
-            found = measure(setting)
+        for name, recipe in recipes.items():
+            [student] = make_students(recipe, kind, shapes, Ranks(), order, [])
+            setting = Setting(recipe, teacher, kind, shapes, batch, student)
+            found = measure(setting, args.rounds, args.steps)
             once_s = stage_one_s(setting)
             print("\n".join(student_page(name, scale, found, batch_size, once_s, times)), flush=True)
             if args.device == "cuda":

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import timm
+from safetensors.torch import load_file, save_file
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,3 +81,31 @@ def test_differences_are_paired_by_seed_with_students_interval(evidence: Any, tm
     [row] = [line for line in page.page(tmp_path, []).splitlines() if line.startswith(f"| {sketch.name} | 4 ")][:1]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:8] == ["48.8 ± 34.7", "50.0 ± 0.0", "25.0", "+2.0 ± 2.5", "+0.0 ± 0.0", ""]
+
+
+@pytest.mark.parametrize("wanted", ["relations", "features", "strange relations"])
+def test_a_student_trains_with_the_teacher_in_the_loop(
+    evidence: Any, drawn_shards: Path, tmp_path: Path, wanted: str
+) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    weights = tmp_path / "teacher.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), weights)
+    shared = {"source": {"shards": drawn_shards}, "run": {"folder": tmp_path / "run", "device": "cpu", "log_every": 1}}
+    teacher = {"name": "vit_tiny_patch16_224", "block": 2, "weights": str(weights), **sizes}
+    cache = CacheTeacherRecipe.model_validate(
+        {"stage": "cache-teacher", "views": {"size": 32}, "teacher": teacher, "cache": tmp_path / "cache", **shared}
+    )
+    student = {"name": "vit_tiny_patch16_224", **sizes | {"embed_dim": 24}}
+    optim = {"batch_size": 4, "steps": 2, "warmup": 0}
+    recipe = TrainStudentRecipe.model_validate(
+        {"stage": "train-student", "cache": tmp_path / "cache", "student": student, "optim": optim, **shared}
+        | {"loader": {"workers": 0}}
+    )
+    importlib.import_module("evidence_online").train(recipe, cache, wanted)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    names = {"mse_features"} if wanted == "features" else {"kl_qk", "kl_vv"}
+    for line in lines:
+        losses = {name: value for name, value in line.items() if name.startswith(("kl_", "mse_"))}
+        assert losses.keys() == names and line["loss"] == pytest.approx(sum(losses.values())) and line["loss"] > 0
+    exported = load_file(tmp_path / "run" / "student.safetensors")
+    timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes | {"embed_dim": 24}).load_state_dict(exported)
