@@ -5,7 +5,7 @@ Not a part of tinymim, which caches instead. The step is that of `train-student`
 
 import contextlib
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,9 @@ class FeatureHead(nn.Module):
 
 
 class Features:
-    """What a step needs of a `TargetKind`: the tapped input, standardised per token, compared by mean squared error."""
+    """A `Lesson`: the tapped input, standardised per token, compared by mean squared error."""
 
-    measure = "mse"
+    measure: ClassVar[str] = "mse"
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
@@ -80,7 +80,7 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted)
     device = set_up(recipe, ranks)
     relations = make_kind(cache.codec, cache.teacher.block)
     teacher = Teacher(cache.teacher, relations.taps).to(device)
-    kind = cast(TargetKind, Features(relations.taps[0])) if wanted == "features" else relations
+    kind: Features | TargetKind = Features(relations.taps[0]) if wanted == "features" else relations
 
     def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> Target:
         tapped: Tapped = teacher(pixels)

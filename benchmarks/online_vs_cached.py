@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import provenance
 import timm
@@ -55,7 +55,7 @@ from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import Student, StudentStep, make_students
 from tinymim.storage.layout import encode_array
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.contract import Answers, Loss, Target, TargetKind
+from tinymim.targets.contract import Answers, Lesson, Loss, Target, TargetKind
 from tinymim.targets.kinds import make_kind
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -91,7 +91,10 @@ class Setting:
 class NoTarget:
     """In the place of a target kind: a loss that costs next to nothing and trains all that the others train."""
 
-    measure = "no"
+    measure: ClassVar[str] = "no"
+
+    def __init__(self, kind: TargetKind) -> None:
+        self.head = kind.head
 
     def losses(self, answers: Answers, target: Target) -> dict[str, Loss]:
         """Mean squares of the answers."""
@@ -140,7 +143,7 @@ def one_step(setting: Setting, variant: str, lap: Lap) -> None:
         lap("make the target")
         return found
 
-    compared = cast(TargetKind, NoTarget()) if variant == "no target" else kind
+    compared: Lesson = NoTarget(kind) if variant == "no target" else kind
     count = len(setting.batch.keys)
     # Made anew for every step: it holds its last target, which would count as memory of the next variant.
     step = StudentStep(setting.recipe, [student], compared, {setting.device: target}, torch.arange(count), count)

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int64
@@ -89,6 +89,18 @@ class TargetHead(nn.Module, ABC):
             gradients: of the loss with respect to each answer, None where it does not depend on it.
             parts: P.
         """
+
+
+class Lesson(Protocol):
+    """The part of a target kind that training needs."""
+
+    measure: ClassVar[str]
+
+    def head(self, student: Shapes, teacher: Shapes) -> nn.Module:
+        """See `TargetKind`."""
+
+    def losses(self, answers: Answers, target: Target) -> dict[str, Loss]:
+        """See `TargetKind`."""
 
 
 class TargetKind(ABC):

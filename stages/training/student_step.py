@@ -27,7 +27,7 @@ from tinymim.stages.training.ranks import Ranks, rank_device
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.contract import TargetKind
+from tinymim.targets.contract import Lesson
 
 
 class Student(NamedTuple):
@@ -39,7 +39,7 @@ class Student(NamedTuple):
 
 
 def make_students(
-    recipe: TrainStudentRecipe, kind: TargetKind, teacher: Shapes, ranks: Ranks, order: SampleOrder, content: list[str]
+    recipe: TrainStudentRecipe, kind: Lesson, teacher: Shapes, ranks: Ranks, order: SampleOrder, content: list[str]
 ) -> list[Student]:
     """The recipe's students at their initial weights, each on its device.
 
@@ -86,7 +86,7 @@ class StudentStep:
         self,
         recipe: TrainStudentRecipe,
         students: Sequence[Student],
-        kind: TargetKind,
+        kind: Lesson,
         targets: Mapping[torch.device, MakeTarget],
         places: Tensor,
         batch_size: int,
@@ -161,7 +161,7 @@ def check_view_size(student: ModelConfig, size: int) -> None:
         )
 
 
-def check_student_fits(student: ModelConfig, kind: TargetKind, teacher: Shapes) -> None:
+def check_student_fits(student: ModelConfig, kind: Lesson, teacher: Shapes) -> None:
     """Compare the student's tokens and width with the teacher's; builds nothing.
 
     Raises:
