@@ -45,7 +45,7 @@ class FeatureHead(nn.Module):
 
 
 class Features:
-    """A `Lesson`: the tapped input, standardised per token, compared by mean squared error."""
+    """A `StudentTarget`: the tapped input, standardised per token, compared by mean squared error."""
 
     measure: ClassVar[str] = "mse"
 

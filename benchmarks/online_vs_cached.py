@@ -55,7 +55,7 @@ from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import Student, StudentStep, make_students
 from tinymim.storage.layout import encode_array
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.contract import Answers, Lesson, Loss, Target, TargetKind
+from tinymim.targets.contract import Answers, Loss, StudentTarget, Target, TargetKind
 from tinymim.targets.kinds import make_kind
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -143,7 +143,7 @@ def one_step(setting: Setting, variant: str, lap: Lap) -> None:
         lap("make the target")
         return found
 
-    compared: Lesson = NoTarget(kind) if variant == "no target" else kind
+    compared: StudentTarget = NoTarget(kind) if variant == "no target" else kind
     count = len(setting.batch.keys)
     # Made anew for every step: it holds its last target, which would count as memory of the next variant.
     step = StudentStep(setting.recipe, [student], compared, {setting.device: target}, torch.arange(count), count)
@@ -314,7 +314,7 @@ def flop_limit(scale: dict[str, Any], student: str) -> tuple[float, float]:
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         teacher(images)
     with FlopCounterMode(display=False) as step:
-        NoTarget().losses(model(images), None)["target"].mean().backward()
+        NoTarget(kind).losses(model(images), None)["target"].mean().backward()
     return forward.get_total_flops() / 1e9, step.get_total_flops() / 1e9
 
 

@@ -91,8 +91,8 @@ class TargetHead(nn.Module, ABC):
         """
 
 
-class Lesson(Protocol):
-    """The part of a target kind that training needs."""
+class StudentTarget(Protocol):
+    """What training needs of a target kind."""
 
     measure: ClassVar[str]
 

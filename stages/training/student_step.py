@@ -27,7 +27,7 @@ from tinymim.stages.training.ranks import Ranks, rank_device
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.contract import Lesson
+from tinymim.targets.contract import StudentTarget
 
 
 class Student(NamedTuple):
@@ -39,7 +39,12 @@ class Student(NamedTuple):
 
 
 def make_students(
-    recipe: TrainStudentRecipe, kind: Lesson, teacher: Shapes, ranks: Ranks, order: SampleOrder, content: list[str]
+    recipe: TrainStudentRecipe,
+    kind: StudentTarget,
+    teacher: Shapes,
+    ranks: Ranks,
+    order: SampleOrder,
+    content: list[str],
 ) -> list[Student]:
     """The recipe's students at their initial weights, each on its device.
 
@@ -86,7 +91,7 @@ class StudentStep:
         self,
         recipe: TrainStudentRecipe,
         students: Sequence[Student],
-        kind: Lesson,
+        kind: StudentTarget,
         targets: Mapping[torch.device, MakeTarget],
         places: Tensor,
         batch_size: int,
@@ -161,7 +166,7 @@ def check_view_size(student: ModelConfig, size: int) -> None:
         )
 
 
-def check_student_fits(student: ModelConfig, kind: Lesson, teacher: Shapes) -> None:
+def check_student_fits(student: ModelConfig, kind: StudentTarget, teacher: Shapes) -> None:
     """Compare the student's tokens and width with the teacher's; builds nothing.
 
     Raises:
