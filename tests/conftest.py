@@ -21,7 +21,7 @@ MANY_PROCESSES = [
     "tests/stages/units/test_crew.py",
     "tests/stages/training/test_ranks.py",
     "tests/stages/training/test_start_ray.py",
-    "tests/stages/test_shared_cache.py",
+    "tests/stages/units/test_shared_cache.py",
 ]
 
 

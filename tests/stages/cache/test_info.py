@@ -1,7 +1,9 @@
 """What `cache info` says is what is on disk."""
 
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,12 @@ import pytest
 from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.stages.cache.info import component_of, describe, format_info
 from tinymim.storage.layout import UnitId
+from tinymim.storage.leases import Leases
+from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -144,3 +150,26 @@ def test_what_is_no_cache_or_damaged_is_refused(partial: Path, tmp_path: Path) -
     record.write_text(record.read_text().replace('"num_images": 3', '"num_images": 4'))
     with pytest.raises(CacheCorrupt, match=record.name):
         describe(partial)
+
+
+def test_info_says_who_when_and_what_more_views_would_take(home: Path, run: Run) -> None:
+    os.utime(next((home / "cache" / "commits").glob("*v0-1.json")), (0, 0))
+    info = describe(home / "cache", more_views=100)
+    assert info["history"]["first_commit"] == "1970-01-01T00:00:00+00:00" < info["history"]["last_commit"]
+    assert sum(info["history"]["units_by_owner"].values()) == 6
+    each = info["bytes_per_further_view_of_all_images"]
+    assert info["more_views"]["views"] == 100 and abs(info["more_views"]["bytes"] - 100 * each) <= 100
+    text = format_info(info)
+    assert "committed 1970-01-01" in text and "; 100 are " in text and "(6 units)" in text
+    code, out, _ = run("cache", "info", (home / "cache").as_uri(), "--more-views", "7", "--json")
+    assert code == 0 and json.loads(out)["more_views"]["views"] == 7
+    assert run("cache", "info", home / "cache", "--more-views", "0")[0] == 2
+
+
+def test_info_names_writers_at_work(home: Path) -> None:
+    leases = Leases(open_store(home / "cache"))
+    assert describe(home / "cache")["writers"] == [] and leases.claim("units/x")
+    [writer] = describe(home / "cache")["writers"]
+    leases.close()
+    assert writer["lease"] == "units/x" and f"process {os.getpid()}" in writer["holder"]
+    assert "holds units/x" in format_info(describe(home / "cache") | {"writers": [writer]})
