@@ -1,1 +1,1 @@
-"""The commands `tinymim cache X`, one a file, and how a cache is opened."""
+"""The commands `tinymim cache X`, one file each, and what they share."""

@@ -1,4 +1,4 @@
-"""`tinymim cache copy`: a cache to another place, every byte checked on its way; several copies may share the work."""
+"""`tinymim cache copy`: copy a cache to another place and check every byte; several copies may share the work."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -19,72 +19,73 @@ from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter, UnitTaken
 
-PART_BYTES = 64 * 2**20  # files that are read and written together; a larger array goes alone
+PART_BYTES = 64 * 2**20  # held in memory at once, unless one array is larger
 LOOK_AGAIN_S = 2.0
 
 
 def run(source: Path | str, target: Path | str) -> dict[str, Any]:
-    """Copy what `target` does not hold yet; it may be a part of the same cache, and other copies may be at work.
+    """Copy the units that `target` lacks. It may hold part of the same cache, and other copies may be running.
 
     Args:
-        source: a cache, or a root that holds just one.
+        source: a cache, or a root that holds exactly one.
         target: the folder or URL of the copy itself, not a root.
 
     Returns:
-        What was copied, as JSON values.
+        The report, as JSON values.
 
     Raises:
-        UserError: there is no cache at `source`, or `target` holds something else or cannot be written.
-        StoreError: an object store refuses or fails.
+        UserError: `source` is no cache, or `target` holds something else or cannot be written.
+        StoreError: the object store refuses or fails.
         CacheMismatch: `target` is another cache, or holds other records of the same views.
         CacheCorrupt: units of `source` are damaged; all others were copied.
-        Interrupted: stopped by a signal; the same command continues.
+        Interrupted: a signal stopped the copy; the same command continues.
     """
     # ---- both ends
     reader = CacheReader(resolve(source))
     if str(reader.place) == str(open_store(target).place):
         raise UserError("a cache cannot be copied onto itself", got=reader.place, hint="name another target")
-    copied, copied_bytes, there = 0, 0, 0
+    copied, copied_bytes, already_there = 0, 0, 0
     damaged: list[CacheCorrupt] = []
     with CacheWriter.open(target, reader.manifest) as writer, StopFlag() as stop:
         for difference in writer.environment_differences:
             say(f"cache copy: warning: {difference}")
         _copy_constants(reader, writer)
 
-        # ---- units, each committed when all of it is there
+        # ---- units, each committed when it is complete
         todo = reader.units()
         with Meter("cache copy", len(todo), "units") as meter:
             while todo:
-                others = []
+                held_by_others = []
                 for info in todo:
                     if stop.requested:
                         raise Interrupted("committed units are safe; the same command continues")
-                    if _is_there(writer, info):
-                        there += 1
+                    if _is_copied(writer, info):
+                        already_there += 1
                     elif not writer.claim(info.unit):
-                        others.append(info)
+                        held_by_others.append(info)
                         continue
                     else:
                         try:
                             writer.put_unit(info, _parts(reader, info))
                             copied, copied_bytes = copied + 1, copied_bytes + unit_bytes(info)
-                        except UnitTaken:
-                            others.append(info)
+                        except UnitTaken:  # the lease expired meanwhile, and another copy claimed the unit
+                            held_by_others.append(info)
                             continue
                         except CacheCorrupt as error:
-                            _clean_up(writer, info)
+                            if info.unit not in writer.refresh():  # another copy may have committed it
+                                writer.drop_unit(info.unit)
                             damaged.append(error)
                             say(f"cache copy: {error.what}")
                     meter.advance(1)
-                if len(others) == len(todo):
-                    time.sleep(LOOK_AGAIN_S)  # other copies are at work on all that is left
+                if len(held_by_others) == len(todo):
+                    time.sleep(LOOK_AGAIN_S)  # wait until other copies commit their units or die
                 writer.refresh()
-                todo = others
+                todo = held_by_others
     if damaged:
         raise CacheCorrupt(
             f"{len(damaged)} unit(s) of {reader.place} are damaged and were not copied; all others were",
             got=damaged[0].what,
-            hint="`tinymim cache repair` computes them again; then run the same command again",
+            hint="`tinymim cache repair` recomputes them; then run the same command again",
         )
     return {
         "source": str(reader.place),
@@ -92,24 +93,18 @@ def run(source: Path | str, target: Path | str) -> dict[str, Any]:
         "spec_id": reader.manifest.spec_id,
         "units": len(reader.units()),
         "copied": copied,
-        "already_there": there,
+        "already_there": already_there,
         "copied_bytes": copied_bytes,
     }
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """What `run` returns as text for a terminal."""
+    """The report of `run` as text for a terminal."""
     return (
         f"{report['source']} -> {report['target']}\n"
         f"spec {report['spec_id']}: {report['copied']:,} of {report['units']:,} units copied, "
-        f"{format_bytes(report['copied_bytes'])}; {report['already_there']:,} were there"
+        f"{format_bytes(report['copied_bytes'])}; {report['already_there']:,} were already there"
     )
-
-
-def _clean_up(writer: CacheWriter, info: UnitInfo) -> None:
-    """Remove what was written of a unit that turned out to be damaged."""
-    if info.unit not in writer.refresh():
-        writer.drop_unit(info.unit)
 
 
 def _copy_constants(reader: CacheReader, writer: CacheWriter) -> None:
@@ -131,15 +126,15 @@ def _copy_constants(reader: CacheReader, writer: CacheWriter) -> None:
                 f"{writer.place} holds other constants than {reader.place}",
                 got=held,
                 expected=digest,
-                hint="the two were begun apart; name another target",
+                hint="these caches were created independently; choose another target",
             )
 
 
-def _is_there(writer: CacheWriter, info: UnitInfo) -> bool:
-    """Whether the copy holds a unit; by its commit record, which has the digest of every file.
+def _is_copied(writer: CacheWriter, info: UnitInfo) -> bool:
+    """Whether the copy holds a unit. Compares commit records, which hold the digest of every file.
 
     Raises:
-        CacheMismatch: it holds the same views otherwise.
+        CacheMismatch: the copy holds other records of the same views.
     """
     same_shard = [unit for unit in writer.committed() if unit.shard == info.unit.shard]
     got = next((unit for unit in same_shard if unit != info.unit and set(unit.views) & set(info.unit.views)), None)
@@ -157,16 +152,16 @@ def _is_there(writer: CacheWriter, info: UnitInfo) -> bool:
 
 
 def _parts(reader: CacheReader, info: UnitInfo) -> Iterator[dict[str, bytes]]:
-    """The files of a unit's arrays, checked, some at a time. Raises CacheCorrupt for one that is not as recorded."""
-    folder = layout.unit_folder(info.unit)
-    part: dict[str, StoredFile] = {}
-    names = array_names(info.files)
-    for name, following in zip(names, [*names[1:], None], strict=True):
-        part |= files_of(info.files, name)
-        more = files_of(info.files, following) if following else {}
-        if following is None or sum(file.size_bytes for file in {**part, **more}.values()) > PART_BYTES:
-            try:
-                yield read_files(reader.store, folder, part, verify=True)
-            except ValueError as error:
-                raise corrupt_unit(reader.place, info.unit, str(error)) from error
-            part = {}
+    """Whole arrays of a unit, as files with checked digests; raises CacheCorrupt for a file that is not as recorded."""
+    parts: list[dict[str, StoredFile]] = [{}]
+    for name in array_names(info.files):
+        both = parts[-1] | files_of(info.files, name)
+        if sum(file.size_bytes for file in both.values()) <= PART_BYTES:
+            parts[-1] = both
+        else:
+            parts.append(files_of(info.files, name))
+    for part in filter(None, parts):
+        try:
+            yield read_files(reader.store, layout.unit_folder(info.unit), part, verify=True)
+        except ValueError as error:
+            raise corrupt_unit(reader.place, info.unit, str(error)) from error

@@ -1,4 +1,4 @@
-"""The deep part of `tinymim cache verify`: a sample of the records made again from images, view law and teacher."""
+"""`tinymim cache verify --deep`: recompute a sample of the records from images, view law and teacher."""
 
 import hashlib
 from collections import defaultdict
@@ -25,13 +25,13 @@ from tinymim.storage.reader import CacheReader, UnitRecords
 from tinymim.targets.kinds import make_kind
 
 LISTED_EXAMPLES = 5
-# Numbers that are stored as they are differ in their last digits on other hardware; codes and indices do or do not.
+# Other hardware changes the last digits of floats, so they need a tolerance. Codes and indices are compared exactly.
 CLOSE_RTOL, CLOSE_ATOL = 1e-2, 1e-4
 
 
 @dataclass
-class _Seen:
-    """What the sample showed so far."""
+class _Tally:
+    """Counts over the records compared so far; `elements` and `equal` are per array of the codec."""
 
     elements: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     equal: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -41,8 +41,7 @@ class _Seen:
     wrong_pixels: int = 0
     examples: list[str] = field(default_factory=list)
 
-    def differs(self, what: str) -> None:
-        """Keep the first few for the report."""
+    def add_example(self, what: str) -> None:
         if len(self.examples) < LISTED_EXAMPLES:
             self.examples.append(what)
 
@@ -54,25 +53,25 @@ def run(
     min_agreement: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Make records again and compare: the view (I1), the pixels' digest (I2), every array of the codec.
+    """Recompute records and compare the view (I1), the digest of its pixels (I2) and every array of the codec.
 
     Args:
-        recipe: by which the cache was made; it gives images and teacher.
-        place: the cache, or a root that holds just one.
-        sample: records to make, spread over the units.
-        min_agreement: the least share of equal elements that passes.
-        seed: another one chooses other records.
+        recipe: the cache recipe, which names the images and the teacher.
+        place: the cache, or a root that holds exactly one.
+        sample: number of records to recompute, spread over the units.
+        min_agreement: the smallest share of equal elements that passes, 0 to 1.
+        seed: selects the records.
 
     Returns:
         Counts, shares and the verdict `passed`, as JSON values.
 
     Raises:
-        CacheMismatch: the cache was made by something else than the recipe says.
+        CacheMismatch: the recipe did not make this cache.
         CacheCorrupt: a record cannot be read, or its key is not in its shard.
         UserError: the cache holds no record of the recipe's shards.
         RecipeError, SourceError, CheckpointError: as `cache-teacher`.
     """
-    # ---- the same source, teacher and codec, by what the manifest says
+    # ---- source, teacher and codec, compared with the manifest
     parts = prepare(recipe)
     device, source, teacher = parts.device, parts.source, parts.teacher
     reader = CacheReader(resolve(place))
@@ -85,13 +84,13 @@ def run(
         raise UserError(
             f"the cache {reader.place} holds no record of this source",
             got=str(reader.coverage()),
-            hint="name the recipe that the cache was made by",
+            hint="name the recipe that made the cache",
         )
 
-    # ---- unit by unit: views by the law, teacher, codec, comparison
+    # ---- unit by unit: draw the views, run the teacher, encode, compare
     chosen = spread_records([info.num_records for info in units], sample, f"{reader.manifest.spec_id}/{seed}")
     views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
-    seen = _Seen()
+    tally = _Tally()
     with Meter("cache verify --deep", sum(map(len, chosen)), "views") as meter:
         for info, rows in zip(units, chosen, strict=True):
             if not len(rows):
@@ -102,45 +101,45 @@ def run(
                 part = slice(start, start + recipe.given_batch_size)
                 batch = views.batch(items[part])
                 kept = _rows_of(batch, items[part], rows[part])
-                seen.unreadable += len(rows[part]) - len(kept)
+                tally.unreadable += len(rows[part]) - len(kept)
                 for key, reason in batch.unreadable:
-                    seen.differs(f"image '{key}' is unreadable: {reason}")
+                    tally.add_example(f"image '{key}' is unreadable: {reason}")
                 if len(kept):
-                    _compare_views(batch, stored, info, kept, seen)
+                    _compare_views(batch, stored, info, kept, tally)
                     made = kind.encode(teacher(batch.pixels.to(device)), batch.view_keys.to(device))
                     for name, values in made.items():
-                        _compare_array(name, values.cpu().numpy(), stored.arrays, kept, seen)
+                        _compare_array(name, values.cpu().numpy(), stored.arrays, kept, tally)
                 meter.advance(len(rows[part]))
 
     # ---- verdict
-    by_array = {name: seen.equal[name] / count for name, count in sorted(seen.elements.items())}
-    agreement = sum(seen.equal.values()) / max(1, sum(seen.elements.values()))
-    clean = not (seen.wrong_views or seen.wrong_pixels or seen.unreadable)
+    by_array = {name: tally.equal[name] / count for name, count in sorted(tally.elements.items())}
+    agreement = sum(tally.equal.values()) / max(1, sum(tally.elements.values()))
+    clean = not (tally.wrong_views or tally.wrong_pixels or tally.unreadable)
     return {
-        "records": seen.records,
+        "records": tally.records,
         "units": sum(1 for rows in chosen if len(rows)),
-        "wrong_views": seen.wrong_views,
-        "wrong_pixels": seen.wrong_pixels,
-        "unreadable": seen.unreadable,
+        "wrong_views": tally.wrong_views,
+        "wrong_pixels": tally.wrong_pixels,
+        "unreadable": tally.unreadable,
         "agreement": agreement,
         "agreement_by_array": by_array,
         "min_agreement": min_agreement,
         "passed": clean and agreement >= min_agreement,
-        "examples": seen.examples,
+        "examples": tally.examples,
         "warnings": warnings,
     }
 
 
 def spread_records(counts: list[int], sample: int, identity: str) -> list[npt.NDArray[np.int64]]:
-    """Which records of each unit are sampled: one at a hashed place in each of `sample` equal parts of them all.
+    """Choose records: divide all of them into `sample` equal parts, and take one at a hashed place from each part.
 
     Args:
-        counts: records per unit.
-        sample: how many to choose; all, where there are fewer.
-        identity: what the choice is a function of, beside the counts.
+        counts: number of records of each unit.
+        sample: number of records to choose; all records if there are fewer.
+        identity: text that is hashed; the choice depends on it and on `counts` only.
 
     Returns:
-        int64 [chosen] per unit, ascending, none twice.
+        Record numbers of each unit: int64 [chosen], ascending, without duplicates.
     """
     total = sum(counts)
     sample = min(sample, total)
@@ -158,8 +157,8 @@ def spread_records(counts: list[int], sample: int, identity: str) -> list[npt.ND
 def _items(
     stored: UnitRecords, info: UnitInfo, rows: npt.NDArray[np.int64], source: ShardSet, shard: int
 ) -> npt.NDArray[np.int64]:
-    """The items [n, 3] that records are about, found by key (I8)."""
-    positions = {key: place for place, key in enumerate(source.shards[shard].members().keys)}
+    """The (shard, image, view) of each record, int64 [n, 3]. Images are found by key (I8)."""
+    positions = {key: position for position, key in enumerate(source.shards[shard].members().keys)}
     items = np.empty((len(rows), 3), dtype=np.int64)
     for place, row in enumerate(rows.tolist()):
         image, view = divmod(row, info.unit.num_views)
@@ -171,27 +170,27 @@ def _items(
 
 
 def _rows_of(batch: ViewBatch, items: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The records of a batch, which leaves out unreadable images."""
+    """The rows whose images are in the batch, in its order; a batch leaves out unreadable images."""
     found = {tuple(item): row for item, row in zip(items.tolist(), rows.tolist(), strict=True)}
     return np.array([found[tuple(item)] for item in batch.items.tolist()], dtype=np.int64)
 
 
 def _compare_views(
-    batch: ViewBatch, stored: UnitRecords, info: UnitInfo, rows: npt.NDArray[np.int64], seen: _Seen
+    batch: ViewBatch, stored: UnitRecords, info: UnitInfo, rows: npt.NDArray[np.int64], tally: _Tally
 ) -> None:
-    """Count the views that the law would draw otherwise, and those whose pixels are others."""
+    """Count the views that differ from the view law, and those whose pixels have another digest."""
     digests = batch.digests().numpy().view(np.uint64)
     held = from_arrays({name: stored.arrays[name][rows] for name in VIEW_ARRAYS})
     for place, (row, stored_view) in enumerate(zip(rows.tolist(), held, strict=True)):
         view = info.unit.first_view + row % info.unit.num_views
         name = f"image '{batch.keys[place]}' of shard {info.unit.shard}, view {view}"
         if batch.views[place] != stored_view:
-            seen.wrong_views += 1
-            seen.differs(f"{name}: stored is {stored_view}, the view law draws {batch.views[place]}")
+            tally.wrong_views += 1
+            tally.add_example(f"{name}: stored is {stored_view}, the view law draws {batch.views[place]}")
         if digests[place] != stored.arrays[DIGEST][row]:
-            seen.wrong_pixels += 1
-            seen.differs(f"{name}: digest {digests[place]:016x}, stored is {stored.arrays[DIGEST][row]:016x}")
-        seen.records += 1
+            tally.wrong_pixels += 1
+            tally.add_example(f"{name}: digest {digests[place]:016x}, stored is {stored.arrays[DIGEST][row]:016x}")
+        tally.records += 1
 
 
 def _compare_array(
@@ -199,12 +198,12 @@ def _compare_array(
     made: npt.NDArray[Any],
     arrays: Mapping[str, npt.NDArray[Any]],
     rows: npt.NDArray[np.int64],
-    seen: _Seen,
+    tally: _Tally,
 ) -> None:
-    """Count the elements of a codec's array that agree; none do where the stored one is absent or of another shape."""
-    seen.elements[name] += made.size
+    """Count the equal elements of a codec's array; none are if the stored array is missing or has another shape."""
+    tally.elements[name] += made.size
     held = arrays.get(name)
     if held is None or held.shape[1:] != made.shape[1:]:
         return
     same = np.isclose(made, held[rows], CLOSE_RTOL, CLOSE_ATOL) if made.dtype.kind == "f" else made == held[rows]
-    seen.equal[name] += int(np.count_nonzero(same))
+    tally.equal[name] += int(np.count_nonzero(same))

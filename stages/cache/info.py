@@ -1,4 +1,4 @@
-"""`tinymim cache info PATH`: what a cache is, how much is there, what it costs, how faithful it is and who made it."""
+"""`tinymim cache info PATH`: identity, coverage, size, fidelity and authors of a cache."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -8,27 +8,28 @@ from typing import Any
 
 from tinymim.pipeline.views import DIGEST, VIEW_ARRAYS
 from tinymim.stages.pages.numbers import format_bytes, format_value
+from tinymim.stages.pages.tables import plain_table
 from tinymim.storage.catalog import resolve
 from tinymim.storage.layout import COMMITS, KEY_ARRAYS
 from tinymim.storage.leases import Leases
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import Store
 
-COMPONENTS = ("indices", "values", "boxes", "digests", "keys", "overhead")  # and "constants" where there are any
+COMPONENTS = ("indices", "values", "boxes", "digests", "keys", "overhead")  # and "constants" if the cache has any
 
 
 def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
-    """Everything that the manifest and the commit records say of a cache, as JSON values; reads no record.
+    """Everything that the manifest and the commit records contain, as JSON values. Reads no record.
 
     Args:
-        place: a cache, or a root that holds just one.
-        more_views: of how many further views of every image the size is told.
+        place: a cache, or a root that holds exactly one.
+        more_views: estimate also the bytes of this number of further views of every image.
 
     Raises:
-        UserError: there is no cache at `place`, or there are several.
+        UserError: `place` holds no cache, or several.
         StoreError: the object store refuses or fails.
-        CacheMismatch: an unknown format version.
-        CacheCorrupt: a damaged manifest or commit record, or a file of a unit is gone.
+        CacheMismatch: the format version is unknown.
+        CacheCorrupt: the manifest or a commit record is damaged, or a file of a unit is missing.
     """
     reader = CacheReader(resolve(place))
     manifest, coverage = reader.manifest, reader.coverage()
@@ -37,7 +38,7 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
         total[component_of(array)] = total.get(component_of(array), 0) + size_bytes
     total_bytes, records = sum(total.values()), coverage.num_records
     num_images = sum(shard.num_samples for shard in manifest.source)
-    # Constants are there once, however many views are.
+    # Constants are stored once, so further views do not add to them.
     further_view = (total_bytes - total.get("constants", 0)) / records if records else 0.0
     return {
         "path": str(reader.place),
@@ -74,7 +75,7 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
 
 
 def _history(store: Store) -> dict[str, Any]:
-    """Who committed units and when, by what the store knows of the commit files: a cache holds no time and no name."""
+    """Times and owners of commits, from the store's listing: the cache itself contains no time and no name."""
     entries = list(store.list(COMMITS))
     times = sorted(entry.modified.astimezone(UTC).isoformat(timespec="seconds") for entry in entries)
     owners = Counter(entry.owner for entry in entries if entry.owner is not None)
@@ -86,7 +87,7 @@ def _history(store: Store) -> dict[str, Any]:
 
 
 def component_of(array: str) -> str:
-    """The line of the size table that an array of a unit belongs to, or what else is counted."""
+    """The component of the size table that counts an array of a unit; `overhead` and `constants` are their own."""
     if array in KEY_ARRAYS:
         return "keys"
     if array in VIEW_ARRAYS:
@@ -99,9 +100,9 @@ def component_of(array: str) -> str:
 
 
 def _fidelity(reader: CacheReader) -> dict[str, float]:
-    """Every number in the commit records' statistics, by dotted name: heads averaged, units weighted by records.
+    """Means of the statistics in the commit records, by dotted name, over heads and over units (weighted by records).
 
-    `fidelity.views`, the number of audited views, is summed instead; `unreadable` is part of the coverage.
+    `fidelity.views`, the number of audited views, is summed. `unreadable` is left out, as the coverage counts it.
     """
     sums: defaultdict[str, float] = defaultdict(float)
     weights: defaultdict[str, int] = defaultdict(int)
@@ -118,7 +119,7 @@ def _fidelity(reader: CacheReader) -> dict[str, float]:
 
 
 def _numbers(statistics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted name, value) of every number, and the mean of every list of numbers."""
+    """(dotted name, value) of every number, and of every list of numbers with its mean as value."""
     for key, value in statistics.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}.")
@@ -136,13 +137,13 @@ def _is_number(value: object) -> bool:
 
 
 def format_info(info: Mapping[str, Any]) -> str:
-    """`describe`'s dictionary as text for a terminal, the arithmetic of its size said aloud."""
+    """The report of `describe` as text for a terminal, with the arithmetic of the size."""
     teacher, codec, coverage = info["teacher"], info["codec"], info["coverage"]
     views, fidelity = info["views"], info["fidelity"]
     parameters = ", ".join(
         f"{name} {format_value(value)}" for name, value in codec["parameters"].items() if name != "name"
     )
-    state = "complete" if coverage["complete"] else "PARTIAL: a student trains on what is there"
+    state = "complete" if coverage["complete"] else "PARTIAL: a student trains on the views that are cached"
     lines = [
         f"cache     {info['path']}",
         f"spec      {info['spec_id']}, format version {info['format_version']}",
@@ -167,7 +168,7 @@ def format_info(info: Mapping[str, Any]) -> str:
 
 
 def _maker_lines(info: Mapping[str, Any]) -> list[str]:
-    """Who made the cache, when, with which libraries, and who is at it now."""
+    """Commits, library versions and active writers."""
     history = info["history"]
     lines = []
     if history["first_commit"]:
@@ -175,12 +176,13 @@ def _maker_lines(info: Mapping[str, Any]) -> list[str]:
         by = f" by {owners}" if owners else ""
         lines.append(f"committed {history['first_commit']} to {history['last_commit']}{by}")
     lines.append(f"made with {', '.join(f'{name} {value}' for name, value in info['environment'].items())}")
-    lines += [f"writer    {writer['holder'] or 'somebody'} holds {writer['lease']}" for writer in info["writers"]]
+    for writer in info["writers"]:
+        lines.append(f"writer    {writer['holder'] or 'an unknown process'} holds {writer['lease']}")
     return lines
 
 
 def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
-    """One line per number, a column per relation and for all parameters together."""
+    """A table with a row per quantity, and a column per relation and for all parameters together."""
     views = fidelity.get("audited_views", 0)
     lines = [f"fidelity  on {views:,.0f} views, against dense maps; means over heads, units weighted by records"]
     table: dict[str, dict[str, float]] = {}
@@ -194,11 +196,9 @@ def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
             columns += [column] if column not in columns else []
     if not columns:
         return lines
-    lines.append(" " * 18 + "".join(f"{column:>12}" for column in columns))
-    for row, values in table.items():
-        cells = (format_value(values[column]) if column in values else "" for column in columns)
-        lines.append(f"  {row:<16}" + "".join(f"{cell:>12}" for cell in cells).rstrip())
-    return lines
+    cells = [[row, *(format_value(values.get(column, "")) for column in columns)] for row, values in table.items()]
+    shown = plain_table([["mean", *columns], *cells], range(1, len(columns) + 1))
+    return [*lines, *(f"  {line}" for line in shown.splitlines())]
 
 
 def _size_lines(info: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The inspection of a whole cache that `cache verify` and `cache repair` share, with its progress."""
+"""The inspection of a whole cache, which `cache verify` and `cache repair` share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,13 @@ from tinymim.storage.store import Store
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `survey` and `check_unit` found, and how much they looked at.
+    """The findings of `survey` and `check_unit`, and the amount of data that was read.
 
     Attributes:
-        survey: groups, constants, commit records.
-        findings: everything that is wrong, that of the survey first.
-        num_files: files of units that were read.
-        num_bytes: how many bytes those are, as recorded.
+        survey: the state of groups, constants and commit records.
+        findings: all problems; those of the survey come first.
+        num_files: number of files of units.
+        num_bytes: total bytes of these files, as recorded.
     """
 
     survey: Survey
@@ -26,7 +26,7 @@ class Inspection:
     num_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The inspection as JSON values."""
         manifest = self.survey.manifest
         return {
             "spec_id": manifest.spec_id,
@@ -56,16 +56,12 @@ class Inspection:
 
 
 def inspect_cache(store: Store, command: str, manifest: Manifest | None = None) -> Inspection:
-    """Look at every byte of a cache; arguments and errors of `storage.check.survey`, and the command's name."""
+    """Check every byte of a cache and show progress under the name `command`; errors as `storage.check.survey`."""
     surveyed = survey(store, manifest)
     findings = list(surveyed.findings)
     with Meter(command, len(surveyed.units), "units") as meter:
         for info in surveyed.units:
             findings += check_unit(store, info)
             meter.advance(1)
-    return Inspection(
-        surveyed,
-        findings,
-        sum(len(info.files) for info in surveyed.units),
-        sum(map(unit_bytes, surveyed.units)),
-    )
+    num_files = sum(len(info.files) for info in surveyed.units)
+    return Inspection(surveyed, findings, num_files, sum(map(unit_bytes, surveyed.units)))

@@ -1,4 +1,4 @@
-"""`tinymim cache list ROOT`: the caches that a team shares below one place, a line each."""
+"""`tinymim cache list ROOT`: one line for each cache below a shared root."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,14 +6,13 @@ from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.stages.pages.numbers import format_bytes
+from tinymim.stages.pages.tables import plain_table
 from tinymim.storage.catalog import FoundCache, caches_below
 from tinymim.storage.reader import CacheReader
 
 
 def run(root: Path | str) -> list[dict[str, Any]]:
-    """What the manifests and commit records say of every cache directly below `root`, or of `root` itself.
-
-    A damaged cache is listed with its problem.
+    """Describe every cache directly below `root`, or `root` itself if it is one; a damaged cache has a `problem`.
 
     Raises:
         UserError: there is no such folder.
@@ -53,7 +52,7 @@ def format_list(rows: Sequence[Mapping[str, Any]], root: Path | str) -> str:
     """The rows as a table for a terminal."""
     if not rows:
         return f"there is no cache directly below {root}"
-    table = [("spec", "teacher", "codec", "images x views", "cached", "size", "path")]
+    table: list[tuple[str, ...]] = [("spec", "teacher", "codec", "images x views", "cached", "size", "path")]
     for row in rows:
         if "spec_id" not in row:
             table.append(("?", "", "", "", "damaged", "", f"{row['path']}: {row['problem']}"))
@@ -70,5 +69,4 @@ def format_list(rows: Sequence[Mapping[str, Any]], root: Path | str) -> str:
                 f"{row['path']}: {row['problem']}" if damaged else row["path"],
             )
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+    return plain_table(table, {3, 4, 5})

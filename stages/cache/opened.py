@@ -14,11 +14,11 @@ from tinymim.targets.kinds import stored_kind
 
 
 def opened_kind(reader: CacheReader, targets: TargetsConfig, device: torch.device) -> TargetKind:
-    """The cache's target kind with its constants on `device`, for what a student is compared on."""
+    """The target kind of a cache, restricted to `targets`, with its constants on `device`."""
     constants = stored_constants(reader.store, reader.manifest, device)
     return stored_kind(reader.manifest.codec, reader.manifest.block, targets, constants)
 
 
 def stored_constants(store: Store, manifest: Manifest, device: torch.device) -> dict[str, Tensor] | None:
-    """The constants of a cache on `device`, None where it has none; errors of `storage.constants.read_constants`."""
+    """The constants of a cache on `device`, None if it has none; errors as `storage.constants.read_constants`."""
     return on_device(read_constants(store, manifest), device)

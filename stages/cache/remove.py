@@ -1,4 +1,4 @@
-"""`tinymim cache remove`: delete a cache, and nothing that is not of it."""
+"""`tinymim cache remove`: delete a cache and no other file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +15,12 @@ from tinymim.storage.store import Store, explained_write_errors, open_store
 
 
 def plan(place: Path | str) -> dict[str, Any]:
-    """What `run` would remove, as JSON values.
+    """The files that `run` would remove, counted, and the `foreign` files that it would leave; as JSON values.
 
     Raises:
-        UserError: there is no cache at `place`; a root of caches is none.
+        UserError: `place` is no cache; a root of caches is none.
         StoreError: the object store refuses or fails.
-        CacheMismatch, CacheCorrupt: the manifest cannot be read, so that nothing says what this is.
+        CacheMismatch, CacheCorrupt: the manifest cannot be read, so it is unknown whether this is a cache.
     """
     store = _opened(place)
     manifest = layout.read_manifest(store)
@@ -39,14 +39,14 @@ def plan(place: Path | str) -> dict[str, Any]:
 def run(place: Path | str, confirmed: bool) -> dict[str, Any]:
     """Remove the cache at `place`: commit records first and the manifest last.
 
-    Stopped at any moment it leaves a cache without the units that it had got to, which can be removed again.
+    If it is stopped, a smaller cache remains, which the same command removes.
 
     Args:
-        place: the cache itself.
-        confirmed: whether the user has said so.
+        place: the cache itself, not a root.
+        confirmed: whether the user confirmed the removal; False raises UserError.
 
     Returns:
-        What was removed, as JSON values; `foreign` are files that are not of the cache and were left.
+        The report of `plan`, with the `foreign` files that were left alone.
 
     Raises:
         UserError: not confirmed; a writer is at work; or the errors of `plan`.
@@ -63,7 +63,7 @@ def run(place: Path | str, confirmed: bool) -> dict[str, Any]:
     _refuse_writers(store)
     with explained_write_errors(store):
         paths = [entry.path for entry in store.list()]
-        # The record of the constants goes before what it describes, as a unit's does.
+        # A record goes before the data that it describes, so that no record ever points at missing data.
         records = [*sorted(path for path in paths if COMMIT_FILE.fullmatch(path)), CONSTANTS_RECORD]
         folders = _whole_folders(paths)
         files = [path for path in paths if OTHER_FILES.fullmatch(path) and _unit_folder(path) not in folders]
@@ -77,39 +77,39 @@ def run(place: Path | str, confirmed: bool) -> dict[str, Any]:
             for path in files:
                 store.remove([path])
                 meter.advance(1)
-        _refuse_writers(store)  # one that began meanwhile keeps its manifest
+        _refuse_writers(store)  # a writer that started meanwhile keeps its manifest
         store.remove([METADATA])
         left = sorted(entry.path for entry in store.list())
         for folder in (UNITS, COMMITS, CONSTANTS, LEASES):
             if not any(path.startswith(f"{folder}/") for path in left):
-                store.remove_tree(folder)  # empty but for unfinished writes
+                store.remove_tree(folder)  # holds unfinished writes at most
         if not left:
             store.remove_tree("")
     return planned | {"foreign": left}
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """What `run` returns as text for a terminal."""
+    """The report of `run` as text for a terminal."""
     lines = [
         f"removed     {report['path']}, spec {report['spec_id']}: {report['units']:,} units, "
         f"{report['files']:,} files, {format_bytes(report['bytes'])}"
     ]
-    return "\n".join([*lines, *(f"left alone  {path}: no file of a cache" for path in report["foreign"])])
+    return "\n".join([*lines, *(f"left alone  {path}: not part of a cache" for path in report["foreign"])])
 
 
 def _opened(place: Path | str) -> Store:
-    """The store at `place`; where that is a link, at what it leads to, and the link stays."""
+    """The store at `place`. A symbolic link is followed, so that the link itself is not removed."""
     return open_store(place.resolve() if isinstance(place, Path) else place)
 
 
 def _unit_folder(path: str) -> str | None:
-    """The folder of the unit that a file is in."""
+    """The folder of the unit that contains a file."""
     parts = path.split("/")
     return "/".join(parts[:3]) if parts[0] == UNITS and len(parts) > 3 else None
 
 
 def _whole_folders(paths: list[str]) -> set[str]:
-    """The folders of units in which there is nothing but a cache's files: one request, or one fsync, removes them."""
+    """Folders of units without foreign files; each can be removed with one request or one fsync."""
     folders = {folder for path in paths if (folder := _unit_folder(path)) is not None}
     return folders - {_unit_folder(path) for path in paths if not is_of_cache(path)}
 
@@ -119,8 +119,8 @@ def _refuse_writers(store: Store) -> None:
     if writers:
         name, holder = sorted(writers.items(), key=str)[0]
         raise UserError(
-            f"a writer is at work in {store.place}",
-            got=f"{holder or 'somebody'} holds {name}",
-            hint="stop it first; where a process on another machine has died, `tinymim cache-teacher` on this cache "
-            "takes over what it held, and its claim ends by itself after a day",
+            f"a writer is active in {store.place}",
+            got=f"{holder or 'an unknown process'} holds {name}",
+            hint="stop it first; if it died on another machine, run `tinymim cache-teacher` on this cache, which takes "
+            "over its units, or wait: its claim expires after a day",
         )

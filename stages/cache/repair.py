@@ -1,4 +1,4 @@
-"""`tinymim cache repair`: recompute what is damaged or missing in a recipe's cache, and nothing else."""
+"""`tinymim cache repair`: recompute damaged or missing parts of a recipe's cache, and nothing else."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,6 @@ from tinymim.stages.units.constants import calibrated, require_rebuildable
 from tinymim.stages.units.fill import fill
 from tinymim.stages.units.prepare import Prepared, cache_place, prepare
 from tinymim.storage import layout
-from tinymim.storage.check import Finding
 from tinymim.storage.constants import constants_digest, constants_files
 from tinymim.storage.layout import CONSTANTS, CONSTANTS_RECORD
 from tinymim.storage.manifest import Manifest, check_same
@@ -23,53 +22,55 @@ from tinymim.storage.store import Store, open_store
 
 
 def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
-    """Inspect the recipe's cache, mend what needs no teacher, drop damaged units, and compute what is missing.
+    """Inspect the recipe's cache, repair what needs no teacher, drop damaged units, and recompute missing ones.
 
-    What is good stays as it is, and what is computed again gets the bytes that it had.
+    Sound files are not touched. On the same hardware and libraries, recomputed units get their original bytes.
 
     Returns:
-        What was done, as JSON values.
+        The report, as JSON values.
 
     Raises:
-        UserError: there is no cache, or it cannot be written.
-        CacheMismatch: the recipe is not the one that the cache was made by; nothing was changed.
-        CacheCorrupt: something is damaged that this recipe cannot make again.
-        Interrupted: stopped by a signal; the same command continues.
-        and those of `cache-teacher`.
+        UserError: there is no cache, or it cannot be written, or a writer holds a damaged shard.
+        CacheMismatch: another recipe made the cache; nothing was changed.
+        CacheCorrupt: this recipe cannot recompute the damage.
+        Interrupted: a signal stopped the repair; the same command continues.
+        and the errors of `cache-teacher`.
     """
-    # ---- is it the recipe of this cache?
+    # ---- refuse another recipe before anything changes
     parts = prepare(recipe)
     store = open_store(cache_place(recipe, parts.manifest))
     manifest, rebuilt = _settled_manifest(store, parts.manifest)
 
-    # ---- what is wrong
+    # ---- findings
     inspection = inspect_cache(store, "cache repair", manifest)
     for finding in inspection.findings:
         say(f"cache repair: {finding}")
-    mendable, lost = _split(inspection, parts)
+    shards = parts.source.by_name()
+    lost = [f for f in inspection.findings if f.kind in ("commit", "unit") and f.unit and f.unit.shard not in shards]
     if lost:
         raise CacheCorrupt(
             f"{len(lost)} finding(s) in {store.place} are about shards that the recipe's source lacks; "
             "nothing was changed",
             got=str(lost[0]),
-            hint="name a source that holds all shards of the cache",
+            hint="name a source with all shards of the cache",
         )
 
-    # ---- mend: constants, which units are checked against; then groups, strays, damaged units
+    # ---- constants first, because units are checked against them; then groups, strays, damaged units
     restored = _restore_constants(store, recipe, parts, manifest, inspection)
-    done = mend(store, manifest, constants_digest(store, manifest), mendable)
+    others = [finding for finding in inspection.findings if finding.kind != "constants"]
+    done = mend(store, manifest, constants_digest(store, manifest), others)
     if done.held:
         raise UserError(
-            f"{len(done.held)} finding(s) in {store.place} could not be mended: a writer is at work on these shards",
+            f"{len(done.held)} finding(s) in {store.place} could not be repaired: a writer is active on these shards",
             got=str(done.held[0]),
-            hint="run the same command again when it has ended",
+            hint="run the same command again when the writer has ended",
         )
 
-    # ---- compute what is missing, in the units that there were
+    # ---- recompute missing units, cut into the same ranges of views as before
     good = {info.unit for info in inspection.survey.units} - set(done.dropped)
     new = parts.manifest.shards.keys() - manifest.shards.keys()
     if new:
-        say(f"cache repair: {len(new)} shards of the source are new to the cache and are computed, too")
+        say(f"cache repair: {len(new)} shards of the source are new to the cache and are computed as well")
     cut_like = [*done.dropped, *done.uncommitted]
     whole = recipe.model_copy(update={"num_views": manifest.num_views})
     require_rebuildable(parts.kind, parts.teacher)
@@ -86,21 +87,25 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """What `run` returns as text for a terminal."""
+    """The report of `run` as text for a terminal."""
     lines = [f"cache       {report['path']}", f"spec        {report['spec_id']}"]
     for what in ("rewritten", "removed", "computed"):
         lines += [f"{what:<12}{name}" for name in report[what]]
-    lines += [f"left alone  {path}: no file of a cache" for path in report["foreign"]]
-    return "\n".join([*lines, f"{report['findings']} finding(s), all mended; the cache is complete"])
+    lines += [f"left alone  {path}: not part of a cache" for path in report["foreign"]]
+    return "\n".join([*lines, f"{report['findings']} finding(s), all repaired; the cache is complete"])
 
 
 def _settled_manifest(store: Store, wanted: Manifest) -> tuple[Manifest, bool]:
-    """The stored manifest, if the recipe fits it; rebuilt where it cannot be read and the recipe fits the units."""
+    """The stored manifest, and whether it was rebuilt from the recipe because it could not be read.
+
+    Raises:
+        CacheMismatch: the recipe does not fit the stored manifest, or the units of a cache without one.
+    """
     try:
         manifest = layout.read_manifest(store)
     except (CacheMismatch, StoreError):
         raise
-    except UserError as error:  # damaged, lost, or no cache at all: the commit records tell
+    except UserError as error:  # damaged, missing, or no cache at all; rebuild_manifest checks the commit records
         manifest = rebuild_manifest(store, wanted)
         say(f"cache repair: {error.what}: rebuilt from the recipe")
         return manifest, True
@@ -109,27 +114,19 @@ def _settled_manifest(store: Store, wanted: Manifest) -> tuple[Manifest, bool]:
     return manifest, False
 
 
-def _split(inspection: Inspection, parts: Prepared) -> tuple[list[Finding], list[Finding]]:
-    """Findings to mend without the constants', and those of units whose images the recipe does not have."""
-    shards = parts.source.by_name()
-    others = [finding for finding in inspection.findings if finding.kind != "constants"]
-    lost = [f for f in others if f.kind in ("commit", "unit") and f.unit and f.unit.shard not in shards]
-    return others, lost
-
-
 def _restore_constants(
     store: Store, recipe: CacheTeacherRecipe, parts: Prepared, manifest: Manifest, inspection: Inspection
 ) -> list[str]:
-    """Write damaged or lost constants again; the files written.
+    """Calibrate and write damaged or missing constants again; returns the paths of the files written.
 
     Raises:
-        CacheCorrupt: what is calibrated now is not what the units were made with.
+        CacheCorrupt: calibration gives other constants than the units were made with.
     """
     if not any(finding.kind == "constants" for finding in inspection.findings):
         return []
     named = {info.constants for info in inspection.survey.units}
     if not named or not parts.kind.calibration_views:
-        # No unit needs them: `fill` calibrates where its codec asks for it.
+        # No unit depends on them, so `fill` may calibrate new ones.
         store.remove([CONSTANTS_RECORD])
         store.remove_tree(CONSTANTS)
         return []
@@ -138,13 +135,13 @@ def _restore_constants(
     digest = json.loads(record)["record_digest"]
     if named != {digest}:
         raise CacheCorrupt(
-            f"the constants of {store.place} cannot be made again: calibrating gives others than its units need",
+            f"the constants of {store.place} cannot be recomputed: calibration gives others than its units need",
             got=f"constants {digest}",
             expected=" and ".join(f"constants {name}" for name in sorted(map(str, named))),
             hint=f"restore {CONSTANTS_RECORD} and the folder {CONSTANTS}/ from a copy; calibration takes the first "
-            "images of the source, and the same hardware; else remove the cache and make it anew",
+            "images of the source and needs the same hardware; otherwise remove the cache and make it again",
         )
-    # A reader never sees a moment without constants: what is whole stays, and each file is replaced at once.
+    # Readers may be active: sound files stay, and each other file is replaced atomically.
     written = []
     for path, data in {
         **{f"{CONSTANTS}/{name}": data for name, data in files.items()},

@@ -1,4 +1,4 @@
-"""`tinymim cache verify`: every byte of a cache against its records; with a recipe, a sample against the teacher."""
+"""`tinymim cache verify`: check every byte of a cache against its records."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,36 +12,36 @@ from tinymim.storage.store import open_store
 
 
 def run(place: Path | str) -> dict[str, Any]:
-    """Read and check all of a cache, or of the only one in a root.
+    """Check every byte of a cache, or of the only cache in a root.
 
     Returns:
-        What was found, as JSON values; `refuse_unsound` makes an error of it.
+        The report, as JSON values. Findings are data; `refuse_unsound` raises an error for them.
 
     Raises:
         UserError: there is no cache at `place`.
         StoreError: the object store refuses or fails.
-        CacheMismatch: an unknown format version.
-        CacheCorrupt: the manifest is damaged, so that nothing can be said of the rest.
+        CacheMismatch: the format version is unknown.
+        CacheCorrupt: the manifest is damaged, so the rest cannot be checked.
     """
     store = open_store(resolve(place))
     return {"path": str(store.place), **inspect_cache(store, "cache verify").to_json()}
 
 
 def refuse_unsound(report: Mapping[str, Any]) -> None:
-    """Raise CacheCorrupt, so that the command fails, where a report says that something is wrong."""
-    repair = "`tinymim cache repair RECIPE` mends it and computes nothing that is good"
+    """Raise CacheCorrupt if a report has findings or a failed deep check."""
+    repair = "`tinymim cache repair RECIPE` recomputes what is damaged, and nothing else"
     if count := len(report["findings"]):
         first = report["findings"][0]
         raise CacheCorrupt(f"{count} finding(s) in {report['path']}, the first is {first['path']}", hint=repair)
     deep = report.get("deep")
     if deep is not None and not deep["passed"]:
         raise CacheCorrupt(
-            f"the records of {report['path']} are not what this teacher gives",
+            f"the records of {report['path']} differ from those of this teacher",
             got=f"{deep['agreement']:.2%} of the sampled elements agree, {deep['wrong_views']} views and "
             f"{deep['wrong_pixels']} digests of pixels differ, {deep['unreadable']} images are unreadable",
             expected=f"at least {deep['min_agreement']:.2%}, and no other difference",
             hint="another decoder gives other pixels; other hardware rounds a few draws differently, and more of them "
-            "below fp32; if the teacher was another, remove the cache and make it anew",
+            "below fp32; if another teacher made the cache, remove it and run `tinymim cache-teacher` again",
         )
 
 
@@ -55,16 +55,15 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"cached    {report['covered_views']:,} of {report['num_views']:,} views",
     ]
     for writer in report["being_written"]:
-        lines.append(
-            f"writer    {writer['holder'] or 'somebody'} holds {writer['lease']}: what is not committed is not checked"
-        )
-    lines += [f"foreign   {path}: no file of a cache; it harms nothing and is left alone" for path in report["foreign"]]
+        holder = writer["holder"] or "an unknown process"
+        lines.append(f"writer    {holder} holds {writer['lease']}: uncommitted files are not checked")
+    lines += [f"foreign   {path}: not part of a cache, harmless, left alone" for path in report["foreign"]]
     lines += [f"{found['kind']:<10}{found['path']}: {found['what']}" for found in report["findings"]]
     deep = report.get("deep")
     if deep is not None:
         lines += _deep_lines(deep)
     elif "deep" in report:
-        lines.append("teacher   not asked: the findings come first")
+        lines.append("teacher   not run: repair the findings first")
     sound = report["sound"] and (deep is None or deep["passed"])
     return "\n".join([*lines, f"verdict   {'sound' if sound else 'NOT SOUND'}"])
 

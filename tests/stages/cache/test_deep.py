@@ -61,7 +61,7 @@ def test_a_cache_of_another_teacher_under_the_same_manifest_fails(
     assert run("cache", "verify", home / name)[0] == 0  # every byte is as it was written
     code, out, err = run("cache", "verify", home / name, "--deep", yaml, "--json", "--sample", "24")
     report = json.loads(out)["deep"]
-    assert code == 2 and "not what this teacher gives" in err
+    assert code == 2 and "differ from those of this teacher" in err
     assert report["agreement"] < 0.9 and report["wrong_views"] == report["wrong_pixels"] == 0
     line = ["cache", "verify", home / name, "--deep", yaml, "--sample", "24"]
     assert run(*line, "--min-agreement", f"{report['agreement'] - 1e-6}")[0] == 0

@@ -111,7 +111,7 @@ def test_fidelity_is_the_mean_over_heads_and_units_by_records(tmp_path: Path) ->
         "qk.kl": pytest.approx(2.5),
     }
     text = format_info(describe(cache))
-    assert re.search(r"^ +qk$", text, re.MULTILINE) and re.search(r"^  kept_mass +0\.35$", text, re.MULTILINE)
+    assert re.search(r"^  mean +qk$", text, re.MULTILINE) and re.search(r"^  kept_mass +0\.35$", text, re.MULTILINE)
 
 
 def test_units_weigh_by_their_records(partial: Path) -> None:

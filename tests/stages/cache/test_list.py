@@ -18,7 +18,7 @@ Run = Callable[..., tuple[int, str, str]]
 def test_list_shows_a_line_per_cache_and_what_is_damaged(home: Path, made: Path, run: Run) -> None:
     code, text, _ = run("cache", "list", home)
     assert code == 0
-    head, first, second = text.splitlines()
+    head, _, first, second = text.splitlines()
     assert head.split()[:3] == ["spec", "teacher", "codec"]
     assert all(word in first for word in ("vit_tiny_patch16_224 block 2", "sketch", "24 x 3", "100.0%", "cache"))
     assert "hidden" in second and "24 x 2" in second

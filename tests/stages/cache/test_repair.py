@@ -92,7 +92,7 @@ def test_a_shard_that_somebody_is_writing_is_left_alone(home: Path, made: Path) 
     flip(home / "cache/units/shard-000002/v2-2/digest/c/0")
     leases = Leases(open_store(home / "cache"))
     assert leases.claim("units/shard-000002")
-    with pytest.raises(UserError, match="a writer is at work"):
+    with pytest.raises(UserError, match="a writer is active"):
         repaired(home, made)
     leases.close()
     assert (home / "cache/commits/shard-000002.v2-2.json").exists()
@@ -135,7 +135,7 @@ def test_constants_that_come_out_otherwise_are_not_written(
     monkeypatch.setattr(
         "tinymim.stages.cache.repair.calibrated", lambda *a: {n: v * 2 for n, v in calibrated(*a).items()}
     )
-    with pytest.raises(CacheCorrupt, match="cannot be made again"):
+    with pytest.raises(CacheCorrupt, match="cannot be recomputed"):
         rehidden(home, made)
     assert tree(home / "hidden") == before
 
