@@ -1,4 +1,4 @@
-"""`tinymim compare`: several runs side by side, as a table, as JSON and as one page of HTML."""
+"""`tinymim compare`: compare several runs as a table, as JSON and as an HTML page."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,10 +16,10 @@ from tinymim.storage.atomic import write_bytes_atomic
 
 
 def run(folders: Sequence[Path], out: Path) -> list[RunSummary]:
-    """Read the runs and write the page `out`.
+    """Read the runs and write the page to `out`.
 
     Raises:
-        UserError: a folder is no run's, or the page cannot be written.
+        UserError: a folder is no run folder, or the page cannot be written.
         RecipeError: a run is named twice.
     """
     runs = read_runs(folders)
@@ -33,7 +33,7 @@ def run(folders: Sequence[Path], out: Path) -> list[RunSummary]:
 
 
 def as_json(runs: Sequence[RunSummary]) -> dict[str, Any]:
-    """All that the page shows, every point of the curves, and how to read each metric."""
+    """The content of the page as JSON values, with all points of the curves and the direction of each metric."""
     return {
         "metrics": {
             name: {"header": metric(name).header, "better": metric(name).better}
@@ -50,7 +50,7 @@ def as_json(runs: Sequence[RunSummary]) -> dict[str, Any]:
 
 
 def as_text(runs: Sequence[RunSummary]) -> str:
-    """The table, and below it what differs in the recipes."""
+    """The table of runs, and below it the fields that differ."""
     cells = table_cells(runs)
     lines = [plain_table(cells, range(2, len(cells[0])))]
     for stage, table in difference_cells(runs).items():
@@ -62,7 +62,7 @@ def as_text(runs: Sequence[RunSummary]) -> str:
 
 
 def table_cells(runs: Sequence[RunSummary]) -> list[list[str]]:
-    """Header and one row per run."""
+    """The header and one row per run."""
     values: list[dict[str, float | None]] = [{**run.results, **run.costs} for run in runs]
     names = [name for name in in_order(name for each in values for name in each) if metric(name).column]
     rows = [
@@ -73,7 +73,7 @@ def table_cells(runs: Sequence[RunSummary]) -> list[list[str]]:
 
 
 def by_stage(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
-    """Runs of one command together, in their order."""
+    """The runs of each command, in order."""
     found: dict[str, list[RunSummary]] = {}
     for each in runs:
         found.setdefault(each.stage, []).append(each)
@@ -81,7 +81,7 @@ def by_stage(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
 
 
 def difference_cells(runs: Sequence[RunSummary]) -> dict[str, list[list[str]]]:
-    """By stage of which there are several runs: a header and a row per field that differs; none where nothing does."""
+    """For each stage whose runs differ: a header and one row per field that differs."""
     tables = {}
     for stage, same in by_stage(runs).items():
         names = [each.name for each in same]

@@ -1,4 +1,4 @@
-"""`tinymim demo`: one teacher pass, two students, and the same students untaught; drawn images, no network, CPU."""
+"""`tinymim demo`: one teacher pass, two students, and the same networks without it. Works offline, on a CPU."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from tinymim.models.vit import count_parameters
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import INDEX_NAME, read_index
 from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student
+from tinymim.stages.cache.info import bytes_by_component
 from tinymim.stages.evaluation.encode import load_encoder
 from tinymim.stages.evaluation.examples import relation_examples
 from tinymim.stages.pages.demo import Arm, Report, text_table, write_report
@@ -32,9 +33,9 @@ from tinymim.targets.kinds import make_kind
 
 RESULTS_NAME = "results.json"
 TEACHER = "package:demo-teacher"
-TEACHER_IMAGES, TEACHER_IMAGE_SEED = 10_000, 1  # what configs/recipes/demo-teacher.yaml was run on
+TEACHER_IMAGES, TEACHER_IMAGE_SEED = 10_000, 1  # the images of configs/recipes/demo-teacher.yaml
 STUDENTS = ("wide", "narrow")
-# Not the teacher's; and 101 held the images on which the demo's recipes were tuned.
+# Other images than the teacher's (1), and than those on which the demo's recipes were tuned (101).
 TRAIN_IMAGE_SEED, VAL_IMAGE_SEED = 100, 102
 
 
@@ -43,7 +44,7 @@ _R = TypeVar("_R", CacheTeacherRecipe, TrainStudentRecipe, PretrainMaeRecipe)
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything; None leaves what the shipped recipes say."""
+    """The size of the demo; None keeps the value of the shipped recipes."""
 
     train_images: int = 2400
     val_images: int = 600
@@ -56,7 +57,7 @@ class DemoSize:
 
 @dataclass(frozen=True)
 class Recipes:
-    """The shipped recipes with this demo's paths and seeds."""
+    """The shipped recipes with the paths and seeds of this demo; by name of student, and of arm for the probes."""
 
     cache: CacheTeacherRecipe
     students: dict[str, TrainStudentRecipe]
@@ -65,45 +66,45 @@ class Recipes:
 
 
 def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weights: str = TEACHER) -> Path:
-    """Run what is not yet done in `folder`, print the table, and write the report.
+    """Run the steps that are missing in `folder`, print the table and write the report.
 
     Args:
-        folder: shards, cache and runs of this demo; one folder, one seed.
-        seed: of views, sketches, initial weights and orders; images and teacher stay as they are.
-        size: smaller demos are for tests.
-        teacher_weights: a file in place of the shipped teacher.
+        folder: the folder for shards, cache and runs; one folder per seed.
+        seed: the seed of views, sketches, initial weights and orders. It does not change the images and the teacher.
+        size: the size of the demo; tests use smaller ones.
+        teacher_weights: weights to use instead of the shipped teacher's.
 
     Returns:
-        the path of report.html.
+        The path of report.html.
 
     Raises:
         UserError: `folder` holds the demo of another seed or size, or something else.
-        Interrupted: stopped by a signal; the same command continues.
+        Interrupted: a signal stopped the demo; the same command continues.
     """
     size = size or DemoSize()
     root = Path(os.path.abspath(folder))
     recipes = load_recipes(root, seed, size, teacher_weights)
-    weights_path(teacher_weights)  # an absent teacher is said before the images are drawn
+    weights_path(teacher_weights)  # refuse missing weights before drawing the images
 
     say(f"demo 1/5: draw {size.train_images:,} + {size.val_images:,} images")
     draw_images(root / "images" / "train", size.train_images, TRAIN_IMAGE_SEED, size.images_per_shard)
     draw_images(root / "images" / "val", size.val_images, VAL_IMAGE_SEED, size.images_per_shard)
 
-    say(f"demo 2/5: the teacher looks once at {recipes.cache.num_views} views of every training image")
+    say(f"demo 2/5: cache {recipes.cache.num_views} views of every training image with the teacher")
     with folder_hint(CacheMismatch):
         cache_teacher.run(recipes.cache)
 
-    say("demo 3/5: two students learn from the cache, without the teacher")
+    say("demo 3/5: train two students from the cache, without the teacher")
     for student in recipes.students.values():
         with folder_hint(CacheMismatch, CheckpointError):
             train_student.run(student)
 
-    say("demo 4/5: the same two networks learn alone, as masked autoencoders, for the same number of steps")
+    say("demo 4/5: train the same two networks as masked autoencoders, for the same number of steps")
     for autoencoder in recipes.autoencoders.values():
         with folder_hint(CheckpointError):
             pretrain_mae.run(autoencoder)
 
-    say("demo 5/5: k-NN and linear probe of all seven encoders")
+    say("demo 5/5: evaluate all seven encoders by k-NN and linear probe")
     arms = measure(recipes)
     write_json_atomic(root / RESULTS_NAME, {"seed": seed, "arms": [asdict(arm) for arm in arms]})
     path = write_report(make_report(recipes, arms, seed, size), root)
@@ -114,18 +115,18 @@ def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weigh
 
 
 NEXT_COMMANDS = """\
-On your own images (a folder of class folders, or a flat one):
+On your own images (a folder of class folders, or a flat folder):
   tinymim make-shards PICTURES data/mine
   tinymim cache-teacher demo-cache --set source.shards=data/mine --set cache=caches/mine --set run.folder=runs/cache
   tinymim train-student demo-wide --set source.shards=data/mine --set cache=caches/mine --set run.folder=runs/mine
-With a real teacher instead of the demo's, start from the recipes imagenet-mae-l-cache and imagenet-tinymim-t."""
+For a real teacher, start from the recipes imagenet-mae-l-cache and imagenet-tinymim-t."""
 
 
 # ---- recipes and images
 
 
 def load_recipes(root: Path, seed: int, size: DemoSize, teacher_weights: str) -> Recipes:
-    """All recipes of the demo, validated before anything is written."""
+    """Load and validate all recipes of the demo. Writes nothing."""
     runs, train = root / "runs", root / "images" / "train"
 
     def common(name: str) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def load_recipes(root: Path, seed: int, size: DemoSize, teacher_weights: str) ->
 
 
 def _load(name: str, kind: type[_R], overrides: dict[str, Any]) -> _R:
-    """A shipped recipe. Values are quoted as JSON, which is YAML, so that any path comes through."""
+    """Load a shipped recipe. Values are quoted as JSON, a subset of YAML, so that any path is possible."""
     quoted = [
         f"{key}={json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)}"
         for key, value in overrides.items()
@@ -181,7 +182,7 @@ def _load(name: str, kind: type[_R], overrides: dict[str, Any]) -> _R:
 def _probe(
     like: CacheTeacherRecipe | TrainStudentRecipe, arm: str, model: Any, weights: str, **more: Any
 ) -> EvaluateRecipe:
-    """k-NN and linear probe of one encoder on the demo's images: the whole image, mean over patch tokens."""
+    """The recipe that evaluates one encoder on the demo's images: the whole image, mean over patch tokens."""
     images = Path(like.source.shards).parent
     return EvaluateRecipe.model_validate(
         {
@@ -199,10 +200,10 @@ def _probe(
 
 
 def draw_images(target: Path, count: int, seed: int, images_per_shard: int) -> None:
-    """Make one set of drawn shards unless it is there; it appears whole, by rename.
+    """Make one set of drawn shards unless it exists. It appears complete, by rename.
 
     Raises:
-        SourceError: the folder holds something else.
+        SourceError: `target` holds other images.
     """
     options = make_shards.Options(images_per_shard=images_per_shard, count=count, seed=seed)
     wanted = {"source": make_shards.DRAWN, **make_shards.recorded(make_shards.DRAWN, options)}
@@ -217,7 +218,7 @@ def draw_images(target: Path, count: int, seed: int, images_per_shard: int) -> N
             hint="give another --folder; nothing was changed",
         )
     partial = target.with_name(f"{target.name}.partial")
-    if partial.exists():  # left by a demo that was stopped
+    if partial.exists():  # of an interrupted demo
         shutil.rmtree(partial)
     make_shards.run(make_shards.DRAWN, partial, options)
     partial.rename(target)
@@ -225,20 +226,20 @@ def draw_images(target: Path, count: int, seed: int, images_per_shard: int) -> N
 
 @contextmanager
 def folder_hint(*kinds: type[UserError]) -> Iterator[None]:
-    """Add to a stage's refusal what it means in the demo."""
+    """Add the demo's remedy to the hint of a stage's error."""
     try:
         yield
     except kinds as error:
-        ours = "in the demo: give another --folder, or the --seed that this one was made with"
+        ours = "in the demo: give another --folder, or the --seed of this one"
         hint = f"{error.hint}; {ours}" if error.hint else ours
         raise type(error)(error.what, got=error.got, expected=error.expected, hint=hint) from error
 
 
-# ---- figures of merit
+# ---- evaluation
 
 
 def measure(recipes: Recipes) -> list[Arm]:
-    """k-NN and linear probe of the teacher, and of every student taught, alone and untrained."""
+    """Evaluate the teacher, and every student's network distilled, as a masked autoencoder, and untrained."""
     block, depth = recipes.cache.teacher.block, recipes.cache.teacher.depth
     made_of = read_metadata(weights_path(recipes.cache.teacher.weights))
     steps = int(made_of["steps"]) if made_of.get("steps", "").isdigit() else None
@@ -272,21 +273,18 @@ def describe_teacher(recipe: CacheTeacherRecipe, teacher: Arm) -> str:
     steps = "" if teacher.steps is None else f" for {teacher.steps:,} steps"
     if config.weights == TEACHER:
         return (
-            f"The demo teacher is {network} that we trained ourselves with `tinymim pretrain-mae demo-teacher` on "
-            f"{TEACHER_IMAGES:,} other drawn images (seed {TEACHER_IMAGE_SEED}){steps}; it has seen no photograph "
-            "and no label."
+            f"The demo teacher is {network}, trained with `tinymim pretrain-mae demo-teacher` on {TEACHER_IMAGES:,} "
+            f"other generated images (seed {TEACHER_IMAGE_SEED}){steps}. It has seen no photograph and no label."
         )
-    return (
-        f"The teacher is {network} from {config.weights}, trained{steps or ' in a way that its file does not state'}."
-    )
+    return f"The teacher is {network} from {config.weights}, trained{steps or ' for an unknown number of steps'}."
 
 
 # ---- the report
 
 
 def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize) -> Report:
-    """Everything that the page shows, read back from cache and run folders."""
-    assert recipes.cache.cache is not None  # `make_recipes` names it
+    """The content of the page, read from the cache and the run folders."""
+    assert recipes.cache.cache is not None  # `load_recipes` sets it
     reader = CacheReader(recipes.cache.cache)
     manifest, codec = reader.manifest, recipes.cache.codec
     assert isinstance(codec, SketchCodec)
@@ -295,16 +293,16 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
     one_error = 100 * 0.5 / size.val_images**0.5
     student = recipes.students[STUDENTS[0]]
     lesson = (
-        f"One teacher looked once at {recipes.cache.num_views} views of each of {size.train_images:,} images and left "
-        f"a sketch of its token relations for every view. From that one cache two students of different size learnt, "
-        f"{student.optim.steps:,} steps of {student.optim.batch_size} views each, without the teacher. To see what the "
-        "cache is worth, the same two networks were also trained alone, as masked autoencoders on the same images for "
-        "the same number of steps, and left untrained. Labels serve the measurement alone."
+        f"A teacher encoded {recipes.cache.num_views} views of each of {size.train_images:,} images once, and a cache "
+        "keeps a sketch of its token relations for every view. Two students of different size were trained from this "
+        f"cache, without the teacher, for {student.optim.steps:,} steps of {student.optim.batch_size} views. For "
+        "comparison, the same two networks were trained as masked autoencoders, on the same images for the same number "
+        "of steps, and evaluated untrained. Labels are used for evaluation only."
     )
     caveat = (
-        f"Frozen features (mean of the patch tokens), {size.train_images:,} labelled images to {size.val_images:,} "
-        f"held-out ones, 10 classes, chance 10%. Drawing other validation images would move a figure by up to "
-        f"{one_error:.1f} points (one standard error); another seed moves it too, see benchmarks/results/."
+        f"k-NN and linear probe on frozen features (mean of the patch tokens): {size.train_images:,} labelled images, "
+        f"evaluated on {size.val_images:,} held-out ones; 10 classes, so chance is 10%. The standard error due to the "
+        f"choice of the held-out images is at most {one_error:.1f} points. Another seed also changes the figures."
     )
     return Report(
         arms=arms,
@@ -314,7 +312,7 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
         student_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.students.items()},
         mae_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.autoencoders.items()},
         examples=list(relation_examples(recipes.cache, recipes.students, reader)),
-        bytes_per_view={name: count / num_records for name, count in reader.bytes_by_component().items()},
+        bytes_per_view={name: count / num_records for name, count in bytes_by_component(reader).items()},
         dense_bytes=sum(spec.size_bytes for spec in dense.specs(manifest.shapes) if spec.dtype == "float16"),
         head_k=codec.head_k,
         tail_k=codec.tail_k,

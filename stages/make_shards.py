@@ -1,10 +1,10 @@
-"""`tinymim make-shards SRC DST`: images -> webdataset shards + an index. Image bytes are kept as they are, or, with
-`resize_short`, large images are made smaller: other pixels, another source.
+"""`tinymim make-shards SRC DST`: write images to webdataset shards with an index.
+
+Bytes of images are kept, unless `resize_short` shrinks large images, which makes another source.
 """
 
 import contextlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,41 +27,41 @@ from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
 from tinymim.storage.atomic import write_json_atomic
 
-DRAWN = "drawn"  # the SRC word for the embedded image set
+DRAWN = "drawn"  # as SRC: the generated images
 
 
 @dataclass(frozen=True)
 class Image:
-    """One image on its way into a shard."""
+    """One image to write to a shard."""
 
     key: str
     extension: str
     data: bytes
     label: int  # -1: none
-    origin: str  # where it came from, for the list of unreadable images
+    origin: str  # its source, for the list of unreadable images
 
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of the command; `count` and `seed` are for SRC = drawn only."""
+    """The options of the command; `count` and `seed` apply to SRC = drawn only."""
 
     images_per_shard: int = 1000
     prefix: str = "shard"
     count: int = 2000
     seed: int = 0
-    resize_short: int = 0  # pixels; 0: every image keeps its bytes
-    quality: int = 95  # of the JPEGs that resize_short makes
+    resize_short: int = 0  # largest short side in pixels; 0 keeps the bytes of all images
+    quality: int = 95  # JPEG quality of resized images
 
 
 def run(source: str, target: Path, options: Options) -> dict[str, Any]:
-    """Write shards and `index.json`; the index comes last, so a folder with an index is complete.
+    """Write shards, and then `index.json`, so that a folder with an index is complete.
 
     Returns:
-        the index.
+        The index.
 
     Raises:
-        SourceError: no images; or `target` already holds files.
-        Interrupted: stopped by a signal; no index is written.
+        SourceError: there are no readable images, `target` holds files, or an option is out of range.
+        Interrupted: a signal stopped the command; no index is written.
     """
     if target.exists() and any(target.iterdir()):
         raise SourceError("target folder is not empty", got=target, hint="give a new folder; nothing was changed")
@@ -70,7 +70,7 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
     if options.resize_short < 0:
         raise SourceError("resize-short must be a number of pixels", got=options.resize_short, expected="0: no resize")
     if not 1 <= options.quality <= 100:
-        raise SourceError("quality is no JPEG quality", got=options.quality, expected="1 to 100")
+        raise SourceError("quality is out of range", got=options.quality, expected="1 to 100")
     total, classes, images = _find(source, options)
     if total == 0:
         raise SourceError("no images found", got=source, expected=f"files ending in {', '.join(IMAGE_EXTENSIONS)}")
@@ -108,7 +108,7 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
     if options.resize_short:
         say(
             f"make-shards: {len(resized):,} images resized to a short side of {options.resize_short} px and encoded "
-            f"anew: this is another source than {source}, and a cache of one does not fit the other"
+            f"again; a cache made from {source} does not fit these shards"
         )
     for row in unreadable[:10]:
         say(f"  unreadable: {row['origin']}: {row['reason']}")
@@ -116,7 +116,7 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
 
 
 def recorded(source: str, options: Options, resized: int = 0) -> dict[str, Any]:
-    """The options that decide what is in the images, for the index."""
+    """The options that determine the content of the images, for the index."""
     fields = asdict(options)
     resize = {"resize_short": fields.pop("resize_short"), "quality": fields.pop("quality"), "resized": resized}
     return (fields if source == DRAWN else {}) | (resize if options.resize_short else {})
@@ -130,10 +130,10 @@ def _readable(
     meter: Meter,
     stop: StopFlag,
 ) -> Iterator[Image]:
-    """Images that decode, resized where `options` says so; the keys of those and the unreadable ones are listed."""
+    """The readable images, resized if `options` requires it. Fills the lists `unreadable` and `resized`."""
     for image in images:
         if stop.requested:
-            raise Interrupted("no index written; remove the folder and start again")
+            raise Interrupted("no index written; remove the folder and restart")
         meter.advance(1)
         try:
             pixels = decode(image.data)
@@ -147,12 +147,12 @@ def _readable(
 
 
 def shrink(pixels: Tensor, short: int, quality: int) -> bytes:
-    """A JPEG whose short side is `short` pixels, by Lanczos; chroma 4:2:0, whose decoding is the fastest; no EXIF.
+    """Shrink an image by Lanczos and encode it as JPEG without EXIF, in chroma 4:2:0, which decodes the fastest.
 
     Args:
         pixels: uint8 [3, height, width], both sides longer than `short`.
-        short: pixels.
-        quality: 1 to 100.
+        short: the new short side, in pixels.
+        quality: JPEG quality, 1 to 100.
     """
     height, width = pixels.shape[1:]
     scale = short / min(height, width)
@@ -164,11 +164,11 @@ def shrink(pixels: Tensor, short: int, quality: int) -> bytes:
 
 
 def _write_shard(path: Path, first: Image, rest: Iterator[Image], most: int) -> int:
-    """Write up to `most` images; a finished tar appears by rename."""
+    """Write `first` and up to `most - 1` of `rest`. The tar appears complete, by rename. Returns the number written."""
     partial = path.with_suffix(".tar.partial")
     count = 0
     with open(partial, "wb") as file:
-        # Fixed time and owner: the same images give the same bytes.
+        # Time and owner are fixed, so that the same images give the same bytes.
         with webdataset.TarWriter(file, mtime=0, user="", group="", encoder=False) as tar:
             image: Image | None = first
             while image is not None:
@@ -185,7 +185,7 @@ def _write_shard(path: Path, first: Image, rest: Iterator[Image], most: int) -> 
 
 
 def _find(source: str, options: Options) -> tuple[int, list[str], Iterator[Image]]:
-    """Number of images, class names and the images, in a fixed order."""
+    """The number of images, the names of the classes, and the images in a fixed order."""
     if source == DRAWN:
         return options.count, list(drawn.CLASSES), _from_drawn(options)
     folder = Path(source)
@@ -216,12 +216,12 @@ def _from_tars(folder: Path) -> Iterator[Image]:
         members = shard.members()
         for sample, key in enumerate(members.keys):
             data = shard.read(sample)
-            # Keys are unique within a tar only; two tars may both start at 000000.
+            # Keys are unique only within a tar: two tars may both start at 000000.
             yield Image(_unique(key, taken), sniff(data), data, int(members.labels[sample]), f"{shard.name}:{key}")
 
 
 def _from_folder(folder: Path) -> tuple[int, list[str], Iterator[Image]]:
-    """Class sub-folders (labels by sorted folder name), or a flat unlabelled folder."""
+    """Read class sub-folders, labelled in order of their names, or a flat folder without labels."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and p.is_file())
     parts = [path.relative_to(folder).parts for path in paths]
     labelled = bool(parts) and all(len(part) > 1 for part in parts)
@@ -239,13 +239,13 @@ def _from_folder(folder: Path) -> tuple[int, list[str], Iterator[Image]]:
 
 
 def _key_of(parts: tuple[str, ...]) -> str:
-    """The relative path without its extension; dots would end a webdataset key early, keys are UTF-8."""
+    """The relative path without its extension, as UTF-8. Dots are replaced, because a webdataset key ends at a dot."""
     stem = "/".join((*parts[:-1], parts[-1].rpartition(".")[0])).replace(".", "_")
     return stem.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _unique(stem: str, taken: set[str]) -> str:
-    """`stem`, or `stem-2`, `stem-3`, ... where it is taken; adds the result to `taken`."""
+    """`stem`, or the first free of `stem-2`, `stem-3`, ...; adds the result to `taken`."""
     key, copy = stem, 1
     while key in taken:
         copy += 1
@@ -255,14 +255,9 @@ def _unique(stem: str, taken: set[str]) -> str:
 
 
 def sniff(data: bytes) -> str:
-    """The extension that the bytes deserve, whatever the file was called."""
+    """The extension for an image by its content, whatever the name of its file."""
     if data.startswith(b"\x89PNG"):
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return "jpg"
-
-
-def print_index(index: dict[str, Any]) -> str:
-    """The index as JSON text."""
-    return json.dumps(index, indent=1)

@@ -33,9 +33,7 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
     """
     reader = CacheReader(resolve(place))
     manifest, coverage = reader.manifest, reader.coverage()
-    total = dict.fromkeys(COMPONENTS, 0)
-    for array, size_bytes in reader.bytes_by_component().items():
-        total[component_of(array)] = total.get(component_of(array), 0) + size_bytes
+    total = bytes_by_component(reader)
     total_bytes, records = sum(total.values()), coverage.num_records
     num_images = sum(shard.num_samples for shard in manifest.source)
     # Constants are stored once, so further views do not add to them.
@@ -72,6 +70,14 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
         "fidelity": _fidelity(reader),
         "environment": dict(manifest.environment),
     }
+
+
+def bytes_by_component(reader: CacheReader) -> dict[str, int]:
+    """Bytes on disk of each of COMPONENTS, over all committed units."""
+    total = dict.fromkeys(COMPONENTS, 0)
+    for array, size_bytes in reader.bytes_by_component().items():
+        total[component_of(array)] = total.get(component_of(array), 0) + size_bytes
+    return total
 
 
 def _history(store: Store) -> dict[str, Any]:

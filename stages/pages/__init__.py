@@ -1,1 +1,1 @@
-"""What people read: reports, tables, numbers, plots."""
+"""Output for people: reports, tables, numbers, plots."""

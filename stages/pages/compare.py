@@ -1,4 +1,4 @@
-"""The page of `tinymim compare`: tables and curves of several runs. It measures nothing."""
+"""The page of `tinymim compare`: tables and curves of several runs."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from tinymim.stages.run.metrics import MISSING, in_order, members, metric
 
 @dataclass(frozen=True)
 class Picture:
-    """Curves of several runs in one picture.
+    """A plot of curves of several runs.
 
     Attributes:
-        title: what stands above it.
-        unit: of the vertical axis.
-        families: of the metrics in it; all have one direction.
-        log: a logarithmic axis.
-        stage: of the runs in it; None: of every command.
+        title: the heading above the plot.
+        unit: the unit of the vertical axis.
+        families: the families of metrics to plot; all have the same better direction.
+        log: whether the vertical axis is logarithmic.
+        stage: the command whose runs are plotted; None plots the runs of every command.
     """
 
     title: str
@@ -32,21 +32,20 @@ class Picture:
     stage: str | None = None
 
     def names_of(self, run: RunSummary) -> list[str]:
-        """The curves of a run that belong into it."""
+        """The metrics of a run that this picture plots."""
         if self.stage not in (None, run.stage):
             return []
         return in_order(name for family in self.families for name in members(family, run.curves))
 
     @property
     def label(self) -> str:
-        """The unit, and which direction is better."""
+        """The unit, and whether lower or higher is better."""
         return f"{self.unit}, {metric(self.families[0]).better} is better"
 
 
-_STUDENTS = "Students: KL to the cached targets, all relations together"
 _AUDITS = "Students: KL to dense targets of held-out images"
 PICTURES = (
-    Picture(_STUDENTS, "nats per row", ("loss",), True, "train-student"),
+    Picture("Students: sum of the KL to the cached targets", "nats per row", ("loss",), True, "train-student"),
     Picture("Masked autoencoders: loss", "squared error of masked patches", ("loss",), True, "pretrain-mae"),
     Picture("Fine-tuning: loss", "cross entropy", ("loss",), True, "finetune"),
     Picture(_AUDITS, "nats per row", ("audit_kl_*", "audit_ema_kl_*"), True),
@@ -55,20 +54,20 @@ PICTURES = (
 )
 
 
-_LEGEND = """A dash stands for what no run folder says. `seconds` are those of all sessions of a run, also of steps
-that were lost when it was stopped; device-hours count every rank, and of several students on one stream each carries
-its part. `teacher-h` is stage one's time, divided by the students of this page that read its cache; it is known where
-the run folder of `cache-teacher` is named, too. `audit` columns are of the last audit, against dense targets of
-held-out images."""
+_LEGEND = """A dash means that the run folder has no such value. Losses are comparable only between runs of the same
+stage. `seconds` sums all sessions of a run, including steps that were repeated after an interruption. `device-h` counts
+every rank; several students trained on one stream share it. `teacher-h` is the time of stage one, shared equally by
+the students on this page that read its cache. It needs the run folder of `cache-teacher` among the compared folders.
+`audit` columns show the last audit, against dense targets of held-out images."""
 
 
 def page(runs: Sequence[RunSummary], table: list[list[str]], differing: Mapping[str, list[list[str]]]) -> str:
-    """The whole page; every text is escaped, every picture embedded."""
+    """The page, as HTML. Every text is escaped, every picture embedded."""
     parts = [
         f"<h1>{len(runs)} runs</h1>\n",
-        html_table(table, range(2, len(table[0]))),
-        _note(_LEGEND),
-        _curves(runs),
+        f'<div class="r">{html_table(table, range(2, len(table[0])))}</div>',
+        f'\n<p class="note">{prose(_LEGEND)}</p>\n',
+        *_curves(runs),
         *_costs(runs),
     ]
     for stage, rows in differing.items():
@@ -79,21 +78,15 @@ def page(runs: Sequence[RunSummary], table: list[list[str]], differing: Mapping[
     return document(f"tinymim compare: {', '.join(run.name for run in runs)}", "".join(parts))
 
 
-def _note(text: str) -> str:
-    return f'\n<p class="note">{prose(text)}</p>\n'
-
-
-def _curves(runs: Sequence[RunSummary]) -> str:
-    """A picture for every quantity that some run has."""
-    found = [(picture.title, curves_figure(runs, picture)) for picture in PICTURES]
-    shown = [f"\n<h2>{html.escape(title)}</h2>\n{html_figure(png(figure), title)}" for title, figure in found if figure]
-    return "".join(shown)
+def _curves(runs: Sequence[RunSummary]) -> list[str]:
+    figures = {picture.title: curves_figure(runs, picture) for picture in PICTURES}
+    return [f"\n<h2>{html.escape(t)}</h2>\n{html_figure(png(figure), t)}" for t, figure in figures.items() if figure]
 
 
 def curves_figure(runs: Sequence[RunSummary], picture: Picture) -> Figure | None:
-    """A line per run and metric, by step on the left, by epoch on the right; None where there is nothing to show.
+    """Plot a line per run and metric, over steps on the left and epochs on the right; None if no run has a curve.
 
-    A run has one colour in all pictures of a page, whichever runs are in them.
+    A run has the same colour in all pictures of a page.
     """
     curves = [
         (run.name, colour, name, run.curves[name])
@@ -117,14 +110,14 @@ def curves_figure(runs: Sequence[RunSummary], picture: Picture) -> Figure | None
     if picture.log and all(point.value > 0 for *_, points in curves for point in points):
         log_scale(left)
     dress(left, "", picture.label)
-    dress(right, "", "", "epoch" if right.lines else "epoch (of no run on record)")
+    dress(right, "", "", "epoch" if right.lines else "epoch (not recorded)")
     if right.get_legend() is not None:
         right.get_legend().remove()
     return figure
 
 
 def _costs(runs: Sequence[RunSummary]) -> list[str]:
-    """Device-hours as bars: the run's own, and its part of stage one."""
+    """Bars of device-hours: those of the run, and its part of stage one."""
     known = [run for run in runs if run.device_s is not None]
     if not known:
         return []
@@ -135,10 +128,10 @@ def _costs(runs: Sequence[RunSummary]) -> list[str]:
     axes.barh(names, own, color=COLOURS[0], label="the run itself")
     shares = [(run.teacher_device_s or 0.0) / 3600 for run in known]
     if any(shares):
-        axes.barh(names, shares, left=own, color=COLOURS[1], label="its part of stage one")
+        axes.barh(names, shares, left=own, color=COLOURS[1], label="its share of stage one")
     axes.invert_yaxis()
     dress(axes, "", "", "device-hours")
-    return ["\n<h2>What it took</h2>\n", html_figure(png(figure), "Device-hours of every run")]
+    return ["\n<h2>Device-hours</h2>\n", html_figure(png(figure), "Device-hours of every run")]
 
 
 def _identities(runs: Sequence[RunSummary]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs nothing else, and the table for the terminal. It measures nothing."""
+"""The demo's report: the self-contained HTML page, its pictures, and the table for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ from tinymim.targets.relations.picture import TITLES
 
 REPORT_NAME = "report.html"
 RELATIONS_NAME = "relations.png"
-SKETCH = "in the cache"  # whose map has a colour scale of its own
+SKETCH = "in the cache"  # its maps have a colour scale of their own
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Arm:
     model: str
     parameters: int
     how_trained: str
-    steps: int | None  # None: not known, 0: none
+    steps: int | None  # None: unknown, 0: untrained
     teacher_passes: str
     knn_top1: float  # share of the validation images
     linear_top1: float
@@ -38,14 +38,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Example:
-    """One query patch of one cached view, as teacher, cache and students see it.
+    """One query patch of one cached view, with its relation rows in the teacher, the cache and the students.
 
     Attributes:
-        key: the image's key.
-        pixels: uint8 [S, S, 3].
-        head: counted from 1.
-        query: (row, column) on the patch grid.
-        maps: relation -> who says so -> probabilities of the patches, float [rows, columns].
+        key: the key of the image.
+        pixels: the view, uint8 [S, S, 3].
+        head: the relation head, counted from 1.
+        query: (row, column) of the patch on the grid.
+        maps: relation -> column title -> probabilities of the patches, float [rows, columns]; the teacher comes first.
     """
 
     key: str
@@ -57,24 +57,24 @@ class Example:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows, in its order."""
+    """The content of the page, in its order."""
 
     arms: Sequence[Arm]
-    lesson: str  # one paragraph: what was done
-    teacher: str  # what the teacher is
-    caveat: str  # how much the numbers of the table can be trusted
+    lesson: str  # one paragraph about the experiment
+    teacher: str  # one sentence about the teacher
+    caveat: str  # how the table was measured, and its standard error
     student_curves: Mapping[str, Sequence[Mapping[str, float]]]  # student -> metric lines with kl_*
     mae_curves: Mapping[str, Sequence[Mapping[str, float]]]  # student -> metric lines with loss
     examples: Sequence[Example]
-    bytes_per_view: Mapping[str, float]  # component -> bytes on disk
-    dense_bytes: int  # of one view in fp16
-    head_k: int  # largest entries of a row that the codec stores
-    tail_k: int  # draws from the rest of the row
+    bytes_per_view: Mapping[str, float]  # component of `cache info` -> bytes on disk
+    dense_bytes: int  # dense maps of one view in fp16
+    head_k: int  # number of largest entries of a row that the codec stores
+    tail_k: int  # number of draws from the rest of the row
     provenance: Mapping[str, str]
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write `report.html` and `relations.png` into `folder`; returns the path of the page."""
+    """Write `report.html` and `relations.png` into `folder`. Returns the path of the page."""
     relations = png(relations_figure(report.examples))
     write_bytes_atomic(folder / RELATIONS_NAME, relations)
     path = folder / REPORT_NAME
@@ -86,7 +86,7 @@ def write_report(report: Report, folder: Path) -> Path:
 
 
 def table_cells(arms: Sequence[Arm]) -> list[list[str]]:
-    """Header and one row per arm, as text in ASCII."""
+    """The header and one row per arm, as ASCII text."""
     header = ["model", "parameters", "how trained", "steps", "teacher passes"]
     header += [f"{metric(name).header} top-1" for name in ("knn_top1", "linear_top1")]
     assert len(header) == len(fields(Arm))
@@ -104,11 +104,11 @@ def table_cells(arms: Sequence[Arm]) -> list[list[str]]:
     ]
 
 
-_NUMBERS = frozenset({1, 3, 5, 6})  # columns that align to the right
+_NUMBERS = frozenset({1, 3, 5, 6})  # columns aligned right
 
 
 def text_table(arms: Sequence[Arm]) -> str:
-    """The table for a terminal: plain ASCII, so that it survives every encoding, pipe and width."""
+    """The table for a terminal, in plain ASCII for every encoding and pipe."""
     return plain_table(table_cells(arms), _NUMBERS)
 
 
@@ -116,16 +116,16 @@ def text_table(arms: Sequence[Arm]) -> str:
 
 
 def curves_figure(report: Report) -> Figure:
-    """Students' KL per relation on the left, the masked autoencoders' loss on the right."""
-    figure = Figure(figsize=(9.6, 3.4), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Plot the students' KL per relation on the left and the masked autoencoders' loss on the right."""
+    figure = Figure(figsize=(9.6, 3.6), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
     for colour, (name, lines) in zip(COLOURS, report.student_curves.items(), strict=False):
         by_relation = members("kl_*", lines[0] if lines else ())
         for style, (loss, relation) in zip(DASHES, by_relation.items(), strict=False):
             values = [line[loss] for line in lines]
             left.plot([line["step"] for line in lines], values, style, color=colour, label=f"{name}, {relation}")
     log_scale(left)
-    dress(left, "students: KL to the cached sketches", "nats per row")
+    dress(left, "distilled from the cache: KL to the sketches", "nats per row")
     for colour, style, (name, lines) in zip(COLOURS, DASHES, report.mae_curves.items(), strict=False):
         right.plot([line["step"] for line in lines], [line["loss"] for line in lines], style, color=colour, label=name)
     dress(right, "the same networks as masked autoencoders", "squared error of masked patches")
@@ -133,14 +133,14 @@ def curves_figure(report: Report) -> Figure:
 
 
 def relations_figure(examples: Sequence[Example]) -> Figure:
-    """One line per example: the crop, then for each relation the row as teacher, cache and students have it.
+    """Draw one line per example: the view, then for each relation the row of the teacher, the cache and the students.
 
-    Within one relation of one example the exact rows share the teacher's colour scale. The sketch, a few draws of equal
-    weight, has its own.
+    Within one relation of one example the exact rows share the teacher's colour scale. The sketch has its own, because
+    it consists of a few draws of equal weight.
     """
     relations = list(examples[0].maps) if examples else []
     columns = [len(examples[0].maps[relation]) for relation in relations]
-    # The crop and the maps, with a narrow empty column before each relation.
+    # The view and the maps, with a narrow empty column before each relation.
     widths = [1.0] + [width for count in columns for width in (0.14, *[1.0] * count)]
     height_in = 1.22 * len(examples) + 0.62
     figure = Figure(figsize=(1.22 * sum(widths) + 0.1, height_in), dpi=130)
@@ -157,18 +157,18 @@ def relations_figure(examples: Sequence[Example]) -> Figure:
         width_ratios=widths,
     )
     for line, example in enumerate(examples):
-        _crop(figure.add_subplot(grid[line, 0]), example, line == 0)
+        _draw_view(figure.add_subplot(grid[line, 0]), example, line == 0)
         place = 1
         for relation in relations:
             place += 1
             maps = example.maps[relation]
             exact = next(iter(maps.values()))  # the teacher comes first
-            for number, (who, values) in enumerate(maps.items()):
+            for number, (column_title, values) in enumerate(maps.items()):
                 axes = figure.add_subplot(grid[line, place])
-                own_scale = who == SKETCH
+                own_scale = column_title == SKETCH
                 _heatmap(axes, values, values if own_scale else exact, example.query, 0.0 if own_scale else None)
                 if line == 0:
-                    axes.set_title(who, fontsize=8.5, color=INK, pad=3)
+                    axes.set_title(column_title, fontsize=8.5, color=INK, pad=3)
                 if line == 0 and number == 0:
                     title = TITLES.get(relation, relation)
                     axes.annotate(
@@ -185,9 +185,10 @@ def relations_figure(examples: Sequence[Example]) -> Figure:
     return figure
 
 
-def _crop(axes: Axes, example: Example, first: bool) -> None:
+def _draw_view(axes: Axes, example: Example, first: bool) -> None:
     axes.imshow(example.pixels)
-    side = example.pixels.shape[0] / _grid_of(example)
+    grid_rows = next(iter(next(iter(example.maps.values())).values())).shape[0]
+    side = example.pixels.shape[0] / grid_rows
     row, column = example.query
     for colour, width in (("black", 3.2), ("white", 1.4)):
         box = Rectangle((column * side - 0.5, row * side - 0.5), side, side, fill=False, ec=colour, lw=width)
@@ -217,18 +218,14 @@ def _bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _grid_of(example: Example) -> int:
-    relation = next(iter(example.maps.values()))
-    return int(next(iter(relation.values())).shape[0])
-
-
 # ---- the page
 
 
 def page(report: Report, relations_png: bytes, curves_png: bytes) -> str:
-    """The whole page; every text is escaped, every picture embedded."""
+    """The page, as HTML. Every text is escaped, every picture embedded."""
     text = {field: prose(getattr(report, field)) for field in ("lesson", "teacher", "caveat")}
-    taught = frozenset(i for i, arm in enumerate(report.arms) if arm.how_trained.startswith("distilled"))
+    distilled = frozenset(i for i, arm in enumerate(report.arms) if arm.how_trained.startswith("distilled"))
+    bytes_rows = _byte_rows(report)
     identity = html_table([("what", "value"), *report.provenance.items()], frozenset())
     return document(
         "tinymim demo: two students from one teacher pass",
@@ -236,26 +233,26 @@ def page(report: Report, relations_png: bytes, curves_png: bytes) -> str:
 <p>{text["lesson"]}</p>
 <p>{text["teacher"]}</p>
 
-<h2>What the frozen features are worth</h2>
-{html_table(table_cells(report.arms), _NUMBERS, taught)}
+<h2>Accuracy of the frozen features</h2>
+{html_table(table_cells(report.arms), _NUMBERS, distilled)}
 <p class="note">{text["caveat"]}</p>
 
 <h2>Training</h2>
 {html_figure(curves_png, "Loss curves of the students and of the masked autoencoders")}
-<p class="note">The two sides measure different things and cannot be compared with one another.</p>
+<p class="note">Lower is better. The two plots show different losses and cannot be compared with each other.</p>
 
-<h2>What the teacher says, what the cache keeps, what the students learnt</h2>
+<h2>Relations in the teacher, in the cache and in the students</h2>
 {html_figure(relations_png, "Relation rows of the teacher, the cache and the students for some query patches")}
-<p class="note">Each line is one query patch (boxed) of one training view, in one of the teacher&#39;s heads. A map
-shows where on the patches the probability of that relation row falls. The exact row is never stored. Instead the cache
-keeps {_kept(report)}. Each draw stands for an equal share, so the average over many sketches is the exact row. Teacher
-and students share one colour scale per line and relation; the sketch has its own. For each view the picture shows the
-most selective queries that the cache holds for all relations, in different heads.</p>
+<p class="note">Each line shows one query patch (boxed) of one training view, in one of the teacher&#39;s heads. A map
+shows how one relation row spreads its probability over the patches; bright is high. The exact row is never stored.
+Instead the cache keeps {_kept(report)}. All draws have the same weight, so the average over many sketches is the exact
+row. Teacher and students share one colour scale per line and relation; the sketch has its own. For each view the
+picture shows the most selective of the cached queries, in different heads.</p>
 
-<h2>What a view costs</h2>
-{html_table(_byte_rows(report), frozenset({1, 2}))}
-<p class="note">Bytes on disk, compressed, with checksums, averaged over all views of the cache. Which query rows were
-kept is recomputed from the view&#39;s identity and costs nothing.</p>
+<h2>Bytes per view</h2>
+{html_table(bytes_rows, frozenset({2, 3}), {len(bytes_rows) - 3})}
+<p class="note">Compressed bytes on disk, averaged over all views of the cache. The choice of query rows is recomputed
+from the identity of the view and takes no space.</p>
 
 <h2>Provenance</h2>
 <div class="k">{identity}</div>
@@ -264,18 +261,30 @@ kept is recomputed from the view&#39;s identity and costs nothing.</p>
 
 
 def _kept(report: Report) -> str:
-    """The entries of a row that the codec stores, in words."""
+    """The stored entries of a row, in words."""
     draws = f"{report.tail_k} random draws"
     return (
         f"its {report.head_k} largest entries and {draws} from the rest" if report.head_k else f"{draws} from the row"
     )
 
 
-def _byte_rows(report: Report) -> list[tuple[str, str, str]]:
+_COMPONENTS = {
+    "indices": "the patches on which the draws fell",
+    "values": "the entropy of each row",
+    "boxes": "crop box and flip",
+    "digests": "digest of the pixels",
+    "keys": "key of the image",
+    "overhead": "metadata and commit records",
+}
+
+
+def _byte_rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """The cells of the table of bytes; the last two rows are the total and the dense maps."""
     total = sum(report.bytes_per_view.values())
-    rows = [("component", "bytes per view", "share")]
+    rows = [("component", "content", "bytes per view", "share")]
     for name, count in sorted(report.bytes_per_view.items(), key=lambda item: -item[1]):
-        rows.append((name, f"{count:,.0f}" if count >= 100 else f"{count:.1f}", f"{count / total:.1%}"))
-    rows.append(("all of it", f"{total:,.0f}", "100.0%"))
-    rows.append(("dense maps in fp16", f"{report.dense_bytes:,}", f"{report.dense_bytes / total:.0f} x"))
+        shown = f"{count:,.0f}" if count >= 100 else f"{count:.1f}"
+        rows.append((name, _COMPONENTS.get(name, ""), shown, f"{count / total:.1%}"))
+    rows.append(("total", "", f"{total:,.0f}", "100.0%"))
+    rows.append(("dense maps", "all rows in fp16", f"{report.dense_bytes:,}", f"{report.dense_bytes / total:.0f} x"))
     return rows

@@ -1,25 +1,25 @@
-"""What `tinymim fidelity` shows: tables in Markdown and the picture of the frontier."""
+"""The output of `tinymim fidelity`: tables in Markdown and the plot of the frontier."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.figure import Figure
 
+from tinymim.stages.pages.look import png
 from tinymim.stages.pages.tables import markdown_table
 from tinymim.storage.atomic import write_bytes_atomic
 
-NOISE_FLOOR: Final = 1e-4  # where codecs without noise are drawn
+NOISE_FLOOR: Final = 1e-4  # the noise ratio at which codecs without noise are drawn
 COLOURS: Final = {"sketch": "tab:blue", "hidden": "tab:green", "dense": "tab:grey"}
 
 
 def format_tables(result: Mapping[str, Any]) -> str:
-    """One table per student (all parameters), and one per relation: means over heads."""
+    """Two tables per student: the gradient of all parameters, and per relation that of the tap (means over heads)."""
     teacher = result["teacher"]
     lines = [
-        f"{teacher['name']}, block {teacher['block']}, {teacher['tokens']} tokens; {result['num_views']} views of as "
-        f"many images; {result['device']}",
+        f"{teacher['name']}, block {teacher['block']}, {teacher['tokens']} tokens; {result['num_views']} images, one "
+        f"view each; {result['device']}",
     ]
     for student, by_codec in result["students"].items():
         rows = [_student_row(name, values, result["codecs"][name]) for name, values in by_codec.items()]
@@ -49,7 +49,7 @@ def format_tables(result: Mapping[str, Any]) -> str:
 
 
 def is_biased(values: Mapping[str, Any]) -> bool:
-    """Whether the bias of the whole gradient stands out from its standard error."""
+    """Whether the bias of the whole gradient is significant given its standard error."""
     return bool(values["all"]["biased"][0])
 
 
@@ -93,12 +93,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
-    """Bytes per view against noise ratio, a panel per student; biased codecs are hollow, with their bias.
+    """Plot noise ratio over bytes per view, a panel per student. Biased codecs are hollow and labelled with their bias.
 
-    An exact codec has no noise and cannot stand on a logarithmic axis: it is drawn at the lower edge.
+    A logarithmic axis has no place for an exact codec, whose noise is 0, so NOISE_FLOOR stands for it.
     """
     students = result["students"]
-    figure = Figure(figsize=(7.0 * len(students), 5.6), layout="constrained")
+    figure = Figure(figsize=(7.0 * len(students), 5.6), dpi=130, layout="constrained")
     axes = figure.subplots(1, len(students), squeeze=False, sharey=True)[0]
     for axis, (student, by_codec) in zip(axes, students.items(), strict=True):
         points = [
@@ -106,14 +106,16 @@ def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
             for name, values in by_codec.items()
         ]
         points.sort()
-        honest = [point for point in points if not is_biased(by_codec[point[2]])]
-        best = [p for p in honest if not any(q[0] <= p[0] and q[1] < p[1] for q in honest)]
+        unbiased = [point for point in points if not is_biased(by_codec[point[2]])]
+        best = [p for p in unbiased if not any(q[0] <= p[0] and q[1] < p[1] for q in unbiased)]
         for x, y, name in points:
             values, kind = by_codec[name]["all"], result["codecs"][name]["name"]
             biased = is_biased(by_codec[name])
             colour = "tab:red" if biased else COLOURS.get(kind, "tab:grey")
             axis.plot(x, y, "o", color=colour, markerfacecolor="none" if biased else colour)
-            left = biased or ((x, y, name) in best and best.index((x, y, name)) % 2 == 1)  # neighbours are close
+            left = biased or (
+                (x, y, name) in best and best.index((x, y, name)) % 2 == 1
+            )  # or labels of neighbours overlap
             axis.annotate(
                 f"{name} (bias {values['bias'][0]:.2f})" if biased else name,
                 (x, y),
@@ -126,9 +128,5 @@ def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
         axis.grid(visible=True, which="major", alpha=0.3)
         axis.margins(x=0.12, y=0.08)
     axes[0].set_ylabel("noise ratio: added / image-to-image gradient variance")
-    figure.suptitle(
-        "What a codec costs and what it adds to the gradient; hollow red: biased, which steps do not average"
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": "tinymim"})
-    write_bytes_atomic(path, buffer.getvalue())
+    figure.suptitle("Size of a codec and the noise it adds to the gradient; hollow red: biased, not averaged by steps")
+    write_bytes_atomic(path, png(figure))

@@ -1,4 +1,4 @@
-"""Pages of one HTML file that needs nothing else: tables, embedded pictures, the look that all of them share."""
+"""The common look of all pages, each one self-contained HTML file: style, embedded pictures, axes of plots."""
 
 import base64
 import html
@@ -13,21 +13,18 @@ INK, FAINT = "#1f2430", "#8a90a0"
 COLOURS = ("#3b6fb6", "#d1793b", "#4d9a6a", "#9a5ea8", "#b5485d", "#5aa0a8", "#8a7a3c", "#6b7080")
 DASHES = ("-", "--", ":", "-.")
 
-# ---- tables
-
-
 # ---- pictures
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG, on white, without a date in it."""
+    """The figure as PNG. It contains no date, so equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "tinymim"})
     return buffer.getvalue()
 
 
 def dress(axes: Axes, title: str, label: str, below: str = "step") -> None:
-    """Title, axes and legend as all pictures have them."""
+    """Give axes the common look, with `label` on the vertical and `below` on the horizontal axis."""
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel(below, fontsize=8.5, color=INK)
     axes.set_ylabel(label, fontsize=8.5, color=INK)
@@ -41,15 +38,17 @@ def dress(axes: Axes, title: str, label: str, below: str = "step") -> None:
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic axis of values, labelled with plain numbers."""
+    """Make the vertical axis logarithmic, labelled with plain numbers. Call it after plotting."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    # 1, 2, 5 alone may leave a short axis with a single label.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def html_figure(picture: bytes, caption: str) -> str:
-    """A PNG inside the page."""
+    """A figure element with the PNG embedded."""
     data = base64.b64encode(picture).decode("ascii")
     return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
 
@@ -64,31 +63,47 @@ _STYLE = """
 }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 1rem; letter-spacing: -0.01em; }
 h2 { font-size: 1.15rem; margin: 2.75rem 0 0.6rem; }
 p { max-width: 44rem; margin: 0.6rem 0; }
 .note { color: var(--soft); font-size: 0.9rem; max-width: 48rem; }
-.wide { overflow-x: auto; margin: 1rem 0; }
+.wide { overflow-x: auto; margin: 1rem 0; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% / 3rem 100% no-repeat local,
+  linear-gradient(to right, #0003, transparent) 0 / 0.7rem 100% no-repeat,
+  linear-gradient(to left, #0003, transparent) 100% / 0.7rem 100% no-repeat; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.38rem 0.9rem 0.38rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); }
-th, td.n { white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+td.n, .r th, .r td:nth-child(-n+2) { white-space: nowrap; }
+.r th, .r td { padding-right: 0.75rem; }
 td:first-child, th:first-child { padding-left: 0.6rem; }
 .n { text-align: right; }
 .s td { background: var(--strong); font-weight: 600; }
-figure { margin: 1rem 0; }
-figure img { display: block; max-width: 100%; height: auto;
+figure { margin: 1rem 0; overflow-x: auto; }
+figure img { display: block; max-width: 100%; height: auto; box-sizing: border-box;
   background: #fff; border-radius: 6px; border: 1px solid var(--line); }
 code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
 .k td, .v td { overflow-wrap: anywhere; }
+.v td { min-width: 5rem; }
 .v td:first-child { white-space: nowrap; }
+@media (max-width: 40rem) {
+  main { padding: 1.5rem 0.6rem 3rem; }
+  table { font-size: 0.7rem; }
+  th, td { padding-right: 0.4rem; }
+  td:first-child, th:first-child { padding-left: 0.2rem; }
+  figure { display: flex; }
+  figure img { max-width: none; width: 46rem; }
+  figure::after { content: ""; position: sticky; right: 0; flex: none; width: 0.9rem; margin-left: -0.9rem;
+    background: linear-gradient(to left, #0005, transparent); }
+}
 """
 
 
 def document(title: str, body: str) -> str:
-    """The whole file around `body`, which is HTML."""
+    """A complete HTML file. `title` is escaped, `body` is HTML already."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -106,5 +121,5 @@ def document(title: str, body: str) -> str:
 
 
 def prose(text: str) -> str:
-    """Escaped, `words in backticks` as code."""
+    """Escape a text and turn `words in backticks` into code elements."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))

@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, times, rates, counts."""
+"""Numbers as text: bytes, times, rates, counts."""
 
 GB = 1e9  # the unit that storage is sold in
 
@@ -12,6 +12,7 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def format_value(value: object) -> str:
+    """A value of a report; floats have four significant digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
@@ -20,7 +21,7 @@ def format_value(value: object) -> str:
 
 
 def field_value(value: object) -> str:
-    """The value of a recipe's field."""
+    """The exact value of a recipe's field, as YAML spells null."""
     return "null" if value is None else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What a run folder says of its run, for a comparison: what is not on record is None, and nothing is made up."""
+"""Summaries of run folders for a comparison. A value that no file of the folder records is None, never a guess."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """A value after so many steps; `epoch` None: nobody wrote down how long an epoch is."""
+    """A value after `step` steps. `epoch` is None if the length of an epoch is not recorded."""
 
     step: float
     epoch: float | None
@@ -45,17 +45,17 @@ class RunSummary:
     """One run, or one student of a run of several.
 
     Attributes:
-        name: short, and no other run's.
-        folder: its run folder.
-        stage: its command.
-        recipe: as resolved, plain values.
-        versions: what `versions.json` holds, flattened.
-        curves: by name of a metric; those of audits begin with `audit_`.
-        results: numbers to compare, by name of a metric.
-        elapsed_s, device_s: of all its sessions.
-        sessions: how many these were.
-        devices: their names.
-        teacher_device_s: its share of stage one's device seconds.
+        name: a short name, unique among the compared runs.
+        folder: the run folder.
+        stage: the command of the run.
+        recipe: the resolved recipe, as plain values.
+        versions: the content of `versions.json`, flattened.
+        curves: the points of each metric, by its name; names from audits begin with `audit_`.
+        results: the numbers to compare, by name of the metric.
+        elapsed_s, device_s: wall and device seconds of all sessions.
+        sessions: number of sessions.
+        devices: names of the devices.
+        teacher_device_s: the run's share of the device seconds of stage one.
     """
 
     name: str
@@ -73,14 +73,14 @@ class RunSummary:
 
     @property
     def teacher_share(self) -> float | None:
-        """Of all device seconds behind this run, the part that was the teacher's, 0 to 1."""
+        """The teacher's part of all device seconds behind this run, 0 to 1."""
         if self.teacher_device_s is None or not self.device_s:
             return None
         return self.teacher_device_s / (self.teacher_device_s + self.device_s)
 
     @property
     def costs(self) -> dict[str, float | None]:
-        """What the run took, by name of a metric."""
+        """The cost of the run, by name of the metric."""
         device_h, teacher_h = (None if s is None else s / 3600 for s in (self.device_s, self.teacher_device_s))
         return {
             "elapsed_s": self.elapsed_s,
@@ -91,11 +91,11 @@ class RunSummary:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunSummary]:
-    """The runs of some folders, in their order; of a run of several students each of them.
+    """Summarise the runs in `folders`, in order. A run of several students gives one summary per student.
 
     Raises:
-        UserError: one is no run folder, or of a command whose runs are not compared.
-        RecipeError: one is named twice.
+        UserError: a folder is no run folder, or its command cannot be compared.
+        RecipeError: a run is named twice.
     """
     found: list[RunSummary] = []
     for folder in folders:
@@ -124,14 +124,14 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
             f"{folder} is no run folder",
             got=there if folder.is_dir() else "no such folder",
             expected=expected,
-            hint="name what is `run.folder` in the recipe of a run",
+            hint="name the folder that is `run.folder` in the recipe of the run",
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} has an unreadable {RECIPE_NAME}", got=reason, expected=expected) from None
     stage = data.get("stage") if isinstance(data, dict) else None
     if stage not in STAGES:
-        raise UserError(f"{folder} is of no run that can be compared", got=f"stage: {stage}", expected=expected)
+        raise UserError(f"{folder} is no run that can be compared", got=f"stage: {stage}", expected=expected)
     return data  # type: ignore[no-any-return]  # a dictionary, see above
 
 
@@ -142,7 +142,7 @@ def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
     epoch_steps = _steps_per_epoch(metrics, audits)
     if run.stage in ("train-student", "pretrain-mae", "finetune"):
         for line in metrics:
-            # A line is of its step, counted from 0; a validation's of the steps that were done.
+            # A training line has its step, counted from 0; a validation line has the number of steps done.
             done = line["step"] + (0 if members("val_*", line) else 1)
             for name, value in line.items():
                 if metric(name).curve == METRICS_NAME and isinstance(value, int | float):
@@ -164,7 +164,7 @@ def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
 
 
 def _steps_per_epoch(metrics: Sequence[Line], audits: Sequence[Line]) -> float | None:
-    """From the first line that has an epoch."""
+    """The number of steps in an epoch, from the first line with an epoch."""
     for line in metrics:
         if line.get("epoch") and "loss" in line:
             return float((line["step"] + 1) / line["epoch"])
@@ -188,33 +188,32 @@ def _read_results(run: RunSummary, metrics: Sequence[Line]) -> None:
 
 
 def _give_evaluations(runs: Sequence[RunSummary]) -> None:
-    """Of an evaluation whose weights a run of these has written, and holds, the run gets the accuracies, too."""
+    """Copy the results of an evaluation to the run that wrote the evaluated weights, if it still holds them."""
     by_folder = {run.folder.resolve(): run for run in runs}
     for run in runs:
         path = Path(str(run.recipe.get("weights")))
-        of = by_folder.get(path.resolve().parent)
-        if run.stage != "evaluate" or of is None or path.suffix != ".safetensors" or not path.exists():
+        author = by_folder.get(path.resolve().parent)
+        if run.stage != "evaluate" or author is None or path.suffix != ".safetensors" or not path.exists():
             continue
         if tensors_sha256(load_file(path)) == _json(run.folder / EVALUATION_NAME).get("weights_sha256"):
             mark = EMA if path.name in _AVERAGES else ""
-            of.results |= {mark + name: value for name, value in run.results.items()}
+            author.results |= {mark + name: value for name, value in run.results.items()}
 
 
 def _share_stage_one(runs: Sequence[RunSummary]) -> None:
-    """Of the device seconds of a cache's making, every student here that read the cache carries the same part."""
-    for made in [run for run in runs if run.stage == "cache-teacher" and run.device_s is not None]:
-        readers = [
-            run for run in runs if run.stage == "train-student" and _is_of(str(run.recipe["cache"]), made.recipe)
-        ]
+    """Divide the device seconds of making a cache equally among the students that read it."""
+    students = [run for run in runs if run.stage == "train-student"]
+    for teacher in [run for run in runs if run.stage == "cache-teacher" and run.device_s is not None]:
+        readers = [run for run in students if _makes(teacher.recipe, str(run.recipe["cache"]))]
         for run in readers:
-            run.teacher_device_s = (made.device_s or 0.0) / len(readers)
+            run.teacher_device_s = (teacher.device_s or 0.0) / len(readers)
 
 
-def _is_of(cache: str, made: Mapping[str, Any]) -> bool:
-    """Whether a student's `cache` is what a cache-teacher recipe makes."""
-    if made.get("cache") is not None:
-        return _place(cache) == _place(str(made["cache"]))
-    root = _place(str(made["cache_root"]))
+def _makes(recipe: Mapping[str, Any], cache: str) -> bool:
+    """Whether a cache-teacher recipe makes the `cache` of a student."""
+    if recipe.get("cache") is not None:
+        return _place(cache) == _place(str(recipe["cache"]))
+    root = _place(str(recipe["cache_root"]))
     return _place(cache) == root or _place(cache).rpartition("/")[0] == root
 
 
@@ -226,9 +225,9 @@ def _place(text: str) -> str:
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, dict[str, Any]]:
-    """By dotted field that is not the same in all runs, the values by run; a run without such a field is left out.
+    """Fields that differ between the runs: by dotted name, the value of each run that has the field.
 
-    Fields of recipes, of which `run.folder` differs anyway, and under `versions.` those of libraries and hardware.
+    These are fields of recipes, without `run.folder`, and of `versions.json`, under `versions.`.
     """
     flat = {
         run.name: {name: value for name, value in flattened(run.recipe).items() if name != "run.folder"}
@@ -245,7 +244,7 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, dict[str, Any]]:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries by dotted name; lists stay whole."""
+    """The values of nested dictionaries, by dotted name. Lists stay whole."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -256,7 +255,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """As many of the last parts of every path as tell it from the others."""
+    """The shortest ends of the paths that distinguish each from the others."""
     parts = [folder.resolve().parts for folder in folders]
     names = []
     for own in parts:

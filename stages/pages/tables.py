@@ -1,11 +1,11 @@
-"""Tables for a terminal, for HTML and for Markdown."""
+"""Tables for terminals, HTML and Markdown."""
 
 import html
 from collections.abc import Collection, Sequence
 
 
 def plain_table(rows: Sequence[Sequence[str]], numbers: Collection[int]) -> str:
-    """A table for a terminal; the first row is the header, `numbers` are columns that align to the right."""
+    """A table for a terminal. The first row is the header, `numbers` are the columns to align right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -19,11 +19,18 @@ def plain_table(rows: Sequence[Sequence[str]], numbers: Collection[int]) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]], numbers: Collection[int], strong: Collection[int] = ()) -> str:
-    """The first row is the header; `numbers` are columns, `strong` are rows counted without the header."""
+    """A table for a page, with all cells escaped. The first row is the header.
+
+    Args:
+        rows: the cells; a long path may break after each slash.
+        numbers: the columns to align right.
+        strong: the rows to highlight, counted from 0 below the header.
+    """
 
     def cells(row: Sequence[str], tag: str) -> str:
         classes = (' class="n"' if column in numbers else "" for column in range(len(row)))
-        return "".join(f"<{tag}{cls}>{html.escape(cell)}</{tag}>" for cls, cell in zip(classes, row, strict=True))
+        texts = (html.escape(cell).replace("/", "/<wbr>") for cell in row)
+        return "".join(f"<{tag}{cls}>{text}</{tag}>" for cls, text in zip(classes, texts, strict=True))
 
     classes = (' class="s"' if number in strong else "" for number in range(len(rows) - 1))
     body = "\n".join(f"<tr{cls}>{cells(row, 'td')}</tr>" for cls, row in zip(classes, rows[1:], strict=True))
@@ -32,7 +39,7 @@ def html_table(rows: Sequence[Sequence[str]], numbers: Collection[int], strong: 
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table that also reads well as text; all columns but the first align to the right."""
+    """The lines of a Markdown table that also reads well as text. All columns but the first are aligned right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -182,7 +182,7 @@ def test_the_page_needs_nothing_else_and_shows_what_there_is(runs: dict[str, Pat
     assert not re.search(r'(?:src|href)="(?!data:)', page) and "http" not in page and "<script" not in page
     headings = re.findall("<h2>(.*?)</h2>", page)
     assert len(headings) == page.count("<img") + 2  # recipes of students, and the folders
-    assert "k-NN top-1 of audits" in headings and "Fine-tuning: top-1" in headings and "What it took" in headings
+    assert "k-NN top-1 of audits" in headings and "Fine-tuning: top-1" in headings and "Device-hours" in headings
     compare.run([runs["old"]], tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<img") == 1
 

@@ -36,7 +36,7 @@ def report(**changes: object) -> Report:
         "student_curves": {"wide student": curve},
         "mae_curves": {"wide student": [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 1.0}]},
         "examples": [example],
-        "bytes_per_view": {"qk_tail_index": 750.0, "overhead": 250.0},
+        "bytes_per_view": {"indices": 750.0, "overhead": 250.0},
         "dense_bytes": 67_600,
         "head_k": 0,
         "tail_k": 8,
@@ -57,7 +57,7 @@ def test_every_arm_is_in_the_page_and_the_taught_one_is_set_off(tmp_path: Path) 
     page = write_report(report(), tmp_path).read_text()
     for cell in {cell for row in table_cells(ARMS) for cell in row}:
         assert f">{cell}<" in page
-    assert page.count('<tr class="s">') == 1
+    assert page.count('<tr class="s">') == 2  # and the total of the bytes
     assert '<tr class="s"><td>wide student</td>' in page
 
 
@@ -76,13 +76,13 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     changes = {"arms": arms, **texts, "provenance": {evil: evil}, "bytes_per_view": {evil: 1.0}}
     page = write_report(report(**changes), tmp_path).read_text()
     assert "<b>" not in page
-    assert page.count("&lt;b&gt;&amp;&quot;&#x27;&lt;/b&gt;") == 9
+    assert page.count("&lt;b&gt;&amp;&quot;&#x27;&lt;/<wbr>b&gt;") == 6
 
 
 def test_bytes_add_up_and_are_compared_with_dense_maps(tmp_path: Path) -> None:
     page = write_report(report(), tmp_path).read_text()
-    assert '<td>all of it</td><td class="n">1,000</td><td class="n">100.0%</td>' in page
-    assert '<td>dense maps in fp16</td><td class="n">67,600</td><td class="n">68 x</td>' in page
+    assert '<tr class="s"><td>total</td><td></td><td class="n">1,000</td><td class="n">100.0%</td>' in page
+    assert '<td>all rows in fp16</td><td class="n">67,600</td><td class="n">68 x</td>' in page
 
 
 def test_the_same_report_twice_is_the_same_file(tmp_path: Path) -> None:
@@ -91,6 +91,6 @@ def test_the_same_report_twice_is_the_same_file(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_the_codec_keeps_of_a_row() -> None:
-    assert "cache\nkeeps 8 random draws from the row." in page(report(), b"", b"")
+    assert "cache keeps 8 random draws from the row." in page(report(), b"", b"")
     both = page(report(head_k=2, tail_k=6), b"", b"")
     assert "keeps its 2 largest entries and 6 random draws from the rest." in both
