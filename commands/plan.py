@@ -15,26 +15,22 @@ def plan(
     seconds: float = 30.0,
     trainings: int = 1,
     images: int | None = None,
-    price: float = 0.023,
-    device_hour: float | None = None,
     random_weights: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Estimate the cost and savings of a cache by measuring for half a minute.
+    """Estimate size and time of a cache and its students on this machine.
 
-    Takes one cache-teacher recipe and the train-student recipes that read it; a
-    recipe of one kind alone gives half of the answer. Runs teacher, codec, disk,
-    decoder and students on a few images. Prints for the whole run:
-      - size of the cache by codec, and the price of storing it
+    Takes one cache-teacher recipe and the train-student recipes that read its
+    cache. Runs teacher, codec, disk, decoder and students on a few images for half
+    a minute. Prints for the whole run:
+      - size of the cache by codec
       - time of stage one, and of each training run with the cache or with the
         teacher in the loop
-      - reading rate and loader cores needed
+      - loader cores needed
       - break-even: number of training runs or epochs from which the cache pays
       - a verdict, which may be "do not cache"
-    If run.folder holds a finished run, forecast and actual stand side by side.
 
-    Reads the recipes, the shards and the teacher's weights; a train-student recipe
-    alone also reads its cache.
+    Reads the recipes, the shards and the teacher's weights.
     Writes one temporary unit beside the cache and removes it.
 
     Example: tinymim plan demo-cache demo-wide demo-narrow --seconds 20
@@ -49,10 +45,6 @@ def plan(
         Number of training runs per student, e.g. for a hyperparameter search.
     images
         Number of images of the whole source, if the shards here are only a sample.
-    price
-        Price of storing 1 GB (1e9 bytes) for a month.
-    device_hour
-        Price of one device-hour. If given, the verdict also weighs money.
     random_weights
         Measure with a randomly initialised teacher. Times hold; sketch sizes come out too small.
     as_json
@@ -70,12 +62,11 @@ def plan(
     ]
     from tinymim.stages.run.preflight import preflight_plan
 
-    preflight_plan([recipe for _, recipe in named], random_weights)
+    cache, students = preflight_plan(named, random_weights)
     from tinymim.stages import plan as stage
     from tinymim.stages.pages.plan import format_plan
 
-    options = stage.Options(seconds, trainings, price, device_hour, images, random_weights)
-    result = stage.run(*stage.read_recipes(named), options)
+    result = stage.run(cache, students, stage.Options(seconds, trainings, images, random_weights))
     if as_json:
         print_json(result)
     else:

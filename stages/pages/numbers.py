@@ -1,7 +1,5 @@
 """Numbers as text: bytes, times, rates, counts."""
 
-GB = 1e9  # the unit that storage is sold in
-
 
 def format_bytes(size_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -44,14 +42,6 @@ def format_rate(per_s: float) -> str:
 
 def exact_bytes(size_bytes: float) -> str:
     return f"{size_bytes:,.0f} B"
-
-
-def format_speed(size_bytes: float, seconds: float) -> str:
-    return f"{size_bytes / seconds / 2**20:,.1f} MiB/s"
-
-
-def format_amount(value: float) -> str:
-    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.2g}"
 
 
 def format_cores(count: float) -> str:

@@ -1,170 +1,123 @@
-"""Short measurements for `tinymim plan`, stage two: a student's step, and its input from a cache and without one."""
+"""Short measurements for `tinymim plan`, stage two: a student's step, and its input from a cache."""
 
-import statistics
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
 
-from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import LoaderConfig, VerifyConfig, ViewConfig
-from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.configs.sections import LoaderConfig
+from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.replay import ReplayedViews, join
-from tinymim.pipeline.shards import ShardSet
-from tinymim.pipeline.views import RandomViews
+from tinymim.pipeline.replay import CachedSource, ReplayedViews
 from tinymim.stages.cache.opened import opened_kind
 from tinymim.stages.planning import clocks
-from tinymim.stages.planning.clocks import fitting, loader_start_s, loader_threads, timed
-from tinymim.stages.planning.forecast import Cost, StudentCosts
-from tinymim.stages.planning.teacher import Sampled, as_loaded
+from tinymim.stages.planning.clocks import Laps, loader_threads
+from tinymim.stages.planning.forecast import StudentCosts
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.training.device_stream import cached_target
 from tinymim.stages.training.optim import Part
 from tinymim.stages.training.ranks import Ranks
-from tinymim.stages.training.student_step import StudentStep, check_view_size, make_students
+from tinymim.stages.training.student_step import Student, StudentStep, check_view_size, make_students, views_in_use
+from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import TargetKind
 
-INPUT_BATCH = 32
+INPUT_BATCH: Final = 32
+STEPS: Final = 4  # that the budget is for; three at least are done, of which the first is a warm-up
 
 
 def measured_student(
-    name: str, recipe: TrainStudentRecipe, num_images: int, sampled: Sampled, seconds: float
+    name: str,
+    recipe: TrainStudentRecipe,
+    num_images: int,
+    reader: CacheReader,
+    source: CachedSource,
+    seconds: float,
 ) -> StudentCosts:
-    """What one training costs.
+    """The costs of one training run.
 
     Args:
-        name: of the recipe.
-        recipe: of the training; its cache is not opened.
-        num_images: of its source.
-        sampled: real views and records of the cache that it will read.
-        seconds: that this may take, about.
+        name: the recipe's.
+        recipe: the training recipe; its cache is not opened.
+        num_images: size of its source.
+        reader: a cache of a few images like the one that the recipe will read.
+        source: that cache joined with its images.
+        seconds: approximate time to spend.
 
     Raises:
         RecipeError, CacheMismatch: a student does not fit the cache.
+        UserError: the source holds less than one batch.
     """
-    device = pick_device(recipe.run.device)
-    manifest = sampled.reader.manifest
-    source = join(ShardSet((sampled.shard,)), sampled.reader, sampled.num_views, "skip")
-    order = _order(recipe, source.counts, sampled.num_views)
-    kind = opened_kind(sampled.reader, recipe.targets, device)
+    # ---- students
+    manifest = reader.manifest
+    kind = opened_kind(reader, recipe.targets, pick_device(recipe.run.device))
+    for own in recipe.each().values():
+        assert own.student is not None  # by TrainStudentRecipe.each
+        check_view_size(own.student, int(manifest.views["size"]))
+    whole = SampleOrder([num_images], recipe.order, recipe.optim.batch_size, views_in_use(recipe, manifest))
+    students = make_students(recipe, kind, manifest.shapes, Ranks(), whole, [])
+
+    # ---- their input, with units already read
+    num_views = reader.units()[0].unit.num_views
+    together = min(recipe.order.views_per_decode, num_views)
+    here = recipe.order.model_copy(update={"lanes": 1, "views_per_decode": together, "views_per_epoch": together})
+    order = SampleOrder(source.counts, here, min(INPUT_BATCH, sum(source.counts)), num_views)
     arrays = [spec.name for spec in kind.specs(manifest.shapes)]
-    steps = _steps(recipe, num_images, manifest.num_views)
-    # Digests are compared of the first views and then of one in so many: on average of one in `every`.
-    verify, views = recipe.verify, steps * recipe.optim.batch_size
-    share = min(verify.first / views, 1.0) + (1 / verify.every if verify.every else 0.0)
-    every = round(1 / min(share, 1.0)) if share else 0
-    check = VerifyConfig(first=0, every=every)
-    replayed = ReplayedViews(sampled.reader, source, arrays, check, order.resident_units(source.units_per_shard))
-    law = ViewConfig.model_validate({"scaled_decode": False, **manifest.views})
-    drawn = ImageViews(source.shards, RandomViews(law), law.seed)
+    verify = recipe.verify.model_copy(update={"first": 0})  # the share of digests in the long run
+    replayed = ReplayedViews(reader, source, arrays, verify, order.resident_units(source.units_per_shard))
+    began, laps, loader = clocks.now_s(), Laps(), LoaderConfig(workers=0)
     with loader_threads(recipe.loader.workers):
-        replay_s, draw_s, batch = _input(replayed, drawn, order, 0.3 * seconds)
-    step = _step(recipe, kind, sampled, batch, order, device, 0.6 * seconds)
+        for number, entry in enumerate(order.plan(10**9)):
+            list(batches(replayed, [entry], loader))  # reads the units, so that reading is not in the lap
+            with laps.lap("replay", entry.shape[0] * entry.shape[1]):
+                loaded = list(batches(replayed, [entry], loader))
+            if number and clocks.now_s() - began > 0.4 * seconds:
+                break
+
+    step = _step(recipe, kind, reader, students, loaded[0], 0.6 * seconds)
     return StudentCosts(
         name=name,
         num_images=num_images,
-        steps=steps,
+        steps=students[0].learner.schedule.total_steps,
         batch_size=recipe.optim.batch_size,
         ranks=recipe.workers,
         workers=recipe.loader.workers,
-        views_per_decode=order.order.views_per_decode,
-        unit_views=sampled.unit_views,
-        step=step,
-        replay_s=replay_s,
-        draw_s=draw_s,
-        read_s=sampled.read_s,
-        record_bytes=sampled.record_bytes,
-        start_s=loader_start_s(drawn, batch.items, recipe.loader),
+        views_per_decode=recipe.order.views_per_decode,
+        step_s=sum(step.medians_s().values()),
+        cores=step.cores("part"),
+        replay_s=laps.medians_s()["replay"],
     )
-
-
-def _order(recipe: TrainStudentRecipe, counts: list[int], num_views: int) -> SampleOrder:
-    """The recipe's order of samples over the images at hand, in one lane."""
-    together = min(recipe.order.views_per_decode, num_views)
-    update = {"lanes": 1, "views_per_decode": together, "views_per_epoch": together}
-    return SampleOrder(counts, recipe.order.model_copy(update=update), min(INPUT_BATCH, sum(counts)), num_views)
-
-
-def _steps(recipe: TrainStudentRecipe, num_images: int, num_views: int) -> int:
-    """Steps of the whole run on the whole source."""
-    if recipe.optim.steps is not None:
-        return recipe.optim.steps
-    assert recipe.optim.epochs is not None  # the schema wants one of both
-    in_use = recipe.num_views or num_views
-    views = in_use if recipe.order.views_per_epoch == "all" else recipe.order.views_per_epoch
-    steps = num_images // recipe.optim.batch_size * views * recipe.optim.epochs
-    if steps == 0:
-        raise UserError("the source holds less than one batch", got=0, hint="lower optim.batch_size")
-    return steps
-
-
-def _input(
-    replayed: ReplayedViews, drawn: ImageViews, order: SampleOrder, budget_s: float
-) -> tuple[float, float, ViewBatch]:
-    """Seconds per view with records that are in memory, the same views without a cache, and one batch of them."""
-    together = order.order.views_per_decode
-    here = LoaderConfig(workers=0)
-    replay: list[float] = []
-    draw: list[float] = []
-    began = clocks.now_s()
-    batch: ViewBatch | None = None
-    for entry in order.plan(10**9):
-        list(batches(replayed, [entry], here, batches_per_entry=together))  # reads the unit, if its views are others
-        wall = clocks.now_s()
-        found = list(batches(replayed, [entry], here, batches_per_entry=together))
-        middle = clocks.now_s()
-        items = np.stack([each.items for each in found])
-        list(batches(drawn, [items], here, batches_per_entry=together))
-        replay.append((middle - wall) / items.shape[0] / items.shape[1])
-        draw.append((clocks.now_s() - middle) / items.shape[0] / items.shape[1])
-        batch = batch or found[0]
-        if clocks.now_s() - began > budget_s and len(replay) > 1:
-            break
-    assert batch is not None  # a plan has at least one step
-    return statistics.median(replay), statistics.median(draw), batch
 
 
 def _step(
     recipe: TrainStudentRecipe,
     kind: TargetKind,
-    sampled: Sampled,
+    reader: CacheReader,
+    students: Sequence[Student],
     batch: ViewBatch,
-    order: SampleOrder,
-    device: torch.device,
-    budget_s: float,
-) -> Cost:
-    """Everything between two batches, per view, of all students of the recipe."""
-    manifest = sampled.reader.manifest
-    for own in recipe.each().values():
-        assert own.student is not None  # by TrainStudentRecipe.each
-        check_view_size(own.student, int(manifest.views["size"]))
-    students = make_students(recipe, kind, manifest.shapes, Ranks(), order, [])
+    seconds: float,
+) -> Laps:
+    """Steps of all students: laps "part", per view of the batch, and "update", its share of the update."""
+    shapes = reader.manifest.shapes
     targets = {
-        each.learner.device: cached_target(
-            opened_kind(sampled.reader, recipe.targets, each.learner.device), manifest.shapes
-        )
-        for each in students
+        device: cached_target(opened_kind(reader, recipe.targets, device), shapes)
+        for device in {learner.device: None for *_, learner in students}
     }
-    loaded = as_loaded(batch, device)
-
-    def part(count: int) -> int:
-        step = StudentStep(recipe, students, kind, targets, torch.arange(count), count)
-        step.take(0, loaded(count))
-        step.add(0, Part(slice(0, count), 1.0, True, True))
-        return count
-
-    def update() -> int:
-        for *_, learner in students:
-            for parameter in learner.module.parameters():
-                if parameter.grad is None and parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
-            learner.update(0)
-        return 1
-
     share = recipe.optim.batch_size // recipe.workers
-    probe = timed(lambda: part(min(2, share)), 0.1 * budget_s, device)
-    count = fitting(probe.seconds, share // recipe.optim.accumulate, budget_s, least=2)
-    once = timed(update, 0.1 * budget_s, device)
-    return timed(lambda: part(count), 0.8 * budget_s, device) + once.times(1 / share)
+    most = share // recipe.optim.accumulate
+    began, laps, count, rounds = clocks.now_s(), Laps(targets), min(2, most), 0
+    while rounds < 3 or clocks.now_s() - began < seconds * (1 - 1 / STEPS):
+        some = batch.pick(np.arange(count) % len(batch.keys))
+        some = some.pin_memory() if any(device.type == "cuda" for device in targets) else some
+        step = StudentStep(recipe, students, kind, targets, torch.arange(count), count)
+        with laps.lap("part", count):
+            step.take(0, some)
+            step.add(0, Part(slice(0, count), 1.0, True, True))
+        with laps.lap("update", share):
+            step.update(0)
+        # As many views as the recipe's step has at a time, or as the budget allows.
+        count = max(min(most, int(seconds / STEPS / laps.latest_s("part"))), min(2, most))
+        rounds += 1
+    return laps

@@ -5,11 +5,11 @@ The stages check all of it again; the functions that raise are the same.
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinymim.configs.errors import CheckpointError, RecipeError, TinymimError, UserError
+from tinymim.configs.errors import CheckpointError, RecipeError, TinymimError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (
     CacheTeacherRecipe,
@@ -28,7 +28,6 @@ from tinymim.pipeline.workers import start_server
 from tinymim.storage.catalog import resolve
 
 RANDOM_WEIGHTS_HINT = "{}; or measure with --random-weights"
-CACHE_RECIPE_HINT = "name the cache-teacher recipe too: `tinymim plan CACHE_RECIPE STUDENT_RECIPE` needs no cache"
 
 
 def preflight(recipe: Recipe) -> None:
@@ -91,19 +90,32 @@ def require_inputs(recipe: RunRecipe) -> None:
                 raise no_state(recipe.student_state)
 
 
-def preflight_plan(recipes: Iterable[CacheTeacherRecipe | TrainStudentRecipe], random_weights: bool) -> None:
-    """`preflight` for `tinymim plan`, which needs no cache where the recipe that makes it is named, and may need no
-    weights.
+def preflight_plan(
+    named: Sequence[tuple[str, CacheTeacherRecipe | TrainStudentRecipe]], random_weights: bool
+) -> tuple[CacheTeacherRecipe, dict[str, TrainStudentRecipe]]:
+    """`preflight` for `tinymim plan`, which needs no cache, and no weights with `random_weights`.
+
+    Returns:
+        The cache recipe, and the training recipes by name.
+
+    Raises:
+        RecipeError: there is not exactly one cache recipe, or a recipe is named twice.
+        and those of `require_inputs`.
     """
-    makes_cache = any(isinstance(recipe, CacheTeacherRecipe) for recipe in recipes)
-    for recipe in recipes:
+    caches = [recipe for _, recipe in named if isinstance(recipe, CacheTeacherRecipe)]
+    students = {name: recipe for name, recipe in named if isinstance(recipe, TrainStudentRecipe)}
+    if len(caches) != 1:
+        got, hint = f"{len(caches)} cache-teacher recipes", "tinymim plan CACHE_RECIPE [STUDENT_RECIPE ...]"
+        raise RecipeError("a plan is for one cache", got=got, expected="one", hint=hint)
+    if len(students) + 1 < len(named):
+        names = ", ".join(name for name, _ in named)
+        raise RecipeError("a recipe is named twice", got=names, hint="--trainings N plans for N runs of each student")
+    for _, recipe in named:
         require_shards(recipe.source)
-        if isinstance(recipe, TrainStudentRecipe) and not makes_cache:
-            with hinted(UserError, CACHE_RECIPE_HINT):
-                resolve(recipe.cache)
-        if isinstance(recipe, CacheTeacherRecipe) and not random_weights:
-            with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
-                _require_weights(recipe.teacher.weights)
+    if not random_weights:
+        with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
+            _require_weights(caches[0].teacher.weights)
+    return caches[0], students
 
 
 def load_steps(chain: ChainRecipe) -> list[Recipe]:

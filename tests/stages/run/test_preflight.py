@@ -49,7 +49,7 @@ LINES = [
     (["chain", "imagenet-tinymim-chain", "--set=set=[nothing=1]"], "nothing: unknown key"),
     (["plan", "demo-cache", "demo-narrow"], NO_SOURCE),
     (["plan", "demo-cache", f"--set={SHARDS}", f"--set=teacher.{WEIGHTS}"], "or measure with --random-weights"),
-    (["plan", "demo-narrow", f"--set={SHARDS}", "--set=cache=nowhere"], "name the cache-teacher recipe too"),
+    (["plan", "demo-narrow", f"--set={SHARDS}"], "tinymim plan CACHE_RECIPE [STUDENT_RECIPE ...]"),
     (["cache", "repair", "demo-cache"], NO_SOURCE),
     (["cache", "verify", str(CACHE), "--deep", "demo-cache"], NO_SOURCE),
     (["cache", "info", "nowhere"], NO_CACHE),
