@@ -77,7 +77,7 @@ class Store(Protocol):
         """Write files that are not there yet. On return they are durable.
 
         Returns:
-            The paths of those that were there before with other content, which were left alone.
+            The paths left unchanged: another writer created them first with other content, or has just removed them.
         """
 
     def write(self, path: str, data: bytes) -> None:
@@ -133,7 +133,7 @@ class LocalStore:
         for path, data in files.items():
             full = self.place / path
             changed |= make_folders(full.parent)
-            if not create_bytes_atomic(full, data) and full.read_bytes() != data:
+            if not create_bytes_atomic(full, data) and not _holds(self, path, data):
                 others.append(path)
             changed.add(full.parent)
         for folder in sorted(changed, reverse=True):  # a name is durable before those above it
@@ -220,9 +220,8 @@ class RemoteStore:
             try:
                 self._put(path, data, "create")
             except (AlreadyExistsError, PreconditionError):
-                # Also after an own PUT whose answer was lost and which was repeated: only the content tells.
-                answer = obstore.get(self._objects, path)
-                return answer.meta["size"] == len(data) and bytes(answer.bytes()) == data
+                # A repeated PUT of our own, whose first answer was lost, ends here too: compare the content.
+                return _holds(self, path, data)
         return True
 
     def write(self, path: str, data: bytes) -> None:
@@ -312,6 +311,14 @@ def explained_write_errors(store: Store) -> Iterator[None]:
             if full
             else "check that the folder exists, is writable and is on a healthy disk; committed units are intact",
         ) from error
+
+
+def _holds(store: Store, path: str, data: bytes) -> bool:
+    """Whether a file exists with this content. Its writer may remove it at any time, for example a released lease."""
+    try:
+        return store.read(path, len(data)) == data
+    except (FileNotFoundError, TooLarge):
+        return False
 
 
 def _refuse_large(path: str, size_bytes: int, limit: int) -> None:

@@ -54,6 +54,16 @@ class StoreContract:
         assert store.read("a/b.json", LIMIT) == b"22"
         assert store.exists("a/d") and not store.exists("a") and not store.exists("x/y")
 
+    def test_a_file_that_another_writer_removes_while_it_is_created_is_returned(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def vanished(*_: object) -> bytes:
+            raise FileNotFoundError
+
+        store.create_all({"a": b"1"})
+        monkeypatch.setattr(type(store), "read", vanished)
+        assert store.create_all({"a": b"1"}) == ["a"]
+
     def test_missing_and_large_files_are_errors(self, store: Store) -> None:
         store.write("a", b"12345")
         with pytest.raises(FileNotFoundError):
