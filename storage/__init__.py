@@ -1,1 +1,1 @@
-"""What is on disk and nothing else: manifest, layout, writer, reader."""
+"""Everything on disk and nothing else: manifest, layout, writer, reader."""

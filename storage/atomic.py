@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and the one canonical form of JSON."""
+"""Atomic file writes, and the one canonical form of JSON."""
 
 import errno
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 PARTIAL_SUFFIX = ".partial"
 HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 DAY_S = 86_400
-# What file systems without hard links say; on those two processes may both believe that they were first.
+# Errors of file systems without hard links. Two processes that create one file there may both get True.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _numbers = itertools.count()
 _PARTIAL_NAME = re.compile(rf"\.(?P<host>[0-9a-f]{{8}})-(?P<pid>[0-9]+)-[0-9]+{re.escape(PARTIAL_SUFFIX)}$")
@@ -27,7 +27,7 @@ def canonical_json(obj: object) -> bytes:
     Equal values give equal bytes on every machine, so digests are taken over this form.
 
     Raises:
-        TypeError: `obj` holds something JSON has no form for (numpy scalars included).
+        TypeError: `obj` holds a value that JSON cannot express (numpy scalars included).
         ValueError: `obj` holds nan or inf.
     """
     return (json.dumps(obj, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
@@ -39,7 +39,7 @@ def digest_hex(data: bytes) -> str:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` (creations, renames, removals) durable."""
+    """Make creations, renames and removals in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -48,13 +48,12 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash at any moment leaves the old file, or none, or the new one.
+    """Write `data` to `path` so that a crash at any moment leaves the old file, no file or the new one.
 
-    The temporary file lies in the same folder and ends in `.partial`. On return the file and its name are
-    durable.
+    The temporary file lies in the same folder and ends in `.partial`. The file and its name are durable on return.
 
     Raises:
-        OSError: the file cannot be written; the temporary file is removed and `path` is as before.
+        OSError: the file cannot be written; the temporary file is removed and `path` is unchanged.
     """
     temp = _write_partial(path, data)
     try:
@@ -66,15 +65,15 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json_atomic(path: Path, obj: object) -> None:
-    """Write the canonical JSON of `obj` to `path`, atomically; errors of both functions above."""
+    """Write the canonical JSON of `obj` to `path`; errors of `canonical_json` and `write_bytes_atomic`."""
     write_bytes_atomic(path, canonical_json(obj))
 
 
 def create_bytes_atomic(path: Path, data: bytes) -> bool:
-    """As `write_bytes_atomic`, but where `path` exists it is left alone, and the answer is False.
+    """Create `path` atomically; False if it exists, which leaves it unchanged.
 
-    Of several processes that create one file, one gets True. The name itself is made durable by the caller
-    (`fsync_folder`), once for many files.
+    If several processes create one file, one gets True. The caller makes the name durable (`fsync_folder`), once for
+    many files.
 
     Raises:
         OSError: the file cannot be written; the temporary file is removed.
@@ -94,7 +93,7 @@ def create_bytes_atomic(path: Path, data: bytes) -> bool:
 
 
 def make_folders(folder: Path) -> set[Path]:
-    """Make `folder` and those above it; the folders in which names were added, for `fsync_folder`."""
+    """Make `folder` and its missing parents. Returns the folders that got new names, for `fsync_folder`."""
     missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
@@ -102,17 +101,17 @@ def make_folders(folder: Path) -> set[Path]:
 
 
 def remove_dead_partials(folders: Iterable[Path]) -> None:
-    """Remove from `folders` what writes left that will never end: of dead processes of this machine, or a day old."""
+    """Remove temporary files from `folders` whose process on this machine is dead, or that are a day old."""
     for path in [path for folder in folders for path in folder.glob(f"*{PARTIAL_SUFFIX}")]:
-        with suppress(FileNotFoundError):  # the write ended meanwhile
-            of = _PARTIAL_NAME.search(path.name)
-            dead = of is not None and of["host"] == HOST and not process_exists(int(of["pid"]))
+        with suppress(FileNotFoundError):  # the write has just ended
+            writer = _PARTIAL_NAME.search(path.name)
+            dead = writer is not None and writer["host"] == HOST and not process_exists(int(writer["pid"]))
             if dead or time.time() - path.stat().st_mtime > DAY_S:
                 path.unlink()
 
 
 def process_exists(pid: int) -> bool:
-    """Whether this machine has a process of that number."""
+    """Whether this machine has a process with that id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -123,7 +122,7 @@ def process_exists(pid: int) -> bool:
 
 
 def _write_partial(path: Path, data: bytes) -> Path:
-    """A durable temporary file with `data` beside `path`; its name says whose it is."""
+    """Write `data` to a durable temporary file in the folder of `path`; its name holds the writer's host and pid."""
     temp = path.with_name(f"{path.name}.{HOST}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}")
     try:
         with open(temp, "wb") as file:

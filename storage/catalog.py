@@ -1,4 +1,4 @@
-"""Which caches lie below a root: `<root>/<spec_id>/`, so that the same spec finds the same cache."""
+"""The caches below a root, `<root>/<spec_id>/`: the same spec finds the same cache."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from tinymim.storage.store import open_store
 
 @dataclass(frozen=True)
 class FoundCache:
-    """A cache by its manifest, or what is wrong with that."""
+    """A cache and its manifest, or the problem with its manifest."""
 
     place: Path | str
     manifest: Manifest | None
@@ -29,10 +29,10 @@ class FoundCache:
 
 
 def caches_below(root: Path | str) -> list[FoundCache]:
-    """The caches that lie directly in `root`, and `root` itself if it is one; in the order of their names.
+    """The caches directly in `root`, sorted by name, after `root` itself if it is a cache.
 
     Raises:
-        StoreError, OSError: the place cannot be looked at.
+        StoreError, OSError: `root` cannot be listed.
     """
     names = sorted(open_store(root).folders())
     found = (_look(place) for place in [root, *(joined(root, name) for name in names)])
@@ -40,10 +40,10 @@ def caches_below(root: Path | str) -> list[FoundCache]:
 
 
 def resolve(place: Path | str) -> Path | str:
-    """The cache that `place` is, or the only one that lies directly in it.
+    """The place of a cache: `place` itself, or the only cache directly in it.
 
     Raises:
-        UserError: there is no cache, or there are several, which are listed.
+        UserError: there is no cache, or there are several, which the message lists.
         StoreError: the object store refuses or fails.
     """
     store = open_store(place)
@@ -53,7 +53,7 @@ def resolve(place: Path | str) -> Path | str:
         case [only]:
             return only.place
         case []:
-            layout.read_manifest(store)  # says that there is none
+            layout.read_manifest(store)  # raises that there is none
             return place
         case several:
             listing = "\n    ".join(map(str, several))
@@ -61,7 +61,7 @@ def resolve(place: Path | str) -> Path | str:
                 f"{place} holds {len(several)} caches",
                 got=f"\n    {listing}",
                 expected="one cache",
-                hint="name the one that is meant; `tinymim cache list` shows them",
+                hint="name one of them; `tinymim cache list` shows them",
             )
 
 
@@ -76,4 +76,4 @@ def _look(place: Path | str) -> FoundCache | None:
     except StoreError:
         raise
     except UserError:
-        return None  # another zarr group
+        return None  # a zarr group that is not a cache

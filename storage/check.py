@@ -1,12 +1,11 @@
-"""The whole of a cache looked at: everything that is wrong with it, where a reader stops at the first thing.
+"""Full checks of a cache. They list all damage, while a reader stops at the first.
 
-`survey` looks at what makes the cache one (groups, constants, commit records, what belongs to nothing),
-`check_unit` at every byte of one unit.
+`survey` checks groups, constants and commit records, and finds stray files. `check_unit` checks every byte of a unit.
 """
 
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,26 +15,37 @@ import numpy.typing as npt
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch
 from tinymim.storage import layout
-from tinymim.storage.commit import StoredFile, UnitInfo, array_names, files_of, key_digest, parse_commit, read_files
+from tinymim.storage.commit import (
+    StoredFile,
+    UnitInfo,
+    array_names,
+    files_of,
+    in_source_order,
+    key_digest,
+    pairs_sharing_views,
+    parse_commit,
+    read_files,
+)
 from tinymim.storage.constants import read_record
 from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS, UnitId
 from tinymim.storage.leases import Holder, Leases, shard_lease
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.store import REQUESTS, Store
 
-# group: metadata that says the same for every cache of the manifest; commit: a commit record; unit: a file of a unit;
-# stray: in a folder of the cache, but no part of it.
+# group: metadata that the manifest determines; commit: a commit record; unit: a file of a unit; stray: a file in a
+# folder of the cache that belongs to nothing.
 Kind = Literal["group", "constants", "commit", "unit", "stray"]
 SHARED_VIEWS = "it shares views with unit"
-NOTHING = "it belongs to nothing"
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-LOCK = ".lock"  # of a writer of version 0.1; empty and without a meaning now
+LOCK = ".lock"  # left by version 0.1; empty and unused
+# Only tinymim writes at these places, the first parts of paths.
+_OWN = (UNITS, COMMITS, CONSTANTS, LEASES, METADATA, CONSTANTS_RECORD, LOCK)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `path` is relative to the cache; a folder ends in a slash."""
+    """One problem. `path` is relative to the cache; a folder ends in a slash."""
 
     kind: Kind
     path: str
@@ -48,14 +58,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a cache holds, and what is wrong with it so far.
+    """The content of a cache and its problems, except those in the units' files.
 
     Attributes:
-        manifest: of the cache.
-        units: those whose commit records are whole, in source order, then by view.
-        findings: everything wrong outside the units' files.
-        foreign: files beside the cache's own, which nobody should have put there, but which harm nothing.
-        writers: leases of writers that are not known to be dead, and whose they are as far as it can be read.
+        manifest: the manifest that was checked against.
+        units: the units with intact commit records, in source order, then by view.
+        findings: all problems outside the units' files.
+        foreign: files that are not the cache's; they do no harm.
+        writers: leases of writers that are not known to be dead, and their owners where they can be read.
     """
 
     manifest: Manifest
@@ -65,39 +75,34 @@ class Survey:
     writers: dict[str, Holder | None]
 
 
-def is_own(path: str) -> bool:
-    """Whether a path, relative to the cache, lies where only tinymim writes."""
-    return path.partition("/")[0] in (UNITS, COMMITS, CONSTANTS, LEASES, METADATA, CONSTANTS_RECORD, LOCK)
-
-
 def survey(store: Store, manifest: Manifest | None = None) -> Survey:
-    """Look at everything but the units' files.
+    """Check everything except the units' files.
 
     Args:
-        store: of the cache.
-        manifest: to check against; None: the stored one.
+        store: the cache's store.
+        manifest: the manifest to check against; None: the stored one.
 
     Raises:
         UserError: there is no cache.
         StoreError: the object store refuses or fails.
         CacheMismatch: its format version is unknown.
-        CacheCorrupt: the manifest is damaged, so that nothing can be said of the rest.
+        CacheCorrupt: the manifest is damaged, so the rest cannot be checked.
     """
     manifest = manifest or layout.read_manifest(store)
-    # Before and after the listing, so that what a writer is at then is under a lease that was seen.
+    # Read before and after the listing: a file of a living writer in the listing then has a lease in one of the two.
     leases = Leases(store).living()
     paths = {entry.path for entry in store.list()}
     leases |= Leases(store).living()
-    look = _Look(store, manifest, paths, leases)
-    look.commits()
-    look.constants()
-    look.groups()
-    look.strays()
-    return Survey(manifest, look.units, look.findings, look.foreign, leases)
+    check = _Survey(store, manifest, paths, leases)
+    check.commits()
+    check.constants()
+    check.groups()
+    check.strays()
+    return Survey(manifest, check.units, check.findings, check.foreign, leases)
 
 
 def check_unit(store: Store, info: UnitInfo) -> list[Finding]:
-    """Read and decode every file of a unit. Raises StoreError where the object store refuses or fails."""
+    """Read and decode every file of a unit. Raises StoreError if the object store refuses or fails."""
     folder = layout.unit_folder(info.unit)
     names = array_names(info.files)
     findings: list[Finding] = []
@@ -112,24 +117,18 @@ def check_unit(store: Store, info: UnitInfo) -> list[Finding]:
             if isinstance(data, str):
                 findings.append(Finding("group" if path == METADATA else "unit", f"{folder}/{path}", data, info.unit))
         for name in array_names(part):
-            files = {path: data for path in files_of(part, name) if isinstance(data := read[path], bytes)}
-            if len(files) < len(files_of(part, name)):
-                continue
-            num_records = None if name in layout.KEY_ARRAYS else info.num_records
-            try:
-                values = layout.decode_array(name, files, num_records)
-            except Exception as error:  # whatever numcodecs raises on bytes it cannot decode
-                findings.append(Finding("unit", f"{folder}/{name}", f"it cannot be decoded: {error}", info.unit))
-                continue
-            if name in layout.KEY_ARRAYS:
+            values = _decoded(name, part, read, None if name in layout.KEY_ARRAYS else info.num_records)
+            if isinstance(values, str):
+                findings.append(Finding("unit", f"{folder}/{name}", values, info.unit))
+            elif values is not None and name in layout.KEY_ARRAYS:
                 keys[name] = values
-    if len(keys) == len(layout.KEY_ARRAYS) and (problem := _problem_of_keys(keys, info)):
+    if len(keys) == len(layout.KEY_ARRAYS) and (problem := _key_problem(keys, info)):
         findings.append(Finding("unit", f"{folder}/key_bytes", problem, info.unit))
     return findings
 
 
 def unit_bytes(info: UnitInfo) -> int:
-    """Bytes of a unit's files, its commit record apart."""
+    """Size in bytes of a unit's files, without its commit record."""
     return sum(file.size_bytes for file in info.files.values())
 
 
@@ -137,34 +136,30 @@ def unit_bytes(info: UnitInfo) -> int:
 
 
 @dataclass
-class _Look:
+class _Survey:
     store: Store
     manifest: Manifest
-    paths: set[str]  # of all files there
+    paths: set[str]  # all files
     leases: Mapping[str, Holder | None]
     units: list[UnitInfo] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
-    known: set[str] = field(default_factory=set)  # files that belong to something, whole or not
-    folders: set[str] = field(default_factory=set)  # whose files do
+    known: set[str] = field(default_factory=set)  # files that belong to something, intact or not
+    folders: set[str] = field(default_factory=set)  # folders whose files all belong to something
 
     def commits(self) -> None:
         shards = {layout.shard_stem(name): name for name in self.manifest.shards}
-        named = {path: layout.parse_commit_file(path, shards) for path in self._below(COMMITS)}
-        paths = sorted(path for path, unit in named.items() if unit is not None)
-        read = _each(self.store, paths, lambda path: self._commit(path, named[path]))
+        named = {path: unit for path in self.paths if (unit := layout.parse_commit_file(path, shards))}
+        read = _each(self.store, sorted(named), lambda path: self._commit(path, named[path]))
         found = [what for what in read if isinstance(what, UnitInfo)]
         self.findings += [what for what in read if isinstance(what, Finding)]
-        self.known |= set(paths)
-        self.folders |= {layout.unit_folder(unit) for unit in named.values() if unit is not None}
-        order = {name: place for place, name in enumerate(self.manifest.shards)}
-        self.units = sorted(found, key=lambda info: (order[info.unit.shard], info.unit.first_view))
-        for before, after in itertools.pairwise(self.units):
-            if before.unit.shard == after.unit.shard and after.unit.first_view in before.unit.views:
-                what = f"{SHARED_VIEWS} {before.unit}"
-                self.findings.append(Finding("commit", layout.commit_file(after.unit), what, after.unit))
+        self.known |= named.keys()
+        self.folders |= {layout.unit_folder(unit) for unit in named.values()}
+        self.units = in_source_order(found, self.manifest)
+        for before, after in pairs_sharing_views(self.units):
+            self.findings.append(Finding("commit", layout.commit_file(after), f"{SHARED_VIEWS} {before}", after))
 
-    def _commit(self, path: str, unit: UnitId | None) -> UnitInfo | Finding | None:
+    def _commit(self, path: str, unit: UnitId) -> UnitInfo | Finding | None:
         try:
             data = self.store.read(path, layout.COMMIT_LIMIT_BYTES)
             return parse_commit(self.store.place, path, data, self.manifest)
@@ -204,24 +199,20 @@ class _Look:
                 kind: Kind = "group" if path == METADATA else "constants"
                 self.findings.append(Finding(kind, f"{CONSTANTS}/{path}", data))
         for name in array_names(stored):
-            files = {path: data for path in files_of(stored, name) if isinstance(data := read[path], bytes)}
-            if len(files) == len(files_of(stored, name)):
-                try:
-                    layout.decode_array(name, files, None)
-                except Exception as error:  # as in `check_unit`
-                    self._constants_finding(f"{CONSTANTS}/{name}", f"it cannot be decoded: {error}")
+            if isinstance(problem := _decoded(name, stored, read, None), str):
+                self._constants_finding(f"{CONSTANTS}/{name}", problem)
 
     def _constants_finding(self, path: str, what: str) -> None:
         self.findings.append(Finding("constants", path, what))
 
     def groups(self) -> None:
-        """Metadata of groups that are not part of a unit or of the constants, whose files have digests."""
+        """Check the metadata of groups outside units and constants, which have no digest in any record."""
         plain = layout.plain_group()
         needed = {METADATA: layout.root_group(self.manifest)}
         if self.units:
             needed |= {f"{UNITS}/{METADATA}": plain}
             needed |= {f"{layout.shard_folder(info.unit.shard)}/{METADATA}": plain for info in self.units}
-        # A writer makes the groups of its shard before the first unit of it.
+        # A writer creates the groups of its shard before its first unit: allowed now, needed later.
         possible = {f"{layout.shard_folder(name)}/{METADATA}": plain for name in self.manifest.shards}
         possible |= {f"{UNITS}/{METADATA}": plain, **needed}
         wanted = [path for path in possible if path in needed or path in self.paths]
@@ -239,48 +230,35 @@ class _Look:
 
     def strays(self) -> None:
         for info in self.units:
-            # Inside the folder of a whole unit only the files of its record belong to it.
+            # In the folder of an intact unit, only the files of its record belong to it.
             folder = layout.unit_folder(info.unit)
             self.folders.discard(folder)
             self.known |= {f"{folder}/{path}" for path in info.files}
-        busy = {layout.shard_folder(name) for name in self.manifest.shards if shard_lease(name) in self.leases}
-        busy |= {CONSTANTS} if CONSTANTS in self.leases else set()
-        self.folders |= busy
+        # Uncommitted files of a living writer are its work in progress.
+        self.folders |= {layout.shard_folder(name) for name in self.manifest.shards if shard_lease(name) in self.leases}
+        self.folders |= {CONSTANTS} & self.leases.keys()
         alive = tuple(f"{LEASES}/{name}.g" for name in self.leases)
-        whole = {layout.unit_folder(info.unit) for info in self.units}
-        strays: defaultdict[str, int] = defaultdict(int)
+        intact = {layout.unit_folder(info.unit) for info in self.units}
+        strays: Counter[str] = Counter()
         for path in sorted(self.paths - self.known):
-            if not is_own(path):
+            above = itertools.accumulate(path.split("/")[:-1], lambda folder, name: f"{folder}/{name}")
+            if path.partition("/")[0] not in _OWN:
                 self.foreign.append(path)
-            elif not path.startswith(alive) and not any(above in self.folders for above in _above(path)):
-                strays[self._leftover(path, whole)] += 1
-        self.findings += [
-            Finding(
-                "stray", path, f"{count} file(s) of a unit that was never committed" if path[-1] == "/" else NOTHING
-            )
-            for path, count in strays.items()
-        ]
-
-    def _leftover(self, path: str, whole: set[str]) -> str:
-        """The folder of an uncommitted unit, with a slash, that `path` lies in; else `path` itself."""
-        parts = path.split("/")
-        folder = "/".join(parts[:3])
-        return f"{folder}/" if parts[0] == UNITS and len(parts) > 3 and folder not in whole else path
-
-    def _below(self, folder: str) -> list[str]:
-        return [path for path in self.paths if path.startswith(f"{folder}/")]
-
-
-def _above(path: str) -> Iterator[str]:
-    """The folders that a path lies in, the nearest last."""
-    return itertools.accumulate(path.split("/")[:-1], lambda above, name: f"{above}/{name}")
+            elif not path.startswith(alive) and self.folders.isdisjoint(above):
+                # All files of an uncommitted unit make one finding.
+                folder = "/".join(path.split("/")[:3])
+                uncommitted = path.startswith(f"{UNITS}/") and folder != path and folder not in intact
+                strays[f"{folder}/" if uncommitted else path] += 1
+        for path, count in strays.items():
+            what = f"{count} file(s) of a unit that was never committed" if path[-1] == "/" else "it belongs to nothing"
+            self.findings.append(Finding("stray", path, what))
 
 
 # ---- reading
 
 
 def _each(store: Store, items: list[Item], look: Callable[[Item], Found]) -> list[Found]:
-    """`look` at every item; side by side where the store is distant."""
+    """`look` at every item, in parallel if the store is distant."""
     if not store.distant or len(items) < 2:
         return [look(item) for item in items]
     with ThreadPoolExecutor(REQUESTS) as pool:
@@ -288,7 +266,7 @@ def _each(store: Store, items: list[Item], look: Callable[[Item], Found]) -> lis
 
 
 def _read_each(store: Store, folder: str, files: Mapping[str, StoredFile]) -> dict[str, bytes | str]:
-    """Every file's bytes if they are those recorded, else what is wrong; by path relative to `folder`."""
+    """By path relative to `folder`: a file's bytes if they match its record, else the problem."""
 
     def read(path: str) -> bytes | str:
         try:
@@ -300,7 +278,7 @@ def _read_each(store: Store, folder: str, files: Mapping[str, StoredFile]) -> di
 
 
 def _parts(store: Store, info: UnitInfo, names: list[str]) -> Iterator[Mapping[str, StoredFile]]:
-    """The files of a unit, as many at a time as are to be held: all from a distant store, else those of one array."""
+    """The files of a unit in parts that are held in memory: one array, or everything if the store is distant."""
     if store.distant:
         yield info.files
         return
@@ -309,11 +287,24 @@ def _parts(store: Store, info: UnitInfo, names: list[str]) -> Iterator[Mapping[s
 
 
 def _plain(error: CacheCorrupt | CacheMismatch, path: str) -> str:
-    """What an error says of the file `path`, without naming it again."""
+    """The message of an error about the file `path`, without its path."""
     return error.what.rpartition(f"{path} is ")[2] if isinstance(error, CacheCorrupt) else f"{error.what}: {error.got}"
 
 
-def _problem_of_keys(arrays: Mapping[str, npt.NDArray[Any]], info: UnitInfo) -> str | None:
+def _decoded(
+    name: str, stored: Mapping[str, StoredFile], read: Mapping[str, bytes | str], num_records: int | None
+) -> npt.NDArray[Any] | str | None:
+    """An array, or why it cannot be decoded; None if one of its files could not be read."""
+    files = {path: data for path in files_of(stored, name) if isinstance(data := read[path], bytes)}
+    if len(files) < len(files_of(stored, name)):
+        return None
+    try:
+        return layout.decode_array(name, files, num_records)
+    except Exception as error:  # numcodecs raises many kinds for bytes that it cannot decode
+        return f"it cannot be decoded: {error}"
+
+
+def _key_problem(arrays: Mapping[str, npt.NDArray[Any]], info: UnitInfo) -> str | None:
     if key_digest(arrays) != info.key_digest:
         return "the keys do not have the committed key_digest"
     try:
@@ -326,12 +317,8 @@ def _problem_of_keys(arrays: Mapping[str, npt.NDArray[Any]], info: UnitInfo) -> 
 
 
 _ARRAY = r"[A-Za-z][A-Za-z0-9_]*/(zarr\.json|c(/0)+)"
-
-
 COMMIT_FILE = re.compile(rf"{COMMITS}/[A-Za-z0-9_-]+\.v[0-9]+-[0-9]+\.json")
-
-
-# What tinymim gives its files, in a cache of any state; the manifest and the commit records apart.
+# Paths of all other files in a cache of any state, except the manifest.
 OTHER_FILES = re.compile(
     rf"({UNITS}(/[A-Za-z0-9_-]+(/v[0-9]+-[0-9]+)?)?/zarr\.json"
     rf"|{UNITS}/[A-Za-z0-9_-]+/v[0-9]+-[0-9]+/{_ARRAY}"
@@ -341,4 +328,5 @@ OTHER_FILES = re.compile(
 
 
 def is_of_cache(path: str) -> bool:
+    """Whether tinymim gives its files such a path, relative to the cache."""
     return path == METADATA or bool(COMMIT_FILE.fullmatch(path) or OTHER_FILES.fullmatch(path))

@@ -1,4 +1,4 @@
-"""The commit record: the one small file that makes a unit visible, and what a reader trusts (I7)."""
+"""The commit record: the one small file that makes a unit visible and holds the checksums a reader trusts (I7)."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from tinymim.storage.store import Store
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 View = Annotated[int, Field(ge=0, lt=2**31)]
-# A file of a group, relative to it: its metadata, or an array's metadata or payload. Nothing that could lead outside.
+# A group's metadata, or an array's metadata or payload, relative to the group. No such path can lead out of it.
 FilePath = Annotated[str, Field(pattern=r"^(zarr\.json|[A-Za-z][A-Za-z0-9_]*/(zarr\.json|c(/0)+))$")]
 
 REPAIR = "`tinymim cache repair RECIPE` computes it again"
@@ -30,7 +30,7 @@ REPAIR = "`tinymim cache repair RECIPE` computes it again"
 class StoredFile:
     """Size in bytes, digest (`digest_hex`) and crc32c of one file of a unit or of the constants.
 
-    The first caches have no crc32c; their digests are compared instead.
+    The first caches recorded no crc32c; readers compare the digest instead.
     """
 
     size_bytes: int
@@ -47,7 +47,7 @@ class _StoredFile(BaseModel):
 
 
 class RecordBase(BaseModel):
-    """The fields that every record has (without `record_digest`); strict, so that a reader may rely on them."""
+    """The fields of every record except `record_digest`; strict, so that a reader may rely on them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -56,7 +56,7 @@ class RecordBase(BaseModel):
     files: dict[FilePath, _StoredFile]
 
     def stored_files(self) -> dict[str, StoredFile]:
-        """`files`, as the rest of storage holds them."""
+        """`files` as dataclasses."""
         return {path: StoredFile(file.size_bytes, file.blake2b, file.crc32c) for path, file in self.files.items()}
 
 
@@ -84,17 +84,18 @@ class _CommitRecord(RecordBase):
 
 @dataclass(frozen=True)
 class UnitInfo:
-    """What a commit record says of a unit.
+    """The content of a commit record.
 
     Attributes:
-        spec_id: of the manifest under which it was written.
-        content_hash: of the source shard.
+        unit: the shard and views of the unit.
+        spec_id: spec_id of the manifest under which it was written.
+        content_hash: content hash of the source shard.
         num_images: readable images I; at most the shard's `num_samples`.
         num_records: I times `unit.num_views`.
-        key_digest: over the keys in order, see `key_digest`.
+        key_digest: digest of the keys in order (`key_digest`).
         files: every file of the unit by its path relative to the unit's folder.
-        statistics: JSON values the writer was given (fidelity, counts, ...).
-        constants: digest of the cache's constants with which the records were made; None: made without.
+        statistics: JSON values from the writer (fidelity, counts, ...).
+        constants: digest of the constants that made the records; None if the codec has none.
     """
 
     unit: UnitId
@@ -109,46 +110,49 @@ class UnitInfo:
 
     @property
     def arrays(self) -> list[str]:
-        """The names of the record arrays (keys apart), sorted."""
+        """The names of the record arrays, without the keys, sorted."""
         return sorted(set(array_names(self.files)).difference(layout.KEY_ARRAYS))
 
 
 def array_names(files: Iterable[str]) -> list[str]:
-    """The arrays that a group's files belong to, sorted."""
+    """The names of the arrays that a group's files belong to, sorted."""
     return sorted({name.partition("/")[0] for name in files if "/" in name})
 
 
 def files_of(files: Mapping[str, StoredFile], array: str) -> dict[str, StoredFile]:
-    """Those of a group's files that belong to one array, metadata first."""
+    """The files of one array of a group, metadata first."""
     names = sorted((name for name in files if name.startswith(f"{array}/")), reverse=True)
     return {name: files[name] for name in names}
 
 
 def described(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-    """Size, digest and checksum of every file."""
+    """The size, digest and checksum of every file."""
     return {path: StoredFile(len(data), digest_hex(data), crc32c(data)) for path, data in files.items()}
 
 
 def stored_form(files: Mapping[str, StoredFile]) -> dict[str, dict[str, Any]]:
-    """`files` as a record holds them."""
+    """`files` as JSON values of a record."""
     return {
         name: {key: value for key, value in asdict(file).items() if value is not None} for name, file in files.items()
     }
 
 
 def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verify: bool) -> dict[str, bytes]:
-    """The bytes of files of `folder`, by path relative to it, their sizes and checksums compared.
+    """Read files of `folder` and compare their sizes and checksums.
 
-    A crc32c of the whole file finds flipped bits and files that took one another's place; it costs a ninth of blake2b.
+    A crc32c of the whole file finds flipped bits and swapped files, at a ninth of the cost of blake2b.
 
     Args:
-        store: of the cache.
-        folder: relative to the store.
-        files: what is recorded of them.
-        verify: compare the digests, too, which also somebody who wants to could not forge.
+        store: the cache's store.
+        folder: a folder, relative to the store.
+        files: the recorded files by path relative to `folder`.
+        verify: also compare the digests, which cannot be forged.
+
+    Returns:
+        The bytes by path relative to `folder`.
 
     Raises:
-        ValueError: a file is missing, or not what is recorded; names the file.
+        ValueError: a file is missing or differs from its record; names the file.
         StoreError: the object store refuses or fails.
     """
     try:
@@ -160,7 +164,7 @@ def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verif
     for path, file in files.items():
         data = found[f"{folder}/{path}"]
         if len(data) != file.size_bytes:
-            raise ValueError(f"{path} has {len(data)} bytes, committed were {file.size_bytes}")
+            raise ValueError(f"{path} has {len(data)} bytes, expected {file.size_bytes}")
         if file.crc32c is not None and crc32c(data) != file.crc32c:
             raise ValueError(f"{path} does not have its committed checksum")
         if (verify or file.crc32c is None) and digest_hex(data) != file.blake2b:
@@ -169,12 +173,12 @@ def read_files(store: Store, folder: str, files: Mapping[str, StoredFile], verif
 
 
 def key_digest(key_arrays: Mapping[str, npt.NDArray[Any]]) -> str:
-    """Digest of the keys: `digest_hex` of the bytes of `key_ends` (little endian) then `key_bytes`."""
+    """`digest_hex` of the bytes of `key_ends` (little endian), then `key_bytes`."""
     return digest_hex(key_arrays["key_ends"].tobytes() + key_arrays["key_bytes"].tobytes())
 
 
 def encode_commit(info: UnitInfo) -> bytes:
-    """The record as it is stored."""
+    """The stored bytes of a commit record."""
     unit = info.unit
     record = {
         "format_version": FORMAT_VERSION,
@@ -195,12 +199,12 @@ def encode_commit(info: UnitInfo) -> bytes:
 
 
 def read_commits(store: Store, manifest: Manifest, constants: str | None) -> list[UnitInfo]:
-    """All committed units, in the order of the source shards, then of views.
+    """All committed units, in source order, then by view.
 
     Args:
-        store: of the cache.
-        manifest: of the cache.
-        constants: digest of its constants, None if it has none.
+        store: the cache's store.
+        manifest: the cache's manifest.
+        constants: digest of the cache's constants, None if there are none.
 
     Raises:
         CacheMismatch: a record has an unknown format version.
@@ -209,43 +213,47 @@ def read_commits(store: Store, manifest: Manifest, constants: str | None) -> lis
     """
     paths = {entry.path for entry in store.list(layout.COMMITS) if entry.path.endswith(".json")}
     found = store.read_all(dict.fromkeys(sorted(paths), layout.COMMIT_LIMIT_BYTES))
-    infos = [parse_commit(store.place, path, data, manifest) for path, data in found.items()]
-    return checked_commits(store.place, infos, constants, manifest)
-
-
-def checked_commits(
-    place: Path | str, infos: Iterable[UnitInfo], constants: str | None, manifest: Manifest
-) -> list[UnitInfo]:
-    """The units in order, if they may stand in one cache; arguments and errors of `read_commits`."""
-    order = {shard.name: position for position, shard in enumerate(manifest.source)}
-    units = sorted(infos, key=lambda info: (order[info.unit.shard], info.unit.first_view))
+    units = in_source_order((parse_commit(store.place, path, data, manifest) for path, data in found.items()), manifest)
     for info in units:
         if info.constants != constants:
             raise CacheCorrupt(
-                f"unit {info.unit} of {place} was made with other constants than those of the cache",
+                f"unit {info.unit} of {store.place} was made with other constants than those of the cache",
                 got=f"constants {constants}" if constants else f"no {layout.CONSTANTS_RECORD}",
                 expected=f"constants {info.constants}" if info.constants else "none",
                 hint="restore constants.json and the folder constants/ from a copy, or by `tinymim cache repair`",
             )
-    for before, after in itertools.pairwise(units):
-        if before.unit.shard == after.unit.shard and after.unit.first_view in before.unit.views:
-            raise CacheCorrupt(f"units {before.unit} and {after.unit} of {place} share views", hint=REPAIR)
+    for before, after in pairs_sharing_views(units):
+        raise CacheCorrupt(f"units {before} and {after} of {store.place} share views", hint=REPAIR)
     return units
+
+
+def in_source_order(infos: Iterable[UnitInfo], manifest: Manifest) -> list[UnitInfo]:
+    """Units in the order of the manifest's shards, then by view."""
+    order = {name: position for position, name in enumerate(manifest.shards)}
+    return sorted(infos, key=lambda info: (order[info.unit.shard], info.unit.first_view))
+
+
+def pairs_sharing_views(infos: Iterable[UnitInfo]) -> list[tuple[UnitId, UnitId]]:
+    """Neighbours among units in source order that share a view of one shard."""
+    pairs = itertools.pairwise(info.unit for info in infos)
+    return [
+        (before, after) for before, after in pairs if before.shard == after.shard and after.first_view in before.views
+    ]
 
 
 def corrupt_unit(
     place: Path | str, unit: UnitId, what: str, got: object = None, expected: object = None
 ) -> CacheCorrupt:
-    """The error for damage in `unit`, with the way to have it computed again."""
+    """The error for damage in `unit`, with the command that computes it again."""
     return CacheCorrupt(f"unit {unit} of {place}: {what}", got=got, expected=expected, hint=REPAIR)
 
 
 def parse_commit(place: Path | str, path: str, data: bytes, manifest: Manifest) -> UnitInfo:
-    """The unit that the record `data`, stored at `path`, is about.
+    """Parse the commit record `data`, stored at `path`.
 
     Raises:
         CacheMismatch: the record has an unknown format version.
-        CacheCorrupt: it is damaged, or does not belong to the manifest or to its name.
+        CacheCorrupt: it is damaged, or belongs to another manifest or another name.
     """
     try:
         record, _ = parse_record(data, _CommitRecord, f"{place}/{path}")
@@ -256,7 +264,10 @@ def parse_commit(place: Path | str, path: str, data: bytes, manifest: Manifest) 
         if layout.commit_file(unit) != path or layout.unit_folder(unit) != record.unit:
             raise ValueError(f"it is about {unit}")
         if record.num_images > shard.num_samples or record.num_records != record.num_images * record.num_views:
-            raise ValueError(f"{record.num_images} images, {record.num_records} records of {shard.num_samples} images")
+            raise ValueError(
+                f"it has {record.num_images} images and {record.num_records} records for {record.num_views} views of "
+                f"{shard.num_samples} images"
+            )
     except ValueError as error:
         raise CacheCorrupt(f"commit record {place}/{path} is damaged: {error}", hint=REPAIR) from error
     return UnitInfo(
@@ -273,14 +284,14 @@ def parse_commit(place: Path | str, path: str, data: bytes, manifest: Manifest) 
 
 
 def read_identity(data: bytes, path: str) -> tuple[str, UnitId, str]:
-    """What a commit record says of itself where there is no manifest to check it against.
+    """Read what a commit record belongs to, without a manifest to check it against.
 
     Returns:
-        Its spec_id, its unit, and the content hash of the unit's shard.
+        The spec_id, the unit, and the content hash of the unit's shard.
 
     Raises:
-        CacheMismatch: the record has an unknown format version.
-        ValueError: it is damaged; `path` is named.
+        CacheMismatch: the record has an unknown format version; names `path`.
+        ValueError: it is damaged.
     """
     record, _ = parse_record(data, _CommitRecord, path)
     return record.spec_id, UnitId(record.shard.name, record.first_view, record.num_views), record.shard.content_hash
@@ -290,20 +301,23 @@ def read_identity(data: bytes, path: str) -> tuple[str, UnitId, str]:
 
 
 def signed(record: Mapping[str, Any]) -> bytes:
-    """A record as it is stored: canonical JSON, `record_digest` among its fields."""
+    """The stored bytes of a record: canonical JSON with `record_digest` among its fields."""
     return canonical_json({**record, "record_digest": record_digest(record)})
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """Digest of a record without its `record_digest`, over its canonical JSON."""
+    """The digest of a record without its `record_digest`, over its canonical JSON."""
     return digest_hex(canonical_json(record))
 
 
 def parse_record(data: bytes, kind: type[Record], owner: str) -> tuple[Record, str]:
-    """A stored record and its digest.
+    """Parse a stored record.
+
+    Returns:
+        The record and its digest.
 
     Raises:
-        CacheMismatch: its format version is unknown; `owner` is named.
+        CacheMismatch: its format version is unknown; names `owner`.
         ValueError: it is damaged.
     """
     try:
@@ -312,8 +326,8 @@ def parse_record(data: bytes, kind: type[Record], owner: str) -> tuple[Record, s
             raise ValueError("there is no format_version")
         require_format_version(record["format_version"], owner)
         digest = str(record.pop("record_digest", None))
-        # What is stored is canonical, so its own bytes without that line are what the digest was taken of: to write the
-        # record again in order to see that takes ten times as long, and a cache has thousands.
+        # The stored bytes are canonical, so the digest covers them without this line. Encoding the record again would
+        # take ten times as long, and a cache has thousands of records.
         line = f' "record_digest": "{digest}",\n'.encode("utf-8", "replace")
         if digest_hex(data.replace(line, b"", 1)) != digest:
             raise ValueError("its content does not have its record_digest")

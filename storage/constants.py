@@ -1,7 +1,7 @@
-"""Constants: what a codec needs once per cache, such as scales and a decoding matrix, beside the units.
+"""Constants: the arrays that a codec needs once per cache, such as scales and a decoding matrix.
 
-One zarr array per name in the group `constants/`, and the record `constants.json`, written last: constants exist if
-and only if it does. Every unit names in its commit record the digest of the constants that it was made with.
+The group `constants/` holds one zarr array per name. The record `constants.json` is written last, and constants exist
+if and only if it exists. The commit record of every unit holds the digest of the constants that made it.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ from tinymim.storage.store import Store
 
 
 def constants_files(spec_id: str, arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, bytes], bytes]:
-    """What the constants of a cache are on disk.
+    """Encode constants.
 
     Args:
-        spec_id: of the manifest.
-        arrays: by name, each with at least one axis.
+        spec_id: the manifest's spec_id.
+        arrays: the constants by name, each with at least one axis.
 
     Returns:
         The files of the group by path relative to it, and the record that makes them visible.
@@ -45,11 +45,11 @@ def constants_files(spec_id: str, arrays: Mapping[str, npt.NDArray[Any]]) -> tup
 
 
 def read_constants(store: Store, manifest: Manifest) -> dict[str, npt.NDArray[Any]] | None:
-    """The constants of a cache by name, every byte checked; None where it has none.
+    """The constants of a cache by name, every byte checked; None if there are none.
 
     Raises:
         CacheMismatch: the record has an unknown format version.
-        CacheCorrupt: the record is damaged or of another cache; a file is missing or changed, and named.
+        CacheCorrupt: the record is damaged or belongs to another cache; a file is missing or changed. Names the file.
     """
     record, _ = read_record(store, manifest)
     if record is None:
@@ -60,18 +60,18 @@ def read_constants(store: Store, manifest: Manifest) -> dict[str, npt.NDArray[An
         try:
             files = read_files(store, CONSTANTS, files_of(stored, name), verify=True)
             arrays[name] = layout.decode_array(name, files, None)
-        except (ValueError, RuntimeError, KeyError) as error:  # what the decompressor raises, too
+        except (ValueError, RuntimeError, KeyError) as error:  # RuntimeError comes from the decompressor
             raise _corrupt(store.place, f"array {name} of {store.place}/{CONSTANTS} is damaged: {error}") from error
     return arrays
 
 
 def constants_digest(store: Store, manifest: Manifest) -> str | None:
-    """The digest of a cache's constants, None where it has none; errors of `read_constants` about the record."""
+    """The digest of a cache's constants, None if there are none; errors of `read_constants` about the record."""
     return read_record(store, manifest)[1]
 
 
 def constants_bytes(store: Store, manifest: Manifest) -> int:
-    """Bytes on disk of the constants and their record, 0 where there are none; errors as `constants_digest`."""
+    """Bytes on disk of the constants and their record, 0 if there are none; errors of `constants_digest`."""
     record, _ = read_record(store, manifest)
     if record is None:
         return 0
@@ -80,7 +80,7 @@ def constants_bytes(store: Store, manifest: Manifest) -> int:
 
 
 def read_record(store: Store, manifest: Manifest) -> tuple[RecordBase | None, str | None]:
-    """The constants' record and its digest, both None where there are none; errors as `constants_digest`."""
+    """The record of the constants and its digest, both None if there are none; errors of `constants_digest`."""
     try:
         data = store.read(CONSTANTS_RECORD, layout.COMMIT_LIMIT_BYTES)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What keys and arrays must be like to be stored as a unit or as constants."""
+"""Checks of keys and arrays before they are stored as a unit or as constants."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ def check_keys(unit: UnitId, keys: Sequence[str]) -> None:
         raise SourceError(
             f"{len(repeated)} sample key(s) appear more than once in shard {unit.shard}",
             got=repr(repeated[0]),
-            hint="rename the samples: a record is found by its key",
+            hint="rename the samples; records are looked up by key",
         )
     for key in keys:
         try:
@@ -28,7 +28,7 @@ def check_keys(unit: UnitId, keys: Sequence[str]) -> None:
 
 
 def check_arrays(unit: UnitId, num_records: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Raises InternalError where the arrays of a unit of so many records lack one, or have another shape or dtype."""
+    """Raises InternalError where a base array is missing, or an array does not have `num_records` or its dtype."""
     problems = [f"{name} is missing" for name in layout.BASE_ARRAYS if name not in arrays]
     for name, values in arrays.items():
         got = f"{name}: {values.dtype} {list(values.shape)}"
@@ -45,9 +45,9 @@ def check_arrays(unit: UnitId, num_records: int, arrays: Mapping[str, npt.NDArra
 
 
 def problems_of(name: str, values: npt.NDArray[Any]) -> list[str]:
-    """What keeps an array from being stored under a name."""
+    """The reasons why an array cannot be stored under a name; empty if it can."""
     if name in layout.KEY_ARRAYS or not (name.isidentifier() and name.isascii()) or name.startswith("_"):
-        return [f"{name!r} is no name for an array"]
+        return [f"{name!r} is not a valid array name"]
     got = f"{name}: {values.dtype} {list(values.shape)}"
     if values.dtype.kind not in "biuf" or values.dtype != values.dtype.newbyteorder("<"):
         return [f"{got}, expected plain little-endian numbers"]

@@ -1,12 +1,12 @@
-"""Leases: how the writers of one cache share its work, and how the work of a dead one is taken over.
+"""Leases: the writers of one cache share its work, and take over the work of a dead writer.
 
-A lease is a small file that its owner rewrites ("beats") every few seconds. Whoever wants the same thing watches it:
-once its bytes have not changed for as long as it says, by the watcher's own clock, its owner counts as dead, and so
-does at once a process of this machine that is no more. It is taken over by creating the next generation, which only
-one can: nothing but `Store.create_all` is needed, no lock, no common clock.
+A lease is a small file that its owner rewrites ("beats") every few seconds. Its owner counts as dead once the bytes
+have not changed for the time written in them, by the watcher's own clock. A dead process of this machine counts as
+dead at once. A watcher takes over by creating the next generation of the file, which only one watcher can. This
+needs `Store.create_all`, but no lock and no common clock.
 
-A lease spares work; it does not keep the data whole. An owner that was only asleep may still write, so every file
-of a unit is created, never replaced, and the commit record decides (`storage/writer.py`).
+A lease avoids double work; it does not protect the data. An owner that was only suspended may still write. So every
+file of a unit is created, never replaced, and the commit record decides (`storage/writer.py`).
 """
 
 import json
@@ -16,6 +16,7 @@ import secrets
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,16 +35,16 @@ _NAME = re.compile(rf"{LEASES}/(?P<name>.+)\.g(?P<generation>[0-9]{{1,9}})\.json
 
 
 def shard_lease(shard: str) -> str:
-    """The lease on the units of a source shard. Not one per unit: jobs that want different views must not overlap."""
+    """The lease on the units of a source shard. One per unit would let jobs with different views overlap."""
     return f"{UNITS}/{shard_stem(shard)}"
 
 
 @dataclass
 class _Seen:
-    """A lease of somebody else, watched."""
+    """A lease of another process under watch."""
 
     content: bytes
-    since_s: float  # of this process's monotonic clock, when it was first seen with this content
+    since_s: float  # monotonic time of this process when it first read this content
 
 
 @dataclass
@@ -54,7 +55,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class Holder:
-    """Whose lease it is, for messages."""
+    """The owner of a lease, for messages."""
 
     host: str
     pid: int
@@ -65,11 +66,11 @@ class Holder:
 
 @dataclass
 class Leases:
-    """The leases of this process on one cache. A thread beats for as long as there are any.
+    """The leases of this process on one cache. A thread beats for them until `close`.
 
     Args:
-        store: of the cache.
-        lease_s: seconds without a beat after which others may take over what this process holds.
+        store: the cache's store.
+        lease_s: seconds without a beat after which other processes may take over a lease of this one.
     """
 
     store: Store
@@ -82,7 +83,7 @@ class Leases:
     _thread: threading.Thread | None = None
 
     def claim(self, name: str) -> bool:
-        """Take the lease `name`, if nobody has it or its owner is dead. Harmless twice.
+        """Take the lease `name` if nobody holds it or its owner is dead. May be called repeatedly.
 
         Raises:
             StoreError, OSError: the store refuses or fails.
@@ -96,17 +97,21 @@ class Leases:
         latest = max(generations, default=0)
         if latest and not self._dead(generations[latest]):
             return False
+        # Several watchers may see the same dead owner. Creation decides between them: one file, one winner.
         held = _Held(f"{LEASES}/{name}.g{latest + 1}.json")
         if self.store.create_all({held.path: self._content(held)}):
             return False
         with self._lock:
             self._held[name] = held
-        self._beat_from_now_on()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._beat, name="tinymim-leases", daemon=True)
+            self._thread.start()
+        # Old generations go last: without any, a third process could create generation 1 next to ours.
         self.store.remove(generations.values())
         return True
 
     def holds(self, name: str) -> bool:
-        """Whether the lease is still this process's, by what the store says now."""
+        """Whether this process still holds the lease, according to the store now."""
         held = self._held.get(name)
         if held is None:
             return False
@@ -117,14 +122,14 @@ class Leases:
         return False
 
     def release(self, name: str) -> None:
-        """Give the lease back; harmless where there is none."""
+        """Release the lease if this process holds it."""
         with self._lock:
             held = self._held.pop(name, None)
         if held is not None:
             self.store.remove([held.path])
 
     def holder(self, name: str) -> Holder | None:
-        """Who has the lease, as far as it can be read; None: nobody."""
+        """The owner of the lease; None if there is no lease, or it cannot be read."""
         generations = self._generations(name)
         if not generations:
             return None
@@ -134,27 +139,26 @@ class Leases:
             return None
 
     def names(self) -> set[str]:
-        """The leases that exist, of whomever, dead or alive."""
-        matches = (_NAME.fullmatch(entry.path) for entry in self.store.list(LEASES))
-        return {match["name"] for match in matches if match}
+        """All existing leases, of any process, dead or alive."""
+        return set(self._found())
 
     def living(self) -> dict[str, Holder | None]:
-        """The leases whose owners are not known to be dead, and whose they are as far as it can be read.
+        """The leases whose owners are not known to be dead, and these owners where they can be read.
 
-        It looks once and writes nothing, so the dead of other machines are only told by a day without a beat.
+        The method reads the leases once and writes nothing. It therefore recognises a dead process of another machine
+        only after a day without a beat.
         """
-        latest: dict[str, tuple[int, Entry]] = {}
-        for entry in self.store.list(LEASES):
-            if match := _NAME.fullmatch(entry.path):
-                name, generation = match["name"], int(match["generation"])
-                latest[name] = max(latest.get(name, (0, entry)), (generation, entry), key=lambda found: found[0])
-        old = time.time() - DAY_S
-        paths = {name: entry.path for name, (_, entry) in latest.items() if entry.modified.timestamp() > old}
-        return {name: self.holder(name) for name, path in paths.items() if not self._dead(path)}
+        latest = {name: generations[max(generations)] for name, generations in self._found().items()}
+        recent = time.time() - DAY_S
+        return {
+            name: self.holder(name)
+            for name, entry in latest.items()
+            if entry.modified.timestamp() > recent and not self._dead(entry.path)
+        }
 
     @contextmanager
     def exclusively(self, name: str) -> Iterator[None]:
-        """Hold a lease for the block, waiting for as long as somebody alive has it."""
+        """Hold a lease during the block; waits while a living process holds it."""
         pause_s = 0.02
         while not self.claim(name):
             time.sleep(pause_s)
@@ -165,25 +169,32 @@ class Leases:
             self.release(name)
 
     def close(self) -> None:
-        """Give everything back and stop beating."""
+        """Release all leases and stop the thread."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         for name in list(self._held):
-            with suppress(OSError, StoreError):  # it goes stale then
+            with suppress(OSError, StoreError):  # others take it over once it is stale
                 self.release(name)
+
+    def _found(self) -> dict[str, dict[int, Entry]]:
+        """All leases by name, then by generation; normally one generation each."""
+        found: defaultdict[str, dict[int, Entry]] = defaultdict(dict)
+        for entry in self.store.list(LEASES):
+            if match := _NAME.fullmatch(entry.path):
+                found[match["name"]][int(match["generation"])] = entry
+        return found
 
     def _generations(self, name: str) -> dict[int, str]:
         """The paths of a lease by generation; normally one or none."""
-        matches = (_NAME.fullmatch(entry.path) for entry in self.store.list(LEASES))
-        return {int(match["generation"]): match.string for match in matches if match and match["name"] == name}
+        return {generation: entry.path for generation, entry in self._found().get(name, {}).items()}
 
     def _dead(self, path: str) -> bool:
         try:
             content = self.store.read(path, LIMIT_BYTES)
         except FileNotFoundError:
-            return False  # given back a moment ago; the next look tells
+            return False  # released a moment ago; the next claim finds it free
         except ValueError:
             content = b""
         owner = _parsed(content)
@@ -194,7 +205,7 @@ class Leases:
             and isinstance(pid, int)
             and _started(pid) != owner.get("started")
         ):
-            return True
+            return True  # its machine is this one, and the process is gone: no need to wait
         seen = self._seen.get(path)
         if seen is None or seen.content != content:
             self._seen[path] = _Seen(content, time.monotonic())
@@ -216,25 +227,20 @@ class Leases:
             }
         )
 
-    def _beat_from_now_on(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._beat, name="tinymim-leases", daemon=True)
-            self._thread.start()
-
     def _beat(self) -> None:
+        """Rewrite all held leases, a few times per `lease_s`, until `close`."""
         while not self._stop.wait(self.lease_s / BEATS_PER_LEASE):
             for name in list(self._held):
-                # A store that fails now may answer at the next beat; until then nothing is worse than a missed one.
+                # A store that fails now may answer at the next beat. A lease outlives a few missed beats.
                 with suppress(OSError, StoreError):
-                    if self.holds(name):
-                        self._beat_once(name)
-
-    def _beat_once(self, name: str) -> None:
-        with self._lock:  # a lease that is given back meanwhile must not be written again
-            held = self._held.get(name)
-            if held is not None:
-                held.beats += 1
-                self.store.write(held.path, self._content(held))
+                    # Without this check a process that was suspended would beat for a lease that others took over.
+                    if not self.holds(name):
+                        continue
+                    with self._lock:  # a lease that is released at this moment must not be written again
+                        held = self._held.get(name)
+                        if held is not None:
+                            held.beats += 1
+                            self.store.write(held.path, self._content(held))
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -252,7 +258,7 @@ def _holder(content: bytes) -> Holder | None:
 
 
 def _machine() -> str | None:
-    """What two processes share if and only if they see one another's process numbers; None where that is unknown."""
+    """An identity that processes share if and only if they see each other's process ids; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -261,9 +267,9 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a living process of this machine began, in the kernel's ticks: tells it from a later one of its number.
+    """The start time of a process of this machine, in kernel ticks; it distinguishes processes that reuse an id.
 
-    None where there is none, or it has ended and waits for its parent to notice.
+    None if there is no such process, or it is a zombie.
     """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""The manifest: what a cache was made from and by, compared field by field before it is trusted (I6)."""
+"""The manifest: source, teacher, views and codec of a cache, compared field by field before any use (I6)."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ PerChannel = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class _Section(BaseModel):
-    """What a section must hold. It may hold more: that is stored, compared and hashed like the rest."""
+    """The required keys of a section. Further keys are stored, compared and hashed like these."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
@@ -74,13 +74,13 @@ class _Environment(_Section):
 _SECTIONS: Mapping[str, type[_Section]] = MappingProxyType(
     {"teacher": _Teacher, "views": _Views, "codec": _Codec, "environment": _Environment}
 )
-# Where weights were found and under which terms does not change a number: `weights_sha256` is their identity.
+# The place and licence of the weights change no number; `weights_sha256` identifies them.
 PROVENANCE_KEYS = frozenset({"weights_origin", "license"})
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(strict=True))
 class SourceShard:
-    """Identity of one source shard: a tar of `num_samples` images, `size_bytes` long. Raises ValueError."""
+    """Identity of one source shard: a tar of `num_samples` images and `size_bytes` bytes. Raises ValueError."""
 
     name: str
     size_bytes: Size
@@ -90,19 +90,19 @@ class SourceShard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that identifies a cache. Sections are plain JSON mappings with the keys of the classes above.
+    """The identity of a cache. Sections are plain JSON mappings with the keys of the classes above.
 
     Attributes:
-        source: the shards in order; a cache grows by appending.
+        source: the shards in order; new shards are appended.
         teacher: the network, its weights and the tapped block.
         views: the view law, without the number of views.
-        num_views: views per image that the cache is meant to hold; grows.
+        num_views: wanted views per image; may be raised.
         codec: `name`, `version` and `parameters`.
         environment: library versions, and `canary`, a digest of one decoded and resized image.
 
     Raises:
-        ValueError: a required key is missing or holds something else, or two shards have one name.
-        TypeError: a section holds something that JSON has no form for.
+        ValueError: a required key is missing or has another type, or two shards have one name.
+        TypeError: a section holds a value that JSON cannot express.
     """
 
     source: tuple[SourceShard, ...]
@@ -115,7 +115,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for section, kind in _SECTIONS.items():
-            # Through JSON and back, so that a manifest in memory equals the same manifest read from disk.
+            # The round trip through JSON makes a manifest in memory equal to the same manifest read from disk.
             values = json.loads(canonical_json(dict(getattr(self, section))))
             try:
                 kind.model_validate(values)
@@ -139,7 +139,7 @@ class Manifest:
 
     @property
     def shapes(self) -> Shapes:
-        """Sizes of what the teacher gives for a view."""
+        """Shapes of the teacher's output for a view."""
         heads, head_dim, tokens, prefix = (
             int(self.teacher[name]) for name in ("heads", "head_dim", "tokens", "prefix_tokens")
         )
@@ -148,10 +148,10 @@ class Manifest:
 
     @cached_property
     def spec_id(self) -> str:
-        """16 hex characters over all that changes the numbers: format, teacher, views and codec.
+        """16 hex characters, a digest of everything that changes numbers: format, teacher, views and codec.
 
-        Not over the source list, the number of views, provenance or library versions: the same spec finds
-        the same cache while it grows.
+        It excludes the source list, the number of views, provenance and library versions. A growing cache keeps its
+        spec_id.
         """
         return digest_hex(canonical_json(self._spec()))[:SPEC_ID_CHARS]
 
@@ -165,15 +165,19 @@ class Manifest:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as it is stored: JSON types only."""
+        """The manifest in its stored form, JSON types only."""
         return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, stored: object, owner: str) -> "Manifest":
-        """The manifest from its stored form, found in `owner`.
+        """The manifest from its stored form.
+
+        Args:
+            stored: the parsed JSON.
+            owner: the file's place, for messages.
 
         Raises:
-            CacheMismatch: its format version is not one this code reads.
+            CacheMismatch: its format version is unknown.
             CacheCorrupt: a section or key is missing, unknown or of the wrong type.
         """
         if not isinstance(stored, dict) or "format_version" not in stored:
@@ -198,18 +202,18 @@ class Manifest:
 
 
 def require_format_version(version: object, owner: str) -> None:
-    """Refuse with CacheMismatch what another format version wrote; `owner` is named in the message."""
+    """Raises CacheMismatch for any other format version; names `owner`."""
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise CacheMismatch(
             f"format_version of {owner} is unknown",
             got=version,
             expected=FORMAT_VERSION,
-            hint="read it with the tinymim that wrote it, or upgrade tinymim",
+            hint="use the version of tinymim that wrote it, or upgrade tinymim",
         )
 
 
 def invalid_fields(prefix: str, error: ValidationError) -> Iterator[str]:
-    """What pydantic refuses, a line per field."""
+    """One line per field that pydantic refuses."""
     for problem in error.errors(include_url=False, include_context=False)[:LISTED_DIFFERENCES]:
         place = ".".join(str(part) if str(part).isidentifier() else _short.repr(part) for part in problem["loc"])
         lacks = problem["type"] in ("missing", "missing_argument")
@@ -218,16 +222,16 @@ def invalid_fields(prefix: str, error: ValidationError) -> Iterator[str]:
 
 
 def check_same(stored: Manifest, wanted: Manifest) -> list[str]:
-    """Check that a cache under `stored` may serve `wanted`.
+    """Check that the cache of `stored` fits `wanted`.
 
-    Teacher (without provenance), views and codec must be equal. A shard named in both must be the same
-    shard; either list may have more, and either `num_views` may be larger.
+    Teacher (without provenance), views and codec must be equal. A shard in both lists must have the same content.
+    Either list may have more shards, and either `num_views` may be larger.
 
     Returns:
-        One line per difference of environment: no error, but worth a warning.
+        One line per difference of environment, for warnings.
 
     Raises:
-        CacheMismatch: names the first differing field with both values and how many differ in all.
+        CacheMismatch: fields differ; names the first one with both values, and the number of differing fields.
     """
     differences = list(_differences(stored._spec(), wanted._spec()))
     stored_shards, wanted_shards = stored.shards, wanted.shards
@@ -251,7 +255,7 @@ def check_same(stored: Manifest, wanted: Manifest) -> list[str]:
 
 
 def grown(stored: Manifest, wanted: Manifest) -> Manifest:
-    """`stored` with the new shards of `wanted` appended and the larger `num_views`; `check_same` first."""
+    """`stored` with the new shards of `wanted` appended and the larger `num_views`. Call `check_same` first."""
     known = stored.shards
     new = tuple(shard for shard in wanted.source if shard.name not in known)
     return replace(stored, source=stored.source + new, num_views=max(stored.num_views, wanted.num_views))

@@ -1,4 +1,4 @@
-"""Connections to object stores through obstore, for shards and caches alike; its failures as errors of ours."""
+"""Connections to object stores through obstore, for shards and caches; obstore's failures become StoreError."""
 
 import os
 from datetime import timedelta
@@ -13,7 +13,7 @@ from tinymim.configs.errors import StoreError, first_line
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-# Server errors, timeouts and connections lost before or within a body; a refusal (4xx) is never repeated.
+# For server errors, timeouts and lost connections. obstore never repeats a refusal (4xx).
 RETRIES: "RetryConfig" = {
     "max_retries": 15,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 3},
@@ -33,8 +33,8 @@ def connect(url: str, timeout_s: float = 30.0) -> "ObjectStore":
     """The store at `url`, opened once per process and never pickled.
 
     Args:
-        url: of a bucket, or a prefix in it.
-        timeout_s: for one request with its body.
+        url: a bucket, or a prefix in it.
+        timeout_s: seconds that one request with its body may take.
 
     Raises:
         StoreError: the URL names no store.
@@ -47,7 +47,7 @@ def _connect(url: str, timeout_s: float, _pid: int) -> "ObjectStore":
     try:
         if url.startswith("file://"):
             return from_url(url)
-        # Options given here replace what the environment says about clients, AWS_ALLOW_HTTP included.
+        # These options replace the client settings of the environment, AWS_ALLOW_HTTP included.
         places = [url, *(os.environ.get(name, "") for name in _ENDPOINTS)]
         plain = any(place.startswith("http://") for place in places)
         client: ClientConfig = {
@@ -61,14 +61,14 @@ def _connect(url: str, timeout_s: float, _pid: int) -> "ObjectStore":
 
 
 def store_error(where: object, error: Exception, absent_hint: str | None = None) -> StoreError:
-    """What obstore says about `where`, as an error of ours; `absent_hint` is the remedy where nothing is there."""
+    """The StoreError for obstore's `error` about `where`; `absent_hint` is the hint if the object is missing."""
     text, got = str(error), first_line(error)
     if isinstance(error, ABSENT) or "Unable to canonicalize" in text:
         return StoreError(f"{where} does not exist", got=got, hint=absent_hint)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return StoreError(f"the store refuses access to {where}", got=got, hint=_CREDENTIALS)
-    hint = "the store kept failing through all retries; start the command again when it answers"
-    # Without keys in the environment obstore asks the machine's metadata service, which few machines have.
+    hint = "the store failed in all retries; run the same command again when it answers"
+    # Without keys in the environment obstore tries the machine's metadata service, which few machines have.
     if any(word in text.lower() for word in ("credential", "must be specified", "169.254.169.254", "metadata")):
         hint = _CREDENTIALS
     return StoreError(f"{where} cannot be reached", got=got, hint=hint)

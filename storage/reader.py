@@ -1,4 +1,4 @@
-"""Reading a cache: committed units only, whole arrays, nothing decoded before it was checked."""
+"""Reading a cache: committed units only, whole arrays, checksums before decoding."""
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,9 +32,9 @@ class UnitRecords:
     """A unit in memory.
 
     Attributes:
-        unit: which one; `unit.row(image, view)` is a record's place on the first axis.
-        keys: the I sample keys in tar order, none twice.
-        arrays: by name, first axis R = I * unit.num_views records.
+        unit: its shard and views; `unit.row(image, view)` is a record's index on the first axis.
+        keys: the I distinct sample keys in tar order.
+        arrays: the arrays by name, first axis R = I * unit.num_views records.
     """
 
     unit: UnitId
@@ -43,20 +43,20 @@ class UnitRecords:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """The position of every key among the images."""
+        """The index of every key among the images."""
         return {key: image for image, key in enumerate(self.keys)}
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of what its manifest announces a cache holds.
+    """The share of its manifest that a cache holds.
 
     Attributes:
         num_shards: source shards.
-        complete_shards: those with all views.
+        complete_shards: source shards with all views.
         num_views: source images times views per image.
-        covered_views: those in committed units, unreadable images included.
-        num_records: records stored; fewer than `covered_views` where images were unreadable.
+        covered_views: views in committed units, unreadable images included.
+        num_records: stored records; fewer than `covered_views` if images were unreadable.
     """
 
     num_shards: int
@@ -67,7 +67,7 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """Whether every view of every shard is there."""
+        """Whether every view of every shard is in a committed unit."""
         return self.complete_shards == self.num_shards
 
     def __str__(self) -> str:
@@ -78,21 +78,21 @@ class Coverage:
 
 
 class CacheReader:
-    """A cache as it is when opened: units committed later are seen by the next reader. Picklable.
+    """A snapshot of a cache; a later reader sees units that are committed later. Picklable.
 
     Args:
         place: the cache's folder, or its URL in an object store.
 
     Attributes:
-        place: the same.
-        store: the cache's files.
-        manifest: compare it with `manifest.check_same` before using a record.
+        place: the folder as an absolute path, or the URL.
+        store: the cache's store.
+        manifest: the stored manifest; compare it with `manifest.check_same` before using a record.
 
     Raises:
         UserError: there is no cache at `place`.
         StoreError: the object store refuses or fails.
-        CacheMismatch: an unknown format version.
-        CacheCorrupt: a damaged manifest or commit record, or a unit made with other constants than are there.
+        CacheMismatch: a format version is unknown.
+        CacheCorrupt: the manifest or a commit record is damaged, or a unit was made with other constants.
     """
 
     def __init__(self, place: str | Path) -> None:
@@ -102,11 +102,11 @@ class CacheReader:
         self._units = read_commits(self.store, self.manifest, constants_digest(self.store, self.manifest))
 
     def units(self) -> list[UnitInfo]:
-        """The committed units in source order, then by view; not all need be there, see `coverage`."""
+        """The committed units in source order, then by view; `coverage` counts the missing ones."""
         return list(self._units)
 
     def coverage(self) -> Coverage:
-        """What the committed units cover."""
+        """Count the shards, views and records of the committed units."""
         views = dict.fromkeys(self.manifest.shards, 0)
         for info in self._units:
             views[info.unit.shard] += info.unit.num_views
@@ -120,12 +120,12 @@ class CacheReader:
         )
 
     def read_unit(self, info: UnitInfo, arrays: Sequence[str] | None = None, verify: bool = False) -> UnitRecords:
-        """Read one unit: its keys and whole arrays, each file in one contiguous read.
+        """Read the keys and whole arrays of one unit, each file in one contiguous read.
 
         Args:
             info: one of `units()`.
             arrays: names of the arrays to read; None: all.
-            verify: compare the digest of every file read, beside its size and checksum; at 1.5 times the cost.
+            verify: also compare the digest of every file, at 1.5 times the cost.
 
         Raises:
             CacheCorrupt: a file is missing or changed, or an array is not in the unit; names unit and array.
@@ -135,14 +135,17 @@ class CacheReader:
     def read_units(
         self, infos: Iterable[UnitInfo] | None = None, arrays: Sequence[str] | None = None, verify: bool = False
     ) -> Iterator[UnitRecords]:
-        """Read units one after the other; the files of the next one are fetched while one is unpacked and used.
+        """Read units in turn. A thread fetches the files of the next unit while the caller uses one.
 
-        Two units are in memory at a time, one of them packed.
+        Two units are in memory at a time, one of them compressed.
 
         Args:
-            infos: which; None: all, in source order.
-            arrays: as for `read_unit`, whose errors it raises.
-            verify: the same.
+            infos: units to read; None: all, in source order.
+            arrays: names of the arrays to read; None: all.
+            verify: also compare digests.
+
+        Raises:
+            CacheCorrupt: as `read_unit`.
         """
         with ThreadPoolExecutor(1) as pool:
             ahead: deque[tuple[UnitInfo, Future[_Fetched]]] = deque()
@@ -155,7 +158,7 @@ class CacheReader:
                 yield self._unpack(info, fetched.result())
 
     def bytes_by_component(self) -> dict[str, int]:
-        """Bytes on disk by array name, over all committed units; "overhead" for metadata and commits, "constants"."""
+        """Bytes on disk by array name over all committed units; "overhead" is metadata and commit records."""
         groups = 1 + len({info.unit.shard for info in self._units})
         overhead = len(layout.root_group(self.manifest)) + groups * len(layout.plain_group())
         total = {"overhead": overhead + sum(len(encode_commit(info)) for info in self._units)}
@@ -168,7 +171,7 @@ class CacheReader:
         return total
 
     def _fetch(self, info: UnitInfo, arrays: Sequence[str] | None, verify: bool) -> _Fetched:
-        """The checked files of arrays and keys, by array."""
+        """Read and check the files of arrays and keys, by array."""
         names = [*layout.KEY_ARRAYS, *(info.arrays if arrays is None else arrays)]
         stored = {name: files_of(info.files, name) for name in names}
         for name, files in stored.items():
@@ -187,7 +190,7 @@ class CacheReader:
             try:
                 num_records = None if name in layout.KEY_ARRAYS else info.num_records
                 arrays[name] = layout.decode_array(name, fetched.pop(name), num_records)
-            except (ValueError, RuntimeError) as error:  # what the decompressor raises, too
+            except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
                 raise corrupt_unit(self.place, info.unit, f"array {name} is damaged: {error}") from error
         key_arrays = {name: arrays.pop(name) for name in layout.KEY_ARRAYS}
         if key_digest(key_arrays) != info.key_digest:

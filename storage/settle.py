@@ -1,4 +1,4 @@
-"""The manifest of a cache: stored by the first of its writers, grown by others, and no stranger's files beside it."""
+"""The stored manifest of a cache: the first writer creates it, later writers extend it."""
 
 from tinymim.storage import layout
 from tinymim.storage.layout import LEASES, METADATA
@@ -10,14 +10,18 @@ MANIFEST_LEASE = "manifest"
 
 
 def is_foreign(store: Store) -> bool:
-    """Whether a place holds anything but what a writer that died before its manifest may have left."""
-    strangers = any(not entry.path.startswith(f"{LEASES}/") and entry.path != ".lock" for entry in store.list())
-    # Looked for last: another writer may be making the cache at this moment, and its manifest comes first.
-    return strangers and not store.exists(METADATA)
+    """Whether a place holds files but no cache. Leases may remain from a writer that died before its manifest."""
+    occupied = any(not entry.path.startswith(f"{LEASES}/") and entry.path != ".lock" for entry in store.list())
+    # Checked last: another writer may create the cache right now, and its manifest comes first.
+    return occupied and not store.exists(METADATA)
 
 
 def settle_manifest(store: Store, wanted: Manifest, leases: Leases) -> tuple[Manifest, list[str]]:
-    """The manifest now stored: the wanted one in a new cache, else the stored one, grown."""
+    """Store the wanted manifest in a new cache, else extend the stored one.
+
+    Returns:
+        The manifest now stored, and one line per difference of environment.
+    """
     if not store.exists(METADATA):
         with leases.exclusively(MANIFEST_LEASE):
             if not store.create_all({METADATA: layout.root_group(wanted)}):
@@ -26,7 +30,7 @@ def settle_manifest(store: Store, wanted: Manifest, leases: Leases) -> tuple[Man
     warnings = check_same(stored, wanted)
     if _after_growth(stored, wanted) != stored:
         with leases.exclusively(MANIFEST_LEASE):
-            stored = layout.read_manifest(store)  # another writer may have let it grow meanwhile
+            stored = layout.read_manifest(store)  # another writer may have extended it
             check_same(stored, wanted)
             stored = _after_growth(stored, wanted)
             store.write(METADATA, layout.root_group(stored))

@@ -1,7 +1,7 @@
-"""Where the files of a cache lie: a folder, or a prefix of an object store. The rest of storage sees only this.
+"""The files of a cache, in a folder or below a prefix of an object store. The rest of storage uses only this interface.
 
-A file is written whole or not at all, and `create` lets one of several writers win: nothing else is asked of a
-store, so the same code serves a disk, a network file system and S3.
+A store needs two properties: a file is written whole or not at all, and one of several writers that create the same
+file wins. The same code therefore serves a disk, a network file system and S3.
 """
 
 import errno
@@ -35,13 +35,13 @@ from tinymim.storage.objects import ABSENT, connect, store_error
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-REQUESTS = 16  # at once, to an object store
-WRITE_TIMEOUT_S = 300.0  # for one request of the largest file
-TIMEOUT_PAUSES_S = (1.0, 5.0)  # before a PUT that was not answered is sent again
+REQUESTS = 16  # concurrent requests to an object store
+WRITE_TIMEOUT_S = 300.0  # one request with the largest file
+TIMEOUT_PAUSES_S = (1.0, 5.0)  # before an unanswered PUT is sent again
 
 
 class TooLarge(ValueError):
-    """A file has more bytes than its reader is willing to hold."""
+    """A file has more bytes than its reader accepts."""
 
 
 @dataclass(frozen=True)
@@ -51,59 +51,59 @@ class Entry:
     path: str  # relative to the store
     size_bytes: int
     modified: datetime
-    owner: str | None = None  # of the file, where the store knows
+    owner: str | None = None  # user name, on a file system
 
 
 class Store(Protocol):
-    """Named files below one place. Paths are relative, with slashes; folders exist by their files alone.
+    """Named files below one place. Paths are relative, with slashes. A folder exists only through its files.
 
-    A missing file is FileNotFoundError. Other failures are OSError from a folder and StoreError from an object store.
+    A missing file raises FileNotFoundError. Other failures raise OSError for a folder, StoreError for an object store.
     """
 
-    # Whether several requests are best made side by side: the answers take long to come.
+    # Whether answers take long, so that several requests should be made in parallel.
     distant: ClassVar[bool]
 
     @property
     def place(self) -> Path | str:
-        """The folder, or the URL without a slash at its end."""
+        """The folder, or the URL without a trailing slash."""
 
     def read(self, path: str, limit: int) -> bytes:
-        """A whole file. Raises TooLarge, before anything is allocated, if it has more than `limit` bytes."""
+        """Read a whole file. Raises TooLarge, before any allocation, if it has more than `limit` bytes."""
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
-        """Several files, side by side where that is faster; errors of `read`."""
+        """Read several files, in parallel where that is faster; errors of `read`."""
 
     def create_all(self, files: Mapping[str, bytes]) -> list[str]:
-        """Write files that are not there yet. On return they are durable.
+        """Write files that do not exist yet. They are durable on return.
 
         Returns:
             The paths left unchanged: another writer created them first with other content, or has just removed them.
         """
 
     def write(self, path: str, data: bytes) -> None:
-        """Write or replace a file. On return it is durable."""
+        """Write or replace a file. It is durable on return."""
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """All files in the folder `prefix` and below, in no order; unfinished writes are left out."""
+        """List all files below the folder `prefix`, in no order, without unfinished writes."""
 
     def folders(self, prefix: str = "") -> set[str]:
         """The names of the folders directly in the folder `prefix`."""
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Remove files, in this order; those that are not there are passed over."""
+        """Remove files, in this order; missing files are skipped."""
 
     def remove_tree(self, prefix: str) -> None:
-        """Remove the folder `prefix` with all that is in it, unfinished writes included."""
+        """Remove the folder `prefix` with everything in it, unfinished writes included."""
 
     def remove_dead_writes(self, folders: Iterable[str]) -> None:
-        """Remove what processes that died while writing left directly in `folders`."""
+        """Remove unfinished writes of dead processes that lie directly in `folders`."""
 
 
 def open_store(place: str | Path) -> Store:
-    """The store at a folder or URL; nothing is made or looked at. Raises StoreError for a URL that names none."""
+    """The store at a folder or URL, without any access to it. Raises StoreError for a URL that names no store."""
     if isinstance(place, str) and "://" in place:
         if place.startswith("file://"):
             return LocalStore(Path(unquote(urlsplit(place).path)))
@@ -112,7 +112,7 @@ def open_store(place: str | Path) -> Store:
 
 
 class LocalStore:
-    """A folder. Writes are temporary files, made durable and then given their name."""
+    """A folder. A write goes to a temporary file, which becomes durable before it is renamed."""
 
     distant: ClassVar[bool] = False
 
@@ -136,7 +136,7 @@ class LocalStore:
             if not create_bytes_atomic(full, data) and not _holds(self, path, data):
                 others.append(path)
             changed.add(full.parent)
-        for folder in sorted(changed, reverse=True):  # a name is durable before those above it
+        for folder in sorted(changed, reverse=True):  # deepest first: no folder is durable before its content
             fsync_folder(folder)
         return others
 
@@ -158,7 +158,7 @@ class LocalStore:
                 try:
                     stat = full.stat()
                 except FileNotFoundError:
-                    continue  # removed meanwhile
+                    continue  # removed since it was listed
                 modified = datetime.fromtimestamp(stat.st_mtime, UTC)
                 yield Entry(full.relative_to(self.place).as_posix(), stat.st_size, modified, _user(stat.st_uid))
 
@@ -188,13 +188,13 @@ class LocalStore:
 
 
 class RemoteStore:
-    """A prefix of an object store. A PUT is atomic and durable; creating needs conditional PUTs (If-None-Match)."""
+    """A prefix of an object store. A PUT is atomic and durable; creation needs conditional PUTs (If-None-Match)."""
 
     distant: ClassVar[bool] = True
 
     def __init__(self, url: str) -> None:
         self.place: str = url
-        _ = self._objects  # a URL that names no store is refused now
+        _ = self._objects  # refuses a URL that names no store
 
     @property
     def _objects(self) -> "ObjectStore":
@@ -229,10 +229,10 @@ class RemoteStore:
             self._put(path, data, "overwrite")
 
     def _put(self, path: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
-        _insist(lambda: obstore.put(self._objects, path, data, mode=mode))
+        _repeat_unanswered(lambda: obstore.put(self._objects, path, data, mode=mode))
 
     def _delete(self, paths: str | Sequence[str]) -> None:
-        _insist(lambda: obstore.delete(self._objects, paths))
+        _repeat_unanswered(lambda: obstore.delete(self._objects, paths))
 
     def exists(self, path: str) -> bool:
         try:
@@ -268,7 +268,7 @@ class RemoteStore:
                 self._delete(paths)
 
     def remove_dead_writes(self, folders: Iterable[str]) -> None:
-        """Nothing: an object is there whole or not at all."""
+        """Nothing to do: an object exists whole or not at all."""
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -280,11 +280,10 @@ class RemoteStore:
             raise store_error(f"{self.place}/{path}".rstrip("/"), error) from error
 
 
-def _insist(request: Callable[[], object]) -> None:
-    """Make a request that changes something, again where no answer came.
+def _repeat_unanswered(request: Callable[[], object]) -> None:
+    """Send a PUT or DELETE, and send it again after a timeout.
 
-    obstore repeats what a server refuses for the moment, but no PUT or DELETE without an answer: it cannot know that
-    ours do no harm twice.
+    obstore repeats temporary refusals, but no PUT or DELETE that timed out, since not all are idempotent. Ours are.
     """
     for pause_s in TIMEOUT_PAUSES_S:
         try:
@@ -299,7 +298,7 @@ def _insist(request: Callable[[], object]) -> None:
 
 @contextmanager
 def explained_write_errors(store: Store) -> Iterator[None]:
-    """Turn the operating system's refusals to write below `store` into a `UserError` with a remedy."""
+    """Turn an OSError from writing below `store` into a UserError with a remedy."""
     try:
         yield
     except OSError as error:

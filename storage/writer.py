@@ -1,9 +1,8 @@
-"""Writing a cache: any number of writers share its units, each visible by one atomic commit (I7).
+"""Writing a cache: any number of writers share its units. One atomic commit makes a unit visible (I7).
 
 A writer claims a unit by a lease on its shard, writes the unit's files and then its commit record. Files and records
-are created, never replaced: whatever a writer does that was believed dead, a committed unit stays as it is. Nothing
-that depends on time or chance is written, so a cache that was interrupted and resumed, or written by several, is
-byte-identical to any other one.
+are created, never replaced, so a writer that was wrongly taken for dead cannot change a committed unit. Nothing
+written depends on time or chance: interruptions, resumes and the number of writers do not change a byte.
 """
 
 import json
@@ -33,27 +32,27 @@ CONSTANTS_LEASE = "constants"
 
 
 class UnitTaken(UserError):
-    """Another writer has taken over a unit that this one was about to write."""
+    """Another writer has taken over a unit that this writer claimed."""
 
 
 class CacheWriter:
-    """One of a cache's writers; a context manager. Make it with `CacheWriter.open`.
+    """One of a cache's writers; a context manager. Create it with `CacheWriter.open`.
 
-    One thread may claim units while another writes those that were claimed before.
+    One thread may claim units while another writes units claimed before.
 
     Attributes:
         place: the cache's folder or URL.
-        store: its files.
-        manifest: as stored when this writer opened it, grown to hold what was wanted.
-        environment_differences: lines worth a warning: versions that differ from those the cache began with.
+        store: the cache's store.
+        manifest: the stored manifest, extended by the wanted shards and views.
+        environment_differences: a line for a warning per library version that differs from the manifest's.
     """
 
     def __init__(self, store: Store, manifest: Manifest, leases: Leases) -> None:
         """Join the writers of the cache in `store`; use `open`."""
         self.store, self.place = store, store.place
         self._leases: Leases | None = leases
-        # Around what is claimed and what is committed: a unit is at every moment one of both, so that claiming its
-        # shard's other views takes its files for no leftovers and does not lose their common lease.
+        # Guards `_claimed` and `_committed`. A unit being written must always be in one of them: a claim of other views
+        # of its shard would else remove its files as leftovers, or release the lease that both share.
         self._lock = threading.RLock()
         self.manifest, self.environment_differences = settle_manifest(store, manifest, leases)
         self._shard_of_stem = {layout.shard_stem(name): name for name in self.manifest.shards}
@@ -65,19 +64,19 @@ class CacheWriter:
 
     @classmethod
     def open(cls, place: str | Path, manifest: Manifest, lease_s: float = DEFAULT_LEASE_S) -> "CacheWriter":
-        """Create the cache, or open it to write what is missing, beside any other writers.
+        """Create the cache, or open it to write missing units. Other writers may be active.
 
-        The manifest is stored before the first unit. If there is one already it must pass `manifest.check_same`,
-        and grows by new shards and a larger `num_views`. What dead writers left is removed.
+        The manifest is stored before the first unit. An existing manifest must pass `manifest.check_same` and is
+        extended by new shards and a larger `num_views`. Leftovers of dead writers are removed.
 
         Args:
             place: a folder, or the URL of a prefix in an object store.
-            manifest: of the cache that is wanted.
-            lease_s: seconds without a sign of life after which other writers take over this one's units.
+            manifest: the wanted manifest.
+            lease_s: seconds without a beat after which other writers take over the units of this one.
 
         Raises:
             UserError: the place holds something else, or cannot be written.
-            SourceError: two shards cannot be told apart on disk.
+            SourceError: two shards have the same name on disk.
             StoreError: the object store refuses or fails.
             CacheMismatch: the cache was made by something else.
             CacheCorrupt: its manifest or a commit record is damaged.
@@ -95,7 +94,7 @@ class CacheWriter:
                 raise
 
     def close(self) -> None:
-        """Give back what was claimed; harmless twice."""
+        """Release all claims. May be called repeatedly."""
         if self._leases is not None:
             self._leases.close()
             self._leases = None
@@ -111,21 +110,21 @@ class CacheWriter:
     # ---- sharing the work
 
     def committed(self) -> set[UnitId]:
-        """The units that are there, whole, as far as this writer knows; `refresh` looks again."""
+        """The committed units at the last `refresh`, and this writer's own since then."""
         return set(self._committed)
 
     def refresh(self) -> set[UnitId]:
-        """The units that are there now, those of other writers included."""
+        """List the committed units of all writers."""
         with self._lock:
             found = (layout.parse_commit_file(entry.path, self._shard_of_stem) for entry in self.store.list(COMMITS))
             self._committed = {unit for unit in found if unit is not None}
             return self.committed()
 
     def claim(self, unit: UnitId) -> bool:
-        """Take on a unit: no other writer will, for as long as this one lives. Harmless twice.
+        """Claim a unit, which keeps living writers off its shard. May be called repeatedly.
 
         Returns:
-            False where a living writer is at work on the same shard, or has committed some of the same views.
+            False if a living writer works on the same shard, or some of the views are already committed.
 
         Raises:
             UserError, StoreError: the cache cannot be written.
@@ -137,8 +136,7 @@ class CacheWriter:
         with self._lock, explained_write_errors(self.store):
             if not leases.claim(shard_lease(unit.shard)):
                 return False
-            committed = self.refresh()
-            if _overlapping(unit, committed):
+            if any(other.shard == unit.shard and set(other.views) & set(unit.views) for other in self.refresh()):
                 self._release(unit)
                 return False
             self._remove_leftovers(unit.shard)
@@ -146,53 +144,53 @@ class CacheWriter:
         return True
 
     def give_back(self, unit: UnitId) -> None:
-        """Undo a claim, for other writers to make; harmless where there is none."""
+        """Release a claim, so that other writers can take the unit. May be called without a claim."""
         with self._lock, explained_write_errors(self.store):
             self._claimed.discard(unit)
             self._release(unit)
 
     def holders(self, units: Iterable[UnitId]) -> list[Holder]:
-        """Who is at work on the shards of `units`, as far as that can be told."""
+        """The lease owners of the shards of `units`, where they can be read."""
         leases = self._open_leases()
         found = (leases.holder(shard_lease(shard)) for shard in sorted({unit.shard for unit in units}))
         return sorted({holder for holder in found if holder is not None}, key=str)
 
     @contextmanager
     def exclusively_constants(self) -> Iterator[None]:
-        """Be the one writer that makes the constants; waits for another that is at it."""
+        """Hold the lease on the constants during the block; waits while another writer holds it."""
         with explained_write_errors(self.store), self._open_leases().exclusively(CONSTANTS_LEASE):
             yield
 
     # ---- writing
 
     def constants(self) -> dict[str, npt.NDArray[Any]] | None:
-        """The cache's constants as they are now, None where there are none yet; errors of `read_constants`."""
+        """The cache's current constants, None if there are none; errors of `read_constants`."""
         arrays = read_constants(self.store, self.manifest)
         self._constants = constants_digest(self.store, self.manifest)
         return arrays
 
     def write_constants(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write what the codec needs once per cache, before the first unit; within `exclusively_constants`.
+        """Write the codec's constants before the first unit, within `exclusively_constants`.
 
-        On return it is durable. Every unit written from now on names these constants in its commit record.
+        They are durable on return. The commit records of later units hold their digest.
 
         Args:
-            arrays: by name, at least one axis each, of any bool, integer or float dtype in little-endian order.
+            arrays: the constants by name, each with at least one axis and a little-endian bool, integer or float dtype.
 
         Raises:
             UserError: the disk is full or fails.
-            InternalError: arrays that cannot be stored, or the cache has units already: a bug of the caller.
+            InternalError: an array cannot be stored, or the cache has units already; a bug of the caller.
         """
         if self._committed or self._leases is None:
-            raise InternalError("constants are written to an open cache without units")
+            raise InternalError("constants can only be written to an open cache without units")
         if problems := [problem for name, values in arrays.items() for problem in problems_of(name, values)]:
             raise InternalError(f"constants do not fit: {'; '.join(problems)}")
         self.put_constants(*constants_files(self.manifest.spec_id, arrays))
 
     def put_constants(self, files: Mapping[str, bytes], record: bytes) -> None:
-        """Write constants as they are on disk: the group's files by path relative to it, then their record."""
+        """Write encoded constants: the group's files by path relative to it, then their record."""
         with explained_write_errors(self.store):
-            self.store.remove([CONSTANTS_RECORD])  # goes before what it describes
+            self.store.remove([CONSTANTS_RECORD])  # first, so that no record describes missing files
             self.store.remove_tree(CONSTANTS)
             self.store.create_all({f"{CONSTANTS}/{name}": data for name, data in files.items()})
             self.store.write(CONSTANTS_RECORD, record)
@@ -205,21 +203,21 @@ class CacheWriter:
         arrays: Mapping[str, npt.NDArray[Any]],
         statistics: Mapping[str, Any],
     ) -> UnitInfo:
-        """Write one unit and commit it; claims it if that was not done. On return it is durable.
+        """Write one unit and commit it, after a claim if there is none yet. It is durable on return.
 
         Args:
-            unit: its shard is in the manifest; its views are not yet in the cache.
+            unit: a shard of the manifest, and views that are not yet in the cache.
             keys: the shard's readable sample keys, one per image, in tar order.
-            arrays: by name, first axis R = len(keys) * unit.num_views records; the views of one image are
+            arrays: the arrays by name, first axis R = len(keys) * unit.num_views records; the views of one image are
                 contiguous (`UnitId.row`). `layout.BASE_ARRAYS` are required; the codec's arrays are of any
                 bool, integer or float dtype in little-endian order.
             statistics: JSON values for the commit record.
 
         Raises:
             SourceError: a key appears twice or is not Unicode.
-            UserError: the disk is full or fails; the unit is not there and the others are intact.
-            UnitTaken: another writer has the unit, or committed it meanwhile.
-            InternalError: arguments that do not fit together: a bug of the caller.
+            UserError: the disk is full or fails; the unit is not committed, and the others are intact.
+            UnitTaken: another writer holds or has committed the unit.
+            InternalError: the arguments do not fit each other; a bug of the caller.
         """
         self._check_unit(unit)
         check_keys(unit, keys)
@@ -244,14 +242,14 @@ class CacheWriter:
         return self.put_unit(info, encoded)
 
     def put_unit(self, info: UnitInfo, parts: Iterable[Mapping[str, bytes]]) -> UnitInfo:
-        """Write and commit a unit as it is on disk; errors of `write_unit`.
+        """Write and commit an encoded unit; errors of `write_unit`.
 
         Args:
-            info: its `files` are found here.
-            parts: the arrays' files by path relative to the unit's folder, some at a time.
+            info: the commit record; `files` is ignored.
+            parts: the arrays' files by path relative to the unit's folder, in parts that are written in turn.
 
         Returns:
-            `info` with its files.
+            `info` with its `files`.
         """
         unit, folder = info.unit, layout.unit_folder(info.unit)
         if not self.claim(unit):
@@ -268,6 +266,7 @@ class CacheWriter:
                     stored |= described(part)
                 info = replace(info, files=dict(sorted(stored.items())))
                 with self._lock:
+                    # Checked last, since a slow writer may have been taken over. Creation decides if both get here.
                     self._require_lease(unit)
                     if self.store.create_all({layout.commit_file(unit): encode_commit(info)}):
                         raise self._taken(unit)
@@ -275,7 +274,7 @@ class CacheWriter:
             except UnitTaken:
                 raise
             except Exception:
-                with suppress(OSError, StoreError):  # what cannot be removed now is, by the next who claims the shard
+                with suppress(OSError, StoreError):  # the next claim of the shard removes what is left
                     self._require_lease(unit)
                     self.store.remove([layout.commit_file(unit)])
                     self.store.remove_tree(folder)
@@ -286,7 +285,7 @@ class CacheWriter:
         return info
 
     def drop_unit(self, unit: UnitId) -> bool:
-        """Remove a unit, its commit record first. False where a living writer is at work on its shard."""
+        """Remove a unit, its commit record first. False if a living writer works on its shard."""
         leases = self._open_leases()
         with explained_write_errors(self.store):
             if not leases.claim(shard_lease(unit.shard)):
@@ -298,12 +297,13 @@ class CacheWriter:
         return True
 
     def _create(self, files: Mapping[str, bytes], unit: UnitId) -> None:
-        """Create files for `unit`. Where others stand in their place, a writer that was believed dead wrote them."""
+        """Create files of `unit`."""
         self._require_lease(unit)
-        if strangers := self.store.create_all(files):
+        if others := self.store.create_all(files):
+            # A writer that was taken for dead wrote them after the claim. Replace them once, if the unit is still ours.
             self._require_lease(unit)
-            self.store.remove(strangers)
-            if self.store.create_all({path: files[path] for path in strangers}):
+            self.store.remove(others)
+            if self.store.create_all({path: files[path] for path in others}):
                 raise self._taken(unit)
 
     def _require_lease(self, unit: UnitId) -> None:
@@ -312,7 +312,7 @@ class CacheWriter:
 
     def _taken(self, unit: UnitId) -> UnitTaken:
         holder = next(iter(self.holders([unit])), None)
-        return UnitTaken(f"unit {unit} of {self.place} is another writer's", got=holder or "it is committed")
+        return UnitTaken(f"unit {unit} of {self.place} is another writer's", got=holder or "the unit is committed")
 
     def _release(self, unit: UnitId) -> None:
         if not any(other.shard == unit.shard for other in self._claimed):
@@ -330,10 +330,10 @@ class CacheWriter:
         if not 0 <= unit.first_view < unit.first_view + unit.num_views <= self.manifest.num_views:
             raise InternalError(f"unit {unit}: views outside 0..{self.manifest.num_views - 1}")
 
-    # ---- what dead writers leave
+    # ---- leftovers of dead writers
 
     def _remove_leftovers(self, shard: str) -> None:
-        """Remove units of a shard that were never committed; its lease is held."""
+        """Remove uncommitted units of a shard whose lease this writer holds."""
         folder = layout.shard_folder(shard)
         kept = {unit.view_range for unit in self._committed | self._claimed if unit.shard == shard}
         for name in self.store.folders(folder) - kept:
@@ -341,7 +341,7 @@ class CacheWriter:
         self.store.remove_dead_writes([folder])
 
     def _clean_after_the_dead(self, leases: Leases) -> None:
-        """Take over what dead writers had claimed, remove what they left of it, and give it back."""
+        """Take over the leases of dead writers, remove their uncommitted units, and release the leases."""
         for name in sorted(leases.names()):
             shard = self._shard_of_stem.get(name.removeprefix(f"{UNITS}/"))
             if leases.claim(name):
@@ -349,7 +349,3 @@ class CacheWriter:
                     self.refresh()
                     self._remove_leftovers(shard)
                 leases.release(name)
-
-
-def _overlapping(unit: UnitId, others: Iterable[UnitId]) -> list[UnitId]:
-    return [other for other in others if other.shard == unit.shard and set(other.views) & set(unit.views)]

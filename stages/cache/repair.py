@@ -16,8 +16,8 @@ from tinymim.storage import layout
 from tinymim.storage.constants import constants_digest, constants_files
 from tinymim.storage.layout import CONSTANTS, CONSTANTS_RECORD
 from tinymim.storage.manifest import Manifest, check_same
-from tinymim.storage.mend import mend, rebuild_manifest
 from tinymim.storage.reader import CacheReader
+from tinymim.storage.repair import rebuild_manifest, repair
 from tinymim.storage.store import Store, open_store
 
 
@@ -58,7 +58,7 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     # ---- constants first, because units are checked against them; then groups, strays, damaged units
     restored = _restore_constants(store, recipe, parts, manifest, inspection)
     others = [finding for finding in inspection.findings if finding.kind != "constants"]
-    done = mend(store, manifest, constants_digest(store, manifest), others)
+    done = repair(store, manifest, constants_digest(store, manifest), others)
     if done.held:
         raise UserError(
             f"{len(done.held)} finding(s) in {store.place} could not be repaired: a writer is active on these shards",

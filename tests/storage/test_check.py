@@ -1,4 +1,4 @@
-"""An inspection finds everything that is wrong with a cache, and what is mended without a teacher is as it was."""
+"""An inspection finds everything that is wrong with a cache, and repair without a teacher restores every byte."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tinymim.storage.constants import constants_digest
 from tinymim.storage.layout import METADATA, UnitId
 from tinymim.storage.leases import Leases
 from tinymim.storage.manifest import Manifest
-from tinymim.storage.mend import mend, rebuild_manifest
+from tinymim.storage.repair import rebuild_manifest, repair
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny
@@ -55,12 +55,12 @@ def flip(path: Path, place: int = -1) -> None:
     path.write_bytes(data)
 
 
-def mended(cache: Path) -> Manifest:
+def repaired(cache: Path) -> Manifest:
     """Mend what is wrong and write dropped units again; the manifest."""
     store = open_store(cache)
     findings = inspect(cache)
     found = survey(store)
-    mend(store, found.manifest, constants_digest(store, found.manifest), findings)
+    repair(store, found.manifest, constants_digest(store, found.manifest), findings)
     with CacheWriter.open(cache, found.manifest) as writer:
         tiny.write_units(writer, [FIRST, UnitId("train-001.tar", 0, 2), UnitId("train-000.tar", 2, 1)])
     return found.manifest
@@ -105,7 +105,7 @@ def folder_for_file(path: Path) -> None:
 Damage = Callable[[Path], object]
 DAMAGES: dict[str, tuple[Damage, str, str, str]] = {
     "flipped payload": (lambda c: flip(c / PAYLOAD), "unit", PAYLOAD, "committed checksum"),
-    "short payload": (lambda c: (c / PAYLOAD).write_bytes(b"1"), "unit", PAYLOAD, "1 bytes, committed were"),
+    "short payload": (lambda c: (c / PAYLOAD).write_bytes(b"1"), "unit", PAYLOAD, "1 bytes, expected"),
     "long payload": (lambda c: (c / PAYLOAD).write_bytes(bytes(9999)), "unit", PAYLOAD, "9999 bytes"),
     "lost payload": (lambda c: (c / PAYLOAD).unlink(), "unit", PAYLOAD, "missing"),
     "a folder for a file": (lambda c: folder_for_file(c / PAYLOAD), "unit", PAYLOAD, "cannot be read"),
@@ -195,7 +195,7 @@ def test_damage_is_found_named_and_mended_to_the_same_bytes(cache: Path, name: s
     [finding] = inspect(cache)
     assert (finding.kind, finding.path) == (kind, path) and what in finding.what
     assert str(finding) == f"{path}: {finding.what}"
-    mended(cache)
+    repaired(cache)
     assert inspect(cache) == [] and tiny.tree(cache) == whole
 
 
@@ -209,7 +209,7 @@ def test_all_of_it_is_found_at_once(cache: Path) -> None:
     shutil.copytree(cache / "units/train-001/v0-1", cache / "units/train-001/v2-2")
     kinds = sorted(finding.kind for finding in inspect(cache))
     assert kinds == ["commit", "group", "stray", "stray", "unit", "unit"]
-    mended(cache)
+    repaired(cache)
     assert inspect(cache) == [] and tiny.tree(cache) == whole
 
 
@@ -223,7 +223,7 @@ def test_a_file_beside_the_caches_own_is_foreign_and_left(cache: Path) -> None:
     (cache / "README.md").write_text("ours")
     assert inspect(cache) == []
     assert survey(open_store(cache)).foreign == ["README.md"]
-    mended(cache)
+    repaired(cache)
     assert (cache / "README.md").exists()
 
 
@@ -259,7 +259,7 @@ def test_units_that_share_views_are_found_and_one_is_dropped(cache: Path, tmp_pa
     shutil.copy(other / "commits/train-000.v1-1.json", cache / "commits")
     [finding] = inspect(cache)
     assert finding.unit == unit and "shares views with unit train-000.tar v0-1" in finding.what
-    mended(cache)
+    repaired(cache)
     assert inspect(cache) == [] and not (cache / "units/train-000/v1-1").exists()
 
 
@@ -300,7 +300,7 @@ def test_a_unit_made_with_other_constants_than_the_rest_is_found_and_dropped(wit
     assert (finding.kind, finding.unit) == ("commit", UnitId("train-000.tar", 0, 3))
     store = open_store(with_constants)
     manifest = survey(store).manifest
-    done = mend(store, manifest, constants_digest(store, manifest), [finding])
+    done = repair(store, manifest, constants_digest(store, manifest), [finding])
     assert done.dropped == [finding.unit] and inspect(with_constants) == []
 
 
@@ -310,7 +310,7 @@ def test_the_group_of_the_constants_is_mended(with_constants: Path) -> None:
     [finding] = inspect(with_constants)
     assert finding.kind == "group"
     store = open_store(with_constants)
-    mend(store, survey(store).manifest, None, [finding])
+    repair(store, survey(store).manifest, None, [finding])
     assert tiny.tree(with_constants) == whole
 
 
@@ -324,10 +324,10 @@ def test_a_shard_at_which_a_living_writer_works_is_left_alone(cache: Path) -> No
     before = tiny.tree(cache)
     leases = Leases(store)
     assert leases.claim("units/train-000")
-    assert mend(store, manifest, None, findings).held == findings
+    assert repair(store, manifest, None, findings).held == findings
     leases.close()
     assert tiny.tree(cache) == before
-    assert mend(store, manifest, None, findings).dropped == [FIRST]
+    assert repair(store, manifest, None, findings).dropped == [FIRST]
 
 
 def test_what_another_repair_put_right_meanwhile_is_not_dropped(cache: Path) -> None:
@@ -337,12 +337,12 @@ def test_what_another_repair_put_right_meanwhile_is_not_dropped(cache: Path) -> 
     shutil.copytree(cache / "units/train-001/v0-1", cache / "units/train-001/v2-2")
     store = open_store(cache)
     findings, manifest = inspect(cache), survey(store).manifest
-    mended(cache)
+    repaired(cache)
     with CacheWriter.open(cache, manifest) as writer:
         tiny.write_units(writer, [UnitId("train-001.tar", 2, 1)])
     now = tiny.tree(cache)
     assert whole.items() < now.items()
-    done = mend(store, manifest, None, findings)
+    done = repair(store, manifest, None, findings)
     assert (done.dropped, done.removed) == ([], []) and tiny.tree(cache) == now
 
 

@@ -1,7 +1,6 @@
-"""What can be mended in a cache without computing anything: groups written again, damaged units and strays removed.
+"""Repair without a teacher: write group metadata again, remove damaged units and stray files.
 
-Everything is done under the lease of its shard, and looked at once more before it goes: another repair may have put
-it right meanwhile.
+Every change is made under the lease of its shard, after one more check, since another repair may have been first.
 """
 
 from collections import defaultdict
@@ -22,15 +21,15 @@ from tinymim.storage.writer import CONSTANTS_LEASE
 
 
 @dataclass
-class Mended:
-    """What was done, and what was not.
+class Repaired:
+    """The outcome of a repair.
 
     Attributes:
         rewritten: files written again.
-        dropped: units removed because they were damaged.
-        removed: files and folders removed because they belonged to nothing.
-        uncommitted: those of the folders that are named like units.
-        held: findings about shards at which a living writer is at work; nothing was done about them.
+        dropped: damaged units, removed.
+        removed: files and folders that belonged to nothing, removed.
+        uncommitted: the units that the removed folders were named after.
+        held: findings about shards that a living writer works on, left as they are.
     """
 
     rewritten: list[str] = field(default_factory=list)
@@ -40,19 +39,19 @@ class Mended:
     held: list[Finding] = field(default_factory=list)
 
 
-def mend(store: Store, manifest: Manifest, constants: str | None, findings: Iterable[Finding]) -> Mended:
-    """Mend all findings but those about constants.
+def repair(store: Store, manifest: Manifest, constants: str | None, findings: Iterable[Finding]) -> Repaired:
+    """Repair all findings except those about constants.
 
     Args:
-        store: of the cache.
-        manifest: of the cache.
-        constants: digest of its constants as they are now, None if it has none.
-        findings: of `survey` and `check_unit`. Units among them are dropped: whoever calls can have them made again.
+        store: the cache's store.
+        manifest: the cache's manifest.
+        constants: digest of the current constants, None if there are none.
+        findings: results of `survey` and `check_unit`. Damaged units are removed; the caller computes them again.
 
     Raises:
         UserError, StoreError: the cache cannot be written.
     """
-    done = Mended()
+    done = Repaired()
     shards = {layout.shard_stem(name): name for name in manifest.shards}
     by_lease: defaultdict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
@@ -64,7 +63,7 @@ def mend(store: Store, manifest: Manifest, constants: str | None, findings: Iter
                 if not leases.claim(name):
                     done.held += some
                     continue
-                _mend(store, manifest, constants, some, done)
+                _repair(store, manifest, constants, some, done)
                 leases.release(name)
             store.remove_dead_writes(("", COMMITS, UNITS))
     finally:
@@ -73,18 +72,18 @@ def mend(store: Store, manifest: Manifest, constants: str | None, findings: Iter
 
 
 def rebuild_manifest(store: Store, wanted: Manifest) -> Manifest:
-    """Write a manifest again that is lost or damaged, from one that fits every commit record that can be read.
+    """Replace a lost or damaged manifest by `wanted`, if it fits every readable commit record.
 
     Args:
-        store: of the cache.
-        wanted: of the recipe that the cache was made by.
+        store: the cache's store.
+        wanted: the manifest of the recipe that made the cache.
 
     Returns:
-        The manifest as stored: `wanted`, with as many views as the records speak of.
+        The manifest as stored: `wanted`, with `num_views` raised to the views of the records.
 
     Raises:
-        UserError: no commit record can be read, so that nothing says what this was.
-        CacheMismatch: a record belongs to something else.
+        UserError: no commit record can be read, so the cache cannot be identified.
+        CacheMismatch: a record belongs to another cache.
         StoreError: the object store refuses or fails.
     """
     records = []
@@ -103,10 +102,10 @@ def rebuild_manifest(store: Store, wanted: Manifest) -> Manifest:
         expected = f"spec {wanted.spec_id}, shard {shard.content_hash if shard else 'in the source of the recipe'}"
         if spec_id != wanted.spec_id or shard is None or shard.content_hash != content_hash:
             raise CacheMismatch(
-                f"the manifest of {store.place} cannot be rebuilt from this recipe: its units are of something else",
+                f"the manifest of {store.place} cannot be rebuilt from this recipe: its units belong to another cache",
                 got=got,
                 expected=expected,
-                hint="name the recipe that the cache was made by, with all its shards",
+                hint="name the recipe that made the cache, with all its shards",
             )
     manifest = replace(wanted, num_views=max(wanted.num_views, *(unit.views[-1] + 1 for _, unit, _ in records)))
     leases = Leases(store)
@@ -118,8 +117,8 @@ def rebuild_manifest(store: Store, wanted: Manifest) -> Manifest:
     return manifest
 
 
-def _mend(store: Store, manifest: Manifest, constants: str | None, findings: list[Finding], done: Mended) -> None:
-    """Mend findings of which one lease is held."""
+def _repair(store: Store, manifest: Manifest, constants: str | None, findings: list[Finding], done: Repaired) -> None:
+    """Repair findings under one lease, which the caller holds."""
     for unit in sorted({finding.unit for finding in findings if finding.unit and finding.kind in ("commit", "unit")}):
         if _is_bad(store, manifest, constants, unit, findings):
             store.remove([layout.commit_file(unit)])
@@ -127,7 +126,7 @@ def _mend(store: Store, manifest: Manifest, constants: str | None, findings: lis
             done.dropped.append(unit)
     for finding in findings:
         if finding.kind == "group" and finding.unit not in done.dropped:
-            is_root = finding.path == METADATA  # another job may have let the manifest grow since
+            is_root = finding.path == METADATA  # read again below: another job may have extended the manifest
             store.write(
                 finding.path, layout.root_group(layout.read_manifest(store)) if is_root else layout.plain_group()
             )
@@ -143,7 +142,7 @@ def _mend(store: Store, manifest: Manifest, constants: str | None, findings: lis
 
 
 def _is_bad(store: Store, manifest: Manifest, constants: str | None, unit: UnitId, findings: list[Finding]) -> bool:
-    """Whether a unit is (still) not as it must be."""
+    """Whether a unit is still damaged."""
     path = layout.commit_file(unit)
     try:
         info = parse_commit(store.place, path, store.read(path, layout.COMMIT_LIMIT_BYTES), manifest)
@@ -158,13 +157,13 @@ def _is_bad(store: Store, manifest: Manifest, constants: str | None, unit: UnitI
 
 
 def _commit_of(folder: str) -> str:
-    """The record that makes the unit in `folder`, "units/<stem>/<views>/", visible."""
+    """The commit record of the unit in `folder`, "units/<stem>/<views>/"."""
     _, stem, views, _ = folder.split("/")
     return f"{COMMITS}/{stem}.{views}.json"
 
 
 def _lease(finding: Finding, shards: dict[str, str]) -> str:
-    """The lease under which a finding is mended."""
+    """The lease under which a finding is repaired."""
     if finding.unit is not None:
         return shard_lease(finding.unit.shard)
     first, _, rest = finding.path.partition("/")
