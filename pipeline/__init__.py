@@ -1,1 +1,1 @@
-"""From tar to batch, shared by both stages: shards, views, order, datasets, loader."""
+"""From tar to batch for both stages: shards, views, order, datasets, loader."""

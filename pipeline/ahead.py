@@ -1,4 +1,4 @@
-"""Shards are spooled before a loader needs them: a thread follows the plan that the loader takes its batches from."""
+"""A thread spools shards before a loader needs them, following the plan that the loader takes its batches from."""
 
 import threading
 from collections import deque
@@ -15,25 +15,25 @@ from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard
 from tinymim.pipeline.spool import NoRoom, SpooledTar
 
-LOOK_ITEMS: Final = 2**18  # of a plan, at 32 bytes each
-_LOOK_ENTRIES = 16  # further at every entry that is asked for, so that no step waits for a long look
-_PULSE_S = 1.0
-_SHORT_PULSE_S = 0.1  # while a reader downloads what is to be held
+LOOK_ITEMS: Final = 2**18  # longest look ahead, in items of 32 bytes
+_LOOK_ENTRIES = 16  # entries read ahead per requested entry, so that no step waits for a long look
+_POLL_S = 1.0
+_SHORT_POLL_S = 0.1  # while a reader downloads a tar that this thread will hold open
 
 
 @contextmanager
 def spooling(
     shards: Sequence[Shard], plan: Iterable[Items], look_ahead: bool
 ) -> Iterator[tuple[Iterable[Items], Callable[[], None]]]:
-    """Spool the shards of a plan while its entries are worked on; the plan of local shards is handed through.
+    """Spool the shards of a plan while its entries are in use. A plan over local shards is passed on unchanged.
 
     Args:
-        shards: what the first column of the items counts.
+        shards: the shards that the first column of the items indexes.
         plan: entries of items [..., columns].
-        look_ahead: whether the plan may be read further than its entries are asked for.
+        look_ahead: whether the plan may be read ahead of its consumer.
 
     Yields:
-        the same plan, and what to call when the batches of its next entry have come back.
+        The same plan, and a function to call when the batches of the oldest entry are complete.
     """
     tars = [shard.place for shard in shards if isinstance(shard.place, SpooledTar)]
     if len(tars) < len(shards) or not tars:
@@ -46,23 +46,35 @@ def spooling(
         yield ahead.follow(plan), ahead.done
     finally:
         ahead.stop()
-        thread.join(_PULSE_S)  # a store that hangs must not hold up the end; the thread ends with its request
+        thread.join(_POLL_S)  # a store that hangs must not delay the end; the thread ends with its request
 
 
 class _Window:
-    """The tars that some entries need, in the order of their first need."""
+    """The tars that a range of entries needs, in the order of first use."""
 
     def __init__(self, tars: Sequence[SpooledTar]) -> None:
         self._tars = tars
-        self._entries: deque[tuple[list[int], int]] = deque()  # tars, items
-        self._needs: dict[int, int] = {}  # by tar, how many of the entries need it
+        self._entries: deque[tuple[list[int], int]] = deque()  # (indices of tars, number of items)
+        self._needs: dict[int, int] = {}  # entries that need a tar, by its index
         self.size_bytes = self.num_items = 0
 
     def add(self, entry: Items) -> bool:
-        """Whether a tar is new. Raises RecipeError where the entry needs more tars at once than the spool holds."""
+        """Append an entry. Returns whether it needs a new tar.
+
+        Raises:
+            RecipeError: the entry needs more bytes of tars at once than the spool may hold.
+        """
         before = len(self._needs)
         needed = np.unique(entry[..., 0]).tolist()
-        self._refuse_more_than_fits([self._tars[number] for number in needed])
+        needed_bytes = sum(self._tars[number].source.size_bytes for number in needed)
+        budget_bytes = self._tars[0].spool.budget_bytes
+        if needed_bytes > budget_bytes:
+            raise RecipeError(
+                f"source.spool.gib is less than the {len(needed)} shards of one batch",
+                got=f"{budget_bytes / 2**30:.3g} GiB",
+                expected=f"at least {needed_bytes / 2**30:.3g} GiB",
+                hint="raise source.spool.gib, lower order.shuffle_units, or make smaller shards",
+            )
         for number in needed:
             if number not in self._needs:
                 self.size_bytes += self._tars[number].source.size_bytes
@@ -71,19 +83,8 @@ class _Window:
         self.num_items += entry[..., 0].size
         return len(self._needs) > before
 
-    def _refuse_more_than_fits(self, tars: list[SpooledTar]) -> None:
-        needed = sum(tar.source.size_bytes for tar in tars)
-        budget = tars[0].spool.budget_bytes if tars else 0
-        if needed > budget:
-            raise RecipeError(
-                f"source.spool.gib is less than the {len(tars)} shards of one batch",
-                got=f"{budget / 2**30:.3g} GiB",
-                expected=f"at least {needed / 2**30:.3g} GiB",
-                hint="raise source.spool.gib, lower order.shuffle_units, or make smaller shards",
-            )
-
     def drop_first(self) -> bool:
-        """Whether a tar is not needed any more."""
+        """Remove the oldest entry. Returns whether a tar is no longer needed."""
         before = len(self._needs)
         needed, num_items = self._entries.popleft()
         for number in needed:
@@ -99,23 +100,23 @@ class _Window:
 
 
 class _ReadAhead:
-    """Two windows of a plan: what was handed out and has not come back, and what comes after it.
+    """Two windows of a plan: the entries in use, and the entries after them.
 
-    A tar of the first window is held open, so that nobody evicts it. Tars of the second are downloaded where room can
-    be had from tars that nobody used lately, and marked as used while they wait.
+    Tars of the first window are held open, which prevents their eviction. Tars of the second are downloaded if evicting
+    tars unused for some time makes room, and are marked as used while they wait.
     """
 
     def __init__(self, tars: Sequence[SpooledTar], look_ahead: bool) -> None:
         self._look_ahead = look_ahead
         self._budget_bytes = tars[0].spool.budget_bytes
-        self._begun, self._coming = _Window(tars), _Window(tars)
+        self._in_use, self._coming = _Window(tars), _Window(tars)
         self._held: dict[SpooledTar, FileIO] = {}
         self._failed: set[SpooledTar] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the windows; the other attributes belong to one thread
         self._changed, self._stopped = threading.Event(), threading.Event()
 
     def follow(self, plan: Iterable[Items]) -> Iterator[Items]:
-        """The entries of `plan`, each read as far ahead as shards can be."""
+        """Yield the entries of `plan`, reading it ahead as far as the spool holds their tars."""
         rest, entries = iter(plan), deque[Items]()
         while True:
             changed = False
@@ -128,15 +129,15 @@ class _ReadAhead:
             entry = entries.popleft()
             with self._lock:
                 self._coming.drop_first()
-                changed |= self._begun.add(entry)
+                changed |= self._in_use.add(entry)
             if changed:
                 self._changed.set()
             yield entry
 
     def done(self) -> None:
-        """The batches of the oldest entry that was handed out have come back."""
+        """Mark the oldest entry in use as complete."""
         with self._lock:
-            changed = self._begun.drop_first()
+            changed = self._in_use.drop_first()
         if changed:
             self._changed.set()
 
@@ -145,13 +146,14 @@ class _ReadAhead:
         self._changed.set()
 
     def run(self) -> None:
-        """Hold, fetch and mark, until `stop`."""
+        """Hold, download and mark tars until `stop`."""
         try:
             while not self._stopped.is_set():
+                # Other processes add and evict tars without an event, hence the timeout.
                 everything_held = len(self._held) == len(self._windows()[0])
-                self._changed.wait(_PULSE_S if everything_held else _SHORT_PULSE_S)
+                self._changed.wait(_POLL_S if everything_held else _SHORT_POLL_S)
                 self._changed.clear()
-                while self._marked() and self._fetched_one():
+                while self._update_holds() and self._fetch_one():
                     pass
         finally:
             for file in self._held.values():
@@ -162,21 +164,22 @@ class _ReadAhead:
         return self._look_ahead and coming.size_bytes < self._budget_bytes and coming.num_items < LOOK_ITEMS
 
     def _windows(self) -> tuple[list[SpooledTar], list[SpooledTar]]:
-        """What is begun, and what comes after it as far as the budget holds both."""
+        """The tars in use, and the coming tars that fit into the budget next to them."""
         with self._lock:
-            begun, coming, room = self._begun.tars(), self._coming.tars(), self._budget_bytes - self._begun.size_bytes
-        held = set(begun)
-        coming = [tar for tar in coming if tar not in held]
+            in_use, coming = self._in_use.tars(), self._coming.tars()
+            room_bytes = self._budget_bytes - self._in_use.size_bytes
+        known = set(in_use)
+        coming = [tar for tar in coming if tar not in known]
         ends = accumulate(tar.source.size_bytes for tar in coming)
-        return begun, [tar for tar, end in zip(coming, ends, strict=True) if end <= room]
+        return in_use, [tar for tar, end in zip(coming, ends, strict=True) if end <= room_bytes]
 
-    def _marked(self) -> bool:
-        """Hold what is begun, mark what comes, and let go of the rest; False once stopped."""
-        begun, coming = self._windows()
-        for tar in self._held.keys() - set(begun):
+    def _update_holds(self) -> bool:
+        """Hold the tars in use, mark the coming ones and release the rest; False once stopped."""
+        in_use, coming = self._windows()
+        for tar in self._held.keys() - set(in_use):
             self._held.pop(tar).close()
-            tar.touch(used=tar in coming)
-        for tar in begun:
+            tar.touch(used=tar in coming)  # a tar that this plan needs no more is the first to be evicted
+        for tar in in_use:
             if tar not in self._held:
                 with suppress(TinymimError):
                     file = tar.open_spooled()
@@ -186,17 +189,18 @@ class _ReadAhead:
             tar.touch()
         return not self._stopped.is_set()
 
-    def _fetched_one(self) -> bool:
-        """Download the first tar that is needed and absent; False where there is none, or no room.
+    def _fetch_one(self) -> bool:
+        """Download the first needed tar that is absent; False if there is none, or no room.
 
-        A tar that fails is left to the reader that needs it, which raises.
+        A tar that fails is left to the reader that needs it, which raises the error.
         """
-        begun, coming = self._windows()
-        for tar in dict.fromkeys([*begun, *coming]):
+        in_use, coming = self._windows()
+        for tar in [*in_use, *coming]:
             if tar in self._failed or tar in self._held or tar.path.exists():
                 continue
             try:
-                file = tar.fetch(ahead=self._marked)
+                # A download takes long, so the holds are updated between its parts.
+                file = tar.fetch(ahead=self._update_holds)
             except NoRoom:
                 return False
             except TinymimError:

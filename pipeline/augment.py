@@ -1,8 +1,8 @@
-"""timm's RandAugment, random erasing, mixup and CutMix, with every draw named by (run seed, view) or (run seed, step).
+"""timm's RandAugment, random erasing, mixup and CutMix, with draws seeded by (run seed, view) or (run seed, step).
 
-timm draws from the global generators of Python, numpy and torch. Here they are seeded for every image, or for every
-lane of a step's batch, and handed back as they were: what an image gets depends on no worker, rank, device or stop.
-Unlike a view (docs/views.md) it does depend on the versions of timm, Pillow and Python, which the run folder names.
+timm draws from the global generators of Python, numpy and torch. This module seeds them for every image, or for every
+lane of a step's batch, and restores them. Results thus do not depend on workers, ranks, devices or interruptions.
+Unlike a view (docs/views.md), they depend on the versions of timm, Pillow and Python, which the run folder records.
 
 Shapes: B view, S pixel, K class.
 """
@@ -33,7 +33,7 @@ from tinymim.pipeline.views import View, view_key
 
 @contextlib.contextmanager
 def global_generators() -> Iterator[Callable[..., None]]:
-    """Yields a function that seeds Python's, numpy's and torch's CPU generator by a name; at the end all is undone."""
+    """Yields a function that seeds the CPU generators of Python, numpy and torch; restores their states at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield _seed
@@ -52,10 +52,15 @@ def _seed(*name: object) -> None:
 
 
 def rand_augment(config: str, size: int, mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """timm's RandAugment as its training transform builds it, for images of `size` pixels; `mean` (0..1) fills gaps.
+    """timm's RandAugment as in timm's training transform.
+
+    Args:
+        config: timm's notation, for example rand-m9-mstd0.5-inc1.
+        size: side of the images in pixels.
+        mean: pixel mean per channel, 0..1, which fills gaps.
 
     Raises:
-        RecipeError: timm does not understand `config`.
+        RecipeError: timm refuses `config`.
     """
     fill = tuple(min(255, round(255 * value)) for value in mean)
     options = {"translate_const": int(size * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
@@ -63,23 +68,22 @@ def rand_augment(config: str, size: int, mean: Sequence[float]) -> Callable[[Ima
         transform: Callable[[Image.Image], Image.Image] = rand_augment_transform(config, options)
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise RecipeError(
-            "timm does not understand augment.rand_augment",
+            "timm refuses augment.rand_augment",
             got=config,
-            expected="something like rand-m9-mstd0.5-inc1, or null",
+            expected="a policy such as rand-m9-mstd0.5-inc1, or null",
         ) from error
     return transform
 
 
 class AugmentedViews:
-    """Views with RandAugment upon them, as many as are asked for.
+    """Views with RandAugment, always one per item.
 
-    The place of an image that cannot be read is taken by a grey one without a label, so that all others stay where
-    they are in the batch.
+    A grey image without a label replaces an unreadable image, so that the other images keep their places in the batch.
 
     Args:
-        views: with a seed.
-        config: timm's notation; None: the views as they are.
-        mean: of pixels, 0..1.
+        views: views under a law with a seed.
+        config: timm's notation; None: no augmentation.
+        mean: pixel mean per channel, 0..1.
     """
 
     def __init__(self, views: ImageViews, config: str | None, mean: Sequence[float]) -> None:
@@ -88,7 +92,7 @@ class AugmentedViews:
         self._transform = None if config is None else rand_augment(config, views.law.size, mean)
 
     def batch(self, items: Items) -> ViewBatch:
-        """The views that `items` [B, 3 or more] names, B of them."""
+        """The B views of `items`, int64 [B, 3 or more]: shard, sample, view index."""
         batch = self._views.batch(items)
         if self._transform is not None:
             with global_generators() as seed:
@@ -116,16 +120,16 @@ class AugmentedViews:
 
 
 def erase(images: Float[Tensor, "B 3 S S"], view_keys: Int64[Tensor, " B"], probability: float) -> None:
-    """timm's random erasing in place: of a share of the images a box of 2 % to a third becomes normal noise.
+    """timm's random erasing in place: normal noise replaces a box of 2 % to 33 % of the area of some images.
 
     Args:
-        images: standardised, on any device.
-        view_keys: on the CPU.
-        probability: the share.
+        images: standardised images on any device.
+        view_keys: identities of the views, on the CPU.
+        probability: expected share of erased images.
     """
     if not probability:
         return
-    erasing = RandomErasing(probability, mode="pixel", device="cpu")  # drawn there for every device
+    erasing = RandomErasing(probability, mode="pixel", device="cpu")  # equal noise on every device
     with global_generators() as seed:
         for image, key in zip(images, view_keys.tolist(), strict=True):
             seed("erase", key)
@@ -133,7 +137,7 @@ def erase(images: Float[Tensor, "B 3 S S"], view_keys: Int64[Tensor, " B"], prob
 
 
 class _Written:
-    """An image as `RandomErasing` uses one: what it writes goes to a GPU without waiting for what that is at."""
+    """The interface of an image that `RandomErasing` uses. Writes reach a GPU without waiting for its queue."""
 
     def __init__(self, image: Float[Tensor, "3 S S"]) -> None:
         self._image, self.dtype = image, image.dtype
@@ -147,13 +151,13 @@ class _Written:
 
 
 class Mixing:
-    """timm's Mixup: of every batch of a lane either mixup or CutMix, each image with the one at the lane's other end.
+    """timm's Mixup: mixup or CutMix per lane of a batch. Image i of a lane is mixed with image i from its other end.
 
-    A lane is what a GPU's batch is to timm: it lies on one rank, so the mixture is the same for every number of ranks.
+    timm mixes a GPU's batch. A lane lies on one rank, so mixing lanes is the same for every number of ranks.
 
     Args:
-        config: which of both, how strongly.
-        smoothing: of labels.
+        config: strengths of mixup and CutMix.
+        smoothing: label smoothing.
         num_classes: K.
     """
 
@@ -169,19 +173,19 @@ class Mixing:
         """Mix the images in place.
 
         Args:
-            images: of whole lanes, one after the other.
-            labels: on the CPU; `UNLABELLED` for the stand-in of an image that cannot be read.
-            lanes: their numbers.
-            name: of the draws: run seed, step.
+            images: images of whole lanes, lane after lane.
+            labels: class numbers on the CPU; `UNLABELLED` for the replacement of an unreadable image.
+            lanes: lane indices.
+            name: the seed of the draws: run seed, step.
 
         Returns:
-            the targets, which sum to one; those of stand-ins are zero, and train nothing.
+            The targets, each summing to one. Targets of replacements are zero and train nothing.
         """
         targets = []
         with global_generators() as seed:
             shares = zip(lanes, images.chunk(len(lanes)), labels.chunk(len(lanes)), strict=True)
             for lane, mixed, own in shares:
-                # A stand-in dims its partner, or covers part of it, and has the partner's label.
+                # A replacement dims or covers part of its partner, so it gets the partner's label.
                 known = torch.where(own == UNLABELLED, own.flip(0), own).clamp(min=0)
                 known = known.to(images.device, non_blocking=True)
                 if self._mixup is None:

@@ -1,4 +1,4 @@
-"""Batches of views from shards: decode once per image, render every view of it that the batch asks for."""
+"""Batches of views from shards. Adjacent views of one image share one decode."""
 
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -18,16 +18,16 @@ from tinymim.pipeline.views import DIGEST, View, ViewLaw, reduced, reduction_of,
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """B views, in the order of the items that asked for them.
+    """B views, in the order of their items.
 
     Attributes:
         items: int64 [B, 3]: shard, sample, view index.
-        keys: the sample keys, B of them.
+        keys: the B sample keys.
         pixels: uint8 [B, 3, S, S].
-        labels: int64 [B], -1 where there is no label.
-        views: what the law says of them, B.
+        labels: int64 [B], -1 for an image without a label.
+        views: the box and flip of each of the B views.
         records: the cache's arrays for these views, by name, first axis B; empty outside stage two.
-        view_keys: int64 [B], the identities that seed every draw about a view; empty where the law has no seed.
+        view_keys: int64 [B], the identities that seed every draw about a view; empty if the law has no seed.
         unreadable: (key, reason) of images that could not be decoded; their views are absent from the batch.
     """
 
@@ -45,11 +45,11 @@ class ViewBatch:
         return torch.tensor([pixel_digest(view) for view in self.pixels], dtype=torch.int64)
 
     def stored(self) -> dict[str, npt.NDArray[Any]]:
-        """What a cache keeps beside a codec's records: the law's arrays and the digests, first axis B."""
+        """The arrays that a cache stores with any codec, first axis B: views and pixel digests."""
         return to_arrays(self.views) | {DIGEST: self.digests().numpy().view(np.uint64)}
 
     def pin_memory(self) -> "ViewBatch":
-        """Called by the DataLoader for batches that go to a GPU: pins all that a training step sends there."""
+        """Pin all tensors that a training step copies to the GPU; called by the DataLoader."""
         return replace(
             self,
             pixels=self.pixels.pin_memory(),
@@ -58,7 +58,7 @@ class ViewBatch:
         )
 
     def pick(self, rows: npt.NDArray[np.int64]) -> "ViewBatch":
-        """The views at `rows` [B'], in that order, copied; `unreadable` as it is."""
+        """A copy of the views at `rows` [B'], in that order; `unreadable` is unchanged."""
         index = torch.from_numpy(rows)
         return replace(
             self,
@@ -73,7 +73,7 @@ class ViewBatch:
 
 
 class ViewSource(Protocol):
-    """Makes whole batches of `shards`; picklable, so that loader workers can hold it."""
+    """Makes whole batches from `shards`; picklable for loader workers."""
 
     shards: tuple[Shard, ...]
 
@@ -81,25 +81,25 @@ class ViewSource(Protocol):
 
 
 class ImageViews:
-    """Views of images by a view law: stage one, masked pre-training and evaluation."""
+    """Views of images under a view law, for stage one, masked pre-training and evaluation."""
 
     def __init__(self, shards: tuple[Shard, ...], law: ViewLaw, seed: int | None = None) -> None:
         self.shards, self.law, self.seed = shards, law, seed
 
     def batch(self, items: Items) -> ViewBatch:
-        """The views that `items` [B, 3 or more] names in its first three columns."""
+        """The views of `items`, int64 [B, 3 or more]: shard, sample, view index."""
         return render_items(self.shards, items[:, :3], self.law, self.seed)
 
 
 def _cut(data: bytes, key: str, indices: list[int], law: ViewLaw) -> list[tuple[View, Tensor]]:
-    """The views `indices` of one image, decoded once for every reduction among them, as far down as they reach.
+    """The views `indices` of one image, which is decoded once per reduction, down to the lowest row in use.
 
     Raises:
-        SourceError: the image cannot be decoded; for all of the views or for none.
+        SourceError: the image cannot be decoded, for any view.
     """
     size = jpeg_size(data)
     whole = decode(data) if size is None else None
-    height, width = size or whole.shape[1:]  # type: ignore[union-attr]  # one of them is there
+    height, width = size or whole.shape[1:]  # type: ignore[union-attr]  # exactly one of them is None
     views = [law(key, index, height, width) for index in indices]
     reductions = [reduction_of(view, law.size) if size and law.scaled_decode else 1 for view in views]
     images = {}
@@ -114,13 +114,12 @@ def _cut(data: bytes, key: str, indices: list[int], law: ViewLaw) -> list[tuple[
 
 
 def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: int | None) -> ViewBatch:
-    """Decode, crop and resize the views that `items` names; unreadable images are left out and listed."""
+    """Decode, crop and resize the views of `items`, int64 [B, 3]; unreadable images are left out and listed."""
     pixels = torch.empty((len(items), 3, law.size, law.size), dtype=torch.uint8)
     kept: list[int] = []
     keys: list[str] = []
     views: list[View] = []
     unreadable: list[tuple[str, str]] = []
-    # Adjacent views of one image are cut together.
     for (unit, sample), group in groupby(enumerate(items.tolist()), key=lambda row: (row[1][0], row[1][1])):
         rows = list(group)
         key = shards[unit].members().keys[sample]

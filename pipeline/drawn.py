@@ -1,9 +1,9 @@
-"""The embedded image set: drawn textures, labelled, seeded, endless.
+"""The embedded image set: drawn textures with labels, seeded and unlimited.
 
-Ten texture families (stripes, checks, dots, ...) drawn with random colours, wavelength, rotation, phase and warp,
-under uneven light, behind clutter, with noise. The label is the *structure*; colour, scale, direction and position
-carry nothing, so raw pixels and a random network do badly, while a network that has learnt to continue
-structure (masked image modelling) does well. Image `i` of a set is a function of (seed, i) alone.
+An image is one of ten textures (stripes, checks, dots, ...) with random colours, wavelength, rotation, phase and warp,
+under uneven light, behind clutter, with noise. The label is the texture. Colour, scale, direction and position carry
+no information about it, so raw pixels and a random network do badly, while a network trained to continue structure
+(masked image modelling) does well. Image `i` of a set is a function of (seed, i).
 """
 
 import hashlib
@@ -19,14 +19,14 @@ Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 CLASSES = ("stripes", "checks", "dots", "rings", "zigzag", "bricks", "triangles", "crosses", "waves", "cells")
-IMAGE_SIZE = 80  # pixels, square; views are cropped out of this
+IMAGE_SIZE = 80  # pixels per side
 _SUPERSAMPLE = 2
-# Bump when any pixel of the set changes: a teacher trained on it names this version.
+# Raise it when any pixel of the set changes: a teacher trained on the set names this version.
 VERSION = 1
 
 
 class _Draws:
-    """Uniform numbers in [0, 1) from a blake2b stream: the same on every machine and library version (I1)."""
+    """Uniform numbers in [0, 1) from a blake2b stream, equal on every machine and library version (I1)."""
 
     def __init__(self, seed: int, index: int) -> None:
         self._prefix = f"drawn/{VERSION}/{seed}/{index}/".encode()
@@ -41,13 +41,13 @@ class _Draws:
         return np.array([self(), self(), self()])
 
     def integers(self, below: int, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
-        """Integers in [0, below), below <= 256, from one extendable-output hash (bias under 10 %: it is noise)."""
+        """Integers in [0, below), below <= 256, from one hash. Their bias, under 10 %, does not matter for noise."""
         raw = hashlib.shake_128(self._prefix + b"noise").digest(int(np.prod(shape)))
         return (np.frombuffer(raw, np.uint8) % below).astype(np.int64).reshape(shape)
 
 
 def _saw(x: Array) -> Array:
-    """Distance to the nearest integer, 0..0.5."""
+    """The distance to the nearest integer, 0..0.5."""
     return np.abs(x - np.round(x))
 
 
@@ -97,7 +97,7 @@ def _waves(u: Array, v: Array, d: _Draws) -> Mask:
 
 
 def _cells(u: Array, v: Array, d: _Draws) -> Mask:
-    """Borders of a jittered Voronoi lattice: second-nearest minus nearest seed distance."""
+    """The borders of a jittered Voronoi lattice, where the distances to the two nearest seeds are close."""
     salt = d(0.0, 1000.0)
     base_u, base_v = np.floor(u), np.floor(v)
     distances = []
@@ -161,7 +161,7 @@ def draw(seed: int, index: int) -> tuple[npt.NDArray[np.uint8], int]:
 
 
 def _two_colours(d: _Draws) -> tuple[Array, Array]:
-    """Two colours far enough apart to be seen; which of them is darker is a coin toss."""
+    """Two clearly different colours; either may be the darker one."""
     for _ in range(100):
         ink, paper = d.colour(), d.colour()
         if np.abs(ink - paper).sum() > 0.75:
@@ -170,7 +170,7 @@ def _two_colours(d: _Draws) -> tuple[Array, Array]:
 
 
 def _clutter(pixels: Array, x: Array, y: Array, d: _Draws) -> Array:
-    """Lay one flat ellipse or bar of random colour over the picture."""
+    """Draw one flat ellipse or bar of random colour over the picture."""
     cx, cy, angle = d(-0.5, 0.5), d(-0.5, 0.5), d(0, np.pi)
     a, b = d(0.05, 0.2), d(0.04, 0.12)
     s = np.cos(angle) * (x - cx) + np.sin(angle) * (y - cy)
@@ -180,7 +180,7 @@ def _clutter(pixels: Array, x: Array, y: Array, d: _Draws) -> Array:
 
 
 def samples(seed: int, first: int, count: int, quality: int = 92) -> Iterator[tuple[str, bytes, int]]:
-    """Yield `count` samples as (key, JPEG bytes, class number), image `first` onwards."""
+    """Yield `count` samples as (key, JPEG bytes, class number), from image `first` on."""
     for index in range(first, first + count):
         pixels, label = draw(seed, index)
         buffer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Student-only photometric jitter on the device (I3): batched, seeded by (run seed, step, place in the batch).
+"""Photometric jitter for students, on the device (I3): batched, seeded by (run seed, step, place in the batch).
 
-The law of torchvision's ColorJitter without hue: brightness, contrast and saturation factors uniform in
-[1 - x, 1 + x], applied in an order drawn per sample, each result clamped to the pixel range.
+The law is torchvision's ColorJitter without hue. Brightness, contrast and saturation factors are uniform in
+[1 - x, 1 + x] and applied in a random order per sample. Each result is clamped to the pixel range.
 """
 
 import itertools
@@ -23,15 +23,15 @@ def jitter(
     places: Tensor | None = None,
     batch_size: int | None = None,
 ) -> Tensor:
-    """Jitter a batch of views: what a sample gets depends on the generator and its place in the step's batch alone.
+    """Jitter a batch of views. A sample's jitter depends only on the generator and its place in the step's batch.
 
     Args:
         pixels: uint8 or float [B, 3, S, S] in 0..255.
         config: the three strengths.
-        generator: on the CPU, whatever the device of the pixels; named by (run seed, step).
-        places: int64 [B] on the CPU, where these samples stand in the step's whole batch over all ranks; None: they
-            are the whole batch, in order.
-        batch_size: samples of the whole batch; with `places` only.
+        generator: a CPU generator for any device of the pixels, seeded by (run seed, step).
+        places: int64 [B] on the CPU, the places of these samples in the step's batch over all ranks; None: they are
+            the whole batch, in order.
+        batch_size: samples of the whole batch; required with `places`.
 
     Returns:
         float32 [B, 3, S, S] in 0..255.
@@ -40,7 +40,7 @@ def jitter(
     strengths = (config.brightness, config.contrast, config.saturation)
     if not any(strengths):
         return images
-    # Drawn for the whole batch, and on the CPU: every rank and every device finds the same numbers at a place.
+    # Drawn for the whole batch and on the CPU, so that a place gets the same numbers on every rank and device.
     draws = torch.rand(batch_size or len(images), 4, generator=generator)
     if places is not None:
         draws = draws[places]
@@ -57,7 +57,7 @@ def apply_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
     Args:
         images: float [B, 3, S, S] in 0..255.
         factors: float [B, 3]: brightness, contrast, saturation.
-        orders: int64 [B], which of the six orders.
+        orders: int64 [B], the index of the order, 0..5.
 
     Returns:
         float [B, 3, S, S] in 0..255.
@@ -76,6 +76,6 @@ def apply_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
 
 @cache
 def _tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Orders [6, 3] and luma [1, 3, 1, 1] on a device: copied once, for each copy waits for a GPU."""
+    """Orders [6, 3] and luma [1, 3, 1, 1] on a device. Cached, since every copy would wait for the GPU."""
     luma = torch.tensor(_LUMA, device=device, dtype=dtype).view(1, 3, 1, 1)
     return torch.tensor(_ORDERS, device=device), luma

@@ -1,8 +1,9 @@
-"""The order of samples: a function of (seed, epoch) alone, whatever the number of workers and ranks (I10).
+"""The order of samples: a function of (seed, epoch), independent of the number of workers and ranks (I10).
 
-Shards are permuted and dealt to lanes; every lane cuts its shards into groups of `shuffle_units` and permutes the
-samples of a group together. A batch takes equally many samples of every lane, and a rank whole lanes: it needs the
-records of a few units at a time and reads each of them front to back (I9). docs/decisions/007-order.md says why.
+Shards are permuted and dealt to lanes. Every lane cuts its shards into groups of `shuffle_units` and permutes the
+samples of a group together. A batch takes equally many samples from every lane, and a rank takes whole lanes. A rank
+thus needs the records of a few units at a time and reads each unit once per pass (I9). docs/decisions/007-order.md
+gives the reasons.
 """
 
 import hashlib
@@ -20,9 +21,9 @@ Items = npt.NDArray[np.int64]  # [samples, 3]: shard index, sample index within 
 
 
 def _permutation(length: int, *identity: object) -> npt.NDArray[np.int64]:
-    """A permutation of range(length), named by `identity`.
+    """A permutation of range(length), seeded by `identity`.
 
-    Philox's raw stream is fixed by its definition; numpy's `permutation` may change between versions.
+    It uses Philox's raw stream, which is fixed by definition; numpy's `permutation` may change between versions.
     """
     digest = hashlib.blake2b("/".join(map(str, identity)).encode(), digest_size=16, person=b"tinymim/order").digest()
     raw = np.random.Philox(key=int.from_bytes(digest, "big")).random_raw(length)
@@ -30,19 +31,19 @@ def _permutation(length: int, *identity: object) -> npt.NDArray[np.int64]:
 
 
 def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, view: int, lane: int = 0) -> Items:
-    """The samples of one pass over the images in training order, as far as they belong to one lane.
+    """The samples of one lane in one pass over the images, in training order.
 
-    Lanes are cut by samples, so that they are equally long for any shards: at most two lanes share a shard's ends.
+    Lanes are cut by samples, not by shards, so that all are equally long. Neighbouring lanes may share a shard.
 
     Args:
         counts: samples per shard.
-        order: seed, mixing width and number of lanes.
-        epoch: number of the pass from 0.
-        view: the view index that this pass uses.
-        lane: one of `order.lanes`.
+        order: seed, `shuffle_units` and number of lanes.
+        epoch: index of the pass, from 0.
+        view: view index written into every item.
+        lane: lane index, below `order.lanes`.
 
     Returns:
-        int64 [n, 3]; with one lane n = sum(counts), else the lanes' n differ by one at most.
+        int64 [n, 3]; the n of all lanes sum to sum(counts) and differ by at most one.
     """
     units = _permutation(len(counts), "units", order.seed, epoch)
     sizes = np.asarray(counts, dtype=np.int64)[units]
@@ -64,34 +65,33 @@ def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, view: int
 
 
 def steps_per_epoch(counts: Sequence[int], batch_size: int) -> int:
-    """Whole batches of one view of every image; the remainder is dropped (it changes from epoch to epoch)."""
+    """Whole batches of one view per image. The remainder is dropped; it differs from epoch to epoch."""
     return sum(counts) // batch_size
 
 
 class SampleOrder:
-    """The batches of one rank, step by step; its whole state is the number of steps done.
+    """The batches of one rank, step by step. Its only state is the number of steps done.
 
-    An epoch is one or more passes over the images. A pass serves `views_per_decode` views of every image: the
-    images of one batch come again in the next batches with their other views, and then no more in this pass, so
-    that every batch has distinct images. Pass p uses the views (p * k + j) mod `num_views`, j < k =
-    `views_per_decode`. The batches of all ranks together are the same for every number of ranks.
+    An epoch is one or more passes over the images. A pass uses k = `views_per_decode` views of every image: k batches
+    in a row hold the same images, each batch with another view. Every batch thus has distinct images. Pass p uses the
+    views (p * k + j) mod `num_views`, j < k. The batches over all ranks are the same for every number of ranks.
 
     Args:
         counts: samples per shard.
-        order: from the recipe.
+        order: the recipe's section.
         batch_size: samples of a step over all ranks.
-        num_views: views of an image; None: endless, no view comes again.
-        rank: which share of every batch; below `world_size`.
-        world_size: ranks that train together.
+        num_views: views per image; None: unlimited, no view repeats.
+        rank: index of this rank, below `world_size`.
+        world_size: number of ranks.
 
     Attributes:
-        step: steps that training has done, to be set by the caller: a loader takes batches ahead of that.
+        step: number of steps done. The caller sets it, since a loader takes batches ahead of training.
         steps_per_epoch: whole batches of an epoch.
-        places: int64 [samples of this rank], where each of a rank's samples stands in the batch of a single rank:
-            what is drawn by that place is the same for every number of ranks.
+        places: int64 [samples of this rank], the place of each of them in the batch over all ranks. Draws that depend
+            on this place are the same for every number of ranks.
 
     Raises:
-        RecipeError: lanes, ranks, views and batch do not divide one another.
+        RecipeError: lanes, ranks, views and batch size do not divide each other.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class SampleOrder:
         _refuse_misfit(order, batch_size, num_views, world_size)
         self.counts, self.order, self.batch_size, self.num_views = list(counts), order, batch_size, num_views
         self.lanes = range(rank, order.lanes, world_size)
-        of_a_lane = batch_size // order.lanes
+        lane_size = batch_size // order.lanes
         self.places: npt.NDArray[np.int64] = np.concatenate(
-            [np.arange(lane * of_a_lane, (lane + 1) * of_a_lane) for lane in self.lanes]
+            [np.arange(lane * lane_size, (lane + 1) * lane_size) for lane in self.lanes]
         )
         views = num_views if order.views_per_epoch == "all" else order.views_per_epoch
         assert views is not None  # refused above
@@ -117,30 +117,30 @@ class SampleOrder:
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step", "identity"}: plain values, the same on every rank."""
+        """The plain values "step" and "identity", equal on every rank."""
         return {"step": self.step, "identity": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the steps of `state`, which may come from any number of ranks.
+        """Resume after the steps of `state`, which may come from any number of ranks.
 
         Raises:
-            CheckpointError: it belongs to another order.
+            CheckpointError: the state belongs to another order.
         """
         if state["identity"] != self._identity():
             raise CheckpointError(
-                "the saved order of samples is another one",
+                "the saved order of samples belongs to another recipe or cache",
                 got=state["identity"],
                 expected=self._identity(),
-                hint="source, cache, batch size and `order` must be those of the run that is continued",
+                hint="resume with the source, cache, batch size and `order` of the saved run",
             )
         self.step = int(state["step"])
 
     def plan(self, last_step: int) -> Iterator[Items]:
-        """The steps from `step` to `last_step` (not included), the batches of one decode together.
+        """The batches from `step` up to `last_step` (exclusive). The batches of one decode come together.
 
         Yields:
-            int64 [batches, samples of this rank, 4]: shard, sample, view, and a running number from 0 at the first
-            batch, so that a run that resumes checks its first views like a new one.
+            int64 [batches, samples of this rank, 4]: shard, sample, view, and a running number. The number starts at 0
+            in the first batch, so that a resumed run checks its first views, too.
         """
         first = step = self.step
         at_once = self.order.views_per_decode
@@ -149,7 +149,7 @@ class SampleOrder:
             number, offset = divmod(step, per_pass)
             lanes = [epoch_items(self.counts, self.order, number, 0, lane) for lane in self.lanes]
             for chunk in range(offset // at_once, per_pass // at_once):
-                done = step - number * per_pass - chunk * at_once  # more than 0 after a stop among its batches
+                done = step - number * per_pass - chunk * at_once  # above 0 if the run stopped within this chunk
                 views = range(done, min(at_once, done + last_step - step))
                 items = np.stack([self._batch(lanes, number, chunk, view) for view in views])
                 numbers = np.arange(items.shape[0] * items.shape[1]) + (step - first) * items.shape[1]
@@ -159,7 +159,7 @@ class SampleOrder:
                     return
 
     def steps(self, last_step: int) -> Iterator[tuple[int, Items]]:
-        """`plan` batch by batch: the number of the step and its int64 [samples of this rank, 4]."""
+        """`plan` batch by batch: the step and its items, int64 [samples of this rank, 4]."""
         step = self.step
         for entry in self.plan(last_step):
             for items in entry:
@@ -167,17 +167,17 @@ class SampleOrder:
                 step += 1
 
     def whole_batch(self, step: int) -> Items:
-        """The samples of one step over all ranks, int64 [batch_size, 3], as a single rank has them."""
+        """The samples of one step over all ranks, int64 [batch_size, 3], in the order of a single rank."""
         order = SampleOrder(self.counts, self.order, self.batch_size, self.num_views)
         order.step = step
         return next(order.plan(step + 1))[0, :, :3]
 
     def resident_units(self, units_per_shard: int) -> int:
-        """Units of a cache that a process needs at a time, where a shard has up to so many of them."""
+        """The number of units that a process needs at a time, if a shard has at most `units_per_shard`."""
         return len(self.lanes) * (self.order.shuffle_units + 1) * min(units_per_shard, self.order.views_per_decode)
 
     def _batch(self, lanes: Sequence[Items], number: int, chunk: int, view: int) -> Items:
-        """View `view` of the chunk's images, int64 [samples of this rank, 3]."""
+        """View `view` of the images of a chunk, int64 [samples of this rank, 3]."""
         count = self.batch_size // self.order.lanes
         name = ("batch", self.order.seed, number, chunk, view)
         parts = [items[chunk * count : (chunk + 1) * count] for items in lanes]
@@ -194,12 +194,12 @@ class SampleOrder:
 
 
 def _refuse_misfit(order: OrderConfig, batch_size: int, num_views: int | None, world_size: int) -> None:
-    """Raises RecipeError where a batch, a lane or an epoch would not come out whole."""
+    """Raises RecipeError if lanes, ranks, views or batch size do not divide each other."""
     if batch_size % order.lanes:
         raise RecipeError(
             "order.lanes does not divide optim.batch_size",
             got=f"{order.lanes} lanes, batches of {batch_size}",
-            hint="every batch takes equally many samples of every lane",
+            hint="choose a multiple of order.lanes: every batch takes equally many samples of every lane",
         )
     if order.lanes % world_size:
         raise RecipeError(
@@ -210,7 +210,7 @@ def _refuse_misfit(order: OrderConfig, batch_size: int, num_views: int | None, w
     if num_views is None:
         if order.views_per_epoch == "all":
             raise RecipeError(
-                "order.views_per_epoch is all, but views are drawn without end here",
+                "order.views_per_epoch is all, but this run draws new views without end",
                 got="all",
                 expected="a number of views",
             )
@@ -222,15 +222,15 @@ def _refuse_misfit(order: OrderConfig, batch_size: int, num_views: int | None, w
         raise RecipeError(
             "order.views_per_decode does not divide the number of cached views",
             got=f"{order.views_per_decode} of {num_views} views",
-            expected="a divisor, where order.views_per_epoch is all",
+            expected="a divisor, because order.views_per_epoch is all",
         )
 
 
 def view_batches(unit: int, num_samples: int, views: Sequence[int], images_per_batch: int) -> Iterator[Items]:
-    """Every one of `views` of every sample of one shard, in tar order; the views of an image are adjacent.
+    """All `views` of all samples of one shard, in tar order. The views of an image are adjacent.
 
     Yields:
-        int64 [images x views, 3] per batch; the last one may be shorter.
+        Batches, int64 [images x views, 3]; the last one may be shorter.
     """
     for start in range(0, num_samples, images_per_batch):
         samples = np.arange(start, min(start + images_per_batch, num_samples))

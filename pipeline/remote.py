@@ -1,6 +1,6 @@
-"""Tars in an object store: listing, and ranges of the version that was listed.
+"""Tars in an object store: listing them, and reading ranges of the listed version.
 
-A store is opened once per process, never pickled: a loader worker gets the URL and opens its own.
+Stores are not pickled. A loader worker gets the URL and opens its own store.
 """
 
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
 
 _HINT = "check source.shards and source.pattern"
-SHORT_TRIES = 3  # of one range whose answer is whole but too short, which obstore takes for success
+SHORT_TRIES = 3  # tries of a range whose answer is too short, which obstore takes for success
 
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """One object of a source: where it is and which version of it was listed."""
+    """One object of a source in the version that was listed."""
 
-    url: str  # of the source, without a slash at its end
-    path: str  # within the source
+    url: str  # the source's URL, without a trailing slash
+    path: str  # the path below the URL
     size_bytes: int
-    version: str  # the entity tag, or the time of the last change where a store has none
+    version: str  # the entity tag; the modification time if the store has none
 
     @property
     def name(self) -> str:
@@ -39,12 +39,12 @@ class RemoteObject:
 
 
 def list_objects(url: str, pattern: str, known: list[str]) -> list[RemoteObject]:
-    """The objects under `url` whose path matches `pattern`, in name order.
+    """The objects below `url` whose path matches `pattern`, sorted by name.
 
     Args:
-        url: the source.
-        pattern: as for a folder's `glob`, without `**`.
-        known: names to look at one by one where the store is a plain web server, which cannot list.
+        url: the source's URL.
+        pattern: a pattern of `Path.glob`, without `**`.
+        known: names to request one by one if the store is a plain web server, which cannot list.
 
     Raises:
         StoreError: the store refuses or fails.
@@ -69,7 +69,7 @@ def list_objects(url: str, pattern: str, known: list[str]) -> list[RemoteObject]
 
 
 def read_text(url: str, name: str) -> str | None:
-    """A small object as text, or None where there is none. Raises StoreError where the store refuses or fails."""
+    """A small object as text, None if it is missing. Raises StoreError if the store refuses or fails."""
     try:
         return bytes(obstore.get(connect(url), name).bytes()).decode("utf-8", "replace")
     except ABSENT:
@@ -79,15 +79,15 @@ def read_text(url: str, name: str) -> str | None:
 
 
 def _version(meta: "ObjectMeta") -> str:
-    tag = (meta["e_tag"] or "").removeprefix("W/").strip('"')  # some stores quote it in one answer and not in another
+    tag = (meta["e_tag"] or "").removeprefix("W/").strip('"')  # some stores quote it in some answers only
     return tag or meta["last_modified"].isoformat()
 
 
 def fetch_range(source: RemoteObject, start: int, end: int) -> memoryview:
-    """Bytes [start, end) of an object in one request, checked against what was listed.
+    """Bytes [start, end) of an object in one request.
 
     Raises:
-        StoreError: the store refuses or fails, or the object is not the one that was listed.
+        StoreError: the store refuses or fails, or the object was replaced since it was listed.
     """
     store = connect(source.url)
     got = 0
@@ -96,7 +96,7 @@ def fetch_range(source: RemoteObject, start: int, end: int) -> memoryview:
             answer = obstore.get(store, source.path, options={"range": (start, end)})
             _same_object(source, answer.meta)
             data = memoryview(answer.bytes())
-        except PreconditionError as error:  # it changed between two parts of one answer
+        except PreconditionError as error:  # replaced between two parts of one answer
             raise _changed(source, first_line(error)) from error
         except (BaseError, OSError) as error:
             raise store_error(source, error, _HINT) from error
@@ -107,7 +107,7 @@ def fetch_range(source: RemoteObject, start: int, end: int) -> memoryview:
         f"{source}: the store sends too few bytes",
         got=f"{got} bytes from {start}",
         expected=f"{end - start} bytes",
-        hint="the object, the store, or something on the way to it is damaged",
+        hint="check the object and any proxy in front of the store, then run the same command again",
     )
 
 
@@ -121,5 +121,5 @@ def _changed(source: RemoteObject, got: str) -> StoreError:
         f"{source} was replaced while it was being read",
         got=got,
         expected=f"{source.size_bytes} bytes, version {source.version}",
-        hint="restore the shard; what was read before belongs to the old one",
+        hint="restore the shard; images that were read before belong to the listed version",
     )

@@ -1,6 +1,6 @@
-"""Stage two's views: as the cache stored them, rendered from the same images, checked by digest (I2, I8).
+"""Stage two's views: rendered from the same images with the stored boxes, and checked by digest (I2, I8).
 
-Records are read a whole unit at a time (I9) and kept for as long as the order needs them.
+Records are read a whole unit at a time (I9) and kept in memory while the order needs them.
 """
 
 from collections import OrderedDict
@@ -21,6 +21,7 @@ from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import DIGEST, VIEW_ARRAYS, StoredViews
 from tinymim.storage.commit import UnitInfo
+from tinymim.storage.layout import COMMITS, shard_stem
 from tinymim.storage.reader import CacheReader
 
 _Index = npt.NDArray[np.int64]
@@ -28,13 +29,13 @@ _Index = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class CachedSource:
-    """The shards of a source that a cache covers with all its views, joined to their units.
+    """The shards of a source for which a cache holds all wanted views, with their units.
 
     Attributes:
         shards: covered shards in source order; item arrays index into this.
-        units: by shard name, the committed units, ascending by view.
+        units: the committed units by shard name, ascending by view.
         skipped: names of source shards that the cache does not cover.
-        without_record: images of the covered shards that the cache holds no record of, beside unreadable ones.
+        without_record: readable images of the covered shards for which the cache holds no record.
     """
 
     shards: tuple[Shard, ...]
@@ -49,7 +50,7 @@ class CachedSource:
 
     @property
     def units_per_shard(self) -> int:
-        """The largest number of units, each for other views, that one shard has."""
+        """The largest number of units of one shard; each unit holds other views."""
         return max(len(infos) for infos in self.units.values())
 
 
@@ -64,13 +65,14 @@ def join(
     Args:
         source: the images.
         reader: the cache.
-        num_views: the first so many views of every image are wanted; None: all that the cache is for.
-        on_missing: whether images without a record are left out, or an error. Images that the teacher's job found
-            unreadable are left out in either case.
+        num_views: wanted views per image, from view 0; None: the manifest's `num_views`.
+        on_missing: whether images without a record raise an error or are left out. Images that were unreadable in
+            stage one are always left out.
 
     Raises:
-        CacheMismatch: a shard's bytes differ from those the teacher saw.
-        UserError: the cache covers nothing of this source, or not all of it.
+        CacheMismatch: a shard's bytes differ from those the teacher saw, its units hold different images, or images
+            have no record and `on_missing` is refuse.
+        UserError: the cache covers no shard of this source, or not all of them and `on_missing` is refuse.
     """
     known = reader.manifest.shards
     for shard in source.shards:
@@ -80,7 +82,7 @@ def join(
                 f"source.{shard.name}.content_hash differs: the shard is not the one the teacher saw",
                 got=shard.content_hash,
                 expected=stored.content_hash,
-                hint="restore the shard, or cache the changed images anew",
+                hint="restore the shard, or make a new cache of the changed images",
             )
     units: dict[str, list[UnitInfo]] = {}
     for info in reader.units():
@@ -97,7 +99,8 @@ def join(
                 f"the units of shard {name} hold different images",
                 got=", ".join(f"{info.unit.view_range}: {info.num_images}" for info in useful),
                 expected="the same sample keys in every unit of a shard",
-                hint="another decoder could read other images; cache all views of the shard anew",
+                hint=f"another decoder may have read other images; delete {COMMITS}/{shard_stem(name)}.v*.json in the "
+                "cache and run `tinymim cache-teacher` again",
             )
     covered = tuple(shard for shard in source.shards if shard.name in complete)
     if not covered:
@@ -112,7 +115,7 @@ def join(
             f"the cache {reader.place} lacks {len(skipped)} of {len(source.shards)} shards of this source, "
             f"the first is {skipped[0]}",
             got=str(reader.coverage()),
-            hint="run `tinymim cache-teacher` to its end, or set on_missing: skip to train on what is there",
+            hint="run `tinymim cache-teacher` to its end, or set on_missing: skip to train on the cached shards",
         )
     without_record = {shard.name: _without_record(shard, complete[shard.name][0]) for shard in covered}
     if on_missing == "refuse":
@@ -125,13 +128,13 @@ def join(
 
 
 def _without_record(shard: Shard, info: UnitInfo) -> int:
-    """Images of a shard that a unit holds no record of, although nobody found them unreadable."""
+    """The number of a shard's images without a record in a unit, except those listed as unreadable."""
     unreadable = info.statistics.get("unreadable", ())
     return shard.num_samples - info.num_images - (len(unreadable) if isinstance(unreadable, list) else 0)
 
 
 def _refuse_missing(shard: Shard, info: UnitInfo, reader: CacheReader) -> None:
-    """Raises CacheMismatch with the keys of a shard that a unit lacks."""
+    """Raises CacheMismatch with the keys that a unit lacks."""
     held = set(reader.read_unit(info, ()).keys)
     unreadable = {str(key) for key, _ in info.statistics.get("unreadable", ())}
     lost = [key for key in shard.members().keys if key not in held | unreadable]
@@ -145,12 +148,12 @@ def _refuse_missing(shard: Shard, info: UnitInfo, reader: CacheReader) -> None:
 
 @dataclass(frozen=True)
 class ResidentUnit:
-    """What is kept of a unit: the records of some of its I images' V views, in tar order.
+    """The part of a unit in memory: records of V views of all its I images, in tar order.
 
     Attributes:
-        views: those V view indices, ascending.
-        positions: int64 [I], every cached image's place in its tar: records are joined by key (I8).
-        arrays: by name, first axis I * V.
+        views: the V view indices, ascending.
+        positions: int64 [I], the index in its tar of every cached image; records are joined by key (I8).
+        arrays: the arrays by name, first axis I * V.
     """
 
     views: tuple[int, ...]
@@ -158,25 +161,25 @@ class ResidentUnit:
     arrays: dict[str, npt.NDArray[Any]]
 
     def rows(self, images: _Index, views: _Index) -> _Index:
-        """The records of (image, view) pairs, int64 [n]."""
+        """The indices, int64 [n], of the records of n (image, view) pairs."""
         return images * len(self.views) + np.searchsorted(self.views, views)
 
 
 class ReplayedViews:
-    """Batches of cached views: pixels rendered from the stored views, and the codec's arrays beside them.
+    """Batches of cached views: pixels rendered from the stored views, and the codec's arrays.
 
-    Item samples number the *cached* images of a shard (unreadable ones have no record). Digests are checked for
-    the first `verify.first` items after a start or resume and then for one in `verify.every`.
+    Item samples number the *cached* images of a shard; unreadable ones have no record. Digests are checked for the
+    first `verify.first` items after a start or resume, and then for one in `verify.every`.
 
-    Memory per process: `resident_units` times a shard's images times the views in use times a record's bytes, and
-    while a unit is read all of it and its largest array once more.
+    Memory per process is `resident_units` x images of a shard x views in use x bytes of a record. While a unit is
+    read, all of it and a copy of its largest array come on top.
 
     Args:
         reader: the cache.
-        source: from `join`.
-        arrays: names of the codec's arrays to hand on.
-        verify: how many pixel digests to check.
-        resident_units: units kept in memory per process, never more; `SampleOrder.resident_units` is what it needs.
+        source: the result of `join`.
+        arrays: names of the codec's arrays to put into batches.
+        verify: the number of pixel digests to check.
+        resident_units: largest number of units in memory per process; `SampleOrder.resident_units` avoids rereading.
     """
 
     def __init__(
@@ -198,7 +201,7 @@ class ReplayedViews:
         Raises:
             ViewMismatch: pixels differ from those the teacher saw.
             SourceError: an image that the cache holds is gone or unreadable.
-            CacheCorrupt: a unit's bytes are damaged, or it holds a key that its shard does not.
+            CacheCorrupt: a unit's bytes are damaged, or it holds a key that its shard lacks.
         """
         tar_items, numbers = numbered[:, :3].copy(), numbered[:, 3]
         keys = [""] * len(numbered)
@@ -222,9 +225,10 @@ class ReplayedViews:
         return replace(batch, records=gathered)
 
     def _by_unit(self, numbered: Items) -> Iterator[tuple[int, UnitInfo, _Index]]:
-        """Shard, unit and places in the batch of all items of that unit; units in memory come first.
+        """Shard, unit, and the places in the batch of all items of that unit.
 
-        A batch that passes from one group of shards to the next thus never reads a unit again that it had.
+        Units in memory come first. Otherwise, at the border of two groups of shards, reading a new unit could evict one
+        that the same batch still needs.
         """
         groups: list[tuple[int, UnitInfo, _Index]] = []
         for shard in np.unique(numbered[:, 0]).tolist():
@@ -235,10 +239,10 @@ class ReplayedViews:
         yield from sorted(groups, key=lambda group: str(group[1].unit) not in self._resident)
 
     def _gather(self, shard: int, info: UnitInfo, at: _Index, numbered: Items, gathered: dict[str, Tensor]) -> _Index:
-        """Copy the records of the items at places `at`, all of one unit, into `gathered` [B, ...]; made where absent.
+        """Copy the records of the items at places `at`, all of one unit, into the arrays [B, ...] of `gathered`.
 
         Returns:
-            int64 [len(at)], the images' positions in their tar.
+            int64 [len(at)], the images' indices in their tar.
         """
         images, views = numbered[at, 1], numbered[at, 2]
         unit = self._unit(shard, info, np.unique(views))
@@ -256,7 +260,7 @@ class ReplayedViews:
         held = self._resident.get(name)
         if held is None or not np.isin(views, held.views).all():
             self._resident.pop(name, None)
-            del held  # the memory of what is replaced is free before more is read
+            del held  # frees the replaced unit before another is read
             while len(self._resident) >= self.resident_units:
                 self._resident.popitem(last=False)
             self._resident[name] = self._read(shard, info, views)
@@ -264,7 +268,7 @@ class ReplayedViews:
         return self._resident[name]
 
     def _read(self, shard: int, info: UnitInfo, views: _Index) -> ResidentUnit:
-        """The unit's records of `views`; of its others nothing is kept."""
+        """Read a unit and keep its records of `views`."""
         records = self.reader.read_unit(info, (*VIEW_ARRAYS, DIGEST, *self.arrays))
         source = self.source.shards[shard]
         places = {key: place for place, key in enumerate(source.members().keys)}
@@ -273,13 +277,13 @@ class ReplayedViews:
                 raise CacheCorrupt(f"key '{key}' of the cache is not in shard {source.name}")
         positions = np.array([places[key] for key in records.keys], dtype=np.int64)
         arrays = records.arrays
-        # int64 and not uint64, which torch cannot index: as `pixel_digest` gives them.
+        # torch cannot index uint64; `pixel_digest` returns int64, too.
         arrays[DIGEST] = arrays[DIGEST].view(np.int64)
         if len(views) < info.unit.num_views:
             images = np.arange(info.num_images)
             rows = (images[:, None] * info.unit.num_views + (views - info.unit.first_view)).reshape(-1)
             for name in list(arrays):
-                arrays[name] = arrays[name][rows]  # one by one: the whole array goes before the next is copied
+                arrays[name] = arrays[name][rows]  # in place: frees each whole array before the next is copied
         return ResidentUnit(tuple(views.tolist()), positions, arrays)
 
     def _check(self, batch: ViewBatch, digests: Tensor, numbers: _Index) -> None:
@@ -299,5 +303,6 @@ class ReplayedViews:
             "the pixels are not those the teacher saw",
             got=f"digest {found:016x}",
             expected=f"digest {wanted:016x}",
-            hint="libraries that changed since the cache was made: " + (", ".join(changed) or "none; the image did"),
+            hint="libraries that changed since the cache was made: "
+            + (", ".join(changed) or "none, so the image changed; restore its shard"),
         )

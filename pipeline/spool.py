@@ -1,17 +1,18 @@
 """Whole tars of an object store in a local folder of bounded size, shared by all processes of a machine.
 
-A tar's file is named by the tar's identity (URL, size, version): no name in a store can point out of the folder, and
-a tar that was replaced in the store is another file. It grows as `NAME.tar.partial` and is renamed when it is whole.
+The name of a tar's file is a digest of the tar's identity (URL, size, version). No name in a store can therefore lead
+out of the folder, and a replaced tar gets another file. A download grows as `NAME.tar.partial` and is renamed when it
+is complete.
 
 Every claim is a flock, which the kernel drops when its process dies:
 
-| file | exclusive | shared |
+| file | exclusive lock | shared lock |
 |---|---|---|
-| `NAME.tar.partial` | one process downloads it; without the lock anybody goes on from its bytes | |
-| `NAME.tar` | it is being evicted | it is being read, or needed by the batches under way: never evicted |
-| `lock` | room is being made | |
+| `NAME.tar.partial` | one process downloads it; without the lock any process may continue the download | |
+| `NAME.tar` | it is being evicted | it is being read, or batches in progress need it: never evicted |
+| `lock` | one process makes room | |
 
-The modification time of a tar is its last use. docs/decisions/012-spool.md says why.
+The modification time of a tar is its last use. docs/decisions/012-spool.md gives the reasons.
 """
 
 import errno
@@ -37,10 +38,10 @@ from tinymim.pipeline.remote import RemoteObject, fetch_range
 from tinymim.pipeline.tar import Members, scan_tar
 from tinymim.storage.atomic import digest_hex, fsync_folder, write_json_atomic
 
-PART_BYTES: Final = 4 * 2**20  # of one request
-REQUESTS: Final = 8  # at once per download: 32 MiB of memory at most
-ROOM_S = 60.0  # a reader waits for room this long
-STALE_S = 60.0  # a download ahead of need evicts only what was not used for this long
+PART_BYTES: Final = 4 * 2**20  # size of one request
+REQUESTS: Final = 8  # concurrent requests of a download, which then holds at most 32 MiB
+ROOM_S = 60.0  # longest wait of a reader for room
+STALE_S = 60.0  # a download ahead of need evicts only tars unused for this long
 _POLL_S = 0.05
 _TOUCH_S = 1.0
 _NAME = re.compile(r"[0-9a-f]{32}-([0-9]+)\.tar(\.partial)?")
@@ -49,14 +50,14 @@ _MEMBERS_VERSION = 2
 
 @dataclass(frozen=True)
 class Spool:
-    """Where tars are kept, and how many bytes of them."""
+    """The folder of the tars and its largest size."""
 
-    folder: Path | None  # None: in the user's cache folder, on every machine in its own
+    folder: Path | None  # None: the default below, on each machine its own
     budget_bytes: int
 
     @property
     def path(self) -> Path:
-        """The folder: by default `tinymim/spool` in $XDG_CACHE_HOME, or in ~/.cache."""
+        """The folder, by default `tinymim/spool` in $XDG_CACHE_HOME or ~/.cache."""
         if self.folder is not None:
             return self.folder
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinymim" / "spool"
@@ -64,11 +65,11 @@ class Spool:
 
 @dataclass(frozen=True)
 class SpooledTar:
-    """A tar of an object store, read by way of the spool."""
+    """A tar of an object store, read through the spool."""
 
     source: RemoteObject
     spool: Spool
-    content_hash: str  # "sha256:..." that every download must have; "": unknown
+    content_hash: str  # "sha256:..." that every download must match; "": unknown
 
     @property
     def name(self) -> str:
@@ -81,7 +82,7 @@ class SpooledTar:
 
     @property
     def path(self) -> Path:
-        """Its file, once it is whole."""
+        """The file of the complete tar."""
         return self.spool.path / f"{self.stem}.tar"
 
     @property
@@ -93,7 +94,7 @@ class SpooledTar:
         return self.spool.path / "members" / f"{self.stem}.json"
 
     def refuse_small_budget(self) -> None:
-        """Raises RecipeError where the budget is less than this one tar."""
+        """Raises RecipeError if this tar alone exceeds the budget."""
         if self.source.size_bytes > self.spool.budget_bytes:
             raise RecipeError(
                 f"source.spool.gib is less than shard {self.name}",
@@ -103,11 +104,11 @@ class SpooledTar:
             )
 
     def open(self) -> FileIO:
-        """The whole tar, opened and locked against eviction until it is closed; downloaded where it is absent.
+        """Open the tar, downloading it if it is absent. It is locked against eviction until it is closed.
 
         Raises:
-            StoreError: the store refuses or fails, or holds another object than the one that was listed.
-            UserError: the folder cannot be written, its disk is full, or other readers need all of the budget.
+            StoreError: the store refuses or fails, or the object was replaced since it was listed.
+            UserError: the folder cannot be written, its disk is full, or other readers use the whole budget.
         """
         give_up = time.monotonic() + ROOM_S
         while True:
@@ -119,11 +120,11 @@ class SpooledTar:
             else:
                 if file is not None:
                     return file
-                give_up = time.monotonic() + ROOM_S  # another process downloads it, however long that takes
+                give_up = time.monotonic() + ROOM_S  # another process downloads it; that wait has no limit
             time.sleep(_POLL_S)
 
     def open_spooled(self) -> FileIO | None:
-        """As `open`, but None where the tar is not in the spool."""
+        """As `open`, but returns None if the tar is not in the spool."""
         with self._explained_refusals(), ExitStack() as closing:
             try:
                 file = closing.enter_context(open(self.path, "rb", buffering=0))
@@ -133,7 +134,7 @@ class SpooledTar:
             stat = os.fstat(file.fileno())
             if stat.st_nlink == 0:  # evicted since it was opened
                 return None
-            if stat.st_size != self.source.size_bytes:  # somebody else wrote to it
+            if stat.st_size != self.source.size_bytes:  # changed by another program
                 self.path.unlink(missing_ok=True)
                 return None
             if time.time() - stat.st_mtime > _TOUCH_S:
@@ -142,7 +143,7 @@ class SpooledTar:
             return file
 
     def touch(self, used: bool = True) -> bool:
-        """Mark a spooled tar as used now, or as the first to be evicted. False: it is not in the spool."""
+        """Mark a spooled tar as used now, or as the first to be evicted. False if it is not in the spool."""
         try:
             os.utime(self.path, None if used else (0, 0))
         except OSError:
@@ -150,22 +151,25 @@ class SpooledTar:
         return True
 
     def fetch(self, ahead: Callable[[], bool] | None = None) -> FileIO | None:
-        """Download the tar, going on where another download ended; None where one is under way, or has just ended.
+        """Download the tar, continuing an earlier partial download.
 
         Args:
-            ahead: given for a download ahead of need, which evicts nothing that was used lately. It is called before
-                every request and ends the download by False.
+            ahead: passed for a download ahead of need, which evicts no recently used tar. It is called before every
+                part is written, and ends the download when it returns False.
 
         Returns:
-            the tar as from `open`.
+            The tar as from `open`; None if another process downloads it or has just done so, or `ahead` ended it.
 
         Raises:
-            StoreError, UserError: as `open`; a UserError where there is no room now.
+            StoreError, UserError: as `open`.
+            NoRoom: other readers use the whole budget now.
         """
         self.refuse_small_budget()
         with self._explained_refusals(), ExitStack() as closing:
+            # Room is counted and claimed under one lock: two processes must not both count the same free bytes.
             with self._making_room():
                 file = closing.enter_context(open(self._partial, "a+b", buffering=0))
+                # Another process may have locked the file, or renamed or removed it between the open and the lock.
                 if not (_locked(file) and _is_at(file, self._partial)):
                     return None
                 if self.path.exists():
@@ -192,10 +196,10 @@ class SpooledTar:
             return file
 
     def members(self) -> tuple[Members, str]:
-        """Members and content hash of the tar; found once and kept beside the tars, also when the tar is evicted.
+        """Members and content hash of the tar. They are stored next to the tars and outlive the tar's eviction.
 
         Raises:
-            SourceError: not a whole tar.
+            SourceError: the object is not a complete tar.
             StoreError, UserError: as `open`.
         """
         kept = _load_members(self._members)
@@ -211,23 +215,23 @@ class SpooledTar:
 
     @contextmanager
     def _making_room(self) -> Iterator[None]:
-        """Of all processes one at a time."""
+        """Hold the spool's lock during the block, one process at a time."""
         self.spool.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(self.spool.path / "lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _make_room(self, ahead: bool) -> None:
-        """Evict the least recently used tars, and partials without a process, until this tar fits into the budget.
+        """Evict least recently used tars and abandoned partials until this tar fits into the budget.
 
         Raises:
-            NoRoom: it cannot; nothing is evicted then.
+            NoRoom: the rest is in use; nothing is evicted.
         """
         found: list[tuple[float, int, Path]] = []
         for entry in os.scandir(self.spool.path):
-            name = _NAME.fullmatch(entry.name)  # nobody else's files are counted or touched
+            name = _NAME.fullmatch(entry.name)  # files of other programs are neither counted nor touched
             if name and not entry.name.startswith(self.stem):
-                with suppress(FileNotFoundError):  # a partial that has just become whole counts as such below
+                with suppress(FileNotFoundError):  # a partial that was renamed just now is listed under its new name
                     found.append((entry.stat().st_mtime, int(name[1]), Path(entry.path)))
         excess = sum(size for _, size, _ in found) + self.source.size_bytes - self.spool.budget_bytes
         in_use_bytes = 0
@@ -244,25 +248,25 @@ class SpooledTar:
                 if (ahead and time.time() - used_at < STALE_S) or not _locked(file):
                     in_use_bytes += size
                     continue
-                evicted.append(path)
+                evicted.append(path)  # its lock is held until all are removed, so no reader takes it before
                 excess -= size
             if excess > 0:
                 raise NoRoom(
                     f"there is no room for shard {self.name} in the spool {self.spool.path}",
                     got=f"{in_use_bytes / 2**30:.3g} GiB of other shards in use at once",
                     expected=f"at most {(self.spool.budget_bytes - self.source.size_bytes) / 2**30:.3g} GiB, which "
-                    f"source.spool.gib: {self.spool.budget_bytes / 2**30:.3g} leaves beside this shard",
+                    f"source.spool.gib: {self.spool.budget_bytes / 2**30:.3g} leaves for them",
                     hint="raise source.spool.gib, lower order.shuffle_units, or give the run a source.spool.folder of "
                     "its own",
                 )
             for path in evicted:
                 path.unlink(missing_ok=True)
 
-    def _download(self, file: FileIO, going_on: Callable[[], bool] | None) -> bool:
-        """Append to the partial what it lacks and check it; False where `going_on` ended the download."""
-        begun = os.fstat(file.fileno()).st_size
+    def _download(self, file: FileIO, ahead: Callable[[], bool] | None) -> bool:
+        """Append the missing bytes to the partial and check it; False if `ahead` ended the download."""
+        resumed_bytes = os.fstat(file.fileno()).st_size
         while True:
-            if not self._append(file, going_on):
+            if not self._append(file, ahead):
                 return False
             os.fsync(file.fileno())
             file.seek(0)
@@ -270,9 +274,9 @@ class SpooledTar:
             if content_hash == self.content_hash:
                 return True
             file.truncate(0)
-            if not begun:
+            if not resumed_bytes:
                 break
-            begun = 0  # bytes of an earlier download, damaged when the machine lost power
+            resumed_bytes = 0  # retry from scratch: a power failure may have damaged the earlier part
         self._partial.unlink()
         raise StoreError(
             f"{self.source} is not the shard that index.json describes",
@@ -281,8 +285,8 @@ class SpooledTar:
             hint="upload the shard again, or the index.json that belongs to it",
         )
 
-    def _append(self, file: FileIO, going_on: Callable[[], bool] | None) -> bool:
-        """Parts arrive in any order and are written in theirs, so that the length of a partial is what it holds."""
+    def _append(self, file: FileIO, ahead: Callable[[], bool] | None) -> bool:
+        """Download in parallel but write in order: a partial is then a prefix, and its length is enough to resume."""
         size = self.source.size_bytes
         starts = iter(range(os.fstat(file.fileno()).st_size, size, PART_BYTES))
         coming: deque[Future[memoryview]] = deque()
@@ -293,7 +297,7 @@ class SpooledTar:
                     coming.append(pool.submit(fetch_range, self.source, start, min(start + PART_BYTES, size)))
                 if not coming:
                     return True
-                if going_on is not None and not going_on():
+                if ahead is not None and not ahead():
                     return False
                 part = coming.popleft().result()
                 while part:
@@ -323,11 +327,11 @@ class SpooledTar:
 
 
 class NoRoom(UserError):
-    """Other shards are in use; there may be room later."""
+    """Other shards fill the spool and are in use; there may be room later."""
 
 
 def _locked(file: FileIO) -> bool:
-    """Lock a file for this process alone, unless anybody else has it."""
+    """Lock a file exclusively; False if another open file holds a lock on it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -336,7 +340,7 @@ def _locked(file: FileIO) -> bool:
 
 
 def _is_at(file: FileIO, path: Path) -> bool:
-    """Whether an open file still has the name that it was opened by."""
+    """Whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -356,7 +360,7 @@ def _load_members(path: Path) -> tuple[Members, str] | None:
         members = Members(tuple(kept["keys"]), places[:, 0].copy(), places[:, 1].copy(), places[:, 2].copy())
         return members, str(kept["content_hash"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # found anew
+        return None  # the tar is scanned again
 
 
 def _save_members(path: Path, members: Members, content_hash: str) -> None:

@@ -1,4 +1,4 @@
-"""The headers of one tar: which images it holds, where their bytes are, and their class numbers."""
+"""The headers of one tar: its images, the places of their bytes, and their class numbers."""
 
 import tarfile
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class Members:
-    """The images of one tar in tar order: keys, byte offsets and sizes, class numbers (-1: none)."""
+    """The images of one tar in tar order: keys, byte offsets and sizes, and class numbers (-1: none)."""
 
     keys: tuple[str, ...]
     offsets: npt.NDArray[np.int64]  # [images]
@@ -24,7 +24,7 @@ class Members:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """webdataset's rule: the key is everything before the first dot of the last path part."""
+    """Key and lower-case extension by webdataset's rule: the key ends before the first dot of the last path part."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
@@ -34,7 +34,7 @@ def scan_tar(file: IO[bytes], name: str, size_bytes: int) -> Members:
     """Read the headers of a tar, front to back.
 
     Raises:
-        SourceError: a damaged tar, duplicate keys, or a label that is no number; `name` stands in the message.
+        SourceError: the tar is damaged, keys repeat, or a label is not a number; names `name`.
     """
     offsets: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
@@ -75,14 +75,14 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:
     file = tar.extractfile(member)
     text = file.read(32).decode("ascii", "replace").strip() if file else ""
     if not text.isdigit():
-        raise SourceError(f"'{member.name}' in shard {shard} is no class number", got=repr(text), expected="digits")
+        raise SourceError(f"'{member.name}' in shard {shard} is not a class number", got=repr(text), expected="digits")
     return int(text)
 
 
 def _utf8(name: str, shard: str) -> str:
     try:
         name.encode()
-    except UnicodeEncodeError as error:  # tarfile's surrogates stand for bytes that are no UTF-8
+    except UnicodeEncodeError as error:  # tarfile decodes invalid UTF-8 to surrogates
         raise SourceError(
             f"a name in shard {shard} is not UTF-8", got=ascii(name), hint="rename the image and pack it again"
         ) from error
@@ -90,7 +90,7 @@ def _utf8(name: str, shard: str) -> str:
 
 
 def _refuse_truncated(name: str, size_bytes: int, offsets: dict[str, tuple[int, int]], end: int) -> None:
-    # tarfile ends silently at a cut that falls on a header or inside the last member's data; both show here.
+    # tarfile ends without an error if the file is cut at a header or inside the last member. Both are found here.
     for key, (offset, size) in offsets.items():
         if offset + size > size_bytes:
             raise SourceError(

@@ -1,10 +1,11 @@
-"""The view law: which box and flip view number v of an image is, and what a cache stores of it (I1).
+"""The view law: the box and flip of view v of an image, and their form in a cache (I1).
 
-RandomResizedCrop as in torchvision (area share uniform, aspect ratio log-uniform, ten tries, central fallback),
-drawn from blake2b instead of a library's generator, so that no version, worker, rank or batch can change it.
+The law is RandomResizedCrop as in torchvision (uniform area share, log-uniform aspect ratio, ten tries, central
+fallback). Its numbers come from blake2b instead of a library's generator, so no version, worker, rank or batch can
+change them.
 
 A law that draws more adds fields to `View`, and arrays to `VIEW_ARRAYS`, `to_arrays` and `from_arrays`. No other file
-names these arrays, except storage/layout.py, which lists what every unit of the format has.
+names these arrays except storage/layout.py, which lists the arrays of every unit.
 """
 
 import hashlib
@@ -18,8 +19,8 @@ import numpy.typing as npt
 from tinymim.configs.errors import ViewMismatch
 from tinymim.configs.sections import ViewConfig
 
-VIEW_ARRAYS: Final = ("box", "flip")  # what the law draws
-DIGEST: Final = "digest"  # uint64, of the pixels that a view was rendered to (I2)
+VIEW_ARRAYS: Final = ("box", "flip")  # the drawn values
+DIGEST: Final = "digest"  # uint64 digest of the rendered pixels of a view (I2)
 _TRIES = 10
 
 
@@ -34,7 +35,7 @@ class View(NamedTuple):
 
 
 def to_arrays(views: Sequence[View]) -> dict[str, npt.NDArray[Any]]:
-    """What a cache stores of B views: `box` int32 [B, 4] (top, left, height, width) and `flip` uint8 [B]."""
+    """The stored form of B views: `box` int32 [B, 4] (top, left, height, width) and `flip` uint8 [B]."""
     return {
         "box": np.array([view[:4] for view in views], dtype=np.int32).reshape(-1, 4),
         "flip": np.array([view.flip for view in views], dtype=np.uint8),
@@ -42,7 +43,7 @@ def to_arrays(views: Sequence[View]) -> dict[str, npt.NDArray[Any]]:
 
 
 def from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[View]:
-    """The views that `to_arrays` was given, one by one."""
+    """The views from the arrays of `to_arrays`, in order."""
     columns = (*arrays["box"].T.tolist(), arrays["flip"].astype(bool).tolist())
     return map(View._make, zip(*columns, strict=True))
 
@@ -52,21 +53,21 @@ class ViewLaw(Protocol):
 
     size: int
     interpolation: str
-    scaled_decode: bool  # large boxes are cut from an image decoded smaller: `reduction_of`
+    scaled_decode: bool  # whether large boxes are cut from a reduced image, see `reduction_of`
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View: ...
 
 
 def reduction_of(view: View, size: int) -> int:
-    """The largest of 8, 4, 2 that leaves both sides of the box at least `size` pixels long; else 1."""
+    """The largest reduction of 8, 4, 2 that keeps both sides of the box at least `size` pixels long; else 1."""
     short = min(view.height, view.width)
     return next((reduction for reduction in (8, 4, 2) if short >= reduction * size), 1)
 
 
 def reduced(view: View, reduction: int) -> View:
-    """The box in an image decoded at 1/reduction: each edge goes to the nearest one there, halves away from zero.
+    """The box in an image decoded at 1/`reduction`. Each edge is rounded to the nearest pixel edge, halves up.
 
-    A side that was at least reduction x size long stays at least `size` long, and the box stays inside the image.
+    A side of at least reduction x size pixels stays at least `size` long, and the box stays inside the image.
     """
     if reduction == 1:
         return view
@@ -78,17 +79,17 @@ def reduced(view: View, reduction: int) -> View:
 
 
 def view_key(seed: int, key: str, view: int) -> int:
-    """The 64-bit identity of a view as a signed integer: the seed of every draw about it, here and in the codec."""
+    """The 64-bit identity of a view as a signed integer. It seeds every draw about the view, also in the codec."""
     return int.from_bytes(_digest(seed, key, view, 0)[:8], "big", signed=True)
 
 
 def _digest(seed: int, key: str, view: int, counter: int) -> bytes:
-    # The key comes last: it is the only field that may hold any character.
+    # The key comes last, since it is the only field that may contain a slash.
     return hashlib.blake2b(f"{seed}/{view}/{counter}/{key}".encode(), digest_size=64, person=b"tinymim/view").digest()
 
 
 def view_rng(seed: int, key: str, view: int) -> Iterator[float]:
-    """Endless uniform float64 numbers in [0, 1) for one view."""
+    """Yield uniform float64 numbers in [0, 1) for one view, without end."""
     counter = 1  # counter 0 is the view's identity
     while True:
         raw = _digest(seed, key, view, counter)
@@ -98,7 +99,7 @@ def view_rng(seed: int, key: str, view: int) -> Iterator[float]:
 
 
 class RandomViews:
-    """RandomResizedCrop and flip by `ViewConfig`; the law of both stages and of masked pre-training."""
+    """RandomResizedCrop and flip of `ViewConfig`, the law of both stages and of masked pre-training."""
 
     def __init__(self, config: ViewConfig) -> None:
         self.config = config
@@ -123,7 +124,7 @@ class RandomViews:
 
 
 def _largest_within(height: int, width: int, ratio_low: float, ratio_high: float) -> tuple[int, int]:
-    """Height and width of the largest central box whose width / height lies within the limits."""
+    """Height and width of the largest box whose width / height lies within the limits."""
     ratio = width / height
     if ratio < ratio_low:
         return max(1, min(height, round(width / ratio_low))), width
@@ -133,9 +134,9 @@ def _largest_within(height: int, width: int, ratio_low: float, ratio_high: float
 
 
 class CentreView:
-    """The evaluation law: the short side scaled to size x resize_ratio, then the central square.
+    """The evaluation law: scale the short side to size x resize_ratio, then cut the central square.
 
-    Expressed as one box of the original image, so that it goes through the same renderer as every other view.
+    It is expressed as one box of the original image, so that the common renderer applies.
     """
 
     interpolation: str = "bicubic"
@@ -151,20 +152,20 @@ class CentreView:
 
 
 class StoredViews:
-    """The law of a cache: its views are looked up instead of drawn, for one call per item in the items' order.
+    """The law of a cache, which looks views up instead of drawing them.
 
-    Items of unreadable images are passed over.
+    It must be called once per item, in the order of the items. Items of unreadable images may be skipped.
 
     Args:
         law: the manifest's view law.
-        keys: of the B items.
-        arrays: those of `VIEW_ARRAYS`, first axis B.
+        keys: the sample keys of the B items.
+        arrays: the arrays of `VIEW_ARRAYS`, first axis B.
     """
 
     def __init__(self, law: Mapping[str, Any], keys: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         self.size: int = law["size"]
         self.interpolation: str = law["interpolation"]
-        self.scaled_decode: bool = law.get("scaled_decode", False)  # older caches were made without it
+        self.scaled_decode: bool = law.get("scaled_decode", False)  # older caches do not use it
         self._views = zip(keys, from_arrays(arrays), strict=True)
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View:

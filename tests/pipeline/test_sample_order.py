@@ -199,7 +199,7 @@ def test_one_view_and_one_lane_is_the_order_of_old() -> None:
         ({"views_per_decode": 8, "views_per_epoch": 8}, 4, 1, "views_per_decode is more than the cache holds"),
         ({"views_per_epoch": 8}, 4, 1, "views_per_epoch is more than the cache holds"),
         ({"views_per_decode": 3, "views_per_epoch": "all"}, 4, 1, "does not divide the number of cached views"),
-        ({"views_per_epoch": "all"}, None, 1, "drawn without end"),
+        ({"views_per_epoch": "all"}, None, 1, "new views without end"),
     ],
 )
 def test_what_does_not_divide_is_refused(config: dict[str, Any], num_views: int | None, ranks: int, match: str) -> None:

@@ -105,7 +105,7 @@ def test_duplicate_key(opened: Opened, tmp_path: Path, second: str) -> None:
 @pytest.mark.parametrize("text", [b"", b"cat", b"-1", b"1.5", "²".encode(), b"3 4"])
 def test_bad_class_number(opened: Opened, tmp_path: Path, text: bytes) -> None:
     write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.cls", text)])
-    with pytest.raises(SourceError, match=r"'a.cls' in shard x.tar is no class number"):
+    with pytest.raises(SourceError, match=r"'a.cls' in shard x.tar is not a class number"):
         opened(tmp_path)
 
 
