@@ -8,7 +8,7 @@ no information about it, so raw pixels and a random network do badly, while a ne
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ Mask = npt.NDArray[np.bool_]
 CLASSES = ("stripes", "checks", "dots", "rings", "zigzag", "bricks", "triangles", "crosses", "waves", "cells")
 IMAGE_SIZE = 80  # pixels per side
 _SUPERSAMPLE = 2
+_JPEG_QUALITY = 92
 # Raise it when any pixel of the set changes: a teacher trained on the set names this version.
 VERSION = 1
 
@@ -179,15 +180,12 @@ def _clutter(pixels: Array, x: Array, y: Array, d: _Draws) -> Array:
     return np.where(inside[..., None], d.colour(), pixels)
 
 
-def samples(seed: int, first: int, count: int, quality: int = 92) -> Iterator[tuple[str, bytes, int]]:
-    """Yield `count` samples as (key, JPEG bytes, class number), from image `first` on."""
+def samples(seed: int, first: int, count: int) -> list[tuple[str, bytes, int]]:
+    """Draw `count` samples from image `first` on: key, JPEG bytes, class number."""
+    found = []
     for index in range(first, first + count):
         pixels, label = draw(seed, index)
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
-        yield f"{CLASSES[label]}/{index:06d}", buffer.getvalue(), label
-
-
-def sample_list(seed: int, first: int, count: int) -> list[tuple[str, bytes, int]]:
-    """`samples` as a list, for worker processes."""
-    return list(samples(seed, first, count))
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=_JPEG_QUALITY)
+        found.append((f"{CLASSES[label]}/{index:06d}", buffer.getvalue(), label))
+    return found

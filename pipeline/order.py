@@ -30,7 +30,7 @@ def _permutation(length: int, *identity: object) -> npt.NDArray[np.int64]:
     return np.argsort(raw, kind="stable")
 
 
-def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, view: int, lane: int = 0) -> Items:
+def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, lane: int = 0) -> Items:
     """The samples of one lane in one pass over the images, in training order.
 
     Lanes are cut by samples, not by shards, so that all are equally long. Neighbouring lanes may share a shard.
@@ -39,11 +39,10 @@ def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, view: int
         counts: samples per shard.
         order: seed, `shuffle_units` and number of lanes.
         epoch: index of the pass, from 0.
-        view: view index written into every item.
         lane: lane index, below `order.lanes`.
 
     Returns:
-        int64 [n, 3]; the n of all lanes sum to sum(counts) and differ by at most one.
+        int64 [n, 3] with view 0; the n of all lanes sum to sum(counts) and differ by at most one.
     """
     units = _permutation(len(counts), "units", order.seed, epoch)
     sizes = np.asarray(counts, dtype=np.int64)[units]
@@ -56,7 +55,7 @@ def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, view: int
     for start in range(0, len(kept), order.shuffle_units):
         rows = np.concatenate(
             [
-                np.stack(np.broadcast_arrays(units[u], np.arange(first[u], end[u]), view), axis=1)
+                np.stack(np.broadcast_arrays(units[u], np.arange(first[u], end[u]), 0), axis=1)
                 for u in kept[start : start + order.shuffle_units]
             ]
         )
@@ -147,7 +146,7 @@ class SampleOrder:
         per_pass = steps_per_epoch(self.counts, self.batch_size) * at_once
         while step < last_step:
             number, offset = divmod(step, per_pass)
-            lanes = [epoch_items(self.counts, self.order, number, 0, lane) for lane in self.lanes]
+            lanes = [epoch_items(self.counts, self.order, number, lane) for lane in self.lanes]
             for chunk in range(offset // at_once, per_pass // at_once):
                 done = step - number * per_pass - chunk * at_once  # above 0 if the run stopped within this chunk
                 views = range(done, min(at_once, done + last_step - step))

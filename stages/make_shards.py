@@ -206,7 +206,7 @@ def _from_drawn(options: Options, chunk: int = 100) -> Iterator[Image]:
         if len(starts) > 1:
             pool = ProcessPoolExecutor(os.cpu_count(), mp_context=worker_context(), initializer=prepare_worker)
             run = stack.enter_context(pool).map
-        for part in run(drawn.sample_list, seeds, starts, sizes):
+        for part in run(drawn.samples, seeds, starts, sizes):
             yield from (Image(key, "jpg", data, label, key) for key, data, label in part)
 
 

@@ -4,7 +4,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,6 @@ class UnitRecords:
     unit: UnitId
     keys: list[str]
     arrays: dict[str, npt.NDArray[Any]]
-
-    @cached_property
-    def index(self) -> dict[str, int]:
-        """The index of every key among the images."""
-        return {key: image for image, key in enumerate(self.keys)}
 
 
 @dataclass(frozen=True)

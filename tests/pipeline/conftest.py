@@ -1,4 +1,4 @@
-"""Where shards may lie: a folder, a file:// URL, a small S3 server of our own, and a real one where it is installed."""
+"""The places of shards: a folder, a file:// URL, our small S3 server, and a real one if it is installed."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def s3_of_everything() -> Iterator[tuple[str, s3_server.Log]]:
 
 @pytest.fixture
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in place of ~/.cache."""
+    """An empty folder instead of ~/.cache."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder

@@ -1,4 +1,4 @@
-"""Reading ahead of a plan: the same batches, shards before their need, never more than the budget."""
+"""Reading ahead of a plan: equal batches, early downloads, and never more than the budget."""
 
 import itertools
 import time
@@ -37,7 +37,7 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def remote(folder: Path, spool: Path, num_shards: float = 6) -> ShardSet:
-    """The shards in S3, with room for so many of the largest of them."""
+    """The shards in S3, with room for `num_shards` of the largest ones."""
     largest = max(path.stat().st_size for path in folder.glob("*.tar"))
     config = SpoolConfig(folder=spool, gib=num_shards * largest / 2**30)
     return open_shards(SourceConfig(shards=f"s3://{s3_server.BUCKET}{folder}", spool=config))
@@ -92,11 +92,11 @@ def test_the_next_shards_are_there_before_their_need(six: Path, tmp_path: Path, 
         time.sleep(0.05)
         assert {get.key.rpartition("/")[2] for get in s3.of(".tar")} == {source.shards[n].name for n in (4, 1, 5)}
         next(stream)
-        next(stream)  # the first of shard 1: shard 4 is done with, and gives its room
+        next(stream)  # the first of shard 1: shard 4 is no longer needed and makes room
         until(lambda: spooled(source) == [0, 1, 5])
         s3.clear()
         list(stream)
-    assert len(s3.of(".tar")) == 2  # no shard came twice
+    assert len(s3.of(".tar")) == 2  # no shard was downloaded twice
 
 
 def test_a_plan_that_must_not_be_read_ahead_is_not(six: Path, tmp_path: Path, s3: Log) -> None:

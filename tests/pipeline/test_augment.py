@@ -38,7 +38,7 @@ def some_items(count: int = 12) -> Items:
 
 @pytest.fixture(autouse=True)
 def untouched_generators() -> Iterator[None]:
-    """Nothing here may move the global generators."""
+    """No test may change the state of the global generators."""
     torch.manual_seed(11)
     random.seed(11)
     np.random.seed(11)
@@ -70,7 +70,7 @@ def test_another_seed_or_view_is_another_image_and_null_is_the_view_itself(drawn
     assert plain.views == first.views == other.views
     for a, b in ((first, other), (first, plain)):
         changed = (a.pixels != b.pixels).flatten(1).any(dim=1)
-        assert int(changed.sum()) > 12  # of 25: each of two operations is left out by a coin
+        assert int(changed.sum()) > 12  # of 25: each of two operations is skipped with probability 1/2
     later = items.copy()
     later[:, 2] += 1
     assert not torch.equal(views(drawn_shards).batch(later).pixels, first.pixels)

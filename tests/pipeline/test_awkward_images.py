@@ -1,4 +1,4 @@
-"""Awkward images and keys, the whole way: file -> make-shards -> open_shards -> ImageViews -> pixels."""
+"""Awkward images and keys end to end: file -> make-shards -> open_shards -> ImageViews -> pixels."""
 
 import io
 import struct
@@ -92,7 +92,7 @@ def test_awkward_images_give_views(name: str, tmp_path: Path) -> None:
         assert view.top + view.height <= image.shape[1] and view.left + view.width <= image.shape[2]
         if reduction_of(view, SIZE) == 1:
             assert torch.equal(pixels, render(image, view, SIZE, "bicubic"))
-        else:  # decoded smaller, or cut from the whole where the format has no smaller: alike, not equal
+        else:  # decoded at a reduced size, or at full size if the format has no other: similar, not equal
             whole = render(image, view, SIZE, "bicubic")
             assert name == "one bit.png" or (pixels.float() - whole.float()).abs().mean() < 4
 

@@ -84,7 +84,7 @@ def test_what_is_no_image_is_a_source_error(case: str) -> None:
         with pytest.raises(SourceError) as caught:
             decode(bytes(bytearray(BROKEN[case])))
         messages.add(str(caught.value))
-    # One message, without memory addresses: make-shards lists it in the index, which is the same in every run.
+    # One message, without memory addresses: make-shards lists it in the index, which must be equal in every run.
     assert len(messages) == 1 and "object at" not in messages.pop()
 
 

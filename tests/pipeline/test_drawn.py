@@ -1,4 +1,4 @@
-"""The embedded image set: what it is may not change without its version."""
+"""The embedded image set may not change without its version."""
 
 import hashlib
 import io
@@ -10,7 +10,7 @@ from PIL import Image
 
 from tinymim.pipeline import drawn
 
-# (seed, index): blake2b-64 of the pixels, VERSION 1. A change here orphans the shipped teacher: bump VERSION.
+# (seed, index): blake2b-64 of the pixels, VERSION 1. A change makes the shipped teacher useless: raise VERSION.
 GOLDEN = {
     (0, 0): "9549fe227df446fa",
     (0, 1): "ec2e36d4726c30ae",
@@ -44,12 +44,12 @@ def test_pixels_and_labels() -> None:
     for index in range(12):
         pixels, label = drawn.draw(0, index)
         assert pixels.shape == (drawn.IMAGE_SIZE, drawn.IMAGE_SIZE, 3) and pixels.dtype == np.uint8
-        assert pixels.std() > 10  # something is there to see
+        assert pixels.std() > 10  # the image is not flat
         assert label == index % len(drawn.CLASSES)
 
 
 def test_samples_are_balanced_keyed_jpegs() -> None:
-    samples = list(drawn.samples(0, 5, 20))
+    samples = drawn.samples(0, 5, 20)
     assert set(Counter(label for _, _, label in samples).values()) == {2}
     assert len({key for key, _, _ in samples}) == 20
     for offset, (key, data, label) in enumerate(samples):

@@ -58,7 +58,7 @@ def test_a_sample_gets_the_same_jitter_in_any_part_of_its_batch() -> None:
         assert torch.equal(run(images()[places], places), whole[places])
     others = images().clone()
     others[1:] = 0
-    assert torch.equal(run(others)[0], whole[0])  # nothing of the neighbours goes into it
+    assert torch.equal(run(others)[0], whole[0])  # independent of the other images
 
 
 def test_the_drawn_law_is_torchvisions() -> None:

@@ -1,4 +1,4 @@
-"""The same views for any number of workers and any order, one decode per image, and errors that survive the trip."""
+"""The same views for any workers and order, one decode per image, and errors that reach the main process."""
 
 import multiprocessing
 import os
@@ -97,7 +97,7 @@ def test_one_decode_per_image_when_its_views_are_adjacent(drawn_shards: Path, mo
 
     monkeypatch.setattr(dataset, "decode", counted)
     views = image_views(drawn_shards)
-    monkeypatch.setattr(views.law, "scaled_decode", False)  # otherwise one per size that is decoded
+    monkeypatch.setattr(views.law, "scaled_decode", False)  # otherwise one decode per size
     [batch] = batches(views, view_batches(2, 10, (0, 1, 2), 10), LoaderConfig(workers=0))
     assert len(batch.keys) == 30 and len(calls) == 10
 
@@ -144,7 +144,7 @@ def test_a_sigterm_to_all_processes_costs_no_batch(drawn_shards: Path) -> None:
     loaded += stream
     assert [batch.items.tolist() for batch in loaded] == [items.tolist() for items in plan] and len(plan) == 31
     stream.close()
-    assert not worker.is_alive()  # ended by the loader, as ever
+    assert not worker.is_alive()  # ended by the loader
 
 
 KILLED = """

@@ -1,4 +1,4 @@
-"""Shards in an object store: where they may be, what is fetched, and every way a store can fail."""
+"""Shards in an object store: allowed places, requested ranges, and every way a store can fail."""
 
 import pickle
 import shutil
@@ -25,7 +25,7 @@ SHIPPED = Path("tinyimagenet40-mae")
 
 @pytest.fixture
 def source(drawn_shards: Path, s3: Log) -> ShardSet:
-    """The drawn shards in S3; nothing of them is spooled."""
+    """The drawn shards in S3; the spool is empty."""
     return open_at(drawn_shards)
 
 
@@ -161,7 +161,7 @@ def test_an_object_that_was_replaced_is_refused(
 
     def while_reading(number: int, get: s3_server.Get) -> None:
         if get.start == 5 * 4096:
-            replace(second.name)  # by one of the same size
+            replace(second.name)  # by an object of equal size
 
     s3.fault = while_reading
     with pytest.raises(StoreError, match=f"{second.name} was replaced while it was being read") as caught:
@@ -172,9 +172,9 @@ def test_an_object_that_was_replaced_is_refused(
         third.members()
     shutil.copy(drawn_shards / third.name, tmp_path)
     replace(first.name)
-    assert first.read(0) == before  # the version that was listed is whole here
+    assert first.read(0) == before  # the listed version is in the spool
     with pytest.raises(StoreError, match=r"is not the shard that index\.json describes"):
-        open_at(tmp_path).shards[0].read(0)  # listed again: another version, another file
+        open_at(tmp_path).shards[0].read(0)  # a new listing has another version, hence another file
 
 
 def test_no_store_there(monkeypatch: pytest.MonkeyPatch, drawn_shards: Path, s3: Log) -> None:

@@ -1,4 +1,4 @@
-"""Replayed batches: every record beside its view, no more units in memory than said, and digests by their law."""
+"""Replayed batches: every record with its view, at most `resident_units` in memory, and the due digest checks."""
 
 import gc
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_no_more_units_are_resident_than_said_and_each_is_read_once_a_pass(
     alive: list[int] = []
 
     def counting(info: UnitInfo, arrays: Any = None) -> UnitRecords:
-        # One more is about to be: it counts with those that are still there.
+        # The unit about to be read counts with those still in memory.
         alive.append(1 + sum(type(o) is ResidentUnit and id(o) not in others for o in gc.get_objects()))
         return CacheReader.read_unit(reader, info, arrays)
 

@@ -1,4 +1,4 @@
-"""Lanes, several views of one decode, and the rest of an epoch after a stop: the same for all workers and ranks."""
+"""Lanes, several views of one decode, and resumed epochs: equal for any number of workers and ranks."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -112,7 +112,7 @@ def test_a_state_of_another_order_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4, 8])
 def test_lanes_are_equally_long_and_hold_every_sample_once(lanes: int) -> None:
     config = OrderConfig(lanes=lanes, shuffle_units=2)
-    parts = [epoch_items(COUNTS, config, 3, 0, lane) for lane in range(lanes)]
+    parts = [epoch_items(COUNTS, config, 3, lane) for lane in range(lanes)]
     assert sum((Counter(samples(part)) for part in parts), Counter()) == every(COUNTS, 1)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -134,7 +134,7 @@ def test_a_ranks_places_are_where_one_rank_has_its_samples(ranks: int) -> None:
         for step, items in order.steps(30):
             whole = order.whole_batch(step)
             assert samples(items) == samples(whole[order.places])
-            assert order.step == 0  # looking at a batch is no step
+            assert order.step == 0  # reading a batch is not a step
 
 
 def test_numbers_count_a_ranks_own_views() -> None:

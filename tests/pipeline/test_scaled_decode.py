@@ -1,4 +1,4 @@
-"""Decoding less than the whole image changes no bit but where the view law says so: at 1/2, 1/4 and 1/8."""
+"""Decoding less than the whole image changes no bit, except at the reductions 1/2, 1/4 and 1/8 of the view law."""
 
 import io
 import itertools
@@ -53,7 +53,7 @@ def test_decoding_stops_early_where_the_file_is_simple_and_not_elsewhere() -> No
     assert stops == dict.fromkeys(KINDS, True) | {"progressive": False}
     assert decode(KINDS["4:2:0"], 1, 50).shape[1] == 64
     assert _shortened(KINDS["4:2:0"], HEIGHT, HEIGHT, 1) is None
-    assert _shortened(KINDS["4:2:0"] + b"\0", HEIGHT, 50, 1) is None  # no end marker at the end: all of it is read
+    assert _shortened(KINDS["4:2:0"] + b"\0", HEIGHT, 50, 1) is None  # without an end marker all of it is read
 
 
 def test_a_truncated_image_is_refused_however_little_of_it_is_needed() -> None:

@@ -1,4 +1,4 @@
-"""The spool: its budget, who may evict what, and processes that share it, die in it or fill its disk."""
+"""The spool: its budget, eviction, and processes that share it, die or fill its disk."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ PART = 10_000
 READ = """
 import sys, types
 from pathlib import Path
-sys.modules["tinymim.pipeline.decode"] = types.SimpleNamespace(IMAGE_EXTENSIONS=())  # spares the import of torch
+sys.modules["tinymim.pipeline.decode"] = types.SimpleNamespace(IMAGE_EXTENSIONS=())  # avoids the import of torch
 from tinymim.pipeline import spool
 from tinymim.pipeline.remote import RemoteObject
 spool.PART_BYTES, spool.REQUESTS = 10_000, 1
@@ -266,7 +266,7 @@ def test_a_folder_that_cannot_be_made_is_named(bucket: Path) -> None:
 
 
 def start(bucket: Path, *numbers: int) -> "subprocess.Popen[str]":
-    """A process that reads these tars one after the other and prints the length of each."""
+    """A process that reads these tars in turn and prints the length of each."""
     sources = [tar(bucket, number).source for number in numbers]
     rows = [repr((each.url, each.path, each.size_bytes, each.version)) for each in sources]
     command = [sys.executable, "-c", READ, str(bucket.parent / "spool"), *rows]
@@ -299,7 +299,7 @@ def test_a_download_that_was_killed_is_gone_on_with(bucket: Path, s3: Log) -> No
         while not (partial(each).exists() and partial(each).stat().st_size >= 3 * PART):
             assert process.poll() is None
             time.sleep(0.01)
-        waiting = threading.Thread(target=lambda: found.append(read(each)))  # finds the shard claimed
+        waiting = threading.Thread(target=lambda: found.append(read(each)))  # must wait for the claim
         waiting.start()
         time.sleep(0.05)
         assert partial(each).stat().st_size < SIZE
@@ -310,4 +310,4 @@ def test_a_download_that_was_killed_is_gone_on_with(bucket: Path, s3: Log) -> No
         s3.latency_s = 0.0
     assert found == [(bucket / "0.tar").read_bytes()]
     again = len(s3.gets) - len({get.start for get in s3.gets})
-    assert len({get.start for get in s3.gets}) == SIZE // PART and again <= 1  # what the killed one had asked for
+    assert len({get.start for get in s3.gets}) == SIZE // PART and again <= 1  # the requests of the killed process

@@ -1,4 +1,4 @@
-"""The view law: golden boxes, torchvision's distribution, and boxes that fit whatever the image."""
+"""The view law: golden boxes, torchvision's distribution, and boxes that fit into any image."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ from tinymim.pipeline.views import (
 )
 from tinymim.storage.layout import BASE_ARRAYS
 
-# (seed, key, view, height, width): what every machine and every later version must draw.
+# (seed, key, view, height, width): the boxes that every machine and version must draw.
 GOLDEN = {
     (0, "n01440764_10026", 0, 375, 500): View(top=124, left=117, height=239, width=272, flip=False),
     (0, "n01440764_10026", 1, 375, 500): View(top=91, left=50, height=237, width=223, flip=True),
@@ -156,7 +156,7 @@ def test_views_come_back_from_their_arrays(count: int) -> None:
     assert tuple(arrays) == VIEW_ARRAYS
     found = list(from_arrays(arrays))
     assert found == views
-    assert {type(value) for view in found for value in view} <= {int, bool}  # as the law draws them
+    assert {type(value) for view in found for value in view} <= {int, bool}  # the types of drawn views
     assert all(np.array_equal(array, to_arrays(found)[name]) for name, array in arrays.items())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here cuts the power, so waiting for a busy disk (20 s of a run) would show nothing.
+    """No test cuts the power, so fsync on a busy disk (20 s of a run) would test nothing.
 
     The processes that get killed do wait, and the steps at which they may die are the same.
     """

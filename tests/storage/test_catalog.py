@@ -72,7 +72,7 @@ def test_a_root_of_several_caches_is_refused_and_they_are_listed(root: Path) -> 
 
 @pytest.mark.parametrize("name", ["c", "nowhere", "e.txt", "d"])
 def test_where_there_is_no_cache_that_is_said(root: Path, name: str) -> None:
-    if name == "c":  # what it is is said when it is read
+    if name == "c":  # the error comes when it is read
         assert resolve(root / name) == root / name
         return
     with pytest.raises(UserError, match="there is no cache at"):

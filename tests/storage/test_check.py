@@ -56,7 +56,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 
 def repaired(cache: Path) -> Manifest:
-    """Mend what is wrong and write dropped units again; the manifest."""
+    """Repair all findings and write dropped units again. Returns the manifest."""
     store = open_store(cache)
     findings = inspect(cache)
     found = survey(store)
@@ -188,7 +188,7 @@ DAMAGES: dict[str, tuple[Damage, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found_named_and_mended_to_the_same_bytes(cache: Path, name: str) -> None:
+def test_damage_is_found_named_and_repaired_to_the_same_bytes(cache: Path, name: str) -> None:
     whole = tiny.tree(cache)
     damage, kind, path, what = DAMAGES[name]
     damage(cache)
@@ -228,7 +228,7 @@ def test_a_file_beside_the_caches_own_is_foreign_and_left(cache: Path) -> None:
 
 
 def resign(path: Path, **changes: object) -> None:
-    """Change fields of a record and give it the digest that it must then have."""
+    """Change fields of a record and update its digest."""
     record = json.loads(path.read_text()) | changes
     del record["record_digest"]
     path.write_text(json.dumps(record | {"record_digest": record_digest(record)}, indent=1, sort_keys=True) + "\n")
@@ -304,7 +304,7 @@ def test_a_unit_made_with_other_constants_than_the_rest_is_found_and_dropped(wit
     assert done.dropped == [finding.unit] and inspect(with_constants) == []
 
 
-def test_the_group_of_the_constants_is_mended(with_constants: Path) -> None:
+def test_the_group_of_the_constants_is_repaired(with_constants: Path) -> None:
     whole = tiny.tree(with_constants)
     (with_constants / "constants" / METADATA).unlink()
     [finding] = inspect(with_constants)
@@ -314,7 +314,7 @@ def test_the_group_of_the_constants_is_mended(with_constants: Path) -> None:
     assert tiny.tree(with_constants) == whole
 
 
-# ---------------------------------------------------------------- mending beside others
+# ---------------------------------------------------------------- repair while others work
 
 
 def test_a_shard_at_which_a_living_writer_works_is_left_alone(cache: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_shard_at_which_a_living_writer_works_is_left_alone(cache: Path) -> No
     assert repair(store, manifest, None, findings).dropped == [FIRST]
 
 
-def test_what_another_repair_put_right_meanwhile_is_not_dropped(cache: Path) -> None:
+def test_what_another_repair_put_right_before_is_not_dropped(cache: Path) -> None:
     whole = tiny.tree(cache)
     flip(cache / PAYLOAD)
     flip(cache / "commits/train-001.v0-1.json", 80)
@@ -355,7 +355,7 @@ def test_a_damaged_manifest_is_fatal_to_a_survey_and_rebuilt_from_the_records(ca
     store = open_store(cache)
     with pytest.raises(CacheCorrupt):
         survey(store)
-    wanted = tiny.make_manifest(num_views=2)  # the records speak of three
+    wanted = tiny.make_manifest(num_views=2)  # the records hold three
     assert rebuild_manifest(store, wanted) == tiny.make_manifest()
     assert tiny.tree(cache) == whole
 

@@ -49,7 +49,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def rewrite_record(path: Path, **changes: Any) -> None:
-    """Change fields of a record and give it the digest that then belongs to it."""
+    """Change fields of a record and update its digest."""
     record = json.loads(path.read_bytes()) | changes
     del record["record_digest"]
     path.write_bytes(canonical_json(record | {"record_digest": record_digest(record)}))
@@ -108,7 +108,7 @@ def test_death_at_any_step_leaves_constants_absent_or_whole(
         monkeypatch.setattr(os, "fsync", fsync)
         try:
             with CacheWriter.open(path, MANIFEST) as writer:
-                writer.write_constants(constants(2.0))  # others than are written in the end: nothing is kept of them
+                writer.write_constants(constants(2.0))  # replaced by the constants of the next writer
             finished = True
         except Killed:
             finished = False
@@ -162,7 +162,7 @@ def test_units_made_with_other_constants_are_refused(cache: Path, tmp_path: Path
         source, goal = other / name, cache / name
         shutil.rmtree(goal) if goal.is_dir() else goal.unlink()
         shutil.copytree(source, goal) if source.is_dir() else shutil.copy(source, goal)
-    assert read_constants(open_store(cache), MANIFEST) is not None  # whole in themselves
+    assert read_constants(open_store(cache), MANIFEST) is not None  # intact, but not those of the units
     for refuses in (lambda: CacheReader(cache), lambda: CacheWriter.open(cache, MANIFEST)):
         with pytest.raises(CacheCorrupt, match=r"train-000\.tar v0-1 .* other constants"):
             refuses()

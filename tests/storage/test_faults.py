@@ -1,4 +1,4 @@
-"""All that can happen to a cache: bytes that flip or vanish, killed writers, disks and stores that fail."""
+"""Faults of a cache: flipped or lost bytes, killed writers, failing disks and stores."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ KILLS = 50
 
 
 def everything(place: Path) -> list[Any]:
-    """All that a cache says, read as a student would, digests included."""
+    """The content of a cache, read as for a student, with digests."""
     reader = CacheReader(place)
     constants = read_constants(reader.store, reader.manifest)
     records = [reader.read_unit(info) for info in reader.units()]
@@ -59,7 +59,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def damaged(path: Path, cache: Path, intact: list[Any], counts: Counter[str]) -> None:
-    """Read the cache with `path` damaged: an error that names the file or its unit, or nothing that differs."""
+    """Read the cache with `path` damaged: either an error that names the file or its unit, or equal content."""
     name = path.relative_to(cache).as_posix()
     message = None
     try:
@@ -88,7 +88,7 @@ def test_a_flipped_byte_anywhere_is_named_or_changes_nothing(cache: Path, monkey
     sizes = [path.stat().st_size for path in files]
     rng, counts = random.Random(0), Counter[str]()
     for number in range(FLIPS):
-        # Every file has its turns, and large ones more of them.
+        # Every file is damaged, large ones more often.
         path = files[number % len(files)] if number % 2 else rng.choices(files, sizes)[0]
         original = path.read_bytes()
         data = bytearray(original)
@@ -97,7 +97,7 @@ def test_a_flipped_byte_anywhere_is_named_or_changes_nothing(cache: Path, monkey
         if path.relative_to(cache).as_posix() in read:
             damaged(path, cache, intact, counts)
         else:
-            assert path.name == "zarr.json"  # of a group: for other zarr readers, this one never looks at it
+            assert path.name == "zarr.json"  # a group, which only other zarr readers read
             counts["never read"] += 1
         path.write_bytes(original)
     assert sum(counts.values()) == FLIPS
@@ -118,9 +118,9 @@ def test_lost_and_swapped_files_are_named(cache: Path, what: str) -> None:
             path.write_bytes({"cut": original[:-1], "empty": b"", "longer": original + b"\n"}[what])
         is_record = path.parent.name == "commits"
         if what == "gone" and is_record:
-            assert len(CacheReader(cache).units()) == 1  # the unit does not exist then: coverage tells
+            assert len(CacheReader(cache).units()) == 1  # the unit does not exist then, as coverage shows
         elif path.name == "zarr.json" and "units" in path.parts and not (path.parent / "c").exists():
-            pass  # of a group, or of an array without payload
+            pass  # a group, or an array without payload
         else:
             damaged(path, cache, intact, counts)
         path.write_bytes(original)
@@ -136,7 +136,7 @@ def test_killed_at_any_moment_a_cache_comes_out_the_same(tmp_path: Path) -> None
     place = tmp_path / "killed-0"
     while kills < KILLS:
         process, connection = workers.start(workers.write_all, place, manifest, 60.0)
-        if rng.random() < 0.7:  # else anywhere, the first steps of opening included
+        if rng.random() < 0.7:  # else at any moment, also while opening
             assert connection.recv() == "open"
         time.sleep(rng.uniform(0.0, 0.15))
         process.kill()
@@ -149,7 +149,7 @@ def test_killed_at_any_moment_a_cache_comes_out_the_same(tmp_path: Path) -> None
         if "done" in messages or (place.exists() and len(list((place / "commits").glob("*.json"))) == 40):
             CacheWriter.open(place, manifest).close()
             assert tiny.tree(place) == whole
-            assert len(written) == len(set(written))  # nothing that was committed is computed again
+            assert len(written) == len(set(written))  # no committed unit is computed again
             finished, written = finished + 1, []
             place = tmp_path / f"killed-{finished}"
     with CacheWriter.open(place, manifest) as writer:
@@ -246,7 +246,7 @@ def test_a_refusal_at_any_write_leaves_the_committed_units(
 
 @pytest.fixture
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_server.Log]:
-    """The log of an S3 server that can be told to fail; clients give up after two retries."""
+    """The log of an S3 server that fails on demand; clients give up after two retries."""
     (tmp_path / "bucket").mkdir()
     with s3_server.served(tmp_path / "bucket", writable=True) as (endpoint, log):
         for name, value in s3_server.environment(endpoint).items():

@@ -1,4 +1,4 @@
-"""I6: a cache made by something else is refused by the name of the field."""
+"""I6: the refusal of a cache made by something else names the field."""
 
 import json
 from dataclasses import replace

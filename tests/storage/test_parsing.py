@@ -1,4 +1,4 @@
-"""Whatever stands where a manifest or a record should: an error of ours or success, and nothing large is allocated."""
+"""Any bytes in place of a manifest or record give a TinymimError or success, without large allocations."""
 
 import copy
 import json
@@ -101,12 +101,12 @@ def test_anything_as_a_manifest(stored: Any) -> None:
 @EXAMPLES
 @given(mutated({key: value for key, value in COMMIT.items() if key != "record_digest"}))
 def test_mutated_records_whose_digest_is_right(record: Any) -> None:
-    """As somebody would write who wants to do harm: nothing but the checks of the fields stands in the way."""
+    """Write a forged record with a valid digest, so that only the checks of the fields can refuse it."""
     try:
         signed = canonical_json(
             {**record, "record_digest": record_digest(record)} if isinstance(record, dict) else record
         )
-    except ValueError:  # nan, infinity: no JSON
+    except ValueError:  # nan and infinity are not JSON
         return
     info = ours_or_success(lambda: parse_commit("cache", COMMIT_PATH, signed, MANIFEST))
     if info is not None:
@@ -133,7 +133,7 @@ def test_a_lease_with_anything_in_it_is_a_lease(tmp_path: Path, data: bytes) -> 
     store = LocalStore(tmp_path)
     store.create_all({"leases/a.g1.json": data})
     leases = Leases(store)
-    assert not leases.claim("a")  # it may be somebody's: it is watched
+    assert not leases.claim("a")  # its owner may live, so it is watched
     leases.holder("a")
     leases.close()
 
@@ -177,7 +177,7 @@ def test_a_file_larger_than_recorded_is_not_read(tmp_path: Path) -> None:
     tiny.make_tiny_cache(tmp_path)
     path = tmp_path / "units/train-000/v0-1/box/c/0/0"
     with open(path, "r+b") as file:
-        file.truncate(2**40)  # sparse: it takes no space
+        file.truncate(2**40)  # sparse
     reader = CacheReader(tmp_path)
     with pytest.raises(CacheCorrupt, match="has 1099511627776 bytes, expected at most"):
         reader.read_unit(reader.units()[0])

@@ -1,4 +1,4 @@
-"""One contract for folders and object stores: files, leases, writers that share, die and come back, and readers."""
+"""One contract for folders and object stores: files, leases, readers, and writers that share work, die and return."""
 
 import itertools
 import os
@@ -34,7 +34,7 @@ def tree(store: Store) -> dict[str, bytes]:
 
 
 class StoreContract:
-    """What every kind of store must do; subclasses give the place."""
+    """The contract of all stores; subclasses provide the place."""
 
     @pytest.fixture
     def place(self) -> Path | str:
@@ -197,7 +197,7 @@ class StoreContract:
         assert connection.recv() == "claimed"
         assert CacheReader(place).units() == []
         with CacheWriter.open(place, manifest) as writer:
-            assert not writer.claim(A)  # it lives
+            assert not writer.claim(A)  # the owner lives
             assert [holder.pid for holder in writer.holders([A, B])] == [process.pid]
         process.kill()
         process.join()
@@ -220,7 +220,7 @@ class StoreContract:
                 tiny.write_units(sleeper, [A])
             tiny.write_units(heir, [A])
             before = tree(store)
-            # Even one that does not look at its lease any more cannot replace a file.
+            # Even a writer that no longer checks its lease cannot replace a file.
             assert len(store.create_all({path: b"other" for path in before})) == len(before)
             with pytest.raises(UnitTaken):
                 tiny.write_units(sleeper, [A])
@@ -245,7 +245,7 @@ class StoreContract:
     def test_a_silent_owner_is_taken_over_and_a_beating_one_is_not(self, store: Store) -> None:
         silent, beating, watcher = Leases(store, 1.0), Leases(store, 1.0), Leases(store, 60.0)
         assert silent.claim("silent") and beating.claim("beating")
-        silent._stop.set()  # it lives, but is stuck
+        silent._stop.set()  # the owner lives, but is stuck
         began_s = time.monotonic()
         while not watcher.claim("silent"):
             assert time.monotonic() - began_s < 30
@@ -253,7 +253,7 @@ class StoreContract:
         assert time.monotonic() - began_s > 1.0
         assert not watcher.claim("beating")
         assert not silent.holds("silent") and watcher.holds("silent") and beating.holds("beating")
-        silent.release("silent")  # too late to give anything back
+        silent.release("silent")  # others have taken the lease
         assert watcher.holds("silent")
         for leases in (silent, beating, watcher):
             leases.close()
@@ -261,7 +261,7 @@ class StoreContract:
 
 
 def _messages(connection: Connection) -> list[Any]:
-    """All that a process says until it ends."""
+    """All messages of a process until it ends."""
     found = []
     while True:
         try:

@@ -1,4 +1,4 @@
-"""I7: units come to be whole or not at all, whatever happens to the writer."""
+"""I7: a unit is committed whole or not at all, whatever happens to the writer."""
 
 import errno
 import multiprocessing
@@ -114,7 +114,7 @@ def test_leftovers_are_never_read_and_removed(tmp_path: Path) -> None:
     tiny.make_tiny_cache(tmp_path)
     expected = tiny.tree(tmp_path)
     before = len(CacheReader(tmp_path).units())
-    dead = f"{HOST}-{2**22 + 1}-0.partial"  # a number that no process has
+    dead = f"{HOST}-{2**22 + 1}-0.partial"  # an id that no process has
     for leftover in (
         "units/train-000/v7-8/box/c/0/0",
         f"units/train-000/zarr.json.{dead}",

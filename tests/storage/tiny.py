@@ -60,7 +60,7 @@ def make_manifest(num_shards: int = 2, num_views: int = 3, num_samples: int = 3,
 
 
 def make_unit(unit: UnitId, num_images: int = 3) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
-    """Keys and arrays that depend on shard, image and view alone, by integer arithmetic alone."""
+    """Keys and arrays that depend only on shard, image and view, by integer arithmetic."""
     keys = [f"{unit.shard[:-4]}/é{image}" for image in range(num_images)]
     image = np.repeat(np.arange(num_images, dtype=np.uint64), unit.num_views)
     view = np.tile(np.array(unit.views, dtype=np.uint64), num_images)
@@ -70,7 +70,7 @@ def make_unit(unit: UnitId, num_images: int = 3) -> tuple[list[str], dict[str, n
         noise = (mixed[:, None] * (np.arange(1, 25, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))) >> 40
     arrays: dict[str, npt.NDArray[Any]] = {
         "box": (noise[:, :4] % 100).astype(np.int32),
-        "flip": np.zeros(len(mixed), np.uint8),  # all fill value: must be on disk all the same
+        "flip": np.zeros(len(mixed), np.uint8),  # only the fill value: must still be on disk
         "digest": mixed,
         "qk_index": (noise % 197).astype(np.uint8).reshape(-1, 3, 4, 2),
         "qk_scale": (noise[:, :3] / 2.0**24).astype(np.float16),
@@ -92,7 +92,7 @@ def units_of(manifest: Manifest) -> list[UnitId]:
 
 
 def make_tiny_cache(path: Path | str) -> Manifest:
-    """The cache that is committed as `tests/data/cache_v1`: three units, the second shard partial."""
+    """The cache of `tests/data/cache_v1`: three units, the second shard partial."""
     manifest = make_manifest()
     first, second = (shard.name for shard in manifest.source)
     with CacheWriter.open(path, manifest) as writer:
@@ -107,14 +107,14 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def bury_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let writers that an exception ended in this process count as dead processes, as after a real death."""
+    """Treat writers that an exception ended in this process as dead processes."""
     numbers = itertools.count()
     monkeypatch.setattr(leases, "_started", lambda pid: str(next(numbers)))
     monkeypatch.setattr(atomic, "process_exists", lambda pid: False)
 
 
 def lease_of_the_dead(cache: Path, name: str) -> Path:
-    """The lease that a process of this machine left which is no more."""
+    """The lease of a dead process of this machine."""
     store = open_store(cache)
     dead = leases.Leases(store)
     assert dead.claim(name)
@@ -126,7 +126,7 @@ def lease_of_the_dead(cache: Path, name: str) -> Path:
 
 
 def write_and_be_killed(path: Path, manifest: Manifest, opened: Connection) -> None:
-    """A process's whole life: say when the cache is open, write what is missing, wait for the end."""
+    """Run a writer process: report when the cache is open, write missing units, wait for the end."""
     with CacheWriter.open(path, manifest) as writer:
         opened.send("open")
         write_units(writer, units_of(manifest))

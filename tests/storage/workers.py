@@ -1,4 +1,4 @@
-"""Whole lives of writer processes, for tests that start, kill and race them. Importable by forkserver children."""
+"""Main functions of writer processes, for tests that start, kill and race them. Forkserver children import them."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ def _run(environment: dict[str, str], function: Any, *arguments: Any) -> None:
 
 
 def write_all(place: Path | str, manifest: Manifest, lease_s: float, connection: Connection) -> None:
-    """Write what is missing, saying "open", then each unit claimed and each written; at the end "done"."""
+    """Write missing units, sending "open", each unit claimed and written, and "done"."""
     with CacheWriter.open(place, manifest, lease_s) as writer:
         connection.send("open")
         while todo := [unit for unit in tiny.units_of(manifest) if unit not in writer.refresh()]:
@@ -49,7 +49,7 @@ def write_all(place: Path | str, manifest: Manifest, lease_s: float, connection:
 
 
 def claim_and_hang(place: Path | str, manifest: Manifest, unit: UnitId, lease_s: float, connection: Connection) -> None:
-    """Claim a unit, write some of it, say so, and then do nothing but live."""
+    """Claim a unit, write a part of it, report that, and stay alive."""
     with CacheWriter.open(place, manifest, lease_s) as writer:
         assert writer.claim(unit)
         writer.store.create_all({f"units/{unit.shard[:-4]}/{unit.view_range}/box/zarr.json": b"half of it"})
@@ -58,7 +58,7 @@ def claim_and_hang(place: Path | str, manifest: Manifest, unit: UnitId, lease_s:
 
 
 def race_for(place: Path | str, names: list[str], content: bytes, connection: Connection) -> None:
-    """Create files, and claim a lease, at the same moment as others; say which were won."""
+    """Create files, and claim a lease, at the same moment as others; report the ones won."""
     store, leases = open_store(place), Leases(open_store(place))
     connection.send("ready")
     connection.recv()
