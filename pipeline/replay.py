@@ -283,7 +283,7 @@ class ReplayedViews:
             images = np.arange(info.num_images)
             rows = (images[:, None] * info.unit.num_views + (views - info.unit.first_view)).reshape(-1)
             for name in list(arrays):
-                arrays[name] = arrays[name][rows]  # in place: frees each whole array before the next is copied
+                arrays[name] = arrays[name][rows]  # frees each whole array before the next is copied
         return ResidentUnit(tuple(views.tolist()), positions, arrays)
 
     def _check(self, batch: ViewBatch, digests: Tensor, numbers: _Index) -> None:
