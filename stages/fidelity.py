@@ -31,7 +31,7 @@ from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, say
 from tinymim.stages.training.states import read_state
 from tinymim.stages.units.constants import calibrated
-from tinymim.stages.units.gradients import GradientProbe, Judged
+from tinymim.stages.units.gradients import CodecMoments, GradientProbe
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.layout import stored_bytes
 from tinymim.targets.contract import Target, TargetKind
@@ -78,7 +78,7 @@ def run(recipe: FidelityRecipe) -> str:
     codecs = {name: _Tried(_calibrated(recipe, name, kind, source, teacher)) for name, kind in plain.items()}
     groups = list(_comparable(codecs, shapes))
     students = make_students(recipe, next(iter(plain.values())), shapes)
-    judged = {student: {name: Judged(recipe.num_images) for name in codecs} for student in students}
+    judged = {student: {name: CodecMoments(recipe.num_images) for name in codecs} for student in students}
     probes = {
         (student, names[0]): GradientProbe(codecs[names[0]].kind, model.to(device), shapes)
         for student, model in students.items()

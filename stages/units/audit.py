@@ -1,4 +1,4 @@
-"""Fidelity of a unit's records, written into its commit record (I5): some views compared with their dense targets."""
+"""The unit audit: the fidelity of some of a unit's views to their dense targets, kept in its commit record (I5)."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -7,47 +7,47 @@ import torch
 from torch import Tensor
 
 from tinymim.models.taps import Tapped
-from tinymim.stages.units.gradients import GradientProbe, Judged
+from tinymim.stages.units.gradients import CodecMoments, GradientProbe
 from tinymim.targets.fidelity import StatisticMoments, merged
 
-FEWEST_VIEWS: Final = 4  # below, variances between views say nothing
+MIN_VIEWS: Final = 4  # variances between fewer views are noise
 
 
 class UnitAudit:
-    """Compares views with their dense targets until it has seen enough.
+    """Compares the first views of a unit with their dense targets.
 
     Args:
         probe: gradients of the reference student.
-        most: views to compare; later ones are ignored.
+        max_views: views to compare; later ones are ignored.
     """
 
-    def __init__(self, probe: GradientProbe, most: int) -> None:
-        self.probe, self.most = probe, most
+    def __init__(self, probe: GradientProbe, max_views: int) -> None:
+        self.probe, self.max_views = probe, max_views
         self.views = 0
-        self._statistics, self._judged = StatisticMoments(), Judged(most)
+        self._statistics, self._gradients = StatisticMoments(), CodecMoments(max_views)
 
     def add(self, tapped: Tapped, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> None:
-        """Some views.
+        """Compare a batch of views.
 
         Args:
-            tapped: what the teacher gave.
+            tapped: the teacher's tapped tensors, first axis B.
             pixels: uint8 [B, 3, S, S].
-            records: the arrays of their records, first axis B.
+            records: the codec's arrays, first axis B.
             view_keys: int64 [B].
         """
         kind = self.probe.kind
         target = kind.decode(records, view_keys, self.probe.shapes)
-        for row in range(min(self.most - self.views, len(pixels))):
-            some = torch.tensor([row], device=pixels.device)
-            one = {tap: tuple(tensor[some] for tensor in tensors) for tap, tensors in tapped.items()}
+        for row in range(min(self.max_views - self.views, len(pixels))):
+            index = torch.tensor([row], device=pixels.device)
+            one = {tap: tuple(tensor[index] for tensor in tensors) for tap, tensors in tapped.items()}
             stored, exact = kind.pick(target, slice(row, row + 1)), kind.exact(one)
             dense, drawn = self.probe(pixels[row : row + 1], [exact, stored])
-            self._judged.add(dense, [drawn])
+            self._gradients.add(dense, [drawn])
             self._statistics.add(kind.statistics(one, stored), 1)
             self.views += 1
 
     def summary(self) -> dict[str, Any]:
-        """{"views": n}, and by loss and for "all" parameters lists over parts (see `targets/fidelity.py`)."""
-        if self.views < FEWEST_VIEWS:
+        """{"views": N}; from `MIN_VIEWS` on also lists over parts, by loss and "all" (see `targets/fidelity.py`)."""
+        if self.views < MIN_VIEWS:
             return {"views": self.views}
-        return {"views": self.views, **merged(self._statistics.summary(), self._judged.summary())}
+        return {"views": self.views, **merged(self._statistics.summary(), self._gradients.summary())}

@@ -1,4 +1,4 @@
-"""A thread that works behind the one that gives it work: in order, with a short line, and errors that come back."""
+"""A worker thread with a short queue: it keeps order, throttles its producer and hands its errors back."""
 
 import queue
 import threading
@@ -9,42 +9,44 @@ from typing import Generic, TypeVar
 from tinymim.stages.run.interrupt import Interrupted
 
 T = TypeVar("T")
-LOOK_S = 0.05  # how soon an error is noticed by who waits in `give`
+POLL_S = 0.05  # a producer that waits for a place checks for errors this often
 
 
 class Background(Generic[T]):
-    """Applies `work` to what it is given, one thing after the other, in a thread of its own; a context manager.
+    """Context manager that applies `work` to items in a thread of its own, one after the other.
 
-    After an error nothing more is worked on, and every call raises that error. Leaving the block waits for all that
-    was given, also where the run was asked to stop; after other errors only for what is being worked on, and after
-    Ctrl-C twice for nothing.
+    After an error no further item is worked on, and every call raises that error. Leaving the block waits for all
+    items, also after `Interrupted`. After other errors it waits only for the item being worked on, and after a
+    KeyboardInterrupt (the second Ctrl-C) for nothing.
 
     Args:
-        name: of the thread, for whoever looks at it.
-        work: done to each thing.
-        depth: things that wait in line at most; `give` waits for a place.
+        name: the thread's name in debuggers and profilers, after "tinymim-".
+        work: called with each item.
+        depth: items that may wait; `give` blocks while the queue is full.
     """
 
     def __init__(self, name: str, work: Callable[[T], None], depth: int) -> None:
         self._work = work
-        self._line: queue.Queue[T | None] = queue.Queue(depth)
+        self._items: queue.Queue[T | None] = queue.Queue(depth)
         self._error: BaseException | None = None
-        # A daemon: whoever is told to stop at once does not wait for a disk. What is half written is never read.
+        # A daemon, because a second Ctrl-C must not wait for a disk. A half-written unit has no commit record, so it
+        # is never read.
         self._thread = threading.Thread(target=self._run, name=f"tinymim-{name}", daemon=True)
         self._thread.start()
 
-    def give(self, thing: T) -> None:
-        """Put a thing in line. Raises what `work` has raised."""
+    def give(self, item: T) -> None:
+        """Queue an item. Raises what `work` raised."""
         while True:
             self._raise()
             try:
-                return self._line.put(thing, timeout=LOOK_S)
+                # The timeout lets an error of `work` be raised here while the queue is full.
+                return self._items.put(item, timeout=POLL_S)
             except queue.Full:
                 continue
 
     def drain(self) -> None:
-        """Wait until all that was given is done. Raises what `work` has raised."""
-        self._line.join()
+        """Wait until all items are done. Raises what `work` raised."""
+        self._items.join()
         self._raise()
 
     def __enter__(self) -> "Background[T]":
@@ -58,10 +60,10 @@ class Background(Generic[T]):
                 self.drain()
         finally:
             if self._error is None:
-                self._error = error or GeneratorExit()  # nothing is worked on from now on
+                self._error = error or GeneratorExit()  # any error makes the thread drop the items still queued
             if kind is not KeyboardInterrupt:
-                self._line.join()
-                self._line.put(None)
+                self._items.join()
+                self._items.put(None)
                 self._thread.join()
 
     def _raise(self) -> None:
@@ -69,14 +71,15 @@ class Background(Generic[T]):
             raise self._error
 
     def _run(self) -> None:
+        # After an error the loop goes on taking items without working on them: `join` would otherwise wait for ever.
         while True:
-            thing = self._line.get()
+            item = self._items.get()
             try:
-                if thing is None:
+                if item is None:
                     return
                 if self._error is None:
-                    self._work(thing)
-            except BaseException as error:  # raised again where the work comes from
+                    self._work(item)
+            except BaseException as error:  # the producer's next call raises it
                 self._error = error
             finally:
-                self._line.task_done()
+                self._items.task_done()

@@ -1,4 +1,4 @@
-"""`batch_size: auto`: how many images go through the teacher at a time, found by trying."""
+"""`batch_size: auto`: the number of images per teacher batch, found by trying."""
 
 import contextlib
 import os
@@ -10,47 +10,47 @@ from tinymim.models.teacher import Teacher
 from tinymim.stages.run.progress import say
 from tinymim.targets.contract import TargetKind
 
-MOST_VIEWS = 2048  # of a batch: any GPU is busy with fewer
-CPU_VIEWS = 64  # larger batches only leave the caches
-DEVICE_SHARE = 0.8  # of the memory that is free: a batch that is launched ahead and the audit need the rest
-HOST_SHARE = 0.25  # of the machine's free memory, for all batches that the loader holds ready
+MAX_GPU_VIEWS = 2048  # fewer views per batch already saturate any GPU
+MAX_CPU_VIEWS = 64  # larger batches only fall out of the processor's caches
+DEVICE_SHARE = 0.8  # share of the free GPU memory; a batch launched ahead and the audit need the rest
+HOST_SHARE = 0.25  # share of the free host memory for all batches that the loader holds ready
 
 
 def find_images_per_batch(
     teacher: Teacher, kind: TargetKind, recipe: CacheTeacherRecipe, largest_shard: int, device: torch.device
 ) -> int:
-    """The largest power of two of images whose views, teacher and codec fit into memory; 1 at least.
+    """The largest power of two of images whose views fit into memory with teacher and codec; at least 1.
 
-    On a GPU it is tried, from one image up. On a CPU, where memory gives way last, it is a fixed number of views.
-    Neither is more than the host's memory holds of the loader's batches, nor (rounded up) than a shard has images.
+    A GPU tries batches, from one image up. A CPU takes `MAX_CPU_VIEWS`, because its memory is not what limits it.
+    Two bounds hold on both: the host memory for the loader's batches, and the images of a shard, rounded up.
 
     Args:
-        teacher, kind: on `device`.
-        recipe: says views, sizes and the loader.
-        largest_shard: images in it.
+        teacher: the teacher, on `device`.
+        kind: the codec, on `device`.
+        recipe: the cache recipe: number and size of views, loader.
+        largest_shard: images of the largest shard.
+        device: the device that runs teacher and codec.
     """
     views, size, loader = recipe.num_views, recipe.views.size, recipe.loader
-    ready = max(1, loader.workers * loader.prefetch) + 2  # batches, those on their way to the teacher included
-    host = HOST_SHARE * _free_host_bytes() / (ready * views * 3 * size * size)
-    most = min(host, (CPU_VIEWS if device.type == "cpu" else MOST_VIEWS) / views, _ceiling_power(largest_shard))
+    ready_batches = max(1, loader.workers * loader.prefetch) + 2  # 2 more are on their way to the teacher
+    host_images = HOST_SHARE * _free_host_bytes() / (ready_batches * views * 3 * size * size)
+    on_cpu = device.type == "cpu"
+    max_views = MAX_CPU_VIEWS if on_cpu else MAX_GPU_VIEWS
+    max_images = min(host_images, max_views / views, _ceiling_power(largest_shard))
     images = 1
-    if device.type == "cpu":
-        while 2 * images <= most:
-            images *= 2
-    else:
-        while 2 * images <= most and _fits(teacher, kind, 2 * images * views, size, device):
-            images *= 2
+    while 2 * images <= max_images and (on_cpu or _fits(teacher, kind, 2 * images * views, size, device)):
+        images *= 2
     say(f"cache-teacher: batch_size auto is {images} images, {images * views} views at once on {device.type}")
     return images
 
 
 def _fits(teacher: Teacher, kind: TargetKind, views: int, size: int, device: torch.device) -> bool:
-    """Whether teacher and codec take so many views with memory to spare."""
+    """Whether a batch of `views` views leaves GPU memory to spare."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    free_bytes += torch.cuda.memory_reserved(device)  # what this process holds already is there to be used
-    with torch.cuda.device(device):  # the next one takes no device without a number
+    free_bytes += torch.cuda.memory_reserved(device)  # torch's own cache counts as used, but can be reused
+    with torch.cuda.device(device):  # get_per_process_memory_fraction rejects a device without an index
         fraction = torch.cuda.get_per_process_memory_fraction()
-    free_bytes = min(free_bytes, int(total_bytes * fraction))
+    free_bytes = min(free_bytes, int(total_bytes * fraction))  # workers that share a GPU each have a fraction
     torch.cuda.reset_peak_memory_stats(device)
     try:
         pixels = torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device)
@@ -68,7 +68,7 @@ def _ceiling_power(count: int) -> int:
 
 
 def _free_host_bytes() -> float:
-    """Memory of this machine that is free, or becomes so at need."""
+    """Host memory that is free or can be reclaimed, in bytes; half of all memory where /proc/meminfo is missing."""
     with contextlib.suppress(OSError, ValueError, IndexError, StopIteration), open("/proc/meminfo") as lines:
         return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2

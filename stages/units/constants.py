@@ -1,4 +1,4 @@
-"""The constants that some codecs need: calibrated on some views when the cache is begun, then taken from the cache."""
+"""Constants of codecs: calibrated on a few views when a cache is created, read from the cache afterwards."""
 
 import itertools
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ from tinymim.targets.kinds import make_kind
 
 
 def require_rebuildable(kind: TargetKind, teacher: Teacher) -> None:
-    """Refuse, before there is a cache, a teacher that a codec with constants could not serve.
+    """Check, before a cache exists, that a codec with constants fits the teacher.
 
     Raises:
-        RecipeError: what is stored could not be rebuilt.
+        RecipeError: stored records could not be rebuilt.
     """
     if kind.calibration_views:
         kind.check_teacher(teacher.black(), teacher.projection)
@@ -36,30 +36,29 @@ def require_rebuildable(kind: TargetKind, teacher: Teacher) -> None:
 def settle_constants(
     writer: CacheWriter, recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher
 ) -> dict[str, Tensor] | None:
-    """The constants that the recipe's codec needs, on the teacher's device; in a new cache they are made and written.
-
-    Of several jobs that begin a cache one makes them and the others wait.
+    """The constants of the recipe's codec, on the teacher's device; calibrated and written if the cache has none.
 
     Returns:
-        None for a codec that needs none.
+        None for a codec without constants.
 
     Raises:
-        RecipeError: the codec cannot serve this teacher.
+        RecipeError: the codec does not fit this teacher.
         SourceError: none of the images to calibrate on can be read.
-        CacheMismatch: the source has its shards in another order than the job that began the cache.
-        CacheCorrupt: the stored ones are damaged.
+        CacheMismatch: the source lists its shards in another order than the job that created the cache.
+        CacheCorrupt: the stored constants are damaged.
     """
     kind = make_kind(recipe.codec, recipe.teacher.block)
     if not kind.calibration_views:
         return None
     device = teacher.normalise.mean.device
-    held = on_device(writer.constants(), device)
-    if held is not None:
-        return held
+    stored = on_device(writer.constants(), device)
+    if stored is not None:
+        return stored
     with writer.exclusively_constants():
-        held = on_device(writer.constants(), device)
-        if held is not None:
-            return held
+        # Read again: another job may have calibrated while this one waited for the lease.
+        stored = on_device(writer.constants(), device)
+        if stored is not None:
+            return stored
         _require_same_order(writer, source)
         constants = calibrated(kind, recipe.views, recipe.given_batch_size, source, teacher)
         writer.write_constants({name: array.numpy() for name, array in constants.items()})
@@ -67,15 +66,15 @@ def settle_constants(
 
 
 def _require_same_order(writer: CacheWriter, source: ShardSet) -> None:
-    """Calibration takes the first images of the source: the one thing of a cache that the order of shards decides."""
+    # Calibration takes the first images of the source. Nothing else in a cache depends on the order of shards.
     stored, wanted = [shard.name for shard in writer.manifest.source], [shard.name for shard in source.shards]
     if stored[: len(wanted)] != wanted:
         first = next(place for place, name in enumerate(wanted) if stored[place] != name)
         raise CacheMismatch(
-            f"the shards of this source have another order than those that {writer.place} was begun with",
+            f"the shards of this source have another order than those that {writer.place} was created with",
             got=f"{wanted[first]} at place {first}",
             expected=f"{stored[first]}, because a codec is calibrated on the first images",
-            hint="restore the order of the source, or begin another cache",
+            hint="restore the order of the source, or name another cache",
         )
 
 
@@ -86,10 +85,17 @@ def on_device(arrays: dict[str, npt.NDArray[Any]] | None, device: torch.device) 
 def calibrated(
     kind: TargetKind, law: ViewConfig, batch_size: int, source: ShardSet, teacher: Teacher
 ) -> dict[str, Tensor]:
-    """The constants from the first view of the first `kind.calibration_views` images of the source, on the CPU.
+    """Calibrate on the first view of the first `kind.calibration_views` images; the constants are on the CPU.
+
+    Args:
+        kind: the codec to calibrate.
+        law: the distribution of views.
+        batch_size: images per batch of the teacher.
+        source: the shards.
+        teacher: the teacher, on its device.
 
     Raises:
-        RecipeError: the codec cannot serve this teacher.
+        RecipeError: the codec does not fit this teacher.
         SourceError: none of these images can be read.
     """
     device = teacher.normalise.mean.device

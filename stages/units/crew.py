@@ -1,7 +1,7 @@
-"""Stage one on a Ray cluster: this process hands units to workers, each with a teacher, and adds up what they report.
+"""Stage one on a Ray cluster: this driver sends units to workers, each with a teacher, and adds up their reports.
 
-Units are calls of an actor's method, a few ahead of its work; a worker that dies
-is replaced, and what it had comes again. Leases protect the units from other runs, and from a dead worker's ghost.
+A unit is a call of an actor's method, sent a few units ahead of the work. A worker that dies is replaced, and its
+units are sent again. Leases keep other runs away from a unit, and also a worker that Ray only believes dead.
 """
 
 import queue
@@ -31,17 +31,17 @@ from tinymim.stages.units.prepare import cache_place, prepare
 from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter
 
-CALLS_AT_ONCE = 1000  # of one worker: units ahead wait in it, each in a thread, for their turn
-CLOSE_S = 20.0  # a worker's time to commit what is whole
+CALLS_AT_ONCE = 1000  # per worker: each unit sent ahead waits in a thread of the actor
+CLOSE_S = 20.0  # the time a worker has to commit whole units
 WAIT_S = 1.0
 SAY_AGAIN_S = 60.0
 
 
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
-    """Join the cluster, or begin one on this machine; where this process is in one already, use that.
+    """Join the cluster, or start one on this machine; a process that is in a cluster already stays in it.
 
-    To be entered before `StopFlag`: a Ray that begins here takes the signals for itself.
+    Enter before `StopFlag`: a Ray that starts here installs signal handlers of its own.
 
     Raises:
         RecipeError: there is no such cluster.
@@ -60,17 +60,20 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 
 class CacheWorker:
-    """The actor: a teacher on its share of a GPU, or on CPUs. Errors of ours come back as values, whole."""
+    """The actor: a teacher on its share of a GPU, or on CPUs.
+
+    It is the job's `Units` and `Stop` as well. A TinymimError is returned, not raised: Ray would wrap it.
+    """
 
     def __init__(self) -> None:
-        self.requested = self.requeue = False  # as a job wants to be told to stop
+        self.requested = self.requeue = False  # the `Stop` protocol
         self._inbox: queue.Queue[UnitId] = queue.Queue()
         self._promised: dict[UnitId, Future[UnitReport | TinymimError]] = {}
         self._thread: threading.Thread | None = None
         self._broken: BaseException | None = None
 
     def open(self, recipe: CacheTeacherRecipe, source: ShardSet) -> int | TinymimError:
-        """Load the teacher, join the cache's writers, begin to work. The number of units to send ahead."""
+        """Load the teacher, join the cache's writers and start working; returns the number of units to send ahead."""
         try:
             assert recipe.cluster is not None
             gpus = recipe.cluster.gpus_per_worker
@@ -92,10 +95,12 @@ class CacheWorker:
         return job.units_ahead
 
     def compute(self, unit: UnitId) -> UnitReport | TinymimError:
-        """Make a unit; returns when it is committed, or when it is clear that it will not be."""
+        """Make a unit; returns its report when it is committed, failed or given back."""
         promise: Future[UnitReport | TinymimError] = Future()
+        # The promise comes first: the job's thread may settle the unit as soon as it is in the inbox.
         self._promised[unit] = promise
         self._inbox.put(unit)
+        # Checked only now: `_work` may have broken between an earlier check and the promise, and nobody would keep it.
         if isinstance(self._broken, TinymimError):
             return self._broken
         if self._broken is not None:
@@ -103,7 +108,7 @@ class CacheWorker:
         return promise.result()
 
     def close(self) -> None:
-        """Stop at the next batch, commit what is whole, and give back the leases."""
+        """Stop at the next batch, commit whole units and give back the leases."""
         self.requested = True
         if self._thread is not None:
             self._thread.join(CLOSE_S)
@@ -116,48 +121,45 @@ class CacheWorker:
             pass
         except BaseException as error:
             self._broken = error
-            for promise in self._open_promises():
-                if isinstance(error, TinymimError):
-                    promise.set_result(error)
-                else:
-                    promise.set_exception(error)
+        # Every call must return, or its driver would wait for ever. The list is a copy: calls go on arriving.
         for unit, promise in list(self._promised.items()):
-            if not promise.done():
-                promise.set_result(UnitReport(unit, "unfinished"))
+            if promise.done():
+                continue
+            if self._broken is None or isinstance(self._broken, TinymimError):
+                promise.set_result(self._broken or UnitReport(unit, "unfinished"))
+            else:
+                promise.set_exception(self._broken)
 
-    def _open_promises(self) -> list[Future[UnitReport | TinymimError]]:
-        return [promise for promise in list(self._promised.values()) if not promise.done()]
-
-    # ---- as the job's source of units
+    # ---- the job's `Units`
 
     def take(self, may_wait: bool) -> UnitId | None:
-        """The next unit that was sent."""
+        """The next unit that the driver sent."""
         with suppress(queue.Empty):
             return self._inbox.get(may_wait, timeout=0.05)
         return None
 
     @property
     def more_may_come(self) -> bool:
-        """Until it is closed."""
+        """True until the worker is closed."""
         return not self.requested
 
     def settle(self, report: UnitReport) -> None:
-        """Answer the call about a unit, or keep it for another try."""
+        """Return the report to the unit's call; an unfinished unit is queued again."""
         if report.outcome == "unfinished":
             self._inbox.put(report.unit)
         else:
             self._promised.pop(report.unit).set_result(report)
 
     def advance(self, unit: UnitId, views: int) -> None:
-        """Whole units are counted, where they are added up."""
+        """Does nothing: the driver counts whole units."""
 
 
-# ---------------------------------------------------------------- all of them, seen from here
+# ---------------------------------------------------------------- the driver
 
 
 @dataclass(eq=False)
 class _Member:
-    """A worker and what it has been sent, the oldest first. `units_ahead` is 0 until it is open."""
+    """A worker and the units it was sent, oldest first. `units_ahead` is 0 until the worker is open."""
 
     actor: Any
     units_ahead: int = 0
@@ -168,64 +170,67 @@ class Crew:
     """The workers of one run.
 
     Args:
-        recipe: of the cache, with a cluster.
+        recipe: the cache recipe, with a cluster.
         source: the shards.
-        ledger: of the units.
-        board: is told what becomes of them.
+        ledger: the ledger of units.
+        board: the board that adds up reports.
 
     Raises:
-        RecipeError: the cluster has no room for a single worker, and none is asked for by number.
+        RecipeError: the cluster has no room for a single worker, and `cluster.workers` is not set.
     """
 
     def __init__(self, recipe: CacheTeacherRecipe, source: ShardSet, ledger: Ledger, board: CacheBoard) -> None:
         assert recipe.cluster is not None
         self.config, self.ledger, self.board, self.retries = recipe.cluster, ledger, board, recipe.retries
-        self._recipe, self._source = ray.put(recipe), ray.put(source)
-        self._flights: dict[Any, tuple[_Member, UnitId | None]] = {}  # by the call's reference; None: `open`
+        self._recipe, self._source = ray.put(recipe), ray.put(source)  # once, not once per worker
+        self._calls: dict[Any, tuple[_Member, UnitId | None]] = {}  # by the call's reference; None: a call of `open`
         self._deaths = 0  # since the last commit
-        self._waiting_since_s = time.monotonic()
+        self._idle_since_s = time.monotonic()
         self.members = [self._start() for _ in range(min(self._wanted(), max(1, len(ledger.left()))))]
         say(f"cache-teacher: {len(self.members)} workers on {len(_nodes())} nodes")
 
     def work(self, stop: StopFlag) -> None:
-        """Until every unit is committed or given up.
+        """Send units until every one is committed or given up.
 
         Raises:
             Interrupted: a signal came.
-            TinymimError: what a worker raised that is no fault of a unit.
-            InternalError: workers die, one after the other, and nothing gets done.
+            TinymimError: a worker's error that no single unit caused.
+            InternalError: workers die one after the other and commit nothing.
         """
         looked_s = time.monotonic()
         while True:
             if stop.requested:
                 raise Interrupted("committed units are safe; the same command continues", stop.requeue)
+            # A look lists the cache, so it is due only when this run has nothing to do: other jobs may have committed
+            # their units by then, or died and left them.
             if self.ledger.idle and time.monotonic() - looked_s > (LOOK_AGAIN_S if self.ledger.left() else 0):
                 looked_s = time.monotonic()
                 if not self.ledger.look():
                     return
-            self._hand_out()
-            for call in self._next_landed():
-                if call in self._flights:  # not so where its worker has died by an earlier one's word
-                    self._landed(call)
-            self.board.meter.advance(0)
+            self._send_units()
+            for call in self._finished_calls():
+                if call in self._calls:  # `_replace` drops all calls of a dead worker at its first error
+                    self._receive(call)
+            self.board.meter.advance(0)  # keeps the meter's line and status.json current
             self._say_if_nobody_works()
 
     def stop(self, politely: bool) -> None:
-        """End all workers; politely: they commit what is whole and give back their leases, within `CLOSE_S`."""
+        """End all workers. If `politely`, they first commit whole units and give back leases, within `CLOSE_S`."""
         closing = [member.actor.close.remote() for member in self.members if member.units_ahead]
         if closing and politely:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
         for member in self.members:
             ray.kill(member.actor)
 
-    def _next_landed(self) -> list[Any]:
-        """Calls that have come back, after a wait of `WAIT_S` at most."""
-        if not self._flights:  # other jobs have all that is left
+    def _finished_calls(self) -> list[Any]:
+        """References of finished calls, after a wait of at most `WAIT_S`."""
+        if not self._calls:  # other jobs hold all units that are left, and `ray.wait` rejects an empty list
             time.sleep(WAIT_S)
             return []
-        return ray.wait(list(self._flights), timeout=WAIT_S)[0]
+        return ray.wait(list(self._calls), timeout=WAIT_S)[0]
 
     def _wanted(self) -> int:
+        """Workers to start: as many as the recipe names, else as many as fit on the nodes."""
         if self.config.workers is not None:
             return self.config.workers
         room = sum(self._room(resources) for resources in _nodes())
@@ -234,11 +239,12 @@ class Crew:
                 "the Ray cluster has no room for a worker",
                 got="; ".join(f"{node.get('GPU', 0):g} GPU, {node.get('CPU', 0):g} CPU" for node in _nodes()),
                 expected=f"{self.config.gpus_per_worker:g} GPU and {self.config.cpus_per_worker:g} CPU on one node",
-                hint="cluster.gpus_per_worker: 0 works on CPUs; cluster.workers: N waits for nodes that are to come",
+                hint="cluster.gpus_per_worker: 0 works on CPUs; cluster.workers: N waits for nodes to join",
             )
         return room
 
     def _room(self, resources: dict[str, float]) -> int:
+        """Workers that fit on a node; fractions of a GPU do not add up across GPUs."""
         by_cpu = resources.get("CPU", 0.0) / self.config.cpus_per_worker
         gpus, each = resources.get("GPU", 0.0), self.config.gpus_per_worker
         return int(by_cpu if not each else min(by_cpu, gpus * int(1 / each + 1e-6) if each < 1 else gpus))
@@ -248,15 +254,16 @@ class Crew:
             "num_cpus": self.config.cpus_per_worker,
             "num_gpus": self.config.gpus_per_worker,
             "max_concurrency": CALLS_AT_ONCE,
-            "max_restarts": 0,  # a new one is hired: what the old one had is known here
+            "max_restarts": 0,  # `_replace` starts a new one: Ray would not send the old one's units again
             "scheduling_strategy": "SPREAD",
         }
         member = _Member(ray.remote(CacheWorker).options(**options).remote())
-        self._flights[member.actor.open.remote(self._recipe, self._source)] = member, None
+        self._calls[member.actor.open.remote(self._recipe, self._source)] = member, None
         return member
 
-    def _hand_out(self) -> None:
-        """Give units to those who have the fewest, no more ahead than they need, nor than their share of the rest."""
+    def _send_units(self) -> None:
+        """Send units to the workers that have the fewest."""
+        # No worker gets more than its share of the rest: near the end, units queued at one would leave others idle.
         share = -(-len(self.ledger.left()) // len(self.members))
         while True:
             free = [member for member in self.members if len(member.units) < min(member.units_ahead, share)]
@@ -265,15 +272,15 @@ class Crew:
                 return
             member = min(free, key=lambda one: len(one.units))
             member.units.append(unit)
-            self._flights[member.actor.compute.remote(unit)] = member, unit
+            self._calls[member.actor.compute.remote(unit)] = member, unit
 
-    def _landed(self, call: Any) -> None:
-        member, unit = self._flights[call]
+    def _receive(self, call: Any) -> None:
+        member, unit = self._calls[call]
         try:
             answer = ray.get(call)
         except RayError as error:
             return self._replace(member, error)
-        del self._flights[call]
+        del self._calls[call]
         if isinstance(answer, TinymimError):
             raise answer
         if unit is None:
@@ -284,17 +291,20 @@ class Crew:
             self.board.settle(answer)
 
     def _replace(self, member: _Member, error: RayError) -> None:
-        """A worker has died or is broken. The unit it was at may be why; those behind it are not."""
+        """Start a new worker for one that is dead or broken, and settle its units."""
         cause = getattr(error, "cause", None) or error
         reason = f"its worker is lost ({type(cause).__name__}: {_reason(cause)})"
         say(f"cache-teacher: a worker is lost and replaced: {type(cause).__name__}: {_reason(cause)}")
-        self._flights = {call: flight for call, flight in self._flights.items() if flight[0] is not member}
+        self._calls = {call: sent for call, sent in self._calls.items() if sent[0] is not member}
         self.members.remove(member)
-        ray.kill(member.actor)
+        ray.kill(member.actor)  # it may be broken and still alive, and hold its GPU
+        # Only the oldest unit may have killed the worker, so only that one counts a failure. The others return to the
+        # head of the queue; reversed, because each is put before the one settled earlier.
         for unit in reversed(member.units[1:]):
             self.board.settle(UnitReport(unit, "unfinished"))
         for unit in member.units[:1]:
             self.board.settle(UnitReport(unit, "failed", reason))
+        # As many deaths as all workers and retries could cause: then the cause is the cluster or the recipe, not units.
         self._deaths += 1
         if self._deaths > (self.retries + 1) * (len(self.members) + 1):
             raise InternalError(
@@ -307,24 +317,24 @@ class Crew:
     def _say_if_nobody_works(self) -> None:
         now_s = time.monotonic()
         if any(member.units for member in self.members):
-            self._waiting_since_s = now_s
-        elif now_s - self._waiting_since_s > SAY_AGAIN_S:
-            self._waiting_since_s = now_s
+            self._idle_since_s = now_s
+        elif now_s - self._idle_since_s > SAY_AGAIN_S:
+            self._idle_since_s = now_s
             waiting = sum(not member.units_ahead for member in self.members)
             say(
-                f"cache-teacher: waiting: {waiting} of {len(self.members)} workers have not begun (no room in the "
-                f"cluster?), {len(self.ledger.left())} units are left, of which other jobs may have some"
+                f"cache-teacher: waiting: {waiting} of {len(self.members)} workers have not started (no room in the "
+                f"cluster?), {len(self.ledger.left())} units are left, some perhaps held by other jobs"
             )
 
 
 def _nodes() -> list[dict[str, float]]:
-    """What each living node of the cluster has, by Ray's names."""
+    """The resources of each living node, by Ray's names."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of what Ray says of a death; the others are for those who know Ray."""
+    """The first sentence of Ray's report of a death; the rest is advice about Ray."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("The actor is dead")]
-    return (told or lines or [type(error).__name__])[0].split(". ")[0][:200]
+    deaths = [line for line in lines if line.startswith("The actor is dead")]
+    return (deaths or lines or [type(error).__name__])[0].split(". ")[0][:200]

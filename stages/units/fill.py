@@ -1,4 +1,4 @@
-"""Fill a cache: make every unit that it lacks, in this process or on a cluster, beside other jobs that do the same."""
+"""Fill a cache: compute every missing unit, in this process or on a cluster; several jobs may fill one cache."""
 
 import time
 from collections.abc import Collection, Iterator
@@ -18,15 +18,15 @@ from tinymim.storage.writer import CacheWriter
 
 
 def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitId] = ()) -> None:
-    """Write or complete the recipe's cache, beside any other jobs that do; a stopped run continues where it was.
+    """Write or complete the recipe's cache; other jobs may do the same at the same time, and a stopped run resumes.
 
     Args:
-        recipe: the recipe of the cache.
-        parts: the recipe's source, teacher and manifest.
-        cut_like: units that were there once: missing views are written in these again, not in longer runs.
+        recipe: the cache recipe to run.
+        parts: the recipe's source, teacher and manifest, from `prepare`.
+        cut_like: former units; their missing views become the same units again, not parts of longer ones.
 
     Raises:
-        CacheMismatch: the cache there was made by something else.
+        CacheMismatch: the existing cache was made from another recipe or other data.
         UnitsFailed: some units could not be made; the others are committed.
         Interrupted: stopped by a signal; committed units are safe.
     """
@@ -70,10 +70,10 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
 # ---------------------------------------------------------------- in this process
 
 
-class _Ledgered:
-    """The ledger as a job wants its units: none ever comes later."""
+class _LedgerUnits:
+    """The `Units` of a job in this process."""
 
-    more_may_come = False
+    more_may_come = False  # the ledger knows all units from the start
 
     def __init__(self, ledger: Ledger, board: CacheBoard) -> None:
         self._ledger, self._board = ledger, board
@@ -89,19 +89,21 @@ class _Ledgered:
 
 
 def _work_here(job: TeacherJob, ledger: Ledger, board: CacheBoard, stop: StopFlag) -> None:
-    """Make all units that other jobs do not make, and those too if these jobs die."""
+    """Run rounds of the job until the cache is complete."""
     waiting_for = ""
     elsewhere: set[UnitId] = set()
     while ledger.look():
+        # Units that other jobs held in the last round: this job waits for them, because a job that dies leaves its
+        # units to whoever claims them once its leases have expired.
         if elsewhere:
             holders = ", ".join(map(str, job.writer.holders(elsewhere))) or "another job"
-            if holders != waiting_for:
+            if holders != waiting_for:  # once per set of holders, not every two seconds
                 say(f"cache-teacher: {holders} is at work on all that is left: waiting, to take over if it dies")
                 waiting_for = holders
             time.sleep(LOOK_AGAIN_S if not stop.requested else 0)
             if stop.requested:
                 raise Interrupted("committed units are safe; the same command continues", stop.requeue)
-        job.run(_Ledgered(ledger, board), stop)
+        job.run(_LedgerUnits(ledger, board), stop)
         elsewhere = ledger.elsewhere()
 
 
@@ -110,11 +112,10 @@ def _work_here(job: TeacherJob, ledger: Ledger, board: CacheBoard, stop: StopFla
 
 @contextmanager
 def _cluster(recipe: CacheTeacherRecipe) -> Iterator[None]:
-    """The recipe's cluster, if it has one; else nothing is imported."""
     if recipe.cluster is None:
         yield
         return
-    from tinymim.stages.units.crew import connected
+    from tinymim.stages.units.crew import connected  # Ray is an extra
 
     with connected(recipe.cluster):
         yield
@@ -126,7 +127,7 @@ def _work_on_cluster(
     from tinymim.stages.units.crew import Crew
 
     crew = Crew(recipe, source, ledger, board)
-    politely = False
+    politely = False  # after an error there is no point in waiting for workers
     try:
         crew.work(stop)
         politely = True

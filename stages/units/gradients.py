@@ -18,17 +18,17 @@ from tinymim.models.vit import Normalise, build_vit
 from tinymim.targets.contract import Loss, Target, TargetHead, TargetKind
 from tinymim.targets.fidelity import GradientMoments, merged, rounded
 
-# A gradient of millions is judged on a fixed random part of its coordinates: this many of every tensor.
+# Gradients have millions of coordinates; a fixed random sample of this many per tensor estimates their moments.
 COORDINATES_PER_TENSOR: Final = 4096
 REFERENCE_WIDTH: Final = 192  # ViT-T
 
 
 def reference_student(kind: TargetKind, view_size: int, teacher: Shapes) -> StudentModel:
-    """The student on which caches report their noise: a ViT-T at its initial weights, the same everywhere.
+    """The student of every unit audit: a ViT-T at fixed initial weights, so that audits of caches compare.
 
-    Its tokens are the teacher's, and its width is the smallest from 192 on that the kind's parts divide.
+    Its tokens are the teacher's. Its width is the smallest from 192 on that the kind's parts divide.
     """
-    # 3 heads of its own, and a sine-cosine table, which needs a multiple of 4
+    # 12: the student's 3 heads, and the sine-cosine table's multiple of 4
     step = math.lcm(12, *kind.parts(teacher).values())
     config = ModelConfig(
         name="vit_tiny_patch16_224",
@@ -47,12 +47,12 @@ def reference_student(kind: TargetKind, view_size: int, teacher: Shapes) -> Stud
 
 @dataclass(frozen=True)
 class ViewGradient:
-    """What one target of one view asks of a student.
+    """Losses and gradients of a student under one target of one view.
 
     Attributes:
-        gradients: "all" [1, N], of the summed losses over (part of) the student's parameters; and for every loss
-            [P, N], of each part over the head's own weights for that part.
-        losses: by name, [1, P] and [1] or [1, P].
+        gradients: "all" [1, N] is the gradient of the summed losses, at sampled coordinates of all parameters. Each
+            loss has [P, N], the gradient of each part in the head's own weights for that part.
+        losses: by name; parts [1, P], floor [1] or [1, P].
     """
 
     gradients: dict[str, Tensor]
@@ -63,9 +63,9 @@ class GradientProbe:
     """Gradients of a kind's losses for one student, one view at a time.
 
     Args:
-        kind: what the student is compared on.
-        student: any weights; it is put into evaluation mode, so that nothing is dropped.
-        shapes: of the teacher.
+        kind: the kind of target, which defines the losses.
+        student: the student, with any weights; it is put into evaluation mode, so that nothing is dropped.
+        shapes: the teacher's shapes.
     """
 
     def __init__(self, kind: TargetKind, student: StudentModel, shapes: Shapes) -> None:
@@ -81,21 +81,22 @@ class GradientProbe:
             chosen.append(offset + torch.randperm(size, generator=generator)[:taken])
             scales.append(torch.full((taken,), math.sqrt(size / taken)))  # keeps expected norms
             offset += size
-        # Of all parameters in a row: on a GPU three operations instead of three for each of 150 tensors.
+        # Indices into the concatenated parameters: three GPU operations in all, not three for each of 150 tensors.
         self._chosen, self._scale = torch.cat(chosen).to(device), torch.cat(scales).to(device)
 
     def __call__(self, pixels: Tensor, targets: Iterable[Target]) -> Iterator[ViewGradient]:
-        """The gradient under every target of one view; the student runs forward once.
+        """Yield the gradient under every target of one view; the student runs forward once.
 
         Args:
             pixels: uint8 [1, 3, S, S].
-            targets: each of one view.
+            targets: targets of this view.
         """
         tokens = self.student.tokens(self.normalise(pixels))
         head = self.student.head
         assert isinstance(head, TargetHead)  # by `kind.head`
         answers = head(tokens)
         for target in targets:
+            # Cut at the head's outputs: losses and parts share one backward pass through the student below.
             leaves = tuple(answer.detach().requires_grad_() for answer in answers)
             found: dict[str, Tensor] = {}
             total = [torch.zeros_like(leaf) for leaf in leaves]
@@ -118,11 +119,11 @@ class GradientProbe:
         return (torch.cat(flat)[self._chosen] * self._scale)[None]
 
 
-class Judged:
-    """One codec as one student sees it, view by view.
+class CodecMoments:
+    """Losses and gradients of one student under one codec, against those under dense targets, over views.
 
     Args:
-        views: how many views will be added.
+        views: number of views that will be added.
     """
 
     def __init__(self, views: int) -> None:
@@ -131,7 +132,7 @@ class Judged:
         self._error: dict[str, Tensor] = {}
 
     def add(self, dense: ViewGradient, draws: Sequence[ViewGradient]) -> None:
-        """One view: the gradient under its dense target, and under each draw of the codec."""
+        """Add a view: the gradient under its dense target, and under each draw of the codec."""
         self.moments.add(dense.gradients, [draw.gradients for draw in draws])
         for name, exact in dense.losses.items():
             codec = torch.stack([draw.losses[name].parts[0] for draw in draws]).mean(0)
@@ -139,7 +140,7 @@ class Judged:
             self._error[name] = self._error.get(name, 0) + (codec - exact.parts[0]).double().cpu()
 
     def summary(self) -> dict[str, dict[str, list[float]]]:
-        """`GradientMoments.summary`, and by loss kl_nats (dense) and loss_error_nats (codec - dense), per part."""
+        """`GradientMoments.summary`; by loss also kl_nats (dense) and loss_error_nats (codec - dense), per part."""
         losses = {
             name: {
                 "kl_nats": [rounded(v) for v in (loss / self.moments.views).tolist()],

@@ -1,4 +1,4 @@
-"""Which units a job of `cache-teacher` works on, how often each was tried, and their batches for a loader."""
+"""The ledger of units: which are left, how often each was tried; and the batches of a unit for the loader."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -13,21 +13,22 @@ from tinymim.pipeline.shards import ShardSet
 from tinymim.storage.layout import UnitId
 
 LOOK_AGAIN_S = 2.0
-NOTHING: Items = np.empty((0, 3), dtype=np.int64)
+NO_ITEMS: Items = np.empty((0, 3), dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What became of a unit that a job took on.
+    """The outcome of a unit that a job took.
 
     Attributes:
-        outcome: `committed`; `failed`: may be tried again; `elsewhere`: another job has it or did it;
-            `unfinished`: given back through no fault of its own.
-        reason: of a failure.
-        images: readable ones; in a committed unit.
-        views: records, in a committed unit.
-        stored_bytes: of its files.
-        seconds: by phase, of all the job since its report before this one (`where_time_goes`).
+        unit: the unit.
+        outcome: `committed`; `failed`, to be tried again; `elsewhere`, held or committed by another job; `unfinished`,
+            given back for a cause outside the unit.
+        reason: why it failed.
+        images: readable images of a committed unit.
+        views: records of a committed unit.
+        stored_bytes: the size of its files.
+        seconds: the job's time by phase since its previous report (`Stopwatch.seconds`).
     """
 
     unit: UnitId
@@ -40,27 +41,29 @@ class UnitReport:
 
 
 class Ledger:
-    """The units that are left: who may be given which, what failed how often, and what is given up.
+    """The units that are left: waiting, in progress, held by other jobs, failed, given up.
 
     Args:
-        missing: finds the units that nobody has committed, by a look at the cache.
-        retries: times that a failed unit is tried again, after those that did not fail.
+        missing: lists the cache and returns the units that nobody has committed.
+        retries: number of further tries of a failed unit, after the units that did not fail.
     """
 
     def __init__(self, missing: Callable[[], list[UnitId]], retries: int) -> None:
         self._missing, self._retries = missing, retries
         self._attempts: Counter[UnitId] = Counter()
         self._waiting: deque[UnitId] = deque()
-        self._in_hand: set[UnitId] = set()
+        self._in_progress: set[UnitId] = set()
         self._elsewhere: set[UnitId] = set()
-        self.failures: dict[UnitId, str] = {}  # given up, with the last reason
+        self.failures: dict[UnitId, str] = {}  # the last reason of each unit that was given up
         self.committed = 0
         self.look()
 
     def look(self) -> bool:
-        """Look at the cache again, also for what others have given up. False: nothing is left to do or to wait for."""
-        busy = {unit.shard for unit in self._in_hand}
+        """List the cache again. False: nothing is left to do or to wait for."""
+        # What is in progress is missing too, perhaps as part of a longer run, so its whole shard is skipped.
+        busy = {unit.shard for unit in self._in_progress}
         missing = self._missing()
+        # Another job may have committed a unit that this one gave up.
         self.failures = {unit: reason for unit, reason in self.failures.items() if unit in missing}
         missing = [unit for unit in missing if unit not in self.failures]
         free = [unit for unit in missing if unit.shard not in busy]
@@ -69,17 +72,17 @@ class Ledger:
         return bool(missing)
 
     def take(self) -> UnitId | None:
-        """A unit to work on; None: all are done, in hand, or other jobs'."""
+        """A unit to work on; None: all are done, in progress, or held by other jobs."""
         if not self._waiting:
             return None
         unit = self._waiting.popleft()
-        self._in_hand.add(unit)
+        self._in_progress.add(unit)
         return unit
 
     def settle(self, report: UnitReport) -> bool:
-        """Note what became of a unit that was taken. True: it failed for the last time."""
+        """Record the outcome of a unit that was taken. True: it failed for the last time and is given up."""
         unit = report.unit
-        self._in_hand.discard(unit)
+        self._in_progress.discard(unit)
         if report.outcome == "committed":
             self.committed += 1
         elif report.outcome == "elsewhere":
@@ -96,16 +99,16 @@ class Ledger:
 
     @property
     def idle(self) -> bool:
-        """Whether no unit can be taken and none is in hand."""
-        return not self._waiting and not self._in_hand
+        """Whether no unit can be taken and none is in progress."""
+        return not self._waiting and not self._in_progress
 
     def elsewhere(self) -> set[UnitId]:
-        """Those that other jobs have, since the last look."""
+        """Units found to be other jobs' since the last look."""
         return set(self._elsewhere)
 
     def left(self) -> set[UnitId]:
-        """What is not committed and not given up, as far as this job knows."""
-        return {*self._waiting, *self._in_hand, *self._elsewhere}
+        """Units neither committed nor given up, as of the last look."""
+        return {*self._waiting, *self._in_progress, *self._elsewhere}
 
 
 @dataclass(frozen=True)
@@ -113,50 +116,50 @@ class Piece:
     """One batch of a unit."""
 
     unit: UnitId
-    first: bool  # of its unit
+    first: bool  # batch of its unit
     last: bool
 
 
 class UnitBatches:
-    """The batches of the units that `take` gives, as a loader asks for them: ahead of the work on them.
+    """The batches of units, for a loader that reads ahead of the teacher.
 
     Args:
         source: the shards.
-        images_per_batch: in one batch; each comes with all views of its unit.
-        take: the next unit, None where there is none now; told whether nothing is in hand, so that it may wait.
+        images_per_batch: images in one batch; each comes with all views of its unit.
+        take: returns the next unit, or None where there is none now. Its argument is whether it may wait, which is so
+            when no batch is on its way through the loader.
     """
 
     def __init__(self, source: ShardSet, images_per_batch: int, take: Callable[[bool], UnitId | None]) -> None:
         self._counts = {shard.name: (number, shard.num_samples) for number, shard in enumerate(source.shards)}
         self._images_per_batch, self._take = images_per_batch, take
-        self._handed_out: deque[Piece | None] = deque()
+        self._loading: deque[Piece | None] = deque()  # the loader keeps the order of batches
 
     def plan(self) -> Iterator[Items]:
-        """Batches to make, int64 [views, 3]; it ends where nothing is in hand and nothing can be taken.
-
-        While there is work ahead a unit that is not there yet must not stop it: then batches of nothing are handed out.
-        """
+        """Yield the items of each batch, int64 [views, 3], until no unit can be taken and no batch is in the loader."""
         while True:
-            unit = self._take(not any(self._handed_out))
+            unit = self._take(not any(self._loading))
             if unit is not None:
                 number, count = self._counts[unit.shard]
                 batches = list(view_batches(number, count, unit.views, self._images_per_batch))
                 for place, items in enumerate(batches):
-                    self._handed_out.append(Piece(unit, place == 0, place == len(batches) - 1))
+                    self._loading.append(Piece(unit, place == 0, place == len(batches) - 1))
                     yield items
-            elif any(self._handed_out):
-                self._handed_out.append(None)
-                yield NOTHING
+            elif any(self._loading):
+                # The loader reads a further entry of the plan before it returns a batch. An empty batch lets it
+                # return those that are ready while the next unit is still to come.
+                self._loading.append(None)
+                yield NO_ITEMS
             else:
                 return
 
     def next_piece(self) -> Piece | None:
-        """What the next batch is that comes back from the loader; None: a batch of nothing."""
-        return self._handed_out.popleft()
+        """The piece of the batch that the loader returned; None: an empty batch."""
+        return self._loading.popleft()
 
-    def in_hand(self) -> list[UnitId]:
-        """The units whose batches have not all come back, the one whose turn it is first."""
-        return list(dict.fromkeys(piece.unit for piece in self._handed_out if piece is not None))
+    def in_progress(self) -> list[UnitId]:
+        """Units with batches in the loader, in order; the first is the one whose batch comes next."""
+        return list(dict.fromkeys(piece.unit for piece in self._loading if piece is not None))
 
 
 def missing_units(
@@ -166,17 +169,17 @@ def missing_units(
 
     Args:
         source: the shards.
-        committed: the units that are there.
-        num_views: views of every image that are wanted.
-        cut_like: units that were there once: a run is cut where one of them began or ended.
+        committed: the committed units.
+        num_views: number of views per image that the cache is to hold.
+        cut_like: former units; a run is cut where one of them began or ended.
     """
-    there = list(committed)
+    present = list(committed)
     held: dict[str, set[int]] = {shard.name: set() for shard in source.shards if shard.num_samples}
     cuts: dict[str, set[int]] = {name: {0, num_views} for name in held}
-    for unit in there:
+    for unit in present:
         if unit.shard in held:
             held[unit.shard].update(unit.views)
-    for unit in (*there, *cut_like):
+    for unit in (*present, *cut_like):
         if unit.shard in cuts:
             cuts[unit.shard] |= {unit.first_view, unit.first_view + unit.num_views}
     todo = []

@@ -1,4 +1,4 @@
-"""What a cache-teacher recipe names, opened and loaded; which manifest it makes."""
+"""Open the source and load the teacher of a cache-teacher recipe; make the manifest of its cache."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from tinymim.targets.kinds import make_kind
 
 
 class Prepared(NamedTuple):
-    """What a recipe names, opened and loaded."""
+    """The parts of a cache-teacher recipe, opened and loaded."""
 
     device: torch.device
     source: ShardSet
@@ -28,14 +28,14 @@ class Prepared(NamedTuple):
 
 
 def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepared:
-    """Open the source, load the teacher, and say what cache they make with the recipe's codec; writes nothing.
+    """Open the source, load the teacher and make the manifest; writes nothing.
 
     Args:
-        recipe: of the cache.
-        source: its shards, where they have been opened.
+        recipe: the cache recipe.
+        source: its shards, if they are open already.
 
     Raises:
-        RecipeError: sizes that do not fit one another.
+        RecipeError: views, teacher and codec do not fit one another.
         SourceError: bad shards.
         CheckpointError: the teacher's weights do not exist or do not fit.
     """
@@ -47,20 +47,20 @@ def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepa
     kind = make_kind(recipe.codec, recipe.teacher.block)
     teacher = Teacher(recipe.teacher, kind.taps).to(device)
     manifest = make_manifest(recipe, source, teacher, kind)
-    kind.specs(manifest.shapes)  # refuses a codec that does not fit the teacher
+    kind.specs(manifest.shapes)  # raises where the codec does not fit the teacher
     return Prepared(device, source, kind, teacher, manifest)
 
 
 def cache_place(recipe: CacheTeacherRecipe, manifest: Manifest) -> Path | str:
-    """Where the recipe's cache is: named, or in a root that holds one cache per spec."""
+    """The place of the recipe's cache: `cache`, or the spec's id in `cache_root`."""
     if recipe.cache is not None:
         return recipe.cache
-    assert recipe.cache_root is not None  # the schema wants one of both
+    assert recipe.cache_root is not None  # the schema requires exactly one of the two
     return joined(recipe.cache_root, manifest.spec_id)
 
 
 def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher, kind: TargetKind) -> Manifest:
-    """The identity of the cache that this recipe makes (I6)."""
+    """The manifest of the cache that this recipe makes, which is its identity (I6)."""
     views = recipe.views
     shards = tuple(SourceShard(s.name, s.size_bytes, s.num_samples, s.content_hash) for s in source.shards)
     return Manifest(

@@ -6,15 +6,15 @@ from contextlib import contextmanager
 
 import torch
 
-# What limits a job, in the order of an image's way.
+# The phases that may limit a job, in the order in which an image passes them.
 PHASES = ("start", "decode", "teacher", "encode", "audit", "write")
-# How a job's time is measured: until its first images; on the device; as waiting for later images, or for the threads
-# behind the teacher; and how long these were at work, by which their part is told apart.
+# Measured times: until the first images; of the device in teacher and codec; of waits for later images and for the
+# threads behind the teacher; of these threads at work, which divides the waits for them between audit and write.
 MEASURED = ("start", "teacher", "encode", "waited_for_images", "waited_behind", "audit", "write")
 
 
 class Marks:
-    """Moments of one device: of a GPU's stream, without making anybody wait for it, or of the clock."""
+    """Time marks of one device: CUDA events, which nobody has to wait for, or clock times on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._cuda = device, device.type == "cuda"
@@ -22,7 +22,7 @@ class Marks:
         self._moments_s: list[float] = []
 
     def mark(self) -> None:
-        """Note the moment at which the device gets here."""
+        """Record the time at which the device gets here."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -31,12 +31,12 @@ class Marks:
             self._moments_s.append(time.monotonic())
 
     def wait(self) -> None:
-        """Until the device has passed the last mark."""
+        """Wait until the device has passed the last mark."""
         if self._events:
             self._events[-1].synchronize()
 
     def between_s(self) -> list[float]:
-        """Seconds from each mark to the next; after `wait`."""
+        """Seconds from each mark to the next; call after `wait`."""
         if self._cuda:
             pairs = zip(self._events, self._events[1:], strict=False)
             return [first.elapsed_time(second) / 1000.0 for first, second in pairs]
@@ -44,7 +44,7 @@ class Marks:
 
 
 class Stopwatch:
-    """Seconds as in `MEASURED`, and of "wall" clock since it was made. Each is added to by one thread only."""
+    """Seconds of each of `MEASURED`, and of the "wall" clock. One thread only adds to each, so there is no lock."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(MEASURED, 0.0)
@@ -81,10 +81,10 @@ class Stopwatch:
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Of what `Stopwatch.seconds` says, the part of the wall time that each phase is answerable for, 0 to 1.
+    """The share of the wall time, 0 to 1, that each phase causes; `seconds` are those of `Stopwatch.seconds`.
 
-    A GPU goes on while its process waits for images: only time in which it had nothing to do is given to what was
-    waited for, in the proportion of the waits.
+    A GPU goes on while its process waits. So waits count only for the time in which the GPU was idle, which is divided
+    among phases in proportion to the waits for them.
     """
     found = {name: seconds.get(name, 0.0) / max(seconds.get("wall", 0.0), 1e-9) for name in MEASURED}
     idle = max(0.0, 1.0 - found["start"] - found["teacher"] - found["encode"])

@@ -6,7 +6,7 @@ import pytest
 
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline.shards import ShardSet, open_shards
-from tinymim.stages.units.ledger import NOTHING, Ledger, UnitBatches, UnitReport
+from tinymim.stages.units.ledger import NO_ITEMS, Ledger, UnitBatches, UnitReport
 from tinymim.storage.layout import UnitId
 
 A, B, C = (UnitId(f"{name}.tar", 0, 2) for name in "abc")
@@ -50,7 +50,7 @@ def test_a_failure_that_another_job_has_made_good_is_none(missing: list[UnitId])
     assert not ledger.look() and not ledger.failures
 
 
-def test_views_of_a_shard_that_is_in_hand_are_not_given_to_another(missing: list[UnitId]) -> None:
+def test_views_of_a_shard_that_is_in_progress_are_not_given_to_another(missing: list[UnitId]) -> None:
     ledger = Ledger(lambda: missing, retries=0)
     assert ledger.take() == A
     missing[:] = [UnitId("a.tar", 0, 1), B]
@@ -84,7 +84,7 @@ def test_batches_know_their_units_and_the_end_is_the_end(source: ShardSet) -> No
     ]
 
 
-def test_a_unit_that_comes_late_does_not_stop_those_in_hand(source: ShardSet) -> None:
+def test_a_unit_that_comes_late_does_not_stop_those_in_progress(source: ShardSet) -> None:
     asked: list[bool] = []
 
     def late() -> Iterator[UnitId | None]:
@@ -101,8 +101,8 @@ def test_a_unit_that_comes_late_does_not_stop_those_in_hand(source: ShardSet) ->
     batches = UnitBatches(source, 25, take)
     plan = batches.plan()
     ahead = [next(plan) for _ in range(4)]  # a loader asks before it has answered
-    assert [len(items) for items in ahead] == [20, 0, 0, 50] and ahead[1] is NOTHING
-    assert asked == [True, False, False, False] and batches.in_hand() == [unit(2), unit(1)]
+    assert [len(items) for items in ahead] == [20, 0, 0, 50] and ahead[1] is NO_ITEMS
+    assert asked == [True, False, False, False] and batches.in_progress() == [unit(2), unit(1)]
     assert batches.next_piece() is not None and batches.next_piece() is None and batches.next_piece() is None
-    assert batches.in_hand() == [unit(1)] and batches.next_piece() is not None
+    assert batches.in_progress() == [unit(1)] and batches.next_piece() is not None
     assert next(plan, None) is None and asked[-1]
