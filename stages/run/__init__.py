@@ -1,1 +1,1 @@
-"""What every run has: its folder, progress, sessions, signals, device, Ray."""
+"""Parts of every run: its folder, progress, sessions, signals, device, Ray."""

@@ -13,22 +13,22 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises RecipeError where CUDA is asked for and absent."""
+    """The device of `run.device`; "auto" prefers CUDA. Raises RecipeError where CUDA is named and absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError("run.device asks for CUDA", got=name, expected="a machine with CUDA, or device: cpu")
+        raise RecipeError("run.device names CUDA", got=name, expected="a machine with CUDA, or device: cpu")
     return torch.device(name)
 
 
 def require_view_size(size: int, model: ModelConfig, section: str) -> None:
-    """Raises RecipeError where views of `size` pixels do not fit the model that `section` of the recipe describes."""
+    """Raises RecipeError unless views of `size` pixels fit the model in the recipe's section `section`."""
     if size != model.img_size:
         raise RecipeError(f"views.size is not {section}.img_size", got=size, expected=model.img_size)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Mixed precision for one forward pass; fp32 is a no-op."""
+    """The autocast context of a forward pass; fp32 has none."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[precision])

@@ -1,4 +1,4 @@
-"""A run's folder: resolved recipe and versions first, then metrics as JSON lines and TensorBoard scalars."""
+"""The folder of a run: resolved recipe and versions first, then metrics as JSON lines and TensorBoard scalars."""
 
 import json
 import platform
@@ -20,7 +20,7 @@ from tinymim.stages.run.progress import Phase, ProgressFiles
 from tinymim.stages.run.sessions import Session, device_name
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
-# ---- the names of its files
+# ---- file names
 
 RECIPE_NAME = "recipe.yaml"
 VERSIONS_NAME = "versions.json"
@@ -28,7 +28,7 @@ METRICS_NAME = "metrics.jsonl"
 AUDIT_NAME = "audit.jsonl"  # of train-student: its student audits
 SESSIONS_NAME = "sessions.jsonl"
 LOG_NAME = "log.txt"  # messages, with times
-STATUS_NAME = "status.json"  # of the process that wrote last
+STATUS_NAME = "status.json"  # the status of the process that wrote last
 BOARD_NAME = "tensorboard"  # a folder
 
 STUDENT_NAME = "student.safetensors"  # train-student
@@ -46,21 +46,24 @@ FRONTIER_NAME = "frontier.png"
 
 
 class RunFolder:
-    """Open a run folder for one recipe: writes `recipe.yaml` and `versions.json` before anything else.
+    """An open run folder; `recipe.yaml` and `versions.json` are written before anything else.
 
-    Metrics of steps at or after `first_step` are dropped first, and audits of more steps than that, so that a resumed
-    run's log has each step once. With None nothing is dropped: several processes may then log into one folder.
-    What the run takes is written down in `session`, by `devices` devices for this model.
+    Args:
+        recipe: the recipe of the run.
+        first_step: number of steps done before. Metrics of later steps and audits after more steps are dropped, so
+            that a resumed run logs each step once. None drops nothing: several processes may log into one folder.
+        devices: number of devices that work for this model, for the session's device seconds.
     """
 
     def __init__(self, recipe: RunRecipe, first_step: int | None = 0, devices: float = 1.0) -> None:
         self.path: Path = recipe.run.folder
         write_provenance(recipe)
-        self.session = Session(self.path / SESSIONS_NAME, device_name(recipe.run), devices, anew=first_step == 0)
+        self.session = Session(self.path / SESSIONS_NAME, device_name(recipe.run), devices, first_step == 0)
         metrics = self.path / METRICS_NAME
         if first_step is not None:
             _drop_from(metrics, first_step)
-            _drop_from(self.path / AUDIT_NAME, first_step + 1 if first_step else 0)  # what step 0 was may have changed
+            # A resumed run has done the audit of its first step. A run from scratch may start from other weights.
+            _drop_from(self.path / AUDIT_NAME, first_step + 1 if first_step else 0)
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._board = SummaryWriter(str(self.path / BOARD_NAME), purge_step=first_step or None)
 
@@ -80,7 +83,7 @@ class RunFolder:
         self._board.close()
 
     def log(self, step: int, **values: float) -> None:
-        """Append one line {"step": step, ...} and the same scalars to TensorBoard."""
+        """Append a line {"step": step, ...} to the metrics, and the same scalars to TensorBoard."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         self.session.tick()
@@ -89,7 +92,7 @@ class RunFolder:
 
 
 def _outcome(error: BaseException | None) -> tuple[Phase, str]:
-    """How a run ended, and the first line of why."""
+    """The phase in which a run ended, and the first line of its error."""
     if error is None:
         return "done", ""
     stopped = isinstance(error, Interrupted | KeyboardInterrupt)
@@ -97,7 +100,7 @@ def _outcome(error: BaseException | None) -> tuple[Phase, str]:
 
 
 def write_provenance(recipe: RunRecipe) -> None:
-    """Make the run folder and write into it the resolved recipe, and what makes its results."""
+    """Make the run folder; write the resolved recipe and `provenance` into it."""
     folder: Path = recipe.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(folder / RECIPE_NAME, dump_recipe(recipe).encode())
@@ -105,7 +108,7 @@ def write_provenance(recipe: RunRecipe) -> None:
 
 
 def provenance(recipe: RunRecipe) -> dict[str, Any]:
-    """What made an artefact: recipe digest, libraries, Python and hardware."""
+    """Recipe digest, libraries, Python and hardware, which produce the results of a run."""
     return {
         "recipe_digest": recipe_digest(recipe),
         "stage": recipe.stage,
@@ -121,9 +124,9 @@ def provenance(recipe: RunRecipe) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, oldest first; none where there is no file.
+    """The objects of a JSON-lines file, oldest first; empty if the file does not exist.
 
-    A line that holds no object is left out: a kill can cut the last one short, and the next process appends to it.
+    Lines that hold no object are skipped: a kill can cut a line short, and the next process appends to it.
     """
     if not path.exists():
         return []
@@ -160,7 +163,7 @@ def _has_step(line: Mapping[str, Any]) -> bool:
 
 
 def _drop_from(path: Path, first_step: int) -> None:
-    """Drop lines of `first_step` and later ones, and those that cannot be read."""
+    """Remove lines of `first_step` and later steps, and unreadable lines."""
     if not path.exists():
         return
     kept = [line for line in read_lines(path) if _has_step(line) and line["step"] < first_step]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step or unit at hand, save, and leave with an exit code of its own."""
+"""Ctrl-C and SIGTERM: finish the current step or unit, save, and exit with a code of their own."""
 
 import contextlib
 import signal
@@ -10,11 +10,11 @@ from tinymim.stages.run.progress import say
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has stopped cleanly; what was done is saved.
+    """The run received a signal and has stopped cleanly; its work is saved.
 
     Args:
-        message: what was saved.
-        requeue: a batch system wants the machine back (SIGTERM) and is to start the same command again.
+        message: states what was saved.
+        requeue: the signal was SIGTERM: a batch system takes the machine back and should start the command again.
     """
 
     def __init__(self, message: str, requeue: bool = False) -> None:
@@ -24,9 +24,9 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `handle` with their number, until the context ends.
+    """Call `handle` with the number of each SIGINT and SIGTERM, within the context.
 
-    Only the main thread can set handlers: elsewhere, such as in a worker of Ray, signals stay as they are.
+    Only the main thread can set handlers. In other threads, such as that of a Ray worker, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -41,19 +41,19 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 class StopFlag:
-    """Context manager that turns the first SIGINT or SIGTERM into `flag.requested`; a second one raises at once.
+    """Context manager that sets `requested` at the first SIGINT or SIGTERM, and raises KeyboardInterrupt at the second.
 
     Args:
-        insists: False: a second one changes nothing, and nothing is said, for a process whose parent does both.
+        has_parent: a parent process prints the message and handles a second signal, so this one ignores it.
 
     Attributes:
         requested: a signal came, or `ask_to_stop` was called.
-        requeue: and it was SIGTERM.
+        requeue: the signal was SIGTERM.
     """
 
-    def __init__(self, insists: bool = True) -> None:
+    def __init__(self, has_parent: bool = False) -> None:
         self.requested = self.requeue = False
-        self._insists = insists
+        self._has_parent = has_parent
         self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> "StopFlag":
@@ -69,19 +69,19 @@ class StopFlag:
 
     def _on_signal(self, number: int) -> None:
         if self.requested:
-            if self._insists:
+            if not self._has_parent:
                 raise KeyboardInterrupt
             return
         self.requested, self.requeue = True, number == signal.SIGTERM
-        if self._insists:
-            say(f"{signal.Signals(number).name} received: finishing what is at hand and saving (again to stop at once)")
+        if not self._has_parent:
+            say(f"{signal.Signals(number).name} received: finishing current work and saving (again to stop at once)")
 
 
 _open_flags: set[StopFlag] = set()
 
 
 def ask_to_stop(requeue: bool) -> bool:
-    """As a first signal would, from a thread of this process; `requeue` as for SIGTERM. False: nobody is listening."""
+    """Set all open flags, from any thread of this process, as a first signal would; False: no flag is open."""
     for flag in _open_flags:
         flag.requested, flag.requeue = True, requeue
     return bool(_open_flags)

@@ -1,8 +1,8 @@
-"""Every metric once: its name, how people read it, and whether higher or lower is better.
+"""The table of metrics: name, header, format, and whether higher or lower is better.
 
-Names are those of `metrics.jsonl`, of `evaluation.json`, and of a comparison's results. A `*` in a name stands for what
-a recipe chooses: a relation, an evaluator, the model or its average. Of several entries that match a name the longest
-counts. A name without an entry is the loss of a target that named it itself.
+Names are those in `metrics.jsonl`, in `evaluation.json`, and in a comparison's results. A `*` stands for a part that a
+recipe chooses: a relation, an evaluator, the model or its average. If several entries match a name, the longest
+counts. A name without an entry is the loss of a target that chose the name.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any, Final, Literal
 from tinymim.stages.run.folder import AUDIT_NAME, METRICS_NAME
 
 Better = Literal["lower", "higher"]
-EMA: Final = "ema_"  # in front of what is measured on the moving average of the weights
-MISSING: Final = "-"  # of what nobody wrote down
+EMA: Final = "ema_"  # prefix of metrics of the moving average of the weights
+MISSING: Final = "-"  # shown where a run has no value
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Metric:
     """One metric, or a family of them.
 
     Attributes:
-        name: with at most one `*`.
-        header: of a column; `{}` becomes what `*` stands for.
-        format: a format specification of Python.
-        better: None where it depends.
-        curve: the file of a run folder whose lines are its curve in a comparison; "" where it has none.
-        column: whether the table of a comparison has it, if a run does; columns are in the order of `METRICS`.
+        name: the name, with at most one `*`.
+        header: the header of a column; `{}` is replaced by the part that `*` matches.
+        format: a Python format specification.
+        better: the better direction; None where neither is.
+        curve: the file in a run folder that holds its curve for comparisons; "" where there is none.
+        column: whether it is a column of a comparison where a run has it; columns are in the order of `METRICS`.
     """
 
     name: str
@@ -70,12 +70,12 @@ METRICS: Final = (
     Metric("val_*_top1", "validation top-1, {}", ".1%", "higher", METRICS_NAME),
     Metric("val_*_top5", "validation top-5, {}", ".1%", "higher", METRICS_NAME),
     Metric("val_*_loss", "validation loss, {}", ".4f", "lower", METRICS_NAME),
-    # ---- what a run costs
+    # ---- cost of a run
     Metric("elapsed_s", "seconds", ",.0f", "lower", column=True),
     Metric("device_h", "device-h", ",.3f", "lower", column=True),
     Metric("teacher_h", "teacher-h", ",.3f", "lower", column=True),
     Metric("teacher_share", "teacher share", ".0%", "lower", column=True),
-    # ---- beside the losses, and of stage one
+    # ---- other numbers of a step, and of stage one
     Metric("step", "step", ",.0f"),
     Metric("epoch", "epoch", ".1f"),
     Metric("lr", "learning rate", ".2e"),
@@ -101,18 +101,18 @@ def metric(name: str) -> Metric:
 
 
 def formatted(name: str, value: float | None) -> str:
-    """The value of a metric as people read it; `MISSING` for None."""
+    """The value in the metric's format; `MISSING` for None."""
     return MISSING if value is None else format(value, metric(name).format)
 
 
 def members(family: str, names: Iterable[str]) -> dict[str, str]:
-    """Those of `names` that are of a family such as `kl_*`, in their order, and what `*` stands for in each."""
+    """The names of a family such as `kl_*`, in their order, each with the part that `*` matches."""
     matches = {name: _pattern(family).fullmatch(name) for name in names}
     return {name: match[1] for name, match in matches.items() if match is not None}
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Each name once, in the order of `METRICS`, unknown losses after `kl_*`; within a family as they came."""
+    """Each name once, in the order of `METRICS`, unknown losses after `kl_*`; the sort is stable."""
     entries = [each.name for each in METRICS]
     unknown = entries.index("kl_*")
 
@@ -124,24 +124,24 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def audit_metrics(line: Mapping[str, Any], measure: str = "kl") -> dict[str, float]:
-    """The metrics in one line of `audit.jsonl`: each loss of the student and of its average; its gap; k-NN.
+    """The metrics in one line of `audit.jsonl`: losses of the student and of its average, gaps, k-NN accuracies.
 
     Args:
-        line: one audit.
-        measure: what stands in front of the losses' names, as in a training step's metrics.
+        line: the line of one audit.
+        measure: prefix of the losses' names, as in the metrics of a training step.
     """
-    judged = {name: each for name, each in line.items() if isinstance(each, Mapping) and "kl" in each}
-    students = {name: each for name, each in judged.items() if not name.startswith(EMA)}
+    losses = {name: each for name, each in line.items() if isinstance(each, Mapping) and "kl" in each}
+    students = {name: each for name, each in losses.items() if not name.startswith(EMA)}
     accuracies = members("*_top1", line) | members("*_top5", line)
     return (
-        {f"audit_{_marked(measure, name)}": each["kl"] for name, each in judged.items()}
+        {f"audit_{_with_measure(measure, name)}": each["kl"] for name, each in losses.items()}
         | {f"audit_gap_{name}": each["gap"] for name, each in students.items() if "gap" in each}
         | {f"audit_{name}": value for name, value in line.items() if name in accuracies}
     )
 
 
-def _marked(measure: str, loss: str) -> str:
-    """The measure goes between the mark of the average, if there is one, and the name of the loss."""
+def _with_measure(measure: str, loss: str) -> str:
+    """The loss's name with the measure in front, but after `EMA`."""
     own = loss.removeprefix(EMA)
     return f"{loss.removesuffix(own)}{measure}_{own}"
 

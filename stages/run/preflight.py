@@ -1,6 +1,6 @@
-"""What a recipe names and a look at the disk can refuse, before torch is imported, which takes seconds.
+"""Check the inputs of a recipe on disk, before the import of torch, which takes seconds.
 
-The stages check all of it again; the functions that raise are the same.
+The stages check all of it again, by the same functions.
 """
 
 import errno
@@ -31,17 +31,17 @@ RANDOM_WEIGHTS_HINT = "{}; or measure with --random-weights"
 
 
 def preflight(recipe: Recipe) -> None:
-    """Refuse a recipe that cannot run, then let the fork server import what loader workers need.
+    """Refuse a recipe that cannot run, then start the fork server's imports for loader workers.
 
-    Of a chain only the first step is looked at: the later ones read what the earlier ones write.
+    Only the first step of a chain is checked, because later steps read the outputs of earlier ones.
 
     Args:
         recipe: the recipe of the command.
 
     Raises:
-        RecipeError: run.folder cannot be a folder; or a step of a chain is wrong.
+        RecipeError: run.folder cannot be a folder, or a step of a chain is wrong.
         PermissionError: run.folder cannot be written.
-        and those of `require_inputs`.
+        SourceError, CheckpointError, UserError, StoreError: from `require_inputs`.
     """
     if isinstance(recipe, ChainRecipe):
         preflight(load_steps(recipe)[0])
@@ -52,7 +52,7 @@ def preflight(recipe: Recipe) -> None:
 
 
 def require_inputs(recipe: RunRecipe) -> None:
-    """Refuse a recipe whose inputs are not there. The stage checks sources in an object store and timm's hub.
+    """Refuse a recipe whose inputs do not exist. Sources in an object store and timm's hub are left to the stage.
 
     Args:
         recipe: the recipe of the command.
@@ -60,7 +60,7 @@ def require_inputs(recipe: RunRecipe) -> None:
     Raises:
         SourceError: a source folder does not exist or holds no shard.
         CheckpointError: a file of weights, or `student_state`, does not exist.
-        UserError: there is no cache, or several.
+        UserError: `cache` names no cache, or several.
         StoreError: the object store of a cache refuses or fails.
     """
     match recipe:
@@ -96,11 +96,11 @@ def preflight_plan(
     """`preflight` for `tinymim plan`, which needs no cache, and no weights with `random_weights`.
 
     Returns:
-        The cache recipe, and the training recipes by name.
+        the cache recipe, and the training recipes by name.
 
     Raises:
         RecipeError: there is not exactly one cache recipe, or a recipe is named twice.
-        and those of `require_inputs`.
+        SourceError, CheckpointError, StoreError: from `require_inputs`.
     """
     caches = [recipe for _, recipe in named if isinstance(recipe, CacheTeacherRecipe)]
     students = {name: recipe for name, recipe in named if isinstance(recipe, TrainStudentRecipe)}
@@ -143,7 +143,7 @@ def _require_weights(weights: str) -> None:
 
 
 def _require_folder(folder: Path) -> None:
-    """Raises what making the folder and writing into it would raise, without doing either."""
+    """Raises the errors of making the folder and writing into it, without doing either."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise RecipeError("run.folder cannot be made", got=f"{existing} is a file", expected="a folder, or nothing yet")
@@ -152,7 +152,7 @@ def _require_folder(folder: Path) -> None:
 
 
 def _start_workers(recipe: RunRecipe) -> None:
-    """Start the fork server, unless other processes than this one will run the loaders."""
+    """Start the fork server if the loaders will run in this process."""
     match recipe:
         case CacheTeacherRecipe():
             here = recipe.cluster is None

@@ -26,7 +26,7 @@ Phase = Literal["running", "done", "interrupted", "failed"]
 
 
 class _Stderr(logging.Handler):
-    """Prints messages as they are to what `sys.stderr` is by then. A stderr that is gone ends no run."""
+    """Prints messages unchanged to the current `sys.stderr`. A closed stderr does not end a run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None:
@@ -36,13 +36,13 @@ class _Stderr(logging.Handler):
 
 _logger = logging.getLogger("tinymim")
 _logger.setLevel(logging.INFO)
-_logger.propagate = False  # the root's handlers, if somebody sets some, would print every message twice
+_logger.propagate = False  # otherwise handlers of the root logger print every message twice
 _stderr = _Stderr()
 _logger.addHandler(_stderr)
 
 
 def silence() -> None:
-    """From now on this process prints and records nothing; of many ranks only the first does."""
+    """Make this process print and record nothing, as on all ranks but the first."""
     _logger.setLevel(logging.CRITICAL + 1)
 
 
@@ -52,15 +52,15 @@ def say(message: str) -> None:
 
 
 class ProgressFiles(logging.Handler):
-    """The messages and the status of a run in its folder, within the context; none in a process that is silent.
+    """Writes messages and status of a run into its folder, within the context; does nothing in a silent process.
 
-    Several processes may share a folder: `log.txt` then has the lines of all of them, and `status.json` is of the one
-    that wrote last, whose pid and host it states. A file that cannot be written is reported once on stderr, and the run
-    goes on: progress is worth less than the run.
+    Several processes may share a folder. `log.txt` then has the lines of all of them, and `status.json` holds the
+    status of the one that wrote last, with its pid and host. A file that cannot be written is reported once on stderr,
+    and the run goes on.
 
     Args:
-        log: the file that messages are appended to.
-        status: the JSON file that is replaced at most every 2 s, and once at the end; written if there was a meter.
+        log: the file to append messages to.
+        status: the JSON file to replace, at most every 2 s and once at the end; not written without a meter.
     """
 
     def __init__(self, log: Path, status: Path) -> None:
@@ -87,20 +87,20 @@ class ProgressFiles(logging.Handler):
         """Append a message to the log."""
         line = f"{_now()} {record.getMessage()}\n".encode(errors="backslashreplace")
         try:
-            # Opened anew for each of the few lines: nothing is buffered, and lines of several processes stay whole.
+            # Reopened for each of the few lines and unbuffered, so that lines of several processes stay whole.
             with open(self._log, "ab", buffering=0) as file:
                 file.write(line)
         except OSError as error:
             self._refuse(self._log, error)
 
     def report(self, meter: "Meter", note: str) -> None:
-        """Write the meter's status, if it is due."""
+        """Write the meter's status if it is due."""
         self._meter = meter
         if time.monotonic() - self._written_s >= _STATUS_EVERY_S:
             self._write(meter, "running", note)
 
     def end(self, phase: Phase, reason: str) -> None:
-        """Write how the run ended and why, into both files; `reason` may be empty."""
+        """Write the last phase and its reason, which may be empty, into both files."""
         if self not in _open_files:
             return
         text = f"{phase}: {reason}" if reason else phase
@@ -144,7 +144,7 @@ def _now() -> str:
 
 
 def _report() -> None:
-    """Write the outermost meter into the open run folders; a meter within it, such as an audit's, is its note."""
+    """Write the outermost meter into the open run folders; a meter within it, such as an audit's, becomes its note."""
     if _running:
         outer, inner = _running[0], _running[-1]
         for files in _open_files:
@@ -155,10 +155,10 @@ class Meter:
     """Counts `unit`s up to `total`; use as a context manager.
 
     Args:
-        label: what is being done, e.g. "train-student".
-        total: how many units there are.
+        label: the name of the work, e.g. "train-student".
+        total: number of units.
         unit: plural noun for the rate, e.g. "views".
-        start: units done before this process started (they do not count in the rate).
+        start: units done before this process started; they do not count in the rate.
     """
 
     def __init__(self, label: str, total: int, unit: str, start: int = 0) -> None:
@@ -215,12 +215,12 @@ class Meter:
 
     @property
     def elapsed_s(self) -> float:
-        """Since it was made."""
+        """Seconds since the meter was made."""
         return time.monotonic() - self._began_s
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds left at this rate; None where nothing is done yet."""
+        """Seconds left at this rate; None if nothing is done yet."""
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
     def line(self) -> str:

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, for both stages: what does not answer is said at once, where Ray would try for minutes."""
+"""Join a Ray cluster, for both stages; an address that does not answer fails at once, not after minutes as in Ray."""
 
 import logging
 import os
@@ -14,8 +14,8 @@ from tinymim.configs.errors import RecipeError, first_line
 
 _REACH_S = 10.0
 _HINT = (
-    "is it up (`ray start --head`), and does it want a token that this machine lacks (~/.ray/auth_token)? "
-    "Without RAY_ADDRESS tinymim begins a Ray of its own"
+    "is it up (`ray start --head`), and does it require a token that this machine lacks (~/.ray/auth_token)? "
+    "Without RAY_ADDRESS tinymim starts a Ray of its own"
 )
 
 
@@ -23,12 +23,12 @@ def join_ray(address: str = "auto", **settings: Any) -> None:
     """Make this process a driver of a cluster.
 
     Args:
-        address: HOST:PORT or ray://HOST:PORT; "auto": what RAY_ADDRESS names, else the Ray that runs on this machine,
-            else as "local": one begun for this process.
-        settings: of `ray.init` beyond these.
+        address: HOST:PORT, ray://HOST:PORT, "local" or "auto". "local" starts a Ray for this process. "auto" joins
+            the cluster of RAY_ADDRESS, else the Ray that runs on this machine, else starts one as "local" does.
+        settings: further arguments of `ray.init`.
 
     Raises:
-        RecipeError: nobody answers there, or it is refused.
+        RecipeError: the address does not answer, or the cluster refuses.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     named = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address

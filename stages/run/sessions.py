@@ -1,7 +1,7 @@
-"""What a run has taken of a machine: a line per process in `sessions.jsonl`, and a newer one as it goes on.
+"""The time that a run takes: `sessions.jsonl` has lines per process, of which the last one counts.
 
-A run that is stopped and continued has several sessions, and took the time of all of them, also of what was computed
-and lost. They are kept apart from the metrics, because the metrics of lost steps are dropped.
+A run that was stopped and resumed has several sessions and took the time of all of them, including steps that were
+lost. Sessions are not part of the metrics, because the metrics of lost steps are dropped.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 from tinymim.configs.sections import RunConfig
 
-_EVERY_S = 30.0  # at least, between lines; they come with lines of metrics
+_EVERY_S = 30.0  # the shortest time between lines, which come with lines of metrics
 
 
 class Session:
@@ -22,17 +22,17 @@ class Session:
 
     Args:
         path: the file of all sessions of the run.
-        device: the name of a device of the run.
-        num_devices: devices of all ranks, divided by the models that share them.
-        anew: the run begins: earlier sessions are no part of it.
+        device: the name of the run's device.
+        num_devices: number of devices of all ranks, divided by the number of models that share them.
+        from_scratch: the run starts from scratch, so earlier sessions are removed.
 
     Attributes:
-        device_s: device seconds of workers elsewhere; None: the elapsed time multiplied by `num_devices`.
+        device_s: device seconds of workers in other processes; None: the elapsed time times `num_devices`.
     """
 
-    def __init__(self, path: Path, device: str, num_devices: float = 1.0, anew: bool = True) -> None:
+    def __init__(self, path: Path, device: str, num_devices: float = 1.0, from_scratch: bool = True) -> None:
         self._path = path
-        if anew:
+        if from_scratch:
             self._path.unlink(missing_ok=True)
         self._num_devices = num_devices
         self.device_s: float | None = None
@@ -52,7 +52,7 @@ class Session:
 
 
 def device_name(run: RunConfig) -> str:
-    """A GPU's name, or the processor's kind and the threads that torch uses."""
+    """The GPU's name, or the processor's architecture and the number of torch's threads."""
     if run.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name(run.device if ":" in run.device else None)
     threads = torch.get_num_threads()

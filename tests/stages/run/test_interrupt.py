@@ -40,11 +40,11 @@ def test_the_first_signal_asks_and_the_second_insists(number: int, capsys: pytes
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
-    assert capsys.readouterr().err.count("finishing what is at hand") == 1
+    assert capsys.readouterr().err.count("finishing current work") == 1
 
 
 def test_sigterm_is_to_be_requeued_and_a_patient_flag_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with StopFlag(insists=False) as stop:
+    with StopFlag(has_parent=True) as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)

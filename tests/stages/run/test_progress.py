@@ -304,7 +304,7 @@ def test_a_message_of_a_signal_handler_is_logged(tmp_path: Path) -> None:
     with Folder(tmp_path) as folder, StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
-    assert folder.log == ["SIGTERM received: finishing what is at hand and saving (again to stop at once)"]
+    assert folder.log == ["SIGTERM received: finishing current work and saving (again to stop at once)"]
 
 
 def test_a_root_logger_with_handlers_prints_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_seconds_of_all_sessions_are_on_record_also_of_one_that_was_killed(
     found = read_sessions(tmp_path / "run-student")
     assert [(line["elapsed_s"], line["device_s"]) for line in found] == [(100.0, 400.0), (60.0, 120.0)]
     assert all(str(line["device"]).startswith("CPU ") for line in found)
-    with RunFolder(recipe, 0):  # begun anew
+    with RunFolder(recipe, 0):  # from scratch
         pass
     assert [line["elapsed_s"] for line in read_sessions(tmp_path / "run-student")] == [0.0]
     assert read_sessions(tmp_path) == []
@@ -49,7 +49,7 @@ def test_seconds_of_all_sessions_are_on_record_also_of_one_that_was_killed(
 def test_device_seconds_of_workers_elsewhere_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, recipe = Clock(monkeypatch), cache_recipe(tmp_path)
     recipe.run.folder.mkdir()
-    session = Session(recipe.run.folder / SESSIONS_NAME, "CPU", anew=False)
+    session = Session(recipe.run.folder / SESSIONS_NAME, "CPU", from_scratch=False)
     clock.now_s += 10
     session.device_s = 70.0
     session.tick(last=True)
