@@ -67,7 +67,7 @@ class Clock:
     @contextlib.contextmanager
     def running(self, alone: bool) -> Iterator[None]:
         """Around a training. Only in a run alone are models timed: on a GPU that would hold the others up."""
-        part, update, close = Learner.part_of_step, Learner.update, Bookkeeping.close
+        part, update, end_step = Learner.part_of_step, Learner.update, Bookkeeping.end_step
 
         @contextlib.contextmanager
         def timed_part(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -81,15 +81,15 @@ class Clock:
             update(*args, **kwargs)
             self._own += self.now() - began
 
-        def timed_close(*args: Any, **kwargs: Any) -> None:
+        def timed_end_step(*args: Any, **kwargs: Any) -> None:
             now = self.now()
             self.steps.append(now - self._last)
             self.own.append(self._own)
-            close(*args, **kwargs)  # its logging and saving are not counted
+            end_step(*args, **kwargs)  # its logging and saving are not counted
             self._own, self._last = 0.0, self.now()
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(Bookkeeping, "close", timed_close))
+            stack.enter_context(mock.patch.object(Bookkeeping, "end_step", timed_end_step))
             if alone:
                 stack.enter_context(mock.patch.object(Learner, "part_of_step", timed_part))
                 stack.enter_context(mock.patch.object(Learner, "update", timed_update))

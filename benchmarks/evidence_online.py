@@ -103,8 +103,8 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted)
     # ---- train
     views = ImageViews(source.shards, RandomViews(cache.views), cache.views.seed)
     stream = batches(views, order.plan(books.total_steps), recipe.loader)
-    with contextlib.closing(stream), books.opened() as (stop, meter):
+    with contextlib.closing(stream), books.running() as (stop, meter):
         for step, batch in enumerate(stream, start=books.first_step):
             do_step(step, batch)
-            books.close(step + 1, stop, meter)
+            books.end_step(step + 1, stop, meter)
     write_bytes_atomic(recipe.run.folder / STUDENT_NAME, to_safetensors(student.model.vit.state_dict(), {}))

@@ -1,4 +1,4 @@
-"""`tinymim cache-teacher`: run the teacher once over every view and store what it says."""
+"""`tinymim cache-teacher`: run the teacher once over every view and store its targets."""
 
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.stages.units.constants import require_rebuildable
@@ -7,14 +7,14 @@ from tinymim.stages.units.prepare import prepare
 
 
 def run(recipe: CacheTeacherRecipe) -> None:
-    """Write or complete the recipe's cache, beside any other jobs that do; a stopped run continues where it was.
+    """Write or complete the recipe's cache; other jobs may do the same at the same time, and a stopped run resumes.
 
     Args:
-        recipe: the recipe of the cache.
+        recipe: the cache recipe to run.
 
     Raises:
-        RecipeError: sizes that do not fit one another.
-        CacheMismatch: the cache there was made by something else.
+        RecipeError: views, teacher and codec do not fit one another.
+        CacheMismatch: the existing cache was made from another recipe or other data.
         SourceError: bad shards, before anything is written.
         UnitsFailed: some units could not be made; the others are committed.
         Interrupted: stopped by a signal; committed units are safe.
@@ -25,6 +25,6 @@ def run(recipe: CacheTeacherRecipe) -> None:
 
 
 def _on_cpu(recipe: CacheTeacherRecipe) -> CacheTeacherRecipe:
-    """The recipe as the driver of a cluster wants it, which only has to know what cache will be made."""
+    """The recipe for the driver of a cluster, which makes the manifest and needs no GPU."""
     run = recipe.run.model_copy(update={"device": "cpu"})
     return recipe.model_copy(update={"run": run, "teacher": recipe.teacher.model_copy(update={"compile": False})})

@@ -1,4 +1,4 @@
-"""`tinymim chain`: commands one after the other, each going on from where it stopped."""
+"""`tinymim chain`: run commands one after the other; each resumes if it was stopped."""
 
 from tinymim.configs.schema import (
     CacheTeacherRecipe,
@@ -14,12 +14,15 @@ from tinymim.stages.run.progress import say
 
 
 def run(recipe: ChainRecipe) -> None:
-    """Run every step to its end; a step that is done finds nothing to do.
+    """Run every step to its end; a step that is done already has nothing to do.
+
+    Args:
+        recipe: the chain recipe to run.
 
     Raises:
-        RecipeError: the recipe of a step is wrong; none has begun then.
+        RecipeError: the recipe of a step is wrong; no step has started.
         Interrupted: stopped by a signal; the same command continues.
-        TinymimError: whatever a step raises; the steps before it are done.
+        TinymimError: raised by a step; the steps before it are done.
     """
     recipes = load_steps(recipe)
     for number, (step, loaded) in enumerate(zip(recipe.steps, recipes, strict=True), start=1):

@@ -1,4 +1,4 @@
-"""`tinymim finetune`: train an encoder and a new head on labelled images, by timm's usual means."""
+"""`tinymim finetune`: train an encoder and a new head on labelled images, with timm's augmentation and loss."""
 
 import contextlib
 import json
@@ -46,15 +46,16 @@ CPU = torch.device("cpu")
 def run(recipe: FinetuneRecipe) -> dict[str, Any] | None:
     """Train and write `<run.folder>/{last,best}.safetensors` and `finetuned.json`.
 
-    With `workers` the training runs in so many processes, or as the rank that the environment names.
+    Args:
+        recipe: the recipe to run, in `workers` processes or as the rank that the environment names.
 
     Returns:
-        what `finetuned.json` holds; None on other ranks than the first.
+        the content of `finetuned.json`; None on ranks other than the first.
 
     Raises:
-        UserError: sources that are unlabelled or do not fit each other, weights that do not exist or fit; a loss that
-            is not finite.
-        InternalError: workers died more often than the recipe allows.
+        UserError: sources are unlabelled or do not fit each other, weights do not exist or do not fit, or a loss is
+            not finite.
+        InternalError: workers died more often than `max_restarts` allows.
         Interrupted: stopped by a signal after saving its state.
     """
     on_ranks(train, recipe)
@@ -65,7 +66,7 @@ def run(recipe: FinetuneRecipe) -> dict[str, Any] | None:
 
 
 def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
-    """`run` as one of the ranks."""
+    """`run` on one of the ranks."""
     # ---- sources
     device = set_up(recipe, ranks)
     require_view_size(recipe.views.size, recipe.model, "model")
@@ -121,21 +122,23 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     places = torch.from_numpy(order.places)
     mixing = Mixing(recipe.augment, recipe.smoothing, num_classes)
     criterion = SoftTargetCrossEntropy()
-    with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
-        schedule.after(books.first_step, stop, meter)  # stopped in the middle of it
+    with contextlib.closing(stream), books.running() as (stop, meter):  # closing ends the loader's processes
+        schedule.after(books.first_step, stop, meter)  # the last run may have stopped before this validation ended
         for step, batch in enumerate(stream, start=books.first_step):
             schedule.unreadable |= dict(batch.unreadable)
             images = normalise(batch.pixels.to(device, non_blocking=True))
             erase(images, batch.view_keys, recipe.augment.erasing)
             targets = mixing(images, batch.labels, order.lanes, recipe.run.seed, step)
             for part in parts_of(len(places), recipe.optim.accumulate):
+                # Drawn for the whole batch, so that they do not depend on the number of ranks or parts.
                 set_drop_masks(paths, seeded(CPU, recipe.run.seed, step), places[part.rows], batch_size, device)
                 with learner.part_of_step(part.first, part.last):
                     with autocast(device, recipe.precision):
                         logits = learner.model(images[part.rows])
                     learner.backward({"loss": criterion(logits.float(), targets[part.rows])}, part.share)
             learner.update(step)
-            books.close(step + 1, stop, meter, save=schedule.due(step + 1))
+            # The state is saved before the validation, so a stop in the middle of it loses no step.
+            books.end_step(step + 1, stop, meter, save=schedule.due(step + 1))
             schedule.after(step + 1, stop, meter)
 
     # ---- export
@@ -144,11 +147,11 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
 
 
 def size_of_head(train: ShardSet, val: ShardSet) -> int:
-    """How many classes the head tells apart: those that the index names, or up to the largest label.
+    """Number of classes of the head: the length of the index's list, or the largest label plus 1 without a list.
 
     Raises:
-        SourceError: an unlabelled sample, a class of `val` that `train` lacks, class lists that differ, or a label
-            that has no name in the list.
+        SourceError: a sample has no label, `val` has a class that `train` lacks, the class lists differ, or a label
+            is beyond the list.
     """
     count_classes(train, val)
     largest = int(np.max(labels_of(train.shards)))
@@ -162,19 +165,19 @@ def size_of_head(train: ShardSet, val: ShardSet) -> int:
 
 
 def started_from(recipe: FinetuneRecipe, start: LoadedWeights) -> str:
-    """What the training starts from, in words: what is loaded, left out, new."""
+    """The start of the training run as text: weights loaded, not used, new."""
     if recipe.weights == RANDOM:
-        return f"from scratch, as `weights: random` asks (seed {recipe.run.seed})"
+        return f"from scratch because of `weights: random` (seed {recipe.run.seed})"
     left_out = f"; not used: {', '.join(start.dropped)}" if start.dropped else ""
     return f"from {recipe.weights}; new: {', '.join(start.new) or 'nothing, the head is loaded too'}{left_out}"
 
 
 @dataclass
 class ValidationSchedule:
-    """Validates when it is due, and keeps the books of it.
+    """Validates when it is due; logs the scores and keeps the best weights.
 
     Attributes:
-        unreadable: images of the training set that this rank could not read since the last validation, and why.
+        unreadable: by key, why this rank could not read images of the training set since the last validation.
     """
 
     recipe: FinetuneRecipe
@@ -189,12 +192,12 @@ class ValidationSchedule:
         self.unreadable: dict[str, str] = {}
 
     def due(self, step: int) -> bool:
-        """Whether the weights after so many steps are to be validated."""
+        """Whether the weights after `step` steps are validated."""
         every = self.recipe.validation.every_epochs * self.steps_per_epoch
         return step == self.total_steps or (step > 0 and step % every == 0)
 
     def after(self, step: int, stop: StopFlag, meter: Meter) -> None:
-        """Validate if it is due and not yet done; the state of this step is saved already.
+        """Validate if due and not yet done; call it when the state after `step` steps is saved.
 
         Raises:
             Interrupted: some rank was asked to stop.
@@ -226,17 +229,17 @@ class ValidationSchedule:
         )
         if best and learner.ranks.first:
             _write_weights(learner.folder / BEST_NAME, self.history.weights, self.metadata, self.history.best or {})
-        told = ", ".join(f"{name} top-1 {each['top1']:.2%} top-5 {each['top5']:.2%}" for name, each in scores.items())
-        say(f"finetune: epoch {entry['epoch']:g}: {told}, loss {scores[of]['loss']:.4f}{', the best' if best else ''}")
+        tops = ", ".join(f"{name} top-1 {each['top1']:.2%} top-5 {each['top5']:.2%}" for name, each in scores.items())
+        say(f"finetune: epoch {entry['epoch']:g}: {tops}, loss {scores[of]['loss']:.4f}{', the best' if best else ''}")
 
 
 def _write_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str], entry: dict[str, Any]) -> None:
-    """A state dict with what made it, and how good it is on the validation set."""
+    """Write a state dict with its provenance and its scores on the validation set."""
     write_bytes_atomic(path, to_safetensors(state, metadata | {"validation": json.dumps(entry)}))
 
 
 def _export(schedule: ValidationSchedule, start: LoadedWeights, source: ShardSet, held_out: ShardSet) -> None:
-    """Write the last and the best weights, and the report; say so."""
+    """Write the last and the best weights, and the report."""
     recipe, learner, history = schedule.recipe, schedule.learner, schedule.history
     assert history.best is not None  # validated after the last step
     folder, last = recipe.run.folder, history.entries[-1]

@@ -1,4 +1,4 @@
-"""`tinymim pretrain-mae`: masked autoencoder pre-training, so that a teacher can be made from any images."""
+"""`tinymim pretrain-mae`: pre-train a teacher on any images as a masked autoencoder."""
 
 import contextlib
 import json
@@ -33,18 +33,19 @@ from tinymim.storage.atomic import write_bytes_atomic
 def run(recipe: PretrainMaeRecipe) -> None:
     """Train and write `<run.folder>/encoder.safetensors` (a timm ViT without head), metrics and resumable states.
 
-    With `workers` the training runs in so many processes, or as the rank that the environment names.
+    Args:
+        recipe: the recipe to run, in `workers` processes or as the rank that the environment names.
 
     Raises:
-        UserError: bad source, sizes or weights; a loss that is not finite.
-        InternalError: workers died more often than the recipe allows.
+        UserError: bad source, sizes or weights; a loss is not finite.
+        InternalError: workers died more often than `max_restarts` allows.
         Interrupted: stopped by a signal after saving its state.
     """
     on_ranks(train, recipe)
 
 
 def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
-    """`run` as one of the ranks."""
+    """`run` on one of the ranks."""
     # ---- source, model, optimiser
     device = set_up(recipe, ranks)
     require_view_size(recipe.views.size, recipe.model, "model")
@@ -76,12 +77,12 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
         batches_per_entry=recipe.order.views_per_decode,
     )
     places = torch.from_numpy(order.places).to(device)
-    with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
+    with contextlib.closing(stream), books.running() as (stop, meter):  # closing ends the loader's processes
         for step, batch in enumerate(stream, start=books.first_step):
             if not batch.keys:
                 raise SourceError(f"no image of step {step} can be read", got=batch.unreadable[0])
             pixels = batch.pixels.to(device, non_blocking=True)
-            # Drawn for the whole batch over all ranks: every rank finds the same numbers at a place.
+            # Drawn for the whole batch over all ranks, so that a sample's mask does not depend on the number of ranks.
             generator = seeded(device, recipe.run.seed, step)
             noise = torch.rand(batch_size, num_patches, device=device, generator=generator)[places]
             for part in parts_of(len(places), recipe.optim.accumulate, present=len(pixels)):
@@ -90,7 +91,7 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
                         loss = learner.model(normalise(pixels[part.rows]), noise[part.rows])
                     learner.backward({"loss": loss}, part.share)
             learner.update(step)
-            books.close(step + 1, stop, meter)
+            books.end_step(step + 1, stop, meter)
 
     # ---- export
     if not ranks.first:

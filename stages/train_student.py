@@ -1,4 +1,4 @@
-"""`tinymim train-student`: stream the cache joined with the same views into students; the teacher is not needed."""
+"""`tinymim train-student`: train students on cached targets and the same views; the teacher is not needed."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.opened import opened_kind
-from tinymim.stages.run.folder import STUDENT_NAME, write_provenance
+from tinymim.stages.run.folder import STUDENT_EMA_NAME, STUDENT_NAME, TRAINED_NAME, write_provenance
 from tinymim.stages.run.progress import say
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.device_stream import cached_target
@@ -35,28 +35,28 @@ from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.reader import CacheReader
 
-EMA_NAME = "student-ema.safetensors"
-
 
 def run(recipe: TrainStudentRecipe) -> None:
     """Train and write `<run.folder>/student.safetensors`, which loads into the timm model with `strict=True`.
 
-    Of several students each has a folder of its own, `<run.folder>/<name>`. With `workers` the training runs in so
-    many processes, or as the rank that the environment names.
+    Each of several students has a folder of its own, `<run.folder>/<name>`.
+
+    Args:
+        recipe: the recipe to run, in `workers` processes or as the rank that the environment names.
 
     Raises:
         CacheMismatch: the source or a student does not fit the cache.
         ViewMismatch: replayed pixels differ from those the teacher saw.
         CacheCorrupt: bytes of the cache changed.
-        UserError: a bad recipe, or a loss that is not finite.
-        InternalError: workers died more often than the recipe allows.
+        UserError: the recipe is wrong, or a loss is not finite.
+        InternalError: workers died more often than `max_restarts` allows.
         Interrupted: stopped by a signal after saving its state.
     """
     on_ranks(train, recipe)
 
 
 def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
-    """`run` as one of the ranks."""
+    """`run` on one of the ranks."""
     # ---- cache joined with its images
     device = set_up(recipe, ranks)
     reader = CacheReader(resolve(recipe.cache))
@@ -65,11 +65,11 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     source = join(open_shards(recipe.source), reader, num_views, recipe.on_missing)
     kind, shapes = opened_kind(reader, recipe.targets, device), manifest.shapes
     for skipped in source.skipped[:5]:
-        say(f"train-student: shard {skipped} is not in the cache (yet) and is left out")
+        say(f"train-student: shard {skipped} is not in the cache (yet) and is skipped")
     if source.skipped or source.without_record:
         say(
-            f"train-student: on_missing: skip leaves out {len(source.skipped):,} shards, and "
-            f"{source.without_record:,} images of the others that the cache holds no record of"
+            f"train-student: skipped {len(source.skipped):,} shards, and {source.without_record:,} "
+            "images of the others that have no record in the cache (on_missing: skip)"
         )
     batch_size = recipe.optim.batch_size
     order = SampleOrder(source.counts, recipe.order, batch_size, num_views, ranks.rank, ranks.world_size)
@@ -110,11 +110,11 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         pin_memory=any(each.type == "cuda" for each in targets),
         batches_per_entry=recipe.order.views_per_decode,
     )
-    with contextlib.closing(stream), books.opened() as (stop, meter):  # no loader outlives an error
+    with contextlib.closing(stream), books.running() as (stop, meter):  # closing ends the loader's processes
         audits.after(books.first_step, books, stop)
         for step, batch in enumerate(stream, start=books.first_step):
             do_step(step, batch)
-            books.close(step + 1, stop, meter)
+            books.end_step(step + 1, stop, meter)
             audits.after(step + 1, books, stop)
 
     # ---- export
@@ -132,15 +132,16 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
 
 
 def _export(model: StudentModel, learner: Learner, metadata: dict[str, str]) -> None:
-    """Write a student's weights, their average and the report of what was trained; say so."""
+    """Write a student's weights, their average and the report of trained tensors."""
     folder, label = learner.folder, f"train-student: {learner.name}".removesuffix(": ")
     report = trained_report(model, learner.optimiser)
     metadata |= {name: json.dumps(value) for name, value in report.items()}
     write_bytes_atomic(folder / STUDENT_NAME, to_safetensors(model.vit.state_dict(), metadata))
     if learner.ema is not None:
         averaged = learner.ema.module.vit.state_dict()
-        write_bytes_atomic(folder / EMA_NAME, to_safetensors(averaged, metadata | {"ema": str(learner.ema.decay)}))
-    write_json_atomic(folder / "trained.json", report)
+        ema = {"ema": str(learner.ema.decay)}
+        write_bytes_atomic(folder / STUDENT_EMA_NAME, to_safetensors(averaged, metadata | ema))
+    write_json_atomic(folder / TRAINED_NAME, report)
     say(
         f"{label}: wrote {folder / STUDENT_NAME}: {len(report['trained'])} tensors trained, "
         f"{len(report['fixed'])} fixed ({', '.join(report['fixed']) or 'none'}), "
@@ -151,11 +152,11 @@ def _export(model: StudentModel, learner: Learner, metadata: dict[str, str]) -> 
 
 
 def trained_report(model: StudentModel, optimiser: torch.optim.Optimizer) -> dict[str, list[str]]:
-    """Which exported tensors the objective trained, from the optimiser's own moments.
+    """Names of exported tensors by whether they were trained, from the optimiser's second moments.
 
     Returns:
-        {"trained": names, "fixed": names not meant to train (the sine-cosine table), "never_updated": names that
-        should have trained but got no gradient in the whole run}.
+        {"trained": names, "fixed": names without a gradient by design (the sine-cosine table), "never_updated": names
+        that should have trained but got no gradient in the whole run}.
     """
     report: dict[str, list[str]] = {"trained": [], "fixed": [], "never_updated": []}
     for name, parameter in model.vit.named_parameters():

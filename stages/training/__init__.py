@@ -1,1 +1,1 @@
-"""What all training runs share: learner, states, ranks, optimiser, validation, launching."""
+"""Parts of every training run: learner, states, ranks, optimiser, validation, launching."""

@@ -1,4 +1,4 @@
-"""What happens between two steps: ranks agree whether to stop, metrics are logged, states saved."""
+"""The end of a step: ranks agree whether to stop, metrics are logged, states are saved."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ from tinymim.stages.training.states import load_states
 
 @dataclass
 class Bookkeeping:
-    """The books of a run; every rank keeps them, rank 0 writes.
+    """Logging, saving and stopping of a training run. Every rank calls it, only rank 0 writes.
 
     Attributes:
-        recipe: of the whole run.
-        learners: all models that the run trains, each with as many steps.
-        ranks: who trains together.
-        order: of the stream.
-        shards: the names that the order's samples refer to.
-        rate_name: of the rate in the metrics, e.g. "views_per_s".
-        first_step: steps done before this process; set by `resume`.
+        recipe: the recipe of the whole run.
+        learners: all models of the run; they take the same number of steps.
+        ranks: the ranks of the run.
+        order: the order of samples.
+        shards: names of shards, by the first column of the order's items.
+        rate_name: the metric that holds the rate, e.g. "views_per_s".
+        first_step: number of steps done before this process; set by `resume`.
     """
 
     recipe: TrainingRecipe
@@ -35,18 +35,18 @@ class Bookkeeping:
     shards: list[str]
     rate_name: str
     first_step: int = 0
-    _saved: int | None = None  # the newest state that this process has written
+    _saved: int | None = None  # the step of the newest state that this process has written
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.learners[0].schedule.total_steps
 
     def resume(self) -> None:
-        """Load the newest states, if there are any and the recipe wants them; only then begins the work of ranks.
+        """Load the newest states if the recipe resumes; then distribute the learners over the ranks.
 
         Raises:
-            CheckpointError: the states are damaged, or of another recipe.
+            CheckpointError: the states are damaged, or belong to another recipe.
         """
         if self.recipe.checkpoint.resume:
             self.first_step = load_states(
@@ -59,7 +59,7 @@ class Bookkeeping:
             learner.distribute()
 
     def describe(self, what: str) -> None:
-        """Say the run's arithmetic aloud, after `what` it trains on."""
+        """Print the run's arithmetic; `what` describes the data, e.g. "1,000 images"."""
         optim = self.recipe.optim
         batch = batch_arithmetic(optim.batch_size, self.ranks, optim.accumulate)
         epochs = self.total_steps / self.order.steps_per_epoch
@@ -72,21 +72,22 @@ class Bookkeeping:
         )
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[StopFlag, Meter]]:
-        """Logs, signals and progress for as long as the training runs."""
+    def running(self) -> Iterator[tuple[StopFlag, Meter]]:
+        """Open logs, signal handlers and the meter for the training loop."""
         with contextlib.ExitStack() as stack:
             devices = [learner.device for learner in self.learners]
             for learner in self.learners:
                 stack.enter_context(learner.logging(self.first_step, devices.count(learner.device)))
-            # Of many ranks each gets the signal once from its parent, and perhaps once more from a terminal.
-            stop = stack.enter_context(StopFlag(insists=self.ranks.world_size == 1))
+            # A rank among many can get one signal twice, from its parent and from the terminal. Its parent handles
+            # the second one.
+            stop = stack.enter_context(StopFlag(has_parent=self.ranks.world_size > 1))
             yield stop, stack.enter_context(Meter(self.recipe.stage, self.total_steps, "steps", self.first_step))
 
-    def close(self, step: int, stop: StopFlag, meter: Meter, save: bool = False) -> None:
-        """After `step` steps: agree, log, save when it is due or asked for by `save`.
+    def end_step(self, step: int, stop: StopFlag, meter: Meter, save: bool = False) -> None:
+        """Agree with the other ranks after `step` steps; log and save when due, save also if `save`.
 
         Raises:
-            UserError: a loss was not finite on some rank, or a parameter is not.
+            UserError: a loss or a parameter is not finite on some rank.
             Interrupted: some rank was asked to stop; the state is saved.
         """
         self.order.step = step
@@ -94,33 +95,40 @@ class Bookkeeping:
         last = step == self.total_steps
         log_due = last or (step - 1) % self.recipe.run.log_every == 0
         save_due = save or last or step % self.recipe.checkpoint.every_steps == 0
+        # On all ranks at every step, because a signal may reach one rank only, and all must stop at the same step.
         asked, requeue = self._agree(step, stop, wait=log_due or save_due)
         save_due = save_due or asked
         if save_due or log_due:
             self._log(step - 1, meter, write=log_due)
         if save_due:
             self.save(step)
-        if asked and not last:
+        if asked and not last:  # after the last step there is nothing to continue: the run ends as usual
             raise Interrupted(f"state of step {step:,} saved; the same command continues", requeue)
 
     def _agree(self, step: int, stop: StopFlag, wait: bool) -> tuple[bool, bool]:
-        """Whether some rank was asked to stop, and by a batch system; raises on all ranks where a loss is broken."""
+        """Whether some rank was asked to stop, and whether by SIGTERM; all ranks raise where one's loss is broken.
+
+        Without `wait` this waits for no GPU and may miss the last steps, which a GPU has not computed yet.
+        """
         while True:
             broken = [learner.watch.first_broken(wait) for learner in self.learners]
+            # One exchange for all of it. `least` is a minimum, so the flags are negated: 0 on one rank wins.
             quiet, stays, *broken = self.ranks.least(not stop.requested, not stop.requeue, *broken)
             first = min(broken)
             if wait or (quiet and first == NEVER):
                 break
-            wait = True  # to name the first broken step, or to save nothing broken: look at the last steps, too
+            # Once more, with all steps: an earlier step may be broken too, and a state to save must not be. All ranks
+            # got the same answer, so all of them loop.
+            wait = True
         if first < NEVER:
             learner = self.learners[broken.index(first)]
-            learner.refuse_broken(first, step, self.order.whole_batch(first), self.shards)
+            learner.raise_not_finite(first, step, self.order.whole_batch(first), self.shards)
         return not quiet, not stays
 
     def _log(self, step: int, meter: Meter, write: bool) -> None:
         notes = []
         for learner in self.learners:
-            means = learner.means()
+            means = learner.means()  # on every rank, also where only rank 0 writes: it adds over ranks
             notes.append(f"{learner.name} loss {formatted('loss', means['loss'])}".lstrip())
             if write:
                 rate = {self.rate_name: meter.rate * self.order.batch_size}
@@ -129,11 +137,12 @@ class Bookkeeping:
         meter.note = ", ".join(notes)
 
     def save(self, step: int) -> None:
-        """Write the states after `step` steps, which is due after `close` only, and only if that did not do it."""
+        """Write the states after `step` steps, unless `end_step` did so; call it after `end_step` only."""
         if step == self._saved:
             return
         for learner in self.learners:
             learner.save(step, self.order)
-        for learner in self.learners:  # only now: up to here all students have an older state in common
+        # Not in the loop above: a kill between two saves must leave an older state that all students have.
+        for learner in self.learners:
             learner.prune(step, self.first_step if self._saved is None else None)
         self._saved = step

@@ -1,4 +1,4 @@
-"""One stream of batches for several students, on one device or on several: what they share is made once per device."""
+"""One stream of batches for several students: each device computes targets and images once for all its students."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -18,32 +18,32 @@ from tinymim.targets.contract import Target, TargetKind
 
 CPU = torch.device("cpu")
 
-# From pixels uint8 [B, 3, S, S], the records' arrays and view keys int64 [B], all on one device, to their target.
+# Maps pixels uint8 [B, 3, S, S], the records' arrays and view keys int64 [B], all on one device, to their target.
 MakeTarget = Callable[[Tensor, Mapping[str, Tensor], Tensor], Target]
 
 
 def cached_target(kind: TargetKind, shapes: Shapes) -> MakeTarget:
-    """The target is what the cache holds; `kind` has its constants on the device."""
+    """Targets from the records of a cache; `kind` has its constants on the device, `shapes` are the teacher's."""
     return lambda _pixels, records, view_keys: kind.decode(records, view_keys, shapes)
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the one that kernels and events go to; of a CPU nothing has to be said."""
+    """Make a GPU the current one, which Triton kernels and CUDA events use; does nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class DeviceStream:
-    """The stream as the students of one device see it.
+    """The stream of batches on one device.
 
-    A batch is copied to the device once, a target made once, and images are jittered once for all students with the
-    same jitter. Nothing here waits for a GPU: while one computes, the next one is given its work.
+    A batch is copied once and its target computed once. Images are jittered once for all students with the same
+    jitter. Nothing here waits for a GPU, so that one GPU computes while the next one gets its work.
 
     Args:
-        device: where these students are.
-        make_target: makes the target of some views there.
-        seed: of the run; with the step it names the colours.
-        places: int64 [B], where a rank's samples stand in a step's whole batch.
-        batch_size: samples of the whole batch.
+        device: the device of the students.
+        make_target: computes the target of views on this device.
+        seed: the run's seed; with the step it determines the jitter.
+        places: int64 [B], the places of this rank's samples in a step's whole batch.
+        batch_size: number of samples in the whole batch.
     """
 
     def __init__(
@@ -60,24 +60,26 @@ class DeviceStream:
         self.target: Target = None
 
     def take(self, step: int, batch: ViewBatch) -> None:
-        """Copy the batch of a step here."""
+        """Copy the batch of a step to the device."""
+        # The loader pins batches for GPUs, so these copies do not wait.
         self._step = step
         self._pixels = batch.pixels.to(self.device, non_blocking=True)
         self._records = {name: array.to(self.device, non_blocking=True) for name, array in batch.records.items()}
         self._keys = batch.view_keys.to(self.device, non_blocking=True)
 
     def cut(self, rows: slice) -> None:
-        """Turn to a part of the batch: unpack its `target`."""
-        self._rows, self._images = rows, {}
+        """Select a part of the batch and compute its `target`."""
+        self._rows, self._images = rows, {}  # as float32, images take four times the batch: only one part's are kept
         records = {name: array[rows] for name, array in self._records.items()}
         with current(self.device):
             self.target = self._make_target(self._pixels[rows], records, self._keys[rows])
 
     def images(self, config: JitterConfig) -> Tensor:
-        """Normalised float32 [B, 3, S, S] of the part, with this jitter."""
+        """The part's images with this jitter, normalised float32 [B, 3, S, S]."""
         if config not in self._images:
+            # Drawn for the whole batch: a sample's jitter does not depend on the number of ranks or parts.
             generator = seeded(CPU, self._seed, self._step)
-            here = self._places[self._rows]
-            jittered = jitter(self._pixels[self._rows], config, generator, here, self._batch_size)
+            places = self._places[self._rows]
+            jittered = jitter(self._pixels[self._rows], config, generator, places, self._batch_size)
             self._images[config] = self._normalise(jittered)
         return self._images[config]

@@ -1,7 +1,7 @@
-"""One process or many: `workers: N` starts a training N times on this machine, by torch elastic (torchrun's launcher).
+"""Run a training in this process, or as N workers that `start_local` or `start_ray` starts.
 
-The parent trains nothing. It hands signals on, starts all workers again where one was killed or has crashed, and
-raises what they raise, so that a run on many workers ends like a run in one process.
+The parent of workers trains nothing. It forwards signals, restarts all workers after a crash, and raises the error
+of a worker, so that a run on many workers ends like a run in one process.
 """
 
 import signal
@@ -17,14 +17,14 @@ from tinymim.stages.training.start_local import LocalStart
 
 
 def on_ranks(train: Training[R], recipe: R) -> None:
-    """Run `train(recipe, ranks)`: as the rank that this process was started as, here alone, or in `recipe.workers`.
+    """Run `train(recipe, ranks)` in this process, alone or as a rank, or in `recipe.workers` processes.
 
     Args:
-        train: a function of a module, so that workers can import it.
-        recipe: its recipe.
+        train: a module-level function, so that workers can import it.
+        recipe: the recipe to train.
 
     Raises:
-        TinymimError, Interrupted: those of `train`, wherever it ran.
+        TinymimError, Interrupted: raised by `train`, in this process or in a worker.
         InternalError: workers were killed or crashed more than `recipe.max_restarts` times.
     """
     if not launched() and (recipe.workers > 1 or recipe.cluster == "ray"):
@@ -37,19 +37,19 @@ def on_ranks(train: Training[R], recipe: R) -> None:
         return
     with joined(recipe.run) as ranks:
         if recipe.workers not in (1, ranks.world_size):
-            say(f"{recipe.stage}: {ranks.world_size} ranks were started, not by this command: workers says nothing")
+            say(f"{recipe.stage}: {ranks.world_size} ranks were started by an external launcher; ignoring `workers`")
         train(recipe, ranks)
 
 
 def _supervised(train: Training[R], recipe: R, start: Start) -> None:
-    began_with = _states(recipe)
-    stop = _Forwarding(start)
+    former = _states(recipe)
+    stop = _SignalForwarder(start)
     with on_signals(stop.on_signal):
         for restarts in range(recipe.max_restarts + 1):
             try:
                 stopped = start(train, recipe)
             except WorkersDied as died:
-                if stop.requested:  # while workers were starting, say
+                if stop.requested:  # a worker that is still starting has no handler, and the signal kills it
                     raise Interrupted("stopped; what was saved before is intact", stop.requeue) from None
                 if restarts == recipe.max_restarts:
                     raise InternalError(
@@ -59,39 +59,40 @@ def _supervised(train: Training[R], recipe: R, start: Start) -> None:
                         "--debug shows more",
                     ) from died.__cause__
                 say(f"{recipe.stage}: {died}; restart {restarts + 1} of {recipe.max_restarts} from the last state")
-                recipe = resuming(recipe, began_with)
+                recipe = resuming(recipe, former)
                 continue
             if stopped is not None:
                 message, requeue = stopped
+                # Workers get SIGTERM for either signal, so their `requeue` counts only where this process got none.
                 raise Interrupted(message, stop.requeue or (requeue and not stop.requested))
             return
 
 
 def _states(recipe: TrainingRecipe) -> dict[Path, int]:
-    """The states in the run folder, and when each was written."""
+    """The states in the run folder, with the time in ns at which each was written."""
     return {path: path.stat().st_mtime_ns for path in recipe.run.folder.glob("**/state*.pt")}
 
 
-def resuming(recipe: R, began_with: dict[Path, int]) -> R:
-    """The recipe of a restart: also a run that was begun anew goes on from what it has saved itself.
+def resuming(recipe: R, former: dict[Path, int]) -> R:
+    """The recipe of a restart: a run from scratch resumes too, once it has saved a state of its own.
 
     Args:
-        recipe: of the run.
-        began_with: the states of earlier runs, which go, now that there are newer ones.
+        recipe: the recipe of the run.
+        former: states of earlier runs, from `_states`. They are removed when the run has its own.
     """
     found = _states(recipe)
-    if recipe.checkpoint.resume or found.items() <= began_with.items():
+    if recipe.checkpoint.resume or found.items() <= former.items():
         return recipe
-    for path in began_with:
-        if found.get(path) == began_with[path]:
+    for path in former:
+        if found.get(path) == former[path]:
             path.unlink()
     return recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"resume": True})})
 
 
-class _Forwarding:
-    """What the parent does with SIGINT and SIGTERM: the first goes to the workers, which save; a second kills them.
+class _SignalForwarder:
+    """The parent's SIGINT and SIGTERM handler: the first signal makes the workers save, the second kills them.
 
-    A terminal sends its Ctrl-C, and a batch system its SIGTERM, to the workers as well: they count one signal only.
+    A terminal or a batch system may send the same signal to the workers as well. They act on the first only.
     """
 
     def __init__(self, start: Start) -> None:
@@ -99,11 +100,11 @@ class _Forwarding:
         self._start = start
 
     def on_signal(self, number: int) -> None:
-        """Of SIGINT or SIGTERM. Raises Interrupted where there is no worker yet, KeyboardInterrupt the second time."""
+        """Handle SIGINT or SIGTERM. Raises Interrupted if no worker runs yet, KeyboardInterrupt the second time."""
         if self.requested:
             self._start.kill()
             raise KeyboardInterrupt
         self.requested, self.requeue = True, number == signal.SIGTERM
-        say(f"{signal.Signals(number).name} received: finishing the step at hand and saving (again to stop at once)")
+        say(f"{signal.Signals(number).name} received: finishing the step and saving (again to stop at once)")
         if not self._start.stop(self.requeue):
             raise Interrupted("stopped before it had begun", self.requeue)

@@ -1,4 +1,4 @@
-"""One model in training: its optimiser, schedule, average, log and states; the same code on one rank and on many."""
+"""One model in training, with its optimiser, schedule, average, log and states; on one rank or on many."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -23,22 +23,22 @@ NEVER = 2**62  # later than any step
 
 
 class Learner:
-    """What one optimiser owns. The loop that feeds it is the stage's, and may feed several.
+    """A model and its optimiser. The training loop belongs to the stage and may feed several learners.
 
     Args:
-        name: of one student among several; empty where there is one model.
-        about: what is said of it at the start.
+        name: the student's name among several; empty for a single model.
+        about: a description of the model, printed at the start.
         recipe: the recipe that trains this model alone.
-        part: the name that the model has in a state, e.g. "student".
-        module: the model, on its device; in training mode from now on.
-        example: any arguments that its forward pass takes, of two samples: gradients of one have other strides.
-        ranks: who trains together.
-        order: of the stream.
-        content: what the state depends on beside the recipe.
+        part: the model's name in a state, e.g. "student".
+        module: the model, on its device; it is put into training mode.
+        example: arguments of its forward pass, with two samples, because gradients of one have other strides.
+        ranks: the ranks of the run.
+        order: the order of samples.
+        content: digests of the data that the state depends on.
 
     Attributes:
         module: the model itself.
-        model: what the loop calls: the model, or around it DistributedDataParallel, which averages gradients.
+        model: the model for the loop to call; on many ranks DistributedDataParallel around `module`.
         ema: the moving average of the model; None where the recipe has none.
     """
 
@@ -69,37 +69,38 @@ class Learner:
             self.parts["ema"] = self.ema
         self.model: nn.Module = module
         self.watch = LossWatch(self.device)
-        self.losses: dict[str, Tensor] = {}  # of the last step: this rank's share, by name, of which "loss" is trained
+        self.losses: dict[str, Tensor] = {}  # this rank's share of the last step's losses; "loss" is the trained one
         self._log: RunFolder | None = None
 
     def distribute(self) -> None:
-        """To be called once, after a state was loaded: from now on gradients are means over all ranks."""
+        """Make gradients means over all ranks; call it once, after a state was loaded."""
         if self.ranks.world_size == 1:
             return
-        self.model.eval()
-        self._pass_that_counts_for_nothing()
+        self.model.eval()  # no drop path in passes that train nothing
+        self._backward_of_example()
+        # DDP waits for a gradient of every parameter unless it is told to search for unused ones, which costs time.
         unused = any(p.requires_grad and p.grad is None for p in self.module.parameters())
         self.optimiser.zero_grad(set_to_none=True)
         self.model = DistributedDataParallel(
             self.module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            find_unused_parameters=unused,  # such a model trains in one process, and is reported at the end
+            find_unused_parameters=unused,
         )
-        # After its first backward pass DDP lays gradients out anew, and in what order ranks are summed depends on the
-        # layout: after this pass every step is alike, also the first one after a resume.
-        self._pass_that_counts_for_nothing()
+        # DDP regroups gradients after its first backward pass, and the grouping decides the order in which ranks are
+        # summed. After this pass all steps sum alike, also the first one after a resume.
+        self._backward_of_example()
         self.optimiser.zero_grad(set_to_none=True)
         self.model.train()
 
-    def _pass_that_counts_for_nothing(self) -> None:
+    def _backward_of_example(self) -> None:
         outputs = self.model(*self._example)
         sums = [out.float().sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
         torch.stack(sums).sum().backward()
 
     @contextlib.contextmanager
     def logging(self, first_step: int, models: int) -> Iterator[None]:
-        """The run folder's log is open within; only rank 0 has one. So many models share the device."""
+        """Open the run folder's log, on rank 0 only; `models` models share the device and divide its time."""
         if not self.ranks.first:
             yield
             return
@@ -110,9 +111,10 @@ class Learner:
 
     @contextlib.contextmanager
     def part_of_step(self, first: bool, last: bool) -> Iterator[None]:
-        """Around one part's forward and backward pass: only after the last one do ranks exchange gradients."""
+        """Enclose the forward and backward pass of one part of a step."""
         if first:
             self.losses = {}
+        # Ranks exchange gradients after the last part only: the sum of all parts costs one exchange.
         waits = not last and isinstance(self.model, DistributedDataParallel)
         with self.model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]  # DDP has it
             yield
@@ -121,8 +123,8 @@ class Learner:
         """Add the gradient of one part.
 
         Args:
-            losses: scalars, means over the part's samples; "loss" is what is trained.
-            share: the part's samples among those that this rank should have in a step.
+            losses: scalars, means over the part's samples; "loss" is trained, the others are logged.
+            share: the part's samples, divided by the samples that this rank should have in a step.
         """
         weighted = {name: loss * share for name, loss in losses.items()} if share != 1.0 else dict(losses)
         self.scaler.scale(weighted["loss"]).backward()
@@ -130,8 +132,8 @@ class Learner:
             self.losses[name] = self.losses[name] + loss.detach() if name in self.losses else loss.detach()
 
     def update(self, step: int) -> None:
-        """End step `step`, counted from 0: watch its loss, update weights and average."""
-        self.watch.note(step, self.losses["loss"])
+        """Update weights and average, at the end of step `step`, counted from 0."""
+        self.watch.note(step, self.losses["loss"])  # checked a step later, not here, where it would wait for the GPU
         lr = self.schedule.lr(step)
         optimiser_step(self.module, self.optimiser, self.scaler, lr, self.recipe.optim.clip_norm)
         if self.ema is not None:
@@ -140,7 +142,7 @@ class Learner:
     # ---- now and then
 
     def means(self) -> dict[str, float]:
-        """The losses of the last step, over all ranks."""
+        """The losses of the last step, means over all ranks; all ranks must call it."""
         means = self.ranks.mean(torch.stack([loss.float() for loss in self.losses.values()]))
         return dict(zip(self.losses, means.tolist(), strict=True))
 
@@ -155,28 +157,27 @@ class Learner:
             save_state(self.folder, step, self.identity, self.parts | {"order": order})
 
     def prune(self, step: int, first_step: int | None) -> None:
-        """Remove older states; with `first_step`, at the first save of a run, also those it did not go on from."""
+        """Remove older states; with `first_step`, at the first save of a process, also those it did not resume from."""
         if not self.ranks.first:
             return
         if first_step is not None:
             drop_states(self.folder, first_step, but=step)
         prune_states(self.folder, self.recipe.checkpoint.keep)
 
-    def refuse_broken(self, step: int, done: int, items: Items, shards: list[str]) -> None:
-        """Stop on all ranks, after the loss of step `step` was not finite on some of them.
+    def raise_not_finite(self, step: int, done: int, items: Items, shards: list[str]) -> None:
+        """Write a dump and raise, on all ranks, for a loss that was not finite on some of them.
 
         Args:
-            step: counted from 0.
-            done: steps done by now; a GPU may be one or a few ahead of what has been looked at.
+            step: the step of the loss, counted from 0.
+            done: number of steps done by now; the check may lag behind the GPU by a few.
             items: the step's samples over all ranks, int64 [B, 3 or more].
-            shards: names, by the first column of `items`.
+            shards: names of shards, by the first column of `items`.
 
         Raises:
-            UserError: always; names step and dump.
+            UserError: always; names the step and the dump.
         """
-        found_by = [
-            rank for rank, first in enumerate(self.ranks.gather(self.watch.first_broken(True))) if first == step
-        ]
+        first_by_rank = self.ranks.gather(self.watch.first_broken(True))
+        found_by = [rank for rank, first in enumerate(first_by_rank) if first == step]
         dump = self.folder / f"not-finite-{step:08d}.pt"
         about = {"step": step, "ranks": found_by, "items": torch.from_numpy(items[:, :3].copy()), "shards": shards}
         if self.ranks.first:
@@ -192,12 +193,12 @@ class Learner:
 @dataclass
 class _Seen:
     step: int
-    finite: Tensor  # bool [], on the CPU once `event` has come
-    event: Any  # torch.cuda.Event; None: `finite` is there
+    finite: Tensor  # bool [], valid on the CPU once `event` has passed
+    event: Any  # torch.cuda.Event; None: `finite` is valid
 
 
 class LossWatch:
-    """Finds the first step whose loss is not finite, without making a GPU wait: it is asked again a step later."""
+    """Finds the first step whose loss is not finite, without waiting for a GPU: the result is read a step later."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -205,7 +206,7 @@ class LossWatch:
         self._first = NEVER
 
     def note(self, step: int, loss: Tensor) -> None:
-        """Remember whether the loss of a step, a scalar on the device, is finite."""
+        """Record whether the loss of a step, a scalar on the device, is finite."""
         finite = loss.detach().isfinite()
         event = None
         if self._on_gpu:
@@ -215,10 +216,10 @@ class LossWatch:
         self._seen.append(_Seen(step, finite, event))
 
     def first_broken(self, wait: bool) -> int:
-        """The first step known to be broken, `NEVER` if none is.
+        """The first step known to have a loss that is not finite; `NEVER` if there is none.
 
         Args:
-            wait: also for the steps that the GPU has not come to yet.
+            wait: wait for steps that the GPU has not computed yet. False leaves them out.
         """
         while self._seen and (wait or self._seen[0].event is None or self._seen[0].event.query()):
             seen = self._seen.pop(0)

@@ -1,4 +1,4 @@
-"""What the training stages share: device, AdamW with its parameter groups, the schedule, randomness by step."""
+"""Optimisation of all training stages: AdamW, the schedule, parts of a batch, randomness by step."""
 
 import hashlib
 import math
@@ -49,8 +49,8 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C].
 
-    With a `layer_decay` the groups are timm's (a timm model's own layers, and what it says must not decay), each with
-    its "lr_scale": the share of the schedule's rate that it gets.
+    With `layer_decay` the groups are timm's: by the model's layers, without decay for its `no_weight_decay`. Each has
+    an "lr_scale", a factor on the schedule's rate.
     """
     if isinstance(config, LayerwiseOptimConfig):
         spared: set[str] = getattr(model, "no_weight_decay", set)()
@@ -70,14 +70,14 @@ def optimiser_step(
     lr: float,
     clip_norm: float | None,
 ) -> None:
-    """Update by the gradients at hand, scaled by `scaler` (inactive outside fp16), and free them.
+    """Update the weights at rate `lr`, times a group's "lr_scale", and free the gradients.
 
-    The rate is `lr`, for a group with an "lr_scale" that share of it.
+    `scaler` is inactive outside fp16.
     """
     for group in optimiser.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     if clip_norm is not None:
-        scaler.unscale_(optimiser)
+        scaler.unscale_(optimiser)  # so that the norm is that of the unscaled gradients
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     scaler.step(optimiser)
     scaler.update()
@@ -88,9 +88,9 @@ class Part(NamedTuple):
     """A part of a rank's share of a batch, computed on its own to save memory.
 
     Attributes:
-        rows: which samples of the share.
-        share: how many of what there should be.
-        first, last: of the step's parts.
+        rows: the part's samples in the share.
+        share: the part's samples, divided by the samples that the share should have.
+        first, last: whether it is the step's first or last part.
     """
 
     rows: slice
@@ -103,10 +103,10 @@ def parts_of(samples: int, accumulate: int, present: int | None = None) -> list[
     """Cut a rank's share of a batch into parts.
 
     Args:
-        samples: of the share.
+        samples: number of samples of the share.
         accumulate: number of parts, which divides `samples`.
-        present: samples that are there, where some could not be read. The missing ones count in every part's
-            `share`, so that what a sample weighs depends on no number of ranks or parts.
+        present: number of samples that could be read. Missing ones still count in the divisor of `Part.share`, so the
+            weight of a sample does not depend on the number of ranks or parts.
     """
     size = samples // accumulate
     present = samples if present is None else present
@@ -124,27 +124,27 @@ def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
 
 
 def seeded(device: torch.device, *identity: int) -> torch.Generator:
-    """A generator named by integers (run seed, step): the same on a resumed run as on an uninterrupted one."""
+    """A generator seeded by a digest of integers (run seed, step), so that a resumed run draws the same numbers."""
     digest = hashlib.blake2b("/".join(map(str, identity)).encode(), digest_size=8, person=b"tinymim/step").digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
-    """Digest of all that a training state depends on, for a recipe of one model.
+    """Digest of everything that a training state depends on, for a recipe of one model.
 
-    Paths, workers of both kinds, threads, device, accumulation and how often to log, check, audit or save may change
-    between stop and resume (I10); the data may move but not change, so it counts by its content hashes.
+    These may change between stop and resume (I10): paths, workers, threads, device, accumulation, the frequency of
+    logs, checks, audits and states. Data may move but not change, so `content` has its hashes.
     """
     free: dict[str, Any] = dict.fromkeys(
         ("loader", "checkpoint", "verify", "audit", "source", "cache", "students"), True
     )
     free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
     free |= {"train": True, "val": True, "weights": True}
-    # The order of samples has an identity of its own, with the images and the views that are really used: a cache may
-    # grow under a student that then names the number of views it began with.
+    # The order of samples has an identity of its own, with the images and views in use. So a cache may grow: its
+    # student then sets `num_views` to the number it started with.
     free |= {"num_views": True, "on_missing": True}
     free["run"] = {"folder", "device", "threads", "log_every"}
     if recipe.ema is None:
-        free["ema"] = True  # states from before there was one have the same identity
+        free["ema"] = True  # keeps the identity of states that are older than the field
     fields = recipe.model_dump(mode="json", exclude=free)
     return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))

@@ -1,7 +1,6 @@
-"""Ranks: the processes that train together, as the environment names them (RANK, WORLD_SIZE, LOCAL_RANK).
+"""Ranks: the processes that train together, from the environment (RANK, WORLD_SIZE, LOCAL_RANK).
 
-torchrun sets these variables, and so do `stages/training/launch.py` and Ray Train. Without them there is one rank and
-no communication.
+torchrun, `start_local` and Ray Train set these variables. Without them there is one rank and no communication.
 """
 
 import contextlib
@@ -28,10 +27,10 @@ class Ranks:
     """This process among those that train together.
 
     Attributes:
-        rank: its number, below `world_size`; rank 0 alone writes, logs and speaks.
-        world_size: how many there are.
-        local_rank: its number on this machine, and that of its GPU.
-        local_world_size: how many there are on this machine.
+        rank: its number, below `world_size`; rank 0 alone writes, logs and prints.
+        world_size: number of ranks.
+        local_rank: its number on this machine, and the number of its GPU.
+        local_world_size: number of ranks on this machine.
     """
 
     rank: int = 0
@@ -45,26 +44,26 @@ class Ranks:
         return self.rank == 0
 
     def least(self, *values: int) -> list[int]:
-        """The smallest of all ranks' values, each for itself: how ranks agree. Waits for no GPU.
+        """The minimum over ranks of each value, by which ranks agree.
 
         Args:
-            values: 64-bit integers, as many on every rank.
+            values: 64-bit integers; every rank passes the same number of them.
         """
         if self.world_size == 1:
             return list(values)
-        agreed = torch.tensor(values, dtype=torch.int64)
+        agreed = torch.tensor(values, dtype=torch.int64)  # on the CPU, so gloo exchanges it and no GPU is waited for
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         return [int(value) for value in agreed]
 
     def mean(self, values: Tensor) -> Tensor:
-        """float [n] on the CPU: the mean over ranks of each value."""
+        """The mean over ranks of each value, float64 on the CPU, of any shape."""
         values = values.detach().double().cpu()
         if self.world_size > 1:
             dist.all_reduce(values)
         return values / self.world_size
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks, on the CPU: exact for int64, of any shape."""
+        """The sum over ranks of each value, on the CPU, of any shape; exact for int64."""
         values = values.detach().cpu().clone()
         if self.world_size > 1:
             dist.all_reduce(values)
@@ -74,7 +73,7 @@ class Ranks:
         """Every rank's bytes, by rank."""
         if self.world_size == 1:
             return [payload]
-        sizes = self.gather(len(payload))
+        sizes = self.gather(len(payload))  # all_gather needs equal sizes, so payloads are padded to the longest
         own = torch.zeros(max(1, *sizes), dtype=torch.uint8)
         own[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
         found = [torch.empty_like(own) for _ in sizes]
@@ -90,7 +89,7 @@ class Ranks:
         return [int(each) for each in found]
 
     def from_first(self, payload: bytes | None) -> bytes | None:
-        """Rank 0's bytes, on every rank; what the others pass is not looked at."""
+        """Rank 0's bytes, on every rank; payloads of the others are ignored."""
         if self.world_size == 1:
             return payload
         size = torch.tensor([-1 if payload is None else len(payload)])
@@ -105,7 +104,7 @@ class Ranks:
 
 
 def environment_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
-    """The ranks that the environment variables of torchrun describe; one rank where they are not all there."""
+    """The ranks in torchrun's environment variables; a single rank unless all of them are set."""
     variables = os.environ if environment is None else environment
     if not launched(variables):
         return Ranks()
@@ -114,16 +113,16 @@ def environment_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
 
 
 def launched(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether somebody has started this process as a rank."""
+    """Whether a launcher started this process as a rank."""
     variables = os.environ if environment is None else environment
     return all(name in variables for name in _VARIABLES)
 
 
 @contextlib.contextmanager
 def joined(run: RunConfig) -> Iterator[Ranks]:
-    """The process group of all ranks: gloo for agreements and CPUs, NCCL for the gradients of GPUs.
+    """Join the process group of all ranks: NCCL for gradients on GPUs, gloo for everything else.
 
-    Also sets what every rank must have of its own: its GPU, its share of the cores.
+    Each rank also gets its own GPU and its share of the cores.
 
     Raises:
         RecipeError: `run.device` does not give every rank of this machine a device.
@@ -138,12 +137,13 @@ def joined(run: RunConfig) -> Iterator[Ranks]:
     if with_gpus:
         torch.cuda.set_device(ranks.local_rank)
     if run.threads is None:
-        # torch takes every core of the machine for itself, in each of the ranks.
+        # torch uses all cores by default, in each of the ranks.
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_world_size))
-    ours = not dist.is_initialized()  # Ray Train has done it, and undoes it
+    ours = not dist.is_initialized()  # Ray Train makes and destroys the group itself
     if ours:
         dist.init_process_group(backend_of(with_gpus))
-    # After any other error the process ends without leaving: NCCL would wait here for ranks that wait themselves.
+    # All ranks raise Interrupted together. After any other error the others may be waiting in a collective, and
+    # leaving the group would wait for them: the process just ends.
     try:
         yield ranks
     except Interrupted:
@@ -153,18 +153,18 @@ def joined(run: RunConfig) -> Iterator[Ranks]:
 
 
 def backend_of(with_gpus: bool) -> str:
-    """torch's name of the process group's backend."""
+    """torch's name for the process group's backend."""
     return "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
 
 
 def _leave(ranks: Ranks, ours: bool) -> None:
-    ranks.least(0)  # rank 0 may still write
+    ranks.least(0)  # a barrier, because rank 0 may still be writing
     if ours:
         dist.destroy_process_group()
 
 
 def rank_device(name: str, ranks: Ranks) -> torch.device:
-    """The device of this rank for `run.device`: of many ranks each has a GPU of its own.
+    """The device of this rank for `run.device`; each of many ranks has a GPU of its own.
 
     Raises:
         RecipeError: CUDA is asked for and absent, or there are fewer GPUs than ranks on this machine.
@@ -177,7 +177,7 @@ def rank_device(name: str, ranks: Ranks) -> torch.device:
             "run.device names one GPU for several workers",
             got=f"{name} for {ranks.world_size} workers",
             expected="cuda: worker r of a machine takes its GPU r",
-            hint="CUDA_VISIBLE_DEVICES says which GPUs those are",
+            hint="CUDA_VISIBLE_DEVICES selects the GPUs",
         )
     if ranks.local_world_size > torch.cuda.device_count():
         raise RecipeError(
@@ -189,10 +189,10 @@ def rank_device(name: str, ranks: Ranks) -> torch.device:
 
 
 def set_up(recipe: TrainingRecipe, ranks: Ranks) -> torch.device:
-    """What every training begins with on each rank: its threads, its device, and a batch that divides.
+    """Set this rank's threads, check that the batch divides, and return the rank's device.
 
     Raises:
-        RecipeError: there is no such device, or the batch has no equal parts.
+        RecipeError: the device does not exist, or the batch does not divide into equal parts.
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
@@ -213,7 +213,7 @@ def require_equal_parts(batch_size: int, ranks: Ranks, accumulate: int) -> None:
 
 
 def batch_arithmetic(batch_size: int, ranks: Ranks, accumulate: int) -> str:
-    """What a step consists of, said aloud: "4,096 = 8 ranks x 128 x 4 accumulated"; of one part just "4,096"."""
+    """The batch of a step as text: "4,096 = 8 ranks x 128 x 4 accumulated", or "4,096" if it is one part."""
     factors = [
         *([f"{ranks.world_size} ranks"] if ranks.world_size > 1 else []),
         f"{batch_size // (ranks.world_size * accumulate):,}",

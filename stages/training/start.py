@@ -1,4 +1,4 @@
-"""What starts the workers of a training run: the protocol that `start_local` and `start_ray` implement."""
+"""The protocol for starting the workers of a training run; `start_local` and `start_ray` implement it."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -13,22 +13,25 @@ Training = Callable[[R, Ranks], None]
 
 
 class WorkersDied(Exception):
-    """Workers were killed or crashed; an error of ours is never the reason. Its text says which and how."""
+    """Workers were killed or crashed, not by a TinymimError; the text names the workers and the cause."""
 
 
 class Start(Protocol):
-    """A way to start all workers, and to reach them."""
+    """Starts all workers of a run, and stops them."""
 
     def __call__(self, train: Training[R], recipe: R) -> tuple[str, bool] | None:
-        """Run all workers to their end. Returns what a clean stop said, with its `requeue`; else None.
+        """Run all workers to their end.
+
+        Returns:
+            message and `requeue` of their Interrupted; None after a complete run.
 
         Raises:
-            TinymimError: a worker's.
-            WorkersDied: of any other reason.
+            TinymimError: raised by a worker.
+            WorkersDied: workers ended for any other reason.
         """
 
     def stop(self, requeue: bool) -> bool:
-        """Ask the workers to save and end; False: there are none."""
+        """Request that the workers save and end; False: no worker runs."""
 
     def kill(self) -> None:
-        """End them at once."""
+        """End the workers at once."""

@@ -27,7 +27,7 @@ class LocalStart:
     """`workers` processes of this machine, by torch elastic."""
 
     def __call__(self, train: Training[R], recipe: R) -> tuple[str, bool] | None:
-        """As `Start` says."""
+        """See `Start`."""
         with tempfile.TemporaryDirectory(prefix="tinymim-workers-") as folder, _torch_silent():
             errors = Path(folder, "errors")
             errors.mkdir()
@@ -39,64 +39,67 @@ class LocalStart:
                 rdzv_backend="c10d",
                 rdzv_endpoint="127.0.0.1:0",
                 local_addr="127.0.0.1",
-                # Restarts are ours and not elastic's, which cannot tell a crash from an error that comes again. Each
-                # begins with a new rendezvous: nothing of the dead workers is left in its store.
+                # `_supervised` restarts, not elastic, which would also repeat errors that come again at every start.
+                # Each restart has a new rendezvous, whose store holds nothing of the dead workers.
                 max_restarts=0,
-                logs_specs=DefaultLogsSpecs(log_dir=folder),  # otherwise it leaves a folder behind in /tmp
-                signals_to_handle="SIGQUIT",  # the others are `_Forwarding`'s: a worker may take its time to save
+                logs_specs=DefaultLogsSpecs(log_dir=folder),  # otherwise elastic leaves a folder behind in /tmp
+                # Elastic kills workers soon after a signal that it handles; `_SignalForwarder` lets them save first.
+                signals_to_handle="SIGQUIT",
             )
             try:
                 outcomes: dict[int, tuple[str, bool] | None] = elastic_launch(config, _worker)(train, recipe, errors)
             except ChildFailedError as failed:
-                _raise_what_was_raised(errors)
+                _raise_worker_error(errors)
                 what = "; ".join(_described(rank, failure) for rank, failure in sorted(failed.failures.items()))
                 raise WorkersDied(what) from RuntimeError(_tracebacks(failed))
         return outcomes[0]
 
     def stop(self, requeue: bool) -> bool:
-        """As `Start` says; a worker knows SIGTERM only, what it was that came the parent remembers."""
+        """See `Start`. Workers get SIGTERM in any case; the parent keeps `requeue`."""
         workers = self._workers()
         for worker in workers:
             worker.terminate()
         return bool(workers)
 
     def kill(self) -> None:
-        """As `Start` says."""
+        """See `Start`."""
         for worker in self._workers():
             worker.kill()
 
     @staticmethod
     def _workers() -> list[SpawnProcess]:
-        # Elastic's workers are spawned; a loader's, if any are left, are not.
+        # Elastic spawns its workers; a loader's workers, if any are left, are not spawned.
         return [child for child in multiprocessing.active_children() if isinstance(child, SpawnProcess)]
 
 
 def _worker(train: Training[R], recipe: R, errors: Path) -> tuple[str, bool] | None:
-    """One rank, in a process of its own. Returns what a clean stop said, with its `requeue`; None at the end."""
+    """Train as one rank, in a process of its own; returns what `Start` returns."""
     rank = os.environ["RANK"]
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine; its host name may lead elsewhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may resolve to an address gloo cannot reach
     try:
         with joined(recipe.run) as ranks:
             train(recipe, ranks)
     except Interrupted as interrupted:
         parent = multiprocessing.parent_process()
-        if parent is None or not parent.is_alive():  # that is why: nobody waits for what is returned
+        if parent is None or not parent.is_alive():  # a dead parent stopped this rank, and nobody reads a result
             raise SystemExit(EXIT_STOPPED) from None
         return str(interrupted), interrupted.requeue
     except KeyboardInterrupt:
-        raise SystemExit(EXIT_STOPPED) from None  # torch's wrapper would take it for a success
+        raise SystemExit(EXIT_STOPPED) from None  # torch's wrapper treats a KeyboardInterrupt as success
     except Exception as error:
         if not isinstance(error, TinymimError) and not is_refusal(error):
             raise
+        # Elastic passes on only text, and the parent must raise the error itself. Renamed when whole: elastic kills
+        # the other ranks as soon as one has failed, perhaps while they write theirs.
         (errors / f"{rank}.partial").write_bytes(pickle.dumps(error))
         (errors / f"{rank}.partial").rename(errors / rank)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
     return None
 
 
-def _raise_what_was_raised(errors: Path) -> None:
-    """Raise the error of ours that a worker has left, if any: it would come again at every restart."""
+def _raise_worker_error(errors: Path) -> None:
+    """Raise the TinymimError that a worker left, if any: it would come again at every restart."""
     for path in sorted(errors.iterdir()):
         if path.suffix != ".partial":
             raise pickle.loads(path.read_bytes())  # written by our own worker, in a folder that only we can read
@@ -117,7 +120,7 @@ def _tracebacks(failed: ChildFailedError) -> str:
 
 @contextlib.contextmanager
 def _torch_silent() -> Iterator[None]:
-    """torch reports every failure by tracebacks of its own; what went wrong is said here, once."""
+    """Silence torch's loggers: they print a traceback per failure, and tinymim prints the cause once."""
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
-"""`cluster: ray`: the same workers, started by Ray Train wherever the cluster has room.
+"""`cluster: ray`: Ray Train starts the workers on nodes of the cluster that have room.
 
-The run folder must be on storage that driver and workers share: rank 0 writes there, and after a restart another
-machine may be rank 0. The driver asks for a stop by a file in it; the cache and the images must be reachable, too.
+Driver and workers must share the storage of the run folder: rank 0 writes there, and may be on another machine after
+a restart. The driver requests a stop by a file in it. All workers must reach the cache and the images.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from tinymim.stages.training.ranks import backend_of, environment_ranks, joined
 from tinymim.stages.training.start import R, Training, WorkersDied
 from tinymim.storage.atomic import write_json_atomic
 
-STOP_NAME = "stop-requested"  # the driver's wish
-STOPPED_NAME = "stopped.json"  # rank 0's answer
+STOP_NAME = "stop-requested"  # written by the driver
+STOPPED_NAME = "stopped.json"  # written by rank 0 when it has stopped
 _POLL_S = 1.0
 
 
 class RayStart:
-    """`workers` of a Ray cluster: of the one in RAY_ADDRESS, else of one on this machine for this run.
+    """Starts workers on the Ray cluster of RAY_ADDRESS, else on one that is started on this machine for this run.
 
     Args:
-        recipe: of the run.
+        recipe: the recipe of the run.
 
     Raises:
         RecipeError: Ray Train is not installed, or the cluster does not answer.
@@ -43,35 +43,35 @@ class RayStart:
                 "cluster: ray needs Ray Train", got=error, hint="pip install 'tinymim[cluster]', or cluster: local"
             ) from error
         if not ray.is_initialized():
-            join_ray(include_dashboard=False)  # before our handlers of signals, of which it has its own
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # its print says every line twice
-        self._file = recipe.run.folder.absolute() / STOP_NAME
-        self._stopped = self._file.with_name(STOPPED_NAME)
+            join_ray(include_dashboard=False)  # before `on_signals`: Ray installs signal handlers of its own
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # Ray's patch prints every line twice
+        self._stop = recipe.run.folder.absolute() / STOP_NAME
+        self._stopped = self._stop.with_name(STOPPED_NAME)
 
     def __call__(self, train: Training[R], recipe: R) -> tuple[str, bool] | None:
-        """As `tinymim.stages.training.start.Start` says."""
+        """See `Start`."""
         import ray
         from ray.train import RunConfig, ScalingConfig, WorkerGroupError
         from ray.train.torch import TorchConfig, TorchTrainer
 
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         with_gpus = recipe.run.device != "cpu" and resources.get("GPU", 0) > 0
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        for path in (self._file, self._stopped):
+        self._stop.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self._stop, self._stopped):  # a killed driver may have left them
             path.unlink(missing_ok=True)
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"train": train, "recipe": recipe, "folder": os.getcwd(), "stop": self._file},
+            train_loop_config={"train": train, "recipe": recipe, "folder": os.getcwd(), "stop": self._stop},
             torch_config=TorchConfig(backend=backend_of(with_gpus)),
             scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=with_gpus),
-            run_config=RunConfig(storage_path=str(self._file.parent / "ray")),  # its restarts are off by default
+            run_config=RunConfig(storage_path=str(self._stop.parent / "ray")),  # its restarts are off by default
         )
         try:
             trainer.fit()
         except WorkerGroupError as failed:
             raise _reason(failed.worker_failures) from failed
         finally:
-            self._file.unlink(missing_ok=True)
+            self._stop.unlink(missing_ok=True)
         if not self._stopped.exists():
             return None
         stopped = json.loads(self._stopped.read_text())
@@ -79,16 +79,16 @@ class RayStart:
         return stopped["message"], stopped["requeue"]
 
     def stop(self, requeue: bool) -> bool:
-        """As `tinymim.stages.training.start.Start` says; seen by rank 0 within a second."""
-        self._file.write_text("requeue" if requeue else "")
+        """See `Start`; rank 0 reads the request within a second."""
+        self._stop.write_text("requeue" if requeue else "")
         return True
 
     def kill(self) -> None:
-        """Nothing to do: Ray ends a driver's workers with it."""
+        """Does nothing: Ray ends a driver's workers when the driver ends."""
 
 
 def _reason(failures: dict[int, Exception]) -> Exception:
-    """What to raise for the workers' errors: the one that is ours, else that they died."""
+    """The error to raise for the workers' errors: a TinymimError if there is one, else WorkersDied."""
     for error in failures.values():
         if isinstance(error, TinymimError) or is_refusal(error):
             return error
@@ -98,8 +98,8 @@ def _reason(failures: dict[int, Exception]) -> Exception:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One rank, in a thread of a Ray worker."""
-    os.chdir(config["folder"])  # relative paths of the recipe are the driver's
+    """Train as one rank, in a thread of a Ray worker."""
+    os.chdir(config["folder"])  # relative paths of the recipe refer to the driver's folder
     rank = environment_ranks().rank
     try:
         with joined(config["recipe"].run) as ranks, _watching(config["stop"], ranks.first):
@@ -112,7 +112,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _watching(stop: Path, first: bool) -> Iterator[None]:
-    """Meanwhile, rank 0 hands on the driver's wish to stop; it is agreed with the others."""
+    """Watch for the driver's stop request. On rank 0 only: ranks agree to stop at every step."""
     if not first:
         yield
         return

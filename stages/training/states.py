@@ -1,7 +1,7 @@
-"""Training states on disk: `state-STEP.pt`, each whole or absent, a digest in front, tensors and plain types only.
+"""Training states on disk: `state-STEP.pt`, written atomically, a SHA-256 first, then tensors and plain types only.
 
-Every random draw of a training is a function of (seed, step, place), so a state holds no generator's state; the
-schedule is a function of the step, and the order of samples likewise (`SampleOrder`).
+A state holds no generator's state: every random draw is a function of (seed, step, place). Schedule and order of
+samples are functions of the step (`SampleOrder`).
 """
 
 import hashlib
@@ -20,23 +20,23 @@ from tinymim.stages.run.progress import say
 from tinymim.stages.training.ranks import Ranks
 from tinymim.storage.atomic import PARTIAL_SUFFIX, write_bytes_atomic
 
-OLD_NAME = "state.pt"  # the one state of runs from before there were several; it still loads
+OLD_NAME = "state.pt"  # the only state of runs by older versions; it still loads
 _DIGEST_BYTES = 32
 
 
 def state_path(folder: Path, step: int) -> Path:
-    """Where the state after `step` steps lies."""
+    """The path of the state after `step` steps."""
     return folder / f"state-{step:08d}.pt"
 
 
 def save_state(folder: Path, step: int, identity: str, parts: Mapping[str, Any]) -> None:
-    """Write the state after `step` steps of the recipe that `identity` is the digest of.
+    """Write the state after `step` steps.
 
     Args:
         folder: the run folder of one model.
-        step: steps done.
-        identity: from `state_identity`.
-        parts: by name, what has a `state_dict`.
+        step: number of steps done.
+        identity: digest of recipe and data, from `state_identity`.
+        parts: by name, objects with a `state_dict`.
 
     Raises:
         UserError: a parameter is not finite (a finite loss can still have had an infinite gradient).
@@ -56,13 +56,13 @@ def _states(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dump_state(path: Path, step: int, identity: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Write a state for a post-mortem, whatever is in it, with plain values `about` what happened."""
+    """Write a state for a post-mortem, finite or not; `about` is plain values that describe the failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_state(path, {"step": step, "identity": identity, "parts": _states(parts), "about": dict(about)})
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Serialise with the digest in front, atomically."""
+    """Write digest and serialised state, atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
@@ -70,9 +70,10 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def drop_states(folder: Path, first_step: int, but: int) -> None:
-    """Remove the states that the run which continues after `first_step` did not go on from, except that of `but`.
+    """Remove the states after `first_step`, except that of step `but`.
 
-    They are damaged, of a run that is begun anew, or of one that another student could not follow.
+    A run that resumed from `first_step` could not use them: they are damaged, or older than a start from scratch, or
+    another student has none of the same step.
     """
     for step, path in _numbered(folder).items():
         if step > first_step and step != but:
@@ -82,7 +83,7 @@ def drop_states(folder: Path, first_step: int, but: int) -> None:
 
 
 def prune_states(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest states, and what a kill in the middle of writing has left."""
+    """Remove all but the `keep` newest states, and files that a kill left half written."""
     for path in _newest_first(folder)[keep:]:
         path.unlink(missing_ok=True)
     for path in folder.glob(f"state-*{PARTIAL_SUFFIX}"):
@@ -96,7 +97,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """All states of a run folder; the one of an old run is the oldest."""
+    """All states of a run folder; `OLD_NAME` counts as the oldest."""
     return [*_numbered(folder).values(), *(path for path in (folder / OLD_NAME,) if path.exists())]
 
 
@@ -112,9 +113,9 @@ def _candidates(folders: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def newest_payloads(folders: Sequence[Path]) -> list[bytes] | None:
-    """The newest states that are intact and after the same step in all `folders`, serialised; None: there is none.
+    """The newest intact states of one step that all `folders` have, serialised; None: there is no state.
 
-    A damaged state is said aloud, and the one before is taken.
+    A damaged state causes a warning, and the one before is used.
 
     Raises:
         CheckpointError: there are states, and all of them are damaged.
@@ -125,7 +126,7 @@ def newest_payloads(folders: Sequence[Path]) -> list[bytes] | None:
             return [_intact(path) for path in paths]
         except CheckpointError as error:
             first_error = first_error or error
-            say(f"warning: {error.what}; taking the state before it, if there is one")
+            say(f"warning: {error.what}; using the state before it, if there is one")
     if first_error is not None:
         raise first_error
     return None
@@ -161,21 +162,22 @@ def load_states(
     parts: Sequence[Mapping[str, Any]],
     ranks: Ranks | None = None,
 ) -> int:
-    """Restore the parts of one or more models in place; rank 0 reads, all ranks get the same.
+    """Restore the parts of one or more models in place.
 
     Args:
         folders: each model's run folder.
         identities: each model's `state_identity`.
-        parts: each model's parts as they were saved.
-        ranks: who trains together; None: this process alone.
+        parts: each model's parts, as in `save_state`.
+        ranks: the ranks of the run; None: this process alone.
 
     Returns:
-        steps done, the same for all models; 0 where there is no state.
+        number of steps done, the same for all models; 0 without a state.
 
     Raises:
         CheckpointError: all states are damaged, or one belongs to another recipe.
     """
     ranks = ranks or Ranks()
+    # Rank 0 alone reads: others may not see its folder, or find another state there.
     found = newest_payloads(folders) if ranks.first else None
     payloads = [ranks.from_first(found[number] if found else None) for number in range(len(folders))]
     step = 0

@@ -1,7 +1,7 @@
 """The student's step: one forward and backward pass of every student against one batch of targets.
 
-Used by `train-student`, `plan`, the benchmarks and the evidence. It also says what a training run needs of its cache,
-and whether a student fits it.
+Used by `train-student`, `plan`, the benchmarks and the evidence. Here are also the checks that a student fits its
+cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,11 +50,11 @@ def make_students(
 
     Args:
         recipe: the training recipe.
-        kind: what they are trained on.
-        teacher: sizes of the teacher, which they must fit.
-        ranks: who trains together.
-        order: the order of the samples.
-        content: what their states depend on beside the recipe.
+        kind: the kind of target.
+        teacher: the teacher's shapes, which they must fit.
+        ranks: the ranks of the run.
+        order: the order of samples.
+        content: digests of the data that their states depend on, from `trained_on`.
 
     Raises:
         CacheMismatch: a student's tokens are not the teacher's.
@@ -76,15 +76,15 @@ def make_students(
 
 
 class StudentStep:
-    """Trains students that share one stream of batches: what they share is made once per device.
+    """Trains students on one stream of batches; targets and jittered images are computed once per device.
 
     Args:
-        recipe: the training recipe: batch size, accumulation, precision, seed.
-        students: from `make_students`.
-        kind: what they are trained on.
-        targets: by device, how the target of some views is made there.
-        places: int64 [B], where this rank's samples stand in a step's whole batch.
-        batch_size: samples of the whole batch.
+        recipe: the training recipe: accumulation, precision, seed.
+        students: the students, from `make_students`.
+        kind: the kind of target.
+        targets: by device, the function that computes targets there.
+        places: int64 [B], the places of this rank's samples in a step's whole batch.
+        batch_size: number of samples in the whole batch.
     """
 
     def __init__(
@@ -116,10 +116,12 @@ class StudentStep:
 
     def add(self, step: int, part: Part) -> None:
         """Add the gradients of a part of the batch."""
+        # First the targets on all devices, then the students: nothing here waits, so all devices compute at once.
         for stream in self.streams.values():
             stream.cut(part.rows)
         for jitter, model, learner in self.students:
             stream = self.streams[learner.device]
+            # The same draws for every student, so that a student among several trains as it would alone.
             model.draw(seeded(CPU, self.recipe.run.seed, step), self.places[part.rows], self.batch_size)
             with current(learner.device), learner.part_of_step(part.first, part.last):
                 with autocast(learner.device, self.recipe.precision):
@@ -137,7 +139,7 @@ class StudentStep:
 
 
 def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:
-    """Views of every image that the student is trained on. Raises RecipeError where the cache is for fewer."""
+    """Number of views per image to train on. Raises RecipeError where the cache has fewer."""
     if recipe.num_views is not None and recipe.num_views > manifest.num_views:
         raise RecipeError(
             "num_views is more than the cache is for",
@@ -149,14 +151,14 @@ def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:
 
 
 def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
-    """What a training state depends on beside the recipe: the cache's spec and constants, the bytes of its images."""
+    """Digests of the data that a training state depends on: the cache's spec and constants, its shards of images."""
     constants = constants_digest(reader.store, reader.manifest)
     hashes = [shard.content_hash for shard in source.shards]
     return [reader.manifest.spec_id, *([constants] if constants else []), *hashes]
 
 
 def check_view_size(student: ModelConfig, size: int) -> None:
-    """Raises CacheMismatch where a student's input is not the cached views."""
+    """Raises CacheMismatch where a student's input size is not the size of the cached views."""
     if student.img_size != size:
         raise CacheMismatch(
             "student.img_size is not the size of the cached views",
@@ -167,11 +169,11 @@ def check_view_size(student: ModelConfig, size: int) -> None:
 
 
 def check_student_fits(student: ModelConfig, kind: StudentTarget, teacher: Shapes) -> None:
-    """Compare the student's tokens and width with the teacher's; builds nothing.
+    """Compare the student's tokens and width with the teacher's; allocates no weights.
 
     Raises:
-        CacheMismatch: names what differs.
-        RecipeError: the kind cannot compare a student of this width.
+        CacheMismatch: the student's tokens are not the teacher's.
+        RecipeError: the kind of target cannot compare a student of this width.
     """
     with torch.device("meta"):
         own = shapes_of(build_vit(student))

@@ -1,6 +1,6 @@
-"""Accuracy during a training: exact counts over all ranks, the history, and the best weights so far.
+"""Validation during a training run: exact counts over all ranks, the history, and the best weights so far.
 
-Shapes: K class (rows of a confusion: the label; columns: what was predicted).
+Shapes: K class. Rows of a confusion matrix are labels, columns are predictions.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from tinymim.stages.training.ranks import Ranks
 
 
 class Counts:
-    """What a model did on images, as sums."""
+    """Sums over validated images: confusion matrix, labels among the top 5, cross-entropy."""
 
     def __init__(self, num_classes: int) -> None:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
@@ -59,17 +59,17 @@ class Counts:
 
 
 class Validation:
-    """Counts of models on a labelled set; each rank takes every so-manieth batch, and each image is counted once.
+    """Validates models on a labelled set. Ranks take batches in turn, so each image is counted once.
 
     Args:
-        recipe: of the run.
-        shards: the set.
+        recipe: the recipe of the run.
+        shards: the shards of the labelled set.
         num_classes: K.
-        normalise: uint8 pixels -> the model's input, on the device.
-        ranks: who takes part.
+        normalise: maps uint8 pixels to the model's input, on the device.
+        ranks: the ranks of the run.
 
     Attributes:
-        unreadable: (key, reason) of images that could not be read in the last pass, on all ranks.
+        unreadable: (key, reason) of each image that some rank could not read in the last pass.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Validation:
     def count(
         self, models: Mapping[str, nn.Module], device: torch.device, stop: StopFlag, meter: Meter
     ) -> dict[str, Counts]:
-        """One pass over the set; every model sees every image, and is left in the mode it was in.
+        """Run all models over the set; afterwards each is in the mode (training or not) that it was in.
 
         Raises:
-            Interrupted: some rank was asked to stop; says nothing of what is saved.
+            Interrupted: some rank was asked to stop. The caller replaces its message by one that states what is saved.
             SourceError: no image can be read.
         """
         ranks, counts = self._ranks, {name: Counts(self._num_classes) for name in models}
@@ -105,10 +105,11 @@ class Validation:
         rounds, note = -(-len(self._plan) // ranks.world_size), meter.note
         with contextlib.closing(stream):
             for number in range(rounds):
+                # Every rank takes part in every round, so that all of them leave at the same one.
                 quiet, stays = ranks.least(not stop.requested, not stop.requeue)
                 if not quiet:
-                    raise Interrupted("validation left off", not stays)
-                batch = next(stream, None)  # in the last round not all ranks have one
+                    raise Interrupted("validation interrupted", not stays)
+                batch = next(stream, None)  # in the last round some ranks have none
                 if batch is not None:
                     unreadable += batch.unreadable
                 if batch is not None and batch.keys:
@@ -129,20 +130,20 @@ class Validation:
 
 
 def merged(unreadable: Sequence[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
-    """The lists of all ranks as one, each image once, by key."""
+    """The lists of all ranks as one, sorted by key, each image once."""
     payloads = ranks.gather_bytes(json.dumps(list(unreadable)).encode())
     return sorted({(key, reason) for payload in payloads for key, reason in json.loads(payload)})
 
 
 class History:
-    """What the validations of a run found; part of its state.
+    """Results of a run's validations; part of the training state.
 
     Attributes:
         entries: one per validation: epoch, step, and the scores of each model.
-        best: the entry of the best weights so far, with "of": whose they are; None before the first validation.
-        weights: those, on the CPU; on rank 0 only.
-        confusion: int64 [K, K], theirs.
-        unreadable: by key, why images of the training set could not be read.
+        best: the entry of the best weights so far, with "of", the model they belong to; None before a validation.
+        weights: the best weights, on the CPU; empty on ranks other than 0.
+        confusion: int64 [K, K], the confusion matrix of the best weights.
+        unreadable: by key, why an image of the training set could not be read.
     """
 
     def __init__(self) -> None:
@@ -153,13 +154,13 @@ class History:
         self.unreadable: dict[str, str] = {}
 
     def add(self, entry: dict[str, Any], of: str, counts: Counts, model: nn.Module | None) -> bool:
-        """Note a validation; whether the weights are the best so far, of equally good ones the first.
+        """Add a validation and return whether its weights are the best so far; at ties the first are.
 
         Args:
-            entry: the new one.
-            of: the model in it that is compared.
-            counts: of that model.
-            model: itself; None where its weights are not kept.
+            entry: the entry of this validation.
+            of: the name of the model that is compared.
+            counts: the counts of that model.
+            model: the model; None: keep no weights.
         """
         self.entries.append(entry)
         if self.best is not None and self.best[of]["top1"] >= entry[of]["top1"]:
@@ -170,7 +171,7 @@ class History:
         return True
 
     def lacks(self, step: int) -> bool:
-        """Whether there was no validation after so many steps."""
+        """Whether there is no validation of step `step`."""
         return all(entry["step"] != step for entry in self.entries)
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,12 +179,12 @@ class History:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Replace everything by a state."""
         vars(self).update(state)
 
 
 def by_class(confusion: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry per class: its name where there is one, images, share that was right, and what they were taken for."""
+    """One entry per class: name if known, number of images, top-1 accuracy, predictions by class."""
     rows = []
     for number, row in enumerate(confusion.tolist()):
         images = sum(row)

@@ -44,7 +44,7 @@ def test_a_restart_of_a_run_that_resumes_changes_nothing(tmp_path: Path) -> None
 @pytest.mark.parametrize(("number", "requeue"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_signal_before_there_are_workers_ends_at_once(number: int, requeue: bool) -> None:
     before = signal.getsignal(number)
-    stop = launch._Forwarding(LocalStart())
+    stop = launch._SignalForwarder(LocalStart())
     with on_signals(stop.on_signal):
         with pytest.raises(Interrupted, match="before it had begun") as caught:
             os.kill(os.getpid(), number)
@@ -69,7 +69,7 @@ def test_signals_reach_spawned_workers_once_and_kill_them_the_second_time(monkey
 
     workers: list[Any] = [Worker(), Worker()]
     monkeypatch.setattr("multiprocessing.active_children", lambda: [*workers, object()])
-    stop = launch._Forwarding(LocalStart())
+    stop = launch._SignalForwarder(LocalStart())
     with on_signals(stop.on_signal):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested and [worker.got for worker in workers] == [["TERM"], ["TERM"]]

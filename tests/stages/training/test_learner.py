@@ -65,7 +65,7 @@ def test_the_first_broken_step_is_named_though_a_later_one_was_seen_first(tmp_pa
         seen.recipe, [seen, late], Ranks(), SampleOrder([16], OrderConfig(), 8, 1), ["s"], "views_per_s"
     )
     with pytest.raises(UserError, match="not finite at step 4"):
-        books.close(6, StopFlag(), Meter("", 20, "steps"))
+        books.end_step(6, StopFlag(), Meter("", 20, "steps"))
     assert [path.name for path in (tmp_path / "late").iterdir()] == ["not-finite-00000004.pt"]
 
 

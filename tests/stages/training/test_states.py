@@ -75,7 +75,7 @@ def test_a_damaged_one_falls_back_to_the_one_before(tmp_path: Path, capsys: pyte
     state_path(tmp_path, 2).write_bytes(b"")
     step, (weight,) = load(tmp_path)
     assert step == 1 and bool((weight == 1).all())
-    assert capsys.readouterr().err.count("is damaged (its digest differs); taking the state before it") == 2
+    assert capsys.readouterr().err.count("is damaged (its digest differs); using the state before it") == 2
     damage(state_path(tmp_path, 1))
     with pytest.raises(CheckpointError, match=r"state-00000003\.pt is damaged"):
         load(tmp_path)
