@@ -1,4 +1,4 @@
-"""The contract of every target kind: what a teacher says about a view, how it is stored, and how a student learns it.
+"""The contract of every target kind: its tensors at a teacher's taps, its records, and the loss of a student.
 
 Code outside a kind uses this contract only. A new kind is one folder in `targets/`, one config section and one line in
 `targets/kinds.py`. `tests/targets/contract.py` is the test suite that every kind inherits.
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tinymim.configs.taps import Shapes, Tap
 
-Tapped = Mapping[Tap, tuple[Tensor, ...]]  # what a model gave at its taps; first axis views
-Answers = tuple[Tensor, ...]  # what a head makes of a student's tokens; first axis views
+Tapped = Mapping[Tap, tuple[Tensor, ...]]  # a model's tensors at its taps; first axis views
+Answers = tuple[Tensor, ...]  # a head's outputs for a student's tokens; first axis views
 Target = Any  # decoded records of B views; opaque outside its kind
-# Weight [W, C] and bias [W] of the linear layer that made a tap's tensors. Raises RecipeError where there is none.
+# Weight [W, C] and bias [W] of the linear layer behind a tap's tensors. Raises RecipeError where there is none.
 Projection = Callable[[Tap], tuple[Tensor, Tensor | None]]
 
 
@@ -44,7 +44,7 @@ class Loss(NamedTuple):
 
     Attributes:
         parts: float [B, P], linear in the target; only these have a gradient.
-        floor: float [B] or [B, P], what the target alone adds: a cross entropy minus its floor is a KL.
+        floor: float [B] or [B, P], the share that depends on the target alone: a cross entropy minus its floor is a KL.
     """
 
     parts: Float[Tensor, "B P"]
@@ -55,16 +55,16 @@ class Loss(NamedTuple):
         return self.parts.mean() - self.floor.mean()
 
     def per_part(self) -> Float[Tensor, "B P"]:
-        """Each view and part."""
+        """Loss of each view and part, less the floor."""
         return self.parts - (self.floor if self.floor.ndim == 2 else self.floor[:, None])
 
 
 class Yardstick(NamedTuple):
-    """Losses that depend on the teacher alone, means over views.
+    """Losses of two imagined students, means over views; they depend on the teacher alone.
 
     Attributes:
-        even: of a student that knows nothing.
-        common: of a student that knows what all other views have in common, and nothing of its own view.
+        even: loss of a student that has learnt nothing.
+        common: loss of a student that answers every view with the mean of all other views.
     """
 
     even: float
@@ -72,11 +72,11 @@ class Yardstick(NamedTuple):
 
 
 class TargetHead(nn.Module, ABC):
-    """Trained beside the student and dropped at export: the student's final tokens to answers."""
+    """A student's final tokens to answers. It is trained with the student and dropped at export."""
 
     @abstractmethod
     def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:
-        """Answers that the kind's `losses` compares with a target."""
+        """The answers, which the kind's `losses` compares with a target."""
 
     @abstractmethod
     def by_part(
@@ -85,14 +85,14 @@ class TargetHead(nn.Module, ABC):
         """Gradient of each part of a loss with respect to the head's own weights for that part.
 
         Args:
-            tokens: of one view, as given to `forward`.
-            gradients: of the loss with respect to each answer, None where it does not depend on it.
+            tokens: the tokens of one view, as given to `forward`.
+            gradients: the loss's gradient with respect to each answer; None where the loss does not depend on it.
             parts: P.
         """
 
 
 class StudentTarget(Protocol):
-    """What training needs of a target kind."""
+    """The members of a target kind that training uses."""
 
     measure: ClassVar[str]
 
@@ -107,10 +107,10 @@ class TargetKind(ABC):
     """One kind of target under one codec.
 
     Attributes:
-        name, version: the codec's; they fix its arrays, their meaning and the randomness behind them.
+        name, version: name and version of the codec; they fix its arrays, their meaning and their randomness.
         measure: prefix of the losses' metric names, such as "kl".
-        unbiased: the expected target, over view keys, is the exact one.
-        whole: a decoded target is a whole one, which audits of students need.
+        unbiased: whether the mean target over view keys is the exact one.
+        whole: whether a decoded target is complete, as audits of students need it.
     """
 
     name: ClassVar[str]
@@ -122,27 +122,27 @@ class TargetKind(ABC):
     @property
     @abstractmethod
     def taps(self) -> tuple[Tap, ...]:
-        """What the teacher must give."""
+        """The taps that the kind reads."""
 
+    @abstractmethod
     def draws(self, shapes: Shapes) -> bool:
         """Whether a decoded target depends on the view key."""
-        return False
 
     # ---- records
 
     @abstractmethod
     def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
-        """The arrays of a record of such a teacher, in stored order.
+        """The arrays of a record, in stored order, for a teacher of these shapes.
 
         Raises:
-            RecipeError: the teacher does not fit what the codec keeps.
+            RecipeError: the codec cannot store this teacher's target.
         """
 
     @abstractmethod
     def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
-        """The arrays of B records: by name, [B, *spec.shape] in spec.dtype, on the device of both arguments.
+        """The arrays of B records by name, each [B, *spec.shape] in spec.dtype, on the device of both arguments.
 
-        A record depends on its own view and view key, not on the batch around it. `tapped` holds finite numbers.
+        A record depends on its own view and view key, not on the batch around it. `tapped` must be finite.
 
         Raises:
             RecipeError: as `specs`.
@@ -150,11 +150,11 @@ class TargetKind(ABC):
 
     @abstractmethod
     def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes) -> Target:
-        """The target of B records; `arrays` as from `encode`, on the device of `view_keys`."""
+        """The target of B records; `arrays` as `encode` returns them, on the device of `view_keys`."""
 
     @abstractmethod
     def exact(self, tapped: Tapped) -> Target:
-        """The dense target itself, for audits and for training with the teacher in the loop."""
+        """The dense target, for audits and for training with the teacher in the loop."""
 
     @abstractmethod
     def pick(self, target: Target, some: slice, device: torch.device | None = None) -> Target:
@@ -164,11 +164,11 @@ class TargetKind(ABC):
 
     @abstractmethod
     def parts(self, shapes: Shapes) -> dict[str, int]:
-        """The losses by name, and into how many parts each falls. A student's width must be a multiple of each."""
+        """The number P of parts of each loss, by name. A student's width must be a multiple of each."""
 
     @abstractmethod
     def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
-        """The head of a student.
+        """A new head for a student.
 
         Raises:
             RecipeError: the student does not fit the teacher.
@@ -176,29 +176,29 @@ class TargetKind(ABC):
 
     @abstractmethod
     def losses(self, answers: Answers, target: Target) -> dict[str, Loss]:
-        """The losses by name; the training loss is the sum of their means. Computed in fp32, or fp64, at least."""
+        """The losses by name, in fp32 (fp64 for fp64 answers). The training loss is the sum of their means."""
 
     # ---- audits
 
     @abstractmethod
     def yardsticks(self, targets: Sequence[Target]) -> dict[str, Yardstick]:
-        """By loss, what an audit's numbers are measured by; whole targets, of two views or more together."""
+        """Reference values of each loss, for audits. The targets are whole, and hold at least two views together."""
 
     @abstractmethod
     def statistics(self, tapped: Tapped, target: Target) -> dict[str, dict[str, Float[Tensor, "B P"]]]:
-        """By loss, what the teacher's dense target and a decoded one say without a student, such as an entropy."""
+        """Named numbers of each loss that need no student, such as the entropy of the teacher's rows."""
 
     # ---- constants, which some codecs need
 
     @property
     def calibration_views(self) -> int:
-        """Views that the codec's constants are made from; 0: it has none."""
+        """Number of views that the codec's constants are computed from; 0 where it has no constants."""
         return 0
 
     def check_teacher(self, tapped: Tapped, projection: Projection) -> None:
-        """Raises RecipeError where the codec cannot serve this teacher; `tapped` is of any view."""
+        """Raises RecipeError where the codec cannot encode this teacher; `tapped` may be any view."""
         assert not self.calibration_views, "a codec with constants checks its teacher"
 
     def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
-        """The constants of a cache, on the CPU, from what the teacher gives for the calibration views, in batches."""
+        """The constants of a cache, on the CPU, from batches of the teacher's tensors for the calibration views."""
         return {}

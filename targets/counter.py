@@ -1,10 +1,10 @@
-"""Counter-based randomness (I1): a number is a function of (view key, stream, counter) and of nothing else.
+"""Counter-based randomness (I1): a number is a function of (view key, stream, counter) alone.
 
 The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA
 2014; finaliser: Stafford's variant 13) in wrapping int64 operations: CPU and CUDA give identical bits. A view
 key is a 64-bit hash of (seed, sample key, view index); its bits are read as a signed integer.
 
-All of it is part of the codecs' versions: a change here changes what stored records are about.
+This file is part of the codecs' versions: a change here changes the meaning of stored records.
 
 Shapes: B view.
 """
@@ -32,14 +32,14 @@ def uniforms(keys: Int64[Tensor, " B"], stream: int, shape: tuple[int, ...]) -> 
 
     Args:
         keys: int64 [B], one key a view.
-        stream: which independent sequence of the key; each kind numbers its own.
-        shape: shape of the numbers of one view; number i in row-major order is number i of the sequence.
+        stream: number of an independent sequence of the key; each kind numbers its own.
+        shape: shape of one view's numbers; number i in row-major order is number i of the sequence.
 
     Returns:
         float64 [B, *shape] on the device of `keys`.
     """
     assert keys.dtype == torch.int64, f"view keys are int64, got {keys.dtype}"
-    # Two rounds of mixing: the streams of a key stay apart, and so do keys as regular as 0, 1, 2, ...
+    # Two rounds of mixing keep the streams of a key apart, and also keys as regular as 0, 1, 2, ...
     state = _mix(_mix(keys + _GAMMA) + _signed((stream + 1) * _GAMMA % (1 << 64)))
     counter = torch.arange(1, math.prod(shape) + 1, device=keys.device) * _GAMMA
     bits = _mix(state[:, None] + counter)

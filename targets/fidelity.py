@@ -1,9 +1,9 @@
-"""How far the gradient under a codec is from the gradient under the dense maps: bias, noise, angle (I5).
+"""Distance between a student's gradients under a codec and under the dense target: bias, noise, angle (I5).
 
-With g_i the gradient of view i under dense maps, d_ir the one under draw r of the codec and e_ir = d_ir - g_i:
+Notation: g_i is the gradient of view i under the dense target, d_ir the one under draw r, e_ir = d_ir - g_i.
 
 - noise ratio: variance of e over views and draws / variance of g over views. A minibatch gradient of n views has
-  variance Var(g) / n already; the codec multiplies it by one plus this ratio. Zero for exact maps.
+  variance Var(g) / n already; the codec multiplies it by one plus this ratio. Zero for exact targets.
 - bias: |E e| / |E g|. The squared norm of a mean of n noisy vectors is too large by the noise, so it is estimated by
   the mean over pairs of *different* views of <e_i, e_j> (a U-statistic, unbiased), its standard error by a jackknife
   over groups of views. `bias` is the root of the estimate (0 where that is negative).
@@ -22,17 +22,17 @@ from torch import Tensor
 
 Gradients = Mapping[str, Float[Tensor, "P N"]]  # by name: "all", or a loss with its parts
 
-SIGNIFICANT_DIGITS: Final = 4  # of what is reported: rounding hides the order in which threads add
-# Bias counts as seen where its estimate is so many standard errors above zero: one-sided, 2.3 % false alarms each.
+SIGNIFICANT_DIGITS: Final = 4  # of reported values: rounding hides the order in which threads add
+# A bias is significant above this number of standard errors: one-sided, 2.3 % false alarms each.
 STANDARD_ERRORS: Final = 2.0
 
 
 class GradientMoments:
-    """Sums over views from which the fidelity of one codec is read.
+    """Sums over views, for the fidelity of one codec.
 
     Args:
-        views: how many views will be added.
-        groups: of views, for the jackknife; at most one per view.
+        views: number of views that will be added.
+        groups: number of groups of views for the jackknife; at most one per view.
     """
 
     def __init__(self, views: int, groups: int = 16) -> None:
@@ -41,17 +41,17 @@ class GradientMoments:
         self._parts: dict[str, _PartMoments] = {}
 
     def add(self, dense: Gradients, draws: Sequence[Gradients]) -> None:
-        """One view: its gradient under the dense maps and under one or more independent draws of the codec."""
+        """Add one view: its gradient under the dense target and under one or more independent draws of the codec."""
         group = self.views % self.groups
         for name, gradient in dense.items():
-            exact = gradient.cpu()  # summed there: whoever asks for the summary must not wait behind a GPU's teacher
+            exact = gradient.cpu()  # sums on the CPU, so that `summary` does not wait behind the teacher on a GPU
             if name not in self._parts:
                 self._parts[name] = _PartMoments(self.groups, exact)
             self._parts[name].add(group, exact, torch.stack([draw[name] for draw in draws]).cpu())
         self.views += 1
 
     def summary(self) -> dict[str, dict[str, list[float]]]:
-        """By name: lists over parts of bias, bias_se, biased (0 or 1), noise_ratio, angle_deg and norm_ratio."""
+        """bias, bias_se, biased (0 or 1), noise_ratio, angle_deg and norm_ratio by name, each a list over parts."""
         return {name: part.summary() for name, part in self._parts.items()}
 
 
@@ -80,12 +80,12 @@ class _PartMoments:
         views = float(self.count.sum())
         exact_mean, error_mean = self.exact_sum / views, self.error_sum.sum(0) / views
         exact_norm = _square(exact_mean).sqrt()
-        scale = exact_norm.clamp(min=1e-300)  # of a part that has no gradient
+        scale = exact_norm.clamp(min=1e-300)  # a part may have no gradient
         between_views = (self.exact_square - views * _square(exact_mean)) / max(views - 1, 1)
         noise = (self.error_square - self.draws * _square(error_mean)).clamp(min=0) / max(self.draws - 1, 1)
         bias_square, se = self._bias_square()
         bias = bias_square.clamp(min=0).sqrt()
-        # One standard error up, through the root: near zero the root of the error, far from it error / 2 bias.
+        # The root of one standard error up: near zero the root of the error, far from zero error / (2 bias).
         bias_se = (bias_square.clamp(min=0) + se).sqrt() - bias
         found = exact_mean + error_mean
         norm = _square(found).sqrt()
@@ -123,14 +123,14 @@ class _PartMoments:
 
 
 class StatisticMoments:
-    """Means over views, per loss and part, of what `TargetKind.statistics` says."""
+    """Means over views of `TargetKind.statistics`, per loss and part."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Tensor]] = {}
         self.views = 0
 
     def add(self, statistics: Mapping[str, Mapping[str, Float[Tensor, "B P"]]], views: int) -> None:
-        """The statistics of B = `views` further views."""
+        """Add the statistics of B = `views` further views."""
         self.views += views
         for loss, values in statistics.items():
             sums = self._sums.setdefault(loss, {})
@@ -139,7 +139,7 @@ class StatisticMoments:
                 sums[name] = sums[name] + per_part if name in sums else per_part
 
     def summary(self) -> dict[str, dict[str, list[float]]]:
-        """By loss and name, a list over parts."""
+        """The means by loss and name, each a list over parts."""
         return {
             loss: {name: [rounded(v) for v in (s / self.views).tolist()] for name, s in sums.items()}
             for loss, sums in self._sums.items()
@@ -147,12 +147,12 @@ class StatisticMoments:
 
 
 def rounded(value: float) -> float:
-    """To the digits that are reported."""
+    """The value in `SIGNIFICANT_DIGITS` digits."""
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
 def merged(*summaries: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
-    """Several summaries of the same views, name by name."""
+    """Summaries of the same views as one, merged name by name."""
     result: dict[str, Any] = {}
     for summary in summaries:
         for name, values in summary.items():

@@ -1,4 +1,4 @@
-"""The table of target kinds: from a recipe's codec section, or from a cache's, to the kind that reads and writes it."""
+"""The table of target kinds: from the codec section of a recipe or a cache to its kind."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ _MAKE: dict[type, Make] = {
     DenseCodec: relations.make_relations,
     HiddenCodec: relations.make_relations,
 }
-# Codec settings whose sizes `tinymim plan` compares, and how each is named there.
+# Codec settings whose sizes `tinymim plan` compares, and their names there.
 ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES
 describe_codec = relations.describe_codec
 
@@ -29,17 +29,17 @@ describe_codec = relations.describe_codec
 def make_kind(
     config: CodecConfig, block: int, targets: TargetsConfig = _ALL, constants: Mapping[str, Tensor] | None = None
 ) -> TargetKind:
-    """The target kind that a recipe names.
+    """The target kind of a recipe.
 
     Args:
-        config: how records are stored.
+        config: the codec section.
         block: the tapped block of the teacher, counted from 1.
-        targets: which part of them a student is compared on.
-        constants: what the cache holds beside its records, on the device of the records; a codec with
-            `calibration_views` needs them to encode and decode.
+        targets: the part of the records that a student is compared on.
+        constants: the cache's constants, on the device of the records; a codec with `calibration_views` needs them to
+            encode and decode.
 
     Raises:
-        RecipeError: the stored records do not hold what `targets` asks for.
+        RecipeError: the records do not hold what `targets` names.
     """
     return _MAKE[type(config)](config, block, targets, constants or {})
 
@@ -50,10 +50,14 @@ def stored_kind(
     targets: TargetsConfig = _ALL,
     constants: Mapping[str, Tensor] | None = None,
 ) -> TargetKind:
-    """The target kind that reads a cache, from the codec section of its manifest and its constants.
+    """The target kind that reads a cache.
+
+    Args:
+        section: the codec section of the cache's manifest.
+        block, targets, constants: as `make_kind`.
 
     Raises:
-        CacheMismatch: another version of the codec wrote the cache.
+        CacheMismatch: another codec, or another version of it, wrote the cache.
         RecipeError: as `make_kind`.
     """
     kind = make_kind(codec_config(**section["parameters"]), block, targets, constants)
@@ -62,7 +66,7 @@ def stored_kind(
             "the cache was written by another codec",
             got=f"{section['name']} version {section['version']}",
             expected=f"{kind.name} version {kind.version}",
-            hint="read it with the tinymim that wrote it, or write it anew",
+            hint="read it with the tinymim that wrote it, or make the cache again",
         )
     return kind
 
@@ -70,16 +74,16 @@ def stored_kind(
 def audit_kind(
     section: Mapping[str, Any], training: TargetKind, shapes: Shapes, constants: Mapping[str, Tensor] | None
 ) -> TargetKind:
-    """The kind that reads an audit's cache as whole targets of the losses of `training`.
+    """The kind that reads an audit's cache as whole targets, for the losses of `training`.
 
     Args:
-        section: the codec section of the audit's manifest.
-        training: what students are trained on.
-        shapes: of the teacher, which both caches share.
-        constants: of the audit's cache.
+        section: the codec section of the audit cache's manifest.
+        training: the kind that students are trained on.
+        shapes: the shapes of the teacher, which both caches share.
+        constants: the constants of the audit's cache.
 
     Raises:
-        CacheMismatch: its records are not whole targets, or not comparable.
+        CacheMismatch: the audit's records are not whole targets, or not comparable.
         RecipeError: as `make_kind`.
     """
     block = training.taps[0].place

@@ -1,4 +1,4 @@
-"""What codecs share: named arrays of a record, their dtypes, gaps between ascending indices.
+"""Parts of records that codecs share: named arrays, their dtypes, gaps between ascending indices.
 
 Shapes: K kept entry.
 """
@@ -16,7 +16,7 @@ Fields = Mapping[str, tuple[str, tuple[int, ...]]]  # name: (dtype, shape)
 
 
 def specs_of(prefixes: Sequence[str], fields: Fields) -> tuple[ArraySpec, ...]:
-    """The same fields under every prefix; one without elements is not stored."""
+    """Specs of the same fields under every prefix; fields without elements are left out."""
     return tuple(
         ArraySpec(f"{prefix}_{name}", dtype, shape)
         for prefix in prefixes
@@ -46,7 +46,7 @@ def from_gaps(gaps: Integer[Tensor, "... K"]) -> Int64[Tensor, "... K"]:
 
 
 def check_head_k(head_k: int, most: int) -> None:
-    """Raises RecipeError where rows are too short for `head_k` entries and what must be left of them."""
+    """Raises RecipeError where `head_k` exceeds `most`, the number of entries that a row can give."""
     if head_k > most:
         raise RecipeError(
             "codec.head_k is too large for the teacher's number of tokens",

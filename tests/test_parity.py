@@ -68,7 +68,7 @@ def test_a_teachers_relations_are_those_of_the_formula(tmp_path: Path) -> None:
     weights = official.write_training(tmp_path / "checkpoint-299.pth", tensors)
     config = TeacherConfig.model_validate(SIZES | {"depth": 4, "num_heads": 4, "block": 3, "weights": str(weights)})
     tap = Tap("qkv", 3)
-    found_qkv = QKV.of(Teacher(config, [tap])(PIXELS), tap)
+    found_qkv = QKV(*Teacher(config, [tap])(PIXELS)[tap])
     _, blocks = official.encode(tensors, normalised(PIXELS), [4] * 4)
     wanted_q, wanted_k, wanted_v = blocks[2]
     for relation, a, b in zip(RELATIONS, (wanted_q, wanted_v), (wanted_k, wanted_v), strict=True):
@@ -82,7 +82,7 @@ def test_twelve_heads_in_the_last_block_alone_are_a_re_split(tmp_path: Path) -> 
     weights = official.write_training(tmp_path / "checkpoint-299.pth", tensors)
     config = TeacherConfig.model_validate(SIZES | {"depth": 3, "num_heads": 6, "block": 3, "weights": str(weights)})
     tap = Tap("qkv", 3)
-    found_qkv = QKV.of(Teacher(config, [tap])(PIXELS), tap)
+    found_qkv = QKV(*Teacher(config, [tap])(PIXELS)[tap])
     _, blocks = official.encode(tensors, normalised(PIXELS), [6, 6, 12])
     found = relation_probs(found_qkv.resplit(12), "qk")
     np.testing.assert_allclose(found.numpy(), official.relation(*blocks[2][:2]).numpy(), rtol=2e-4, atol=1e-7)

@@ -1,6 +1,6 @@
-"""Which streams of a view's random numbers (`targets/counter.py`) a relation uses, and which query rows are drawn.
+"""The streams of a view's random numbers (`targets/counter.py`) that a relation uses, and the query rows drawn by them.
 
-Part of the sketch codec's version. Shapes: B view, H head, Q query row, T token.
+This file is part of the sketch codec's version. Shapes: B view, H head, Q query row, T token.
 """
 
 from typing import Final, Literal
@@ -19,26 +19,26 @@ RELATIONS: Final[dict[Relation, int]] = {"qk": 0, "vv": 1, "qq": 2, "kk": 3}
 
 
 def stream_of(purpose: Purpose, relation: Relation) -> int:
-    """The stream for one purpose and relation: 16 x purpose + relation, from the tables above."""
+    """Number of the stream for one purpose and relation: 16 x purpose + relation, from the tables above."""
     return 16 * PURPOSES[purpose] + RELATIONS[relation]
 
 
 def sample_rows(
     keys: Int64[Tensor, " B"], relation: Relation, heads: int, tokens: int, rows: int
 ) -> Int64[Tensor, "B H Q"]:
-    """The query rows that a record is about: per view and head a stratified sample, spread over the image.
+    """The query rows of a record: per view and head a stratified sample, spread over the image.
 
-    The T tokens, on a ring, are cut into Q runs of T/Q (rounded) and one token is drawn from each; then the ring
-    is turned by a uniform number of tokens. A token lies in run j with probability s_j / T (s_j the length of
-    the run, over the turns) and is then drawn with 1 / s_j: each is in the sample with probability
-    sum over j of 1 / T = Q / T, exactly, so means over the rows are unbiased. Neighbouring rows say nearly the
-    same, so a spread sample has less variance than a simple random one (docs/decisions/006-sketch.md).
+    The T tokens, on a ring, are cut into Q runs of T/Q (rounded) and one token is drawn from each. Then the ring
+    is turned by a uniform number of tokens. A token lies in run j with probability s_j / T (s_j is the length of
+    the run, over the turns) and is then drawn with probability 1 / s_j. Each token is therefore in the sample with
+    probability sum over j of 1 / T = Q / T, exactly, so means over the rows are unbiased. Neighbouring rows are
+    nearly equal, so a spread sample has less variance than a simple random one (docs/decisions/006-sketch.md).
 
     Args:
         keys: int64 [B], one key a view.
-        relation: each relation has its own sample.
+        relation: the relation; each has its own sample.
         heads, tokens: H and T of the teacher; each head has its own sample.
-        rows: how many rows; `tokens` or more gives all of them.
+        rows: number of rows; `tokens` or more gives all of them.
 
     Returns:
         int64 [B, H, Q], Q = min(rows, tokens), distinct and ascending along Q.

@@ -1,4 +1,4 @@
-"""The head that a student gets to learn relations: the qkv projection of a further block on its final norm.
+"""The student's head for relations: the qkv projection of one more block, on the student's final norm.
 
 Shapes: B view, T token, C student width, H head, D = C / H, P part.
 """
@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tinymim.targets.contract import Answers, TargetHead
-from tinymim.targets.relations.qkv import QKV
+from tinymim.targets.relations.qkv import QKV, resplit
 
 
 class RelationHead(TargetHead):
     """Final tokens [B, T, C] to q, k and v in the student's own heads, each [B, H, T, D].
 
-    The norm in front of it *is* the exported model's final norm, so the loss trains all blocks and the norm
+    Its input comes from the final norm of the exported model, so the loss trains all blocks and that norm
     (docs/decisions/002-thirteenth-tap.md).
 
     Args:
@@ -39,10 +39,6 @@ class RelationHead(TargetHead):
     def by_part(
         self, tokens: Float[Tensor, "1 T C"], gradients: Sequence[Tensor | None], parts: int
     ) -> Float[Tensor, "P N"]:
-        """See `TargetHead`: of each relation head's C x D weights, sum over tokens of token x gradient."""
-        used = []
-        for gradient in gradients:
-            if gradient is not None:
-                split = QKV(gradient, gradient, gradient).resplit(parts).q
-                used.append(torch.einsum("tc,htd->hcd", tokens[0], split[0]))
-        return torch.cat(used, dim=-1).flatten(1)
+        """See `TargetHead`: for the C x D weights of each relation head, the sum over tokens of token x gradient."""
+        used = [resplit(gradient, parts)[0] for gradient in gradients if gradient is not None]
+        return torch.cat([torch.einsum("tc,htd->hcd", tokens[0], each) for each in used], dim=-1).flatten(1)

@@ -1,6 +1,6 @@
-"""`hidden`: the input of the block's qkv projection in few bits; relations are rebuilt from it at read.
+"""The `hidden` codec: the input of the block's qkv projection in few bits; the reader rebuilds relations from it.
 
-All of decoding is one linear layer on unsigned integer codes c: q | k | v = A c + bias, with scales, offsets and (for
+Decoding is one linear layer on unsigned integer codes c: q | k | v = A c + bias, with scales, offsets and (for
 `basis: pca`) the decoding matrix folded into the teacher's qkv weights. A and bias are constants of the cache.
 
 Shapes: B view, N calibration view, T token, C width of the input, W width of q|k|v together, M coded component,
@@ -22,32 +22,32 @@ from tinymim.configs.codecs import HiddenCodec, Relation, TargetsConfig
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import ArraySpec, Projection, Tapped
-from tinymim.targets.relations.draws import RELATIONS, sample_rows
-from tinymim.targets.relations.kind import RelationKind
+from tinymim.targets.relations.draws import RELATIONS
+from tinymim.targets.relations.kind import RelationKind, check_divides, mean_entropy
 from tinymim.targets.relations.qkv import QKV, relation_logits
 from tinymim.targets.relations.rows import DenseRows, Rows
 
 DEFAULT_RELATIONS: Final[tuple[Relation, ...]] = ("qk", "vv")
-MOST_BITS: Final = 8  # of one component: a code spans at most two bytes
 
-# Of the best uniform quantiser of a unit Gaussian with 0..8 bits: step, and mean squared error (Max, "Quantizing for
+# Step and mean squared error of the best uniform quantiser of a unit Gaussian with 0..8 bits (Max, "Quantizing for
 # minimum distortion", IRE Trans. Information Theory 1960; 6 to 8 bits continued numerically).
 _STEP: Final = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 _ERROR: Final = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 0.0000869)
 _FIT_STEPS: Final = 12
-_MOST_TOKENS: Final = 16384  # calibration tokens P that second moments and scales are taken from
-# An error in v is in both sides of v v^T and hurts the student's gradient more than its logit error says: measured.
+_MOST_TOKENS: Final = 16384  # limit of P, the calibration tokens behind second moments and scales
+# An error in v is in both sides of v v^T and hurts the student's gradient more than its logit error suggests: measured.
 _VALUE_WEIGHT: Final = 8.0
 
 
 class Packing:
-    """Where the codes of a token lie in its bytes: end to end, the first in the lowest bits of the first byte.
+    """The layout of a token's codes in its bytes: end to end, the first in the lowest bits of the first byte.
 
     Args:
-        bits: 1 to 8 for every component. Packing takes place on its device; nothing later waits for that device.
+        bits: 1 to 8 for every component, so a code spans at most two bytes. Packing runs on its device; only the
+            constructor waits for that device.
 
     Attributes:
-        num_bytes: Y; the bits left in the last byte are zero.
+        num_bytes: Y; the unused bits of the last byte are zero.
     """
 
     def __init__(self, bits: UInt8[Tensor, " M"]) -> None:
@@ -58,11 +58,11 @@ class Packing:
         self._mask = (1 << bits.int()) - 1
 
     def pack(self, codes: UInt8[Tensor, "*tokens M"]) -> UInt8[Tensor, "*tokens Y"]:
-        """The bytes of tokens from their codes."""
+        """Codes of tokens to bytes."""
         if self._is_plain:
             return codes
         word = codes.int() << self._shift
-        # One byte more, for the upper halves of codes that end in the last byte: all zero.
+        # One extra byte takes the upper halves of codes that end in the last byte; they are all zero.
         packed = torch.zeros((*codes.shape[:-1], self.num_bytes + 1), dtype=torch.int32, device=codes.device)
         # No two codes share a bit, so sums are unions, in any order.
         packed.index_add_(-1, self._byte, word & 255).index_add_(-1, self._byte + 1, word >> 8)
@@ -79,20 +79,22 @@ class Packing:
 
 @dataclass(frozen=True)
 class Hidden(RelationKind):
-    """Codes of the qkv projection's input, from which q, k and v come back a little wrong.
+    """Codes of the qkv projection's input, from which q, k and v are rebuilt with a small error.
 
-    **Biased**, in principle: the codes do not depend on chance, so what they get wrong they get wrong every time. How
-    much, on real images (ViT-S, 197 tokens, student at initialisation), as the angle between the mean gradients of 40
-    images over the whole student under decoded and under exact maps (and the norm of their difference over that of the
-    exact one): 8 bits a channel 0.1 degrees (0.002), 4 bits 2.6 (0.045); in principal components 4 bits 0.4 (0.007),
-    3 bits 0.9 (0.015), 2 bits 2.0 (0.036), 1 bit 5.1 (0.093), half a bit 9.2 (0.17).
+    **Biased**, in principle: the codes are not random, so their error is the same every time. Measured on real images
+    (ViT-S, 197 tokens, student at initialisation), as the angle between the mean gradients of 40 images over the whole
+    student under decoded and under exact maps, and in brackets the norm of their difference over that of the exact one:
+
+    - `basis: channels`: 8 bits a channel 0.1 degrees (0.002), 4 bits 2.6 (0.045);
+    - `basis: pca`: 4 bits 0.4 (0.007), 3 bits 0.9 (0.015), 2 bits 2.0 (0.036), 1 bit 5.1 (0.093), 0.5 bit 9.2 (0.17).
 
     Attributes:
-        config: what is stored.
-        targets: which relations, heads and rows are rebuilt.
-        constants: from `calibrate`, on the device of the records; empty before calibration, when only `name`,
-            `version` and `relation_heads` are of use.
-        entropy_by_head: a decoded target's entropy is [B, H], as audits of students want it.
+        config: the codec section.
+        targets: the relations, heads and rows to rebuild.
+        block: the tapped block of the teacher, counted from 1.
+        constants: the constants from `calibrate`, on the device of the records. Before calibration they are empty, and
+            the kind can neither encode nor decode.
+        entropy_by_head: whether a decoded target's entropy is [B, H] instead of [B], as audits of students need it.
     """
 
     config: HiddenCodec
@@ -110,9 +112,10 @@ class Hidden(RelationKind):
         """See `RelationKind`."""
         return self.targets.relations or DEFAULT_RELATIONS
 
-    def draws(self, shapes: Shapes) -> bool:
-        """See `TargetKind`."""
-        return self.targets.rows is not None and self.targets.rows < shapes.tokens
+    @property
+    def rows(self) -> int | None:
+        """See `RelationKind`."""
+        return self.targets.rows
 
     @property
     def calibration_views(self) -> int:
@@ -120,49 +123,44 @@ class Hidden(RelationKind):
         return self.config.calibration_views
 
     def check_teacher(self, tapped: Tapped, projection: Projection) -> None:
-        """See `TargetKind`: its q, k and v must be a linear layer of the block's input."""
-        check_projection(self.tapped(tapped), *projection(self.taps[0]))
+        """See `TargetKind`: the teacher's q, k and v must be a linear layer of the block's input."""
+        check_projection(self.projections(tapped), *projection(self.taps[0]))
 
     def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
         """See `TargetKind`."""
         inputs, heads = [], 0
         for each in tapped:
             self.check_teacher(each, projection)
-            qkv = self.tapped(each)
+            qkv = self.projections(each)
             assert qkv.x is not None  # checked above
             inputs.append(qkv.x.float().cpu())
             heads = qkv.q.shape[1]
         return calibrate(self.config, torch.cat(inputs), *projection(self.taps[0]), heads)
 
     def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
-        """See `TargetKind`: the bits of a token's codes end to end, in whole bytes; nothing before calibration."""
+        """See `TargetKind`: the bits of a token's codes end to end, in whole bytes; no array before calibration."""
         if not self.constants:
             return ()
         return (ArraySpec("code", "uint8", (shapes.tokens, self._packing.num_bytes)),)
 
     def relation_heads(self, heads: int) -> int:
-        """See `TargetKind`. Raises RecipeError where the teacher's width cannot be split as `targets` asks."""
+        """See `RelationKind`. Raises RecipeError where `targets.relation_heads` does not divide the teacher's width."""
         wanted = self.targets.relation_heads or heads
-        if self.constants and (width := len(self.constants["qkv_bias"]) // 3) % wanted:
-            raise RecipeError(
-                f"a teacher of width {width} cannot be split into {wanted} relation heads",
-                got=f"targets.relation_heads {wanted}",
-                expected=f"a divisor of {width}",
-                hint=f"leave targets.relation_heads out for the teacher's own {heads}",
-            )
+        if self.constants:
+            check_divides("targets.relation_heads", wanted, len(self.constants["qkv_bias"]) // 3, heads)
         return wanted
 
     @torch.no_grad()
     def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
-        """See `TargetKind`; the input of the projection is encoded, and nothing is drawn."""
-        x = self.tapped(tapped).x
+        """See `TargetKind`; encodes the input of the projection, without randomness."""
+        x = self.projections(tapped).x
         assert x is not None and self.constants, "the hidden codec encodes x, with constants"
         return {"code": self._packing.pack(quantised(x, self.constants))}
 
     @torch.no_grad()
     def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes) -> Rows:
         """See `TargetKind`; every relation is a `DenseRows`, float32."""
-        constants, tokens = self.constants, shapes.tokens
+        constants = self.constants
         target: Rows = {}
         with torch.autocast(view_keys.device.type, enabled=False):
             codes = self._packing.unpack(arrays["code"]).float()
@@ -171,17 +169,15 @@ class Hidden(RelationKind):
         heads = self.relation_heads(self._heads)
         qkv = QKV(q, k, v).resplit(heads)
         for relation in self.relations:
-            rows = None
-            if self.targets.rows is not None and self.targets.rows < tokens:
-                rows = sample_rows(view_keys, relation, heads, tokens, self.targets.rows)
+            rows = self.sampled_rows(relation, view_keys, heads, shapes.tokens)
             logits = relation_logits(qkv, relation, rows)
+            # Both sides of a token's logit with itself have the same error, so its mean is not zero: see `calibrate`.
             lost = constants["lost"][RELATIONS[relation]].unflatten(0, (heads, -1)).sum(-1) / math.sqrt(qkv.q.shape[3])
-            own = (torch.arange(tokens, device=codes.device) if rows is None else rows)[..., None]
+            own = (torch.arange(shapes.tokens, device=codes.device) if rows is None else rows)[..., None]
             shape = (*logits.shape[:3], 1)
             logits.scatter_add_(-1, own.expand(shape), lost[:, None, None].expand(shape))
             probs = logits.softmax(-1)
-            entropy = torch.special.entr(probs).sum(-1).mean(-1 if self.entropy_by_head else (1, 2))
-            target[relation] = DenseRows(rows, probs, entropy)
+            target[relation] = DenseRows(rows, probs, mean_entropy(probs, self.entropy_by_head))
         return target
 
     @cached_property
@@ -201,32 +197,36 @@ def calibrate(
     qkv_bias: Float[Tensor, " W"] | None,
     heads: int,
 ) -> dict[str, Tensor]:
-    """The constants of a cache, from the inputs of the projection on some views. On the CPU, in float64.
+    """The constants of a cache, from the inputs of the projection on the calibration views; on the CPU, in float64.
 
-    `basis: channels`: every channel's range over the views in equal steps.
+    `basis: channels` divides every channel's range over the views into equal steps.
 
-    `basis: pca`: with the block-diagonal metric G = W^T M W, in which the squared length of an error of x is the
-    squared error of the logits that it causes (`_logit_metric`), the principal components of G^1/2 x; a token's
-    bits x C bits go one by one to the component whose error falls most (greedy reverse water-filling); each
-    component has a uniform quantiser of least squared error (`_uniform_quantiser`).
+    `basis: pca` quantises the principal components of G^1/2 x. In the metric G = W^T M W (M is block-diagonal,
+    `_logit_metric`) the squared length of an error of x is the squared error of the logits that it causes. A token's
+    bits x C bits go one by one to the component whose error falls most (greedy reverse water-filling). Each component
+    has a uniform quantiser of least squared error (`_uniform_quantiser`).
 
     Args:
         config: basis and bits.
         x: input of the projection.
-        qkv_weight, qkv_bias: of the projection, rows q, k, v, each by head.
-        heads: of the teacher.
+        qkv_weight, qkv_bias: the projection's weight and bias; rows q, k, v, each by head.
+        heads: the teacher's number of heads.
 
     Returns:
-        By name: `bits` uint8 [M]; codes are round(encode_weight x + encode_bias), float32 [M, C] (or [M], one for each
-        channel) and [M], cut to 0..2^bits - 1; `qkv_weight` [W, M] and `qkv_bias` [W] are A and bias of the module's
-        docstring; `lost` [4, W/3], for the relations in the order of `draws.RELATIONS` the mean over tokens of
-        the product of both sides' errors, per channel: a token's product with itself comes back smaller by their sum;
-        `heads` int64 [1].
+        Arrays by name, float32 unless stated:
+
+        - `bits`: uint8 [M], bits of each component.
+        - `encode_weight` [M, C] (or [M], one for each channel) and `encode_bias` [M]: codes are
+          round(encode_weight x + encode_bias), clamped to 0..2^bits - 1.
+        - `qkv_weight` [W, M] and `qkv_bias` [W]: A and bias of the module's docstring.
+        - `lost` [4, W/3]: per relation, in the order of `draws.RELATIONS`, and per channel, the mean over tokens of
+          the product of both sides' errors. A token's product with itself comes back smaller by their sum.
+        - `heads`: int64 [1].
     """
     width = x.shape[-1]
     flat = x.detach().cpu().reshape(-1, width)
     count = min(len(flat), _MOST_TOKENS)
-    # Multiples of the golden ratio: spread evenly, and in step with no number of tokens.
+    # Multiples of the golden ratio spread evenly, and fall into step with no number of tokens.
     spread = (torch.arange(count, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1.0 * len(flat)).long()
     tokens = flat[spread].double()
     weight = qkv_weight.detach().cpu().double()
@@ -261,10 +261,10 @@ def calibrate(
 
 
 def check_projection(qkv: QKV, qkv_weight: Float[Tensor, "W C"], qkv_bias: Float[Tensor, " W"] | None) -> None:
-    """Check that q, k and v are what the linear layer makes of x.
+    """Check that q, k and v are the linear layer's output for x.
 
     Raises:
-        RecipeError: they differ by more than the rounding of their dtype; nothing can be rebuilt from x then.
+        RecipeError: they differ by more than the rounding of their dtype, so they cannot be rebuilt from x.
     """
     assert qkv.x is not None
     bias = None if qkv_bias is None else qkv_bias.float()
@@ -293,7 +293,7 @@ def _not_linear(got: str, expected: str) -> RecipeError:
 
 
 def quantised(x: Float[Tensor, "*tokens C"], constants: Mapping[str, Tensor]) -> UInt8[Tensor, "*tokens M"]:
-    """The codes of tokens. In float64: a code does not depend on how a matrix product was cut into blocks."""
+    """The codes of tokens, computed in float64: a code does not depend on how a matrix product is cut into blocks."""
     weight, bias = constants["encode_weight"].double(), constants["encode_bias"].double()
     levels = x.double() * weight + bias if weight.ndim == 1 else linear(x.double(), weight, bias)
     most = 2.0 ** constants["bits"].double() - 1
@@ -306,8 +306,8 @@ def quantised(x: Float[Tensor, "*tokens C"], constants: Mapping[str, Tensor]) ->
 def allocate(variance: Float64[Tensor, " M"], total: int) -> Int64[Tensor, " M"]:
     """Bits of every component, `total` together and at most 8 each, for the least squared error.
 
-    Greedy, so optimal: the error falls by less with every further bit. (Gersho and Gray, "Vector Quantization and
-    Signal Compression", 1992, section 8.3.)
+    The greedy choice is optimal, because the error falls by less with every further bit (Gersho and Gray, "Vector
+    Quantization and Signal Compression", 1992, section 8.3).
     """
     error = variance * torch.tensor(_ERROR, dtype=torch.float64)[:, None]
     gain = (error[:-1] - error[1:]).flatten()
@@ -332,9 +332,9 @@ def _principal_components(
 def _logit_metric(qkv: Float64[Tensor, "P W"], heads: int) -> Float64[Tensor, "Z D D"]:
     """Per side and head (Z = 3H) the matrix M for which e^T M e is the mean squared logit error due to an error e.
 
-    An error in a query moves a row's logits by e.k_j; what all of a row share is gone after the softmax, so the
-    covariance of the keys counts. An error in a key moves one logit of every row by q_i.e: the second moment of
-    the queries. Values are both.
+    An error in a query moves a row's logits by e.k_j. The softmax removes what all logits of a row share, so M is the
+    covariance of the keys. An error in a key moves one logit of every row by q_i.e, so M is the second moment of the
+    queries. Values are both queries and keys, so M is the sum of both.
     """
     q, k, v = (side.unflatten(-1, (heads, -1)).transpose(0, 1) for side in qkv.chunk(3, dim=-1))
     spread = [torch.stack([torch.cov(head.T) for head in side]) for side in (k, v)]
@@ -346,9 +346,9 @@ def _logit_metric(qkv: Float64[Tensor, "P W"], heads: int) -> Float64[Tensor, "Z
 def _uniform_quantiser(scores: Float64[Tensor, "P M"], bits: Int64[Tensor, " M"]) -> tuple[Tensor, Tensor]:
     """Step and lowest level of every component, of least squared error among equally spaced levels.
 
-    Lloyd's iteration ("Least squares quantization in PCM", 1982) with the levels kept on a line: the nearest level for
-    every score, then the line through level numbers and scores by least squares. With one bit, the levels are the two
-    conditional means.
+    Lloyd's iteration ("Least squares quantization in PCM", 1982) with the levels kept on a line: assign the nearest
+    level to every score, then fit the line through level numbers and scores by least squares. With one bit, the levels
+    are the two conditional means.
     """
     most = 2.0**bits - 1
     mean = scores.mean(0)
@@ -364,5 +364,5 @@ def _uniform_quantiser(scores: Float64[Tensor, "P M"], bits: Int64[Tensor, " M"]
 
 
 def _positive(x: Float64[Tensor, " M"]) -> Tensor:
-    """Zeros, of components that never change, become ones."""
+    """Replace zeros, which belong to components that never change, by ones."""
     return torch.where(x > 0, x, torch.ones_like(x))

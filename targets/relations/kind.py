@@ -1,26 +1,29 @@
-"""Relations as a target kind: what all its codecs share.
+"""Relations as a target kind: the part that all their codecs share.
 
 Shapes: B view, H relation head, Q query row, T token.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
+from tinymim.configs.codecs import DenseCodec, Relation, SketchCodec
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Answers, Loss, Tapped, TargetHead, TargetKind, Yardstick
+from tinymim.targets.relations.draws import sample_rows
 from tinymim.targets.relations.head import RelationHead
 from tinymim.targets.relations.losses import cross_entropy_per_head
 from tinymim.targets.relations.qkv import QKV, relation_probs
-from tinymim.targets.relations.rows import DenseRows, Rows, SparseRows, pick
+from tinymim.targets.relations.rows import DenseRows, Rows, RowTarget, SparseRows
 
-_LEAST_PROBABILITY = 2.0**-24  # the smallest that fp16 holds
+_LEAST_PROBABILITY = 2.0**-24  # the smallest positive fp16 number
 
 
 class RelationKind(TargetKind):
@@ -35,29 +38,46 @@ class RelationKind(TargetKind):
         return (Tap("qkv", self.block),)
 
     @property
+    @abstractmethod
     def relations(self) -> tuple[Relation, ...]:
         """The relations of a decoded target."""
-        raise NotImplementedError
 
+    @property
+    @abstractmethod
+    def rows(self) -> int | None:
+        """Number of query rows of a decoded target, where a map has more; None for all."""
+
+    @abstractmethod
     def relation_heads(self, heads: int) -> int:
         """H of the decoded target for a teacher of `heads` heads."""
-        raise NotImplementedError
 
-    def tapped(self, tapped: Tapped) -> QKV:
+    def projections(self, tapped: Tapped) -> QKV:
         """The block's projections in the teacher's own heads."""
-        return QKV.of(tapped, self.taps[0])
+        return QKV(*tapped[self.taps[0]])
 
     def split(self, tapped: Tapped) -> QKV:
         """The block's projections in the relation heads."""
-        qkv = self.tapped(tapped)
+        qkv = self.projections(tapped)
         return qkv.resplit(self.relation_heads(qkv.q.shape[1]))
 
     def shapes(self, tapped: Tapped) -> Shapes:
-        """The sizes of what a teacher gave, as far as they decide a record's."""
-        _, heads, tokens, head_dim = self.tapped(tapped).q.shape
+        """The teacher's shapes, as far as they determine those of a record; prefix tokens and grid are unknown."""
+        _, heads, tokens, head_dim = self.projections(tapped).q.shape
         return Shapes(heads, head_dim, tokens, 0, (1, tokens))
 
+    def sampled_rows(
+        self, relation: Relation, view_keys: Int64[Tensor, " B"], heads: int, tokens: int
+    ) -> Int64[Tensor, "B H Q"] | None:
+        """The query rows of a decoded target; None where it has all rows."""
+        if self.rows is None or self.rows >= tokens:
+            return None
+        return sample_rows(view_keys, relation, heads, tokens, self.rows)
+
     # ---- the contract
+
+    def draws(self, shapes: Shapes) -> bool:
+        """See `TargetKind`."""
+        return self.rows is not None and self.rows < shapes.tokens
 
     def exact(self, tapped: Tapped) -> Rows:
         """See `TargetKind`: float32 maps [B, H, T, T] (float64 for float64 inputs)."""
@@ -65,7 +85,17 @@ class RelationKind(TargetKind):
 
     def pick(self, target: Rows, some: slice, device: torch.device | None = None) -> Rows:
         """See `TargetKind`."""
-        return pick(target, some, device)
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor[some] if device is None else tensor[some].to(device)
+
+        def one(held: RowTarget) -> RowTarget:
+            rows = None if held.rows is None else of(held.rows)
+            if isinstance(held, DenseRows):
+                return DenseRows(rows, of(held.probs), of(held.entropy))
+            return replace(held, rows=rows, index=of(held.index), weight=of(held.weight), entropy=of(held.entropy))
+
+        return {relation: one(held) for relation, held in target.items()}
 
     def parts(self, shapes: Shapes) -> dict[str, int]:
         """See `TargetKind`: one loss per relation, one part per relation head."""
@@ -84,37 +114,69 @@ class RelationKind(TargetKind):
         return RelationHead(width, student.heads)
 
     def losses(self, answers: Answers, target: Rows) -> dict[str, Loss]:
-        """See `TargetKind`: KL(teacher row || student row) in nats, mean over the target's rows; linear in the rows."""
+        """See `TargetKind`: KL(teacher row || student row) in nats, mean over the target's rows."""
         heads = next(iter(target.values())).shape[1]
         found = cross_entropy_per_head(QKV(*answers).resplit(heads), target)
         return {str(relation): Loss(found[relation], rows.entropy) for relation, rows in target.items()}
 
     def yardsticks(self, targets: Sequence[Rows]) -> dict[str, Yardstick]:
-        """See `TargetKind`: KLs of even rows, and of the mean row over all other views."""
+        """See `TargetKind`: the KL to even rows, and to the mean over all other views."""
         return {str(name): _yardstick(torch.cat([each[name].dense() for each in targets])) for name in targets[0]}
 
     def statistics(self, tapped: Tapped, target: Rows) -> dict[str, dict[str, Float[Tensor, "B H"]]]:
-        """See `TargetKind`: entropy_nats of the teacher's rows, kept_mass: their mass on tokens that a record names."""
+        """See `TargetKind`: `entropy_nats` of the teacher's rows, and `kept_mass`, their mass on the stored tokens."""
         qkv, found = self.split(tapped), {}
         for relation, rows in target.items():
             dense = relation_probs(qkv, relation, rows.rows)
-            named = torch.ones_like(dense)
+            kept = torch.ones_like(dense)
             if isinstance(rows, SparseRows):
-                named = torch.zeros_like(dense).scatter(-1, rows.index, 1.0)
-            values = {"entropy_nats": torch.special.entr(dense).sum(-1), "kept_mass": (dense * named).sum(-1)}
+                kept = torch.zeros_like(dense).scatter(-1, rows.index, 1.0)
+            values = {"entropy_nats": torch.special.entr(dense).sum(-1), "kept_mass": (dense * kept).sum(-1)}
             found[str(relation)] = {name: value.mean(dim=2) for name, value in values.items()}
         return found
 
 
+class StoredRelations(RelationKind):
+    """A codec that stores the relations of its config, in the relation heads of its config."""
+
+    config: SketchCodec | DenseCodec
+
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        """See `RelationKind`."""
+        return self.config.relations
+
+    def relation_heads(self, heads: int) -> int:
+        """See `RelationKind`."""
+        return self.config.relation_heads or heads
+
+    def record_heads(self, shapes: Shapes) -> int:
+        """H of a record. Raises RecipeError where it does not divide the teacher's width."""
+        heads = self.relation_heads(shapes.heads)
+        check_divides("codec.relation_heads", heads, shapes.width, shapes.heads)
+        return heads
+
+
+def check_divides(field: str, heads: int, width: int, own_heads: int) -> None:
+    """Raises RecipeError, naming `field`, where a teacher of `width` and `own_heads` has no such relation heads."""
+    if width % heads:
+        raise RecipeError(
+            f"a teacher of width {width} cannot be split into {heads} relation heads",
+            got=f"{field} {heads}",
+            expected=f"a divisor of {width}",
+            hint=f"leave {field} out for the teacher's own {own_heads}",
+        )
+
+
 def exact_rows(teacher: QKV, relations: Sequence[Relation]) -> Rows:
-    """The dense maps themselves, float32 [B, H, T, T] (float64 for float64 inputs), as a target."""
+    """The dense maps as a target, float32 [B, H, T, T] (float64 for float64 inputs)."""
     probs = {relation: relation_probs(teacher, relation) for relation in relations}
-    return {r: DenseRows(None, p, torch.special.entr(p).sum(-1).mean(-1)) for r, p in probs.items()}
+    return {relation: DenseRows(None, each, mean_entropy(each, by_head=True)) for relation, each in probs.items()}
 
 
-def mean_entropy(probs: Float[Tensor, "B H Q T"]) -> Float[Tensor, " B"]:
-    """Mean over H and Q of -sum p log p, in nats."""
-    entropy: Tensor = torch.special.entr(probs).sum(-1).mean((1, 2))
+def mean_entropy(probs: Float[Tensor, "B H Q T"], by_head: bool = False) -> Tensor:
+    """Mean of -sum p log p in nats: over H and Q [B], or with `by_head` over Q [B, H]."""
+    entropy: Tensor = torch.special.entr(probs).sum(-1).mean(-1 if by_head else (1, 2))
     return entropy
 
 

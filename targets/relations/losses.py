@@ -1,7 +1,7 @@
-"""The distillation loss: KL of teacher rows against student rows, for sparse and dense targets alike.
+"""The distillation loss: KL of teacher rows against student rows, for sparse and dense targets.
 
-Source: the relation loss of Ren et al., "TinyMIM", CVPR 2023. Written as cross entropy minus the teacher's
-entropy it is linear in the teacher's row: an unbiased sketch of rows gives unbiased loss and gradients (I4).
+Source: the relation loss of Ren et al., "TinyMIM", CVPR 2023. As cross entropy minus the teacher's entropy it is
+linear in the teacher's row, so an unbiased sketch of rows gives unbiased loss and gradients (I4).
 
 Shapes: B view, H head, Q query row, K kept entry, T token.
 """
@@ -18,12 +18,12 @@ from tinymim.targets.relations.rows import DenseRows, Rows, RowTarget
 def cross_entropy_per_head(student: QKV, target: Rows) -> dict[str, Float[Tensor, "B H"]]:
     """Cross entropy of the target's rows with the student's, in nats per relation, view and head: mean over rows.
 
-    Only the target's rows are computed, in fp32 even under autocast (fp64 for fp64 inputs); of a sparse target
-    without ever holding all their logits (`kernels/loss.py`). Minus the teacher's entropy it is the KL. With a sketch
-    the KL is an unbiased estimate and may be slightly negative.
+    Only the target's rows are computed, in fp32 even under autocast (fp64 for fp64 inputs). For a sparse target, their
+    logits are never all in memory (`kernels/loss.py`). The KL is this minus the teacher's entropy. With a sketch the
+    KL is an unbiased estimate and may be slightly negative.
 
     Args:
-        student: float [B, H, T, D] each, already resplit to the teacher's heads (`QKV.resplit`).
+        student: the student's q, k and v, float [B, H, T, D], resplit to the target's heads (`QKV.resplit`).
         target: the rows of B views.
     """
     found: dict[str, Tensor] = {}
@@ -39,9 +39,9 @@ def cross_entropy_per_head(student: QKV, target: Rows) -> dict[str, Float[Tensor
 
 
 def reference_cross_entropy(logits: Float[Tensor, "B H Q T"], teacher: RowTarget) -> Float[Tensor, "B H Q"]:
-    """-sum over tokens of teacher x log student, per row, by the textbook from student logits.
+    """-sum over tokens of teacher x log student for each row, from all student logits.
 
-    With a ghost tail the tokens that were not kept are one bucket on both sides.
+    The tokens outside a ghost tail's kept ones are one bucket on both sides.
     """
     log_probs = logits.log_softmax(dim=-1)
     if isinstance(teacher, DenseRows):

@@ -1,4 +1,4 @@
-"""Relation kinds from their config sections: which codec, and whether a cache holds what a student wants."""
+"""Relation kinds from their config sections, and the checks that a cache holds the relations of a student."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,13 +41,14 @@ def make_relations(
 
 
 def whole_targets(codec: str, training: RelationKind, shapes: Shapes) -> TargetsConfig:
-    """What to ask of another cache, so that it gives whole maps of the relations and heads of `training`.
+    """The `targets` with which an audit's cache gives whole maps of the relations and heads of `training`.
 
     Args:
-        codec: name of the other cache's codec.
-        training: what students are trained on.
-        shapes: of the teacher.
+        codec: name of the audit cache's codec.
+        training: the kind that students are trained on.
+        shapes: the teacher's shapes.
     """
+    # A dense cache has its heads already; `for_audit` compares them.
     heads = training.relation_heads(shapes.heads) if codec == Hidden.name else None
     return TargetsConfig(relations=training.relations, relation_heads=heads)
 
@@ -56,9 +57,9 @@ def for_audit(kind: TargetKind, training: RelationKind, shapes: Shapes) -> Targe
     """The kind of an audit's cache, with entropies by head.
 
     Raises:
-        CacheMismatch: it splits its relations otherwise than the training run.
+        CacheMismatch: the cache's relation heads differ from those of `training`.
     """
-    assert isinstance(kind, Dense | Hidden)  # the whole ones
+    assert isinstance(kind, Dense | Hidden)  # the codecs of whole targets
     held, wanted = kind.relation_heads(shapes.heads), training.relation_heads(shapes.heads)
     if held != wanted:
         raise CacheMismatch(
@@ -71,7 +72,7 @@ def for_audit(kind: TargetKind, training: RelationKind, shapes: Shapes) -> Targe
 
 
 def describe_codec(config: CodecConfig) -> str:
-    """What a codec section asks for, in a few words; its relations only where they are not qk and vv."""
+    """A codec section in a few words; relations are named only where they are not qk and vv."""
     match config:
         case SketchCodec():
             parts = [f"{config.head_k} exact"] if config.head_k else []

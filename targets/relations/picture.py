@@ -1,4 +1,4 @@
-"""Relation rows of some query patches, as a picture compares them: teacher, cache and students side by side.
+"""Relation rows of some query patches, for a picture of teacher, cache and students side by side.
 
 Shapes: B view, H relation head, T token.
 """
@@ -25,10 +25,11 @@ class QueryMaps(NamedTuple):
     """One query patch of one view.
 
     Attributes:
-        view: its place in the batch.
+        view: the view's place in the batch.
         head: the relation head, counted from 0.
         query: the patch, counted from 0 in raster order.
-        maps: by relation, by whose row it is: probabilities of the patches, float [rows, columns].
+        maps: probabilities of the patches, float [rows, columns], by relation and then by model ("teacher", the
+            cache's name, a student's name).
     """
 
     view: int
@@ -48,17 +49,17 @@ def query_maps(
     """The most selective queries of every view, among those whose row is stored for all relations.
 
     Args:
-        kind: of the cache.
-        shapes: of the teacher.
-        teacher: what it gave for B views.
-        stored: what to call the cache's rows, and the decoded records of these views.
-        students: by name, their answers for these views.
-        queries_per_view: how many, each in another head.
+        kind: the kind of the cache.
+        shapes: the teacher's shapes.
+        teacher: the teacher's tensors for B views.
+        stored: a name for the cache's rows, and the decoded records of the B views.
+        students: answers for the B views by the student's name.
+        queries_per_view: number of queries, each in another head.
     """
     name, target = stored
     heads = kind.relation_heads(shapes.heads)
-    said = {"teacher": kind.split(teacher)} | {who: QKV(*each).resplit(heads) for who, each in students.items()}
-    dense = {who: exact_rows(qkv, kind.relations) for who, qkv in said.items()}
+    sides = {"teacher": kind.split(teacher)} | {who: QKV(*each).resplit(heads) for who, each in students.items()}
+    dense = {who: exact_rows(qkv, kind.relations) for who, qkv in sides.items()}
     exact = {r: {who: maps[r].dense() for who, maps in dense.items()} for r in target}
     entropy = torch.stack([torch.special.entr(maps["teacher"]).sum(-1) for maps in exact.values()]).sum(0)
     prefix = shapes.prefix_tokens
@@ -66,8 +67,8 @@ def query_maps(
         held = [rows.rows for rows in target.values()]
         for head, query in _queries(entropy[view], held, view, prefix, queries_per_view):
             found: dict[str, dict[str, Tensor]] = {}
-            for relation, by_whom in exact.items():
-                rows = {who: probs[view, head, query] for who, probs in by_whom.items()}
+            for relation, by_model in exact.items():
+                rows = {who: probs[view, head, query] for who, probs in by_model.items()}
                 own, *others = rows.items()
                 rows = dict([own, (name, _stored_row(target[relation], view, head, query)), *others])
                 found[str(relation)] = {who: row[prefix:].reshape(shapes.grid) for who, row in rows.items()}
@@ -77,7 +78,7 @@ def query_maps(
 def _queries(
     entropy: Tensor, sampled: Sequence[Tensor | None], view: int, prefix: int, most: int
 ) -> list[tuple[int, int]]:
-    """(head, query) pairs of one view, the lowest entropy [H, T] of each head first, that every relation sampled."""
+    """(head, query) pairs of one view, sampled by every relation; the least entropy [H, T] of each head, ascending."""
     held = torch.ones_like(entropy, dtype=torch.bool)
     held[:, :prefix] = False
     for rows in sampled:
@@ -89,6 +90,6 @@ def _queries(
 
 
 def _stored_row(target: RowTarget, view: int, head: int, query: int) -> Tensor:
-    """The stored row of `query`, written out [T]."""
+    """The stored row of `query`, written out, [T]."""
     place = query if target.rows is None else int((target.rows[view, head] == query).nonzero())
     return target.dense()[view, head, place]

@@ -14,14 +14,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation
-from tinymim.configs.errors import RecipeError
-from tinymim.configs.taps import Tap
-from tinymim.targets.contract import Tapped
 
 
 @dataclass(frozen=True)
 class QKV:
-    """Queries, keys and values of one block, each float [B, H, T, D], and of a teacher what they were made from."""
+    """Queries, keys and values of one block, each float [B, H, T, D]; a teacher's also have their input x.
+
+    A "qkv" tap gives the four tensors in this order.
+    """
 
     q: Float[Tensor, "B H T D"]
     k: Float[Tensor, "B H T D"]
@@ -29,35 +29,17 @@ class QKV:
     x: Float[Tensor, "B T C"] | None = None  # input of the qkv projection, after the block's first norm
 
     @classmethod
-    def of(cls, tapped: Tapped, tap: Tap) -> "QKV":
-        """What a teacher gave at a "qkv" tap."""
-        return cls(*tapped[tap])
-
-    @classmethod
     def split(cls, projected: Float[Tensor, "B T W"], heads: int) -> "QKV":
-        """From a projection to W = 3 x H x D channels, in the layout of timm and MAE."""
+        """The sides of a projection to W = 3 x H x D channels, in the layout of timm and MAE."""
         batch, tokens, width = projected.shape
         q, k, v = projected.reshape(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
         return cls(q, k, v)
 
     def resplit(self, heads: int) -> "QKV":
-        """The same channels in another number of heads: [B, H, T, D] to [B, heads, T, H x D / heads].
-
-        Raises:
-            RecipeError: the width H x D is not a multiple of `heads`.
-        """
-        old_heads, width = self.q.shape[1], self.q.shape[1] * self.q.shape[3]
-        if heads == old_heads:
+        """The same channels in another number of heads, which divides the width H x D; see `resplit`."""
+        if heads == self.q.shape[1]:
             return self
-        if width % heads:
-            below = width // heads * heads
-            raise RecipeError(
-                f"a width of {width} cannot be split into {heads} relation heads",
-                got=f"width {width} ({old_heads} heads x {self.q.shape[3]})",
-                expected=f"a multiple of {heads}",
-                hint=f"set student.embed_dim to {below or heads} or {below + heads} (or change codec.relation_heads)",
-            )
-        return QKV(_resplit(self.q, heads), _resplit(self.k, heads), _resplit(self.v, heads), self.x)
+        return QKV(resplit(self.q, heads), resplit(self.k, heads), resplit(self.v, heads), self.x)
 
     def pair(self, relation: Relation) -> tuple[Tensor, Tensor]:
         """The (rows, columns) sides of a relation: "qk" is (q, k), "vv" is (v, v), ..."""
@@ -68,14 +50,14 @@ class QKV:
 def relation_logits(
     qkv: QKV, relation: Relation, rows: Int64[Tensor, "B H Q"] | None = None
 ) -> Float[Tensor, "B H Q T"]:
-    """a b^T / sqrt(D) for the wanted query rows only.
+    """The logits a b^T / sqrt(D) of some query rows.
 
     Computed in fp32 even under autocast (in fp64 for fp64 inputs): half-precision logits would cost more
     accuracy than the codecs do.
 
     Args:
         qkv: the block's projections.
-        relation: which two of them.
+        relation: the sides a and b.
         rows: int64 [B, H, Q] query rows; None for all T in order.
 
     Returns:
@@ -93,10 +75,12 @@ def relation_logits(
 def relation_probs(
     qkv: QKV, relation: Relation, rows: Int64[Tensor, "B H Q"] | None = None
 ) -> Float[Tensor, "B H Q T"]:
-    """softmax of `relation_logits` over the tokens: float32 (float64 for float64 inputs) [B, H, Q, T]."""
+    """Softmax of `relation_logits` over the tokens: float32 (float64 for float64 inputs) [B, H, Q, T]."""
     return relation_logits(qkv, relation, rows).softmax(dim=-1)
 
 
-def _resplit(x: Tensor, heads: int) -> Tensor:
-    batch, _, tokens, _ = x.shape
+def resplit(x: Float[Tensor, "B H T D"], heads: int) -> Tensor:
+    """[B, H, T, D] to [B, heads, T, H x D / heads]."""
+    batch, old_heads, tokens, head_dim = x.shape
+    assert old_heads * head_dim % heads == 0, f"{old_heads} heads x {head_dim} into {heads}: specs and head refuse it"
     return x.transpose(1, 2).reshape(batch, tokens, heads, -1).transpose(1, 2)

@@ -11,44 +11,27 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation, SketchCodec
+from tinymim.configs.codecs import SketchCodec
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import ArraySpec, Tapped
 from tinymim.targets.record import check_head_k, from_gaps, index_dtype, specs_of, stored, to_gaps
-from tinymim.targets.relations.draws import sample_rows
 from tinymim.targets.relations.kernels.encode import sketch_rows, top_rows
-from tinymim.targets.relations.kind import RelationKind
+from tinymim.targets.relations.kind import StoredRelations
 from tinymim.targets.relations.rows import Rows, SparseRows
 from tinymim.targets.relations.sparsify import dequantise
 
 
 @dataclass(frozen=True)
-class _Sampled(RelationKind):
-    """Some query rows of every relation, the same for all codecs that draw rows."""
+class _Sampled(StoredRelations):
+    """Relations of which a record holds some query rows."""
 
     config: SketchCodec
     block: int = 1
 
     @property
-    def relations(self) -> tuple[Relation, ...]:
+    def rows(self) -> int:
         """See `RelationKind`."""
-        return self.config.relations
-
-    def relation_heads(self, heads: int) -> int:
-        """See `RelationKind`."""
-        return self.config.relation_heads or heads
-
-    def draws(self, shapes: Shapes) -> bool:
-        """See `TargetKind`."""
-        return self.config.rows < shapes.tokens
-
-    def sampled_rows(
-        self, relation: Relation, view_keys: Int64[Tensor, " B"], heads: int, tokens: int
-    ) -> Int64[Tensor, "B H Q"] | None:
-        """The query rows of a record; None where that is all of them."""
-        if self.config.rows >= tokens:
-            return None
-        return sample_rows(view_keys, relation, heads, tokens, self.config.rows)
+        return self.config.rows
 
 
 @dataclass(frozen=True)
@@ -56,31 +39,31 @@ class Sketch(_Sampled):
     """Per sampled row: the `head_k` largest entries, rounded to 8 bits, and `tail_k` systematic draws.
 
     A row decodes to the head entries with weight q_j (the rounded value) and the draws with weight
-    w = (1 - sum of q over the head) / tail_k each, so it sums to one by construction. It is unbiased,
-    E[weight at j] = p_j for every j: in the head E[q_j] = p_j (`quantise`); outside, j is drawn N_j times,
+    w = (1 - sum of q over the head) / tail_k each, so it sums to one by construction. It is unbiased:
+    E[weight at j] = p_j for every j. In the head, E[q_j] = p_j (`quantise`). Outside, j is drawn N_j times,
     N_j is independent of the rounding (another stream), and with m the mass outside the head
 
         E[w N_j] = E[w] E[N_j] = (1 - sum of p over the head) / tail_k x tail_k p_j / m = p_j.
 
-    Every row is in the sample with the same probability (`sample_rows`), so the mean over the sampled rows has
-    the mean over all rows as expectation. Rows and draws are independent, and the loss is linear in the weights:
-    expected loss and gradient are those of the dense maps. (w is slightly negative where the head holds nearly
-    everything and was rounded up; clamping it would be a bias.)
+    Every row is in the sample with the same probability (`sample_rows`), so the expected mean over the sampled rows
+    is the mean over all rows. Rows and draws are independent and the loss is linear in the weights, so expected loss
+    and gradient are those of the dense maps. w is slightly negative where the head holds nearly all mass and was
+    rounded up; clamping it would be a bias.
 
-    Bytes: the rows are recomputed from the view key, the draws need no values, and sorted indices are stored as
-    gaps, which zstd packs to within 2 % of their entropy (benchmarks/bench_packing.py).
+    Records are small because rows are recomputed from the view key, draws need no values, and sorted indices are
+    stored as gaps, which zstd packs to within 2 % of their entropy (benchmarks/bench_packing.py).
     """
 
     name: ClassVar[str] = "sketch"
     version: ClassVar[int] = 2
 
     def draws(self, shapes: Shapes) -> bool:
-        """See `TargetKind`: the tail, whatever the rows."""
+        """See `TargetKind`: the tail is drawn even where all rows are kept."""
         return True
 
     def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
-        """See `TargetKind`; head_k + 1 tokens are the least that leave a tail to draw from."""
-        heads, tokens = self.relation_heads(shapes.heads), shapes.tokens
+        """See `TargetKind`; a row needs head_k + 1 tokens, so that a tail is left to draw from."""
+        heads, tokens = self.record_heads(shapes), shapes.tokens
         head_k, tail_k, rows = self.config.head_k, self.config.tail_k, min(self.config.rows, tokens)
         check_head_k(head_k, tokens - 1)
         fields = {
@@ -95,7 +78,7 @@ class Sketch(_Sampled):
     def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
         """See `TargetKind`."""
         fields: dict[str, Tensor] = {}
-        qkv, specs = self.split(tapped), self.specs(self.shapes(tapped))
+        specs, qkv = self.specs(self.shapes(tapped)), self.split(tapped)
         for relation in self.config.relations:
             rows = self.sampled_rows(relation, view_keys, *qkv.q.shape[1:3])
             sketch = sketch_rows(qkv, relation, rows, view_keys, self.config.head_k, self.config.tail_k)
@@ -127,17 +110,17 @@ class Sketch(_Sampled):
 
 @dataclass(frozen=True)
 class TopK(_Sampled):
-    """Published top-k: per sampled row the `head_k` largest entries in fp16, and a rule for what is left.
+    """Published top-k: per sampled row the `head_k` largest entries in fp16, and a rule for the remaining mass m.
 
-    **Biased**: the expected gradient is another one than that of the dense maps, and no number of steps averages
-    that out. For comparison, and for rows so narrow that the head holds nearly all. `tail` is
+    **Biased**: the expected gradient differs from that of the dense maps, and no number of steps averages the
+    difference out. Use it for comparison, or for rows so peaked that the head holds nearly all mass. `tail` is
 
     - `renormalise`: the kept entries are scaled up to sum to one;
-    - `uniform`: the mass left, m, is spread evenly over the other tokens (Wu et al., TinyViT, ECCV 2022);
-    - `ghost`: m is compared with the student's own mass outside the kept entries, as one more bucket
+    - `uniform`: m is spread evenly over the other tokens (Wu et al., TinyViT, ECCV 2022);
+    - `ghost`: m is one bucket, compared with the student's mass outside the kept entries
       (Anshumann et al., "Sparse Logit Sampling", ACL 2025).
 
-    The entropy is that of the row as decoded, so the loss is the KL of the published method.
+    The entropy is that of the decoded row, so the loss is the KL of the published method.
     """
 
     name: ClassVar[str] = "topk"
@@ -145,10 +128,10 @@ class TopK(_Sampled):
     unbiased: ClassVar[bool] = False
 
     def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
-        """See `TargetKind`; `renormalise` may keep whole rows."""
+        """See `TargetKind`; only `renormalise` may keep whole rows, because it leaves no mass for other tokens."""
         tokens = shapes.tokens
         check_head_k(self.config.head_k, tokens - (self.config.tail != "renormalise"))
-        shape = (self.relation_heads(shapes.heads), min(self.config.rows, tokens), self.config.head_k)
+        shape = (self.record_heads(shapes), min(self.config.rows, tokens), self.config.head_k)
         fields = {"head_gap": (index_dtype(tokens), shape), "head_value": ("float16", shape)}
         return specs_of(self.config.relations, fields)
 
@@ -156,7 +139,7 @@ class TopK(_Sampled):
     def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
         """See `TargetKind`."""
         fields: dict[str, Tensor] = {}
-        qkv, specs = self.split(tapped), self.specs(self.shapes(tapped))
+        specs, qkv = self.specs(self.shapes(tapped)), self.split(tapped)
         for relation in self.config.relations:
             rows = self.sampled_rows(relation, view_keys, *qkv.q.shape[1:3])
             index, fields[f"{relation}_head_value"] = top_rows(qkv, relation, rows, self.config.head_k)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
-# Part of cache format version 1. Code 0 is 0; codes 1..255 run from 2^-16 to 1 in equal ratios of 2^(16/254),
-# 4.5 %. From Python floats, rounded to fp32 once: encoder and decoder agree to the bit on every device.
+# Part of cache format version 1. Code 0 is 0; codes 1..255 run from 2^-16 to 1 in equal ratios of 2^(16/254), 4.5 %.
+# The values are Python floats, rounded to fp32 once, so encoder and decoder agree to the bit on every device.
 LOG_GRID: Final[Tensor] = torch.tensor([0.0] + [2.0 ** (-16 + 16 * i / 254) for i in range(255)], dtype=torch.float32)
 
 
@@ -19,8 +19,8 @@ def quantise(probs: Float[Tensor, "..."], uniform: Float64[Tensor, "..."]) -> In
     """Round probabilities to the log grid so that the *expectation* is exact: E[dequantise(code)] = p.
 
     With grid neighbours lo <= p < hi, the code of hi is taken with probability (p - lo) / (hi - lo), hence
-    E = lo + (hi - lo) (p - lo) / (hi - lo) = p. Linear space matters: rounding log p without bias would have
-    E > p (Jensen).
+    E = lo + (hi - lo) (p - lo) / (hi - lo) = p. The rounding is linear in p, because an unbiased rounding of log p
+    has E > p (Jensen).
 
     Args:
         probs: values in [0, 1].
@@ -43,7 +43,7 @@ def dequantise(code: Shaped[Tensor, "..."]) -> Float32[Tensor, "..."]:
 
 @cache
 def _grid(device: torch.device) -> Tensor:
-    """The grid on a device: copied once, for each copy waits for a GPU."""
+    """The grid on a device, copied once: every copy waits for a GPU."""
     return LOG_GRID.to(device)
 
 
@@ -69,8 +69,8 @@ def systematic_draws(
     |[c_{j-1}, c_j) in part i| / |part i| = count p_j / m. N_j differs from that by less than 1, which
     independent draws do not promise.
 
-    An entry of the head or of probability 0 has an empty interval and is never drawn. A row with nothing
-    outside its head gives the first token outside (the weight that goes with it is 0 in expectation).
+    An entry of the head or of probability 0 has an empty interval and is never drawn. For a row without mass
+    outside its head, the first token outside is drawn (its weight is 0 in expectation).
 
     Args:
         probs: rows that sum to one.
@@ -81,16 +81,16 @@ def systematic_draws(
     Returns:
         int64 [B, H, Q, count] token indices, ascending, with repetition.
     """
-    # `cumsum(dtype=float64)` of fp32 rows converts them one by one: six times slower than conversion and sum apart.
+    # `cumsum(dtype=float64)` of fp32 rows converts them one by one: six times slower than two separate operations.
     cumulative = probs.double()
     if head_index.shape[-1]:
         cumulative = cumulative.scatter(-1, head_index, 0.0)
     cumulative = cumulative.cumsum(-1)
     total = cumulative[..., -1:]
     points = (uniform[..., None] + torch.arange(count, device=probs.device)) / count * total
-    # (u + i) / count may round to 1; the largest point that still lies inside picks the last non-empty entry.
+    # (u + i) / count may round to 1. The largest point inside [0, m) picks the last non-empty entry.
     points = points.minimum(total.nextafter(torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, points, right=True)
-    # Head indices ascend, so those at their own place are the unbroken run 0, 1, ..: its length is not in it.
+    # Head indices ascend, so those equal to their position form the run 0, 1, ...; its length is the first free token.
     free = (head_index == torch.arange(head_index.shape[-1], device=probs.device)).sum(-1, keepdim=True)
     return torch.where(total > 0, drawn, free)

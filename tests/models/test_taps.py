@@ -58,7 +58,7 @@ def test_relations_equal_timms_own_attention(variant: str, block: int) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     qk, vv = timm_attention(small_vit(**VARIANTS[variant]), block, images)
     tap = Tap("qkv", block)
-    qkv = QKV.of(CutTeacher(small_vit(**VARIANTS[variant]), [tap])(images), tap)
+    qkv = QKV(*CutTeacher(small_vit(**VARIANTS[variant]), [tap])(images)[tap])
     torch.testing.assert_close(relation_probs(qkv, "qk"), qk, rtol=0, atol=1e-10)
     torch.testing.assert_close(relation_probs(qkv, "vv"), vv, rtol=0, atol=1e-10)
 

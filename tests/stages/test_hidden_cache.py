@@ -73,7 +73,7 @@ def test_decoded_records_are_the_teachers_relations(made: Path) -> None:
     recipe = hidden_recipe(made)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tapped = Teacher(recipe.teacher, kind.taps)(pixels)
-    exact = QKV.of(tapped, kind.taps[0])
+    exact = QKV(*tapped[kind.taps[0]])
     keys = torch.tensor([1, 2])
     target = kind.decode(kind.encode(tapped, keys), keys, manifest.shapes)
     for relation, rows in target.items():

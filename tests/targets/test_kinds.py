@@ -57,7 +57,7 @@ def one_view(*rows: list[float]) -> QKV:
 def test_arrays_are_as_specified(fields: dict[str, Any], tokens: int, make_qkv: MakeQKV) -> None:
     made, keys = codec(**fields), torch.tensor([3, -4])
     arrays = made.encode(make_qkv(2, 2, tokens, 5), keys)
-    specs = made.arrays(2, tokens)
+    specs = made.arrays(2, tokens, head_dim=5)
     assert list(arrays) == [spec.name for spec in specs]
     for spec in specs:
         assert arrays[spec.name].shape == (2, *spec.shape)

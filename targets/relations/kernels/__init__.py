@@ -1,1 +1,1 @@
-"""The hot loops of the science: fused, chunked, and the same numbers on every device."""
+"""The hot loops of relations: fused on a GPU, chunked elsewhere, tested against plain torch."""

@@ -1,8 +1,8 @@
 """The sketch of some query rows without the relation map: one fused kernel on a GPU, small chunks elsewhere.
 
-Only the wanted rows are computed, q rows x all keys, and of those no more is in memory at once than `_CHUNK_BYTES`
-(the kernel keeps them in registers). Logits, softmax and entropy are fp32 (fp64 for fp64 inputs) whatever the
-autocast dtype; sums along a row, from which tokens are drawn, are fp64.
+Only the wanted rows are computed, and at most `_CHUNK_BYTES` of them are in memory at once (the kernel keeps them in
+registers). Logits, softmax and entropy are fp32 (fp64 for fp64 inputs) whatever the autocast dtype. Sums along a row,
+from which tokens are drawn, are fp64.
 
 Shapes: B view, H head, Q query row, K kept entry, T token, D head width.
 """
@@ -22,7 +22,7 @@ from tinymim.targets.relations.kernels.triton_works import triton_works
 from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.targets.relations.sparsify import quantise, systematic_draws, top_entries
 
-# Rows of probabilities in work at once, as float32: on a CPU, they and their fp64 sums stay in its cache.
+# Rows of probabilities in memory at once, as float32. On a CPU, they and their fp64 sums fit into its cache.
 _CHUNK_BYTES: Final = {"cpu": 2 << 20}
 _CHUNK_BYTES_ELSEWHERE: Final = 256 << 20
 
@@ -32,7 +32,7 @@ _FUSED_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class RowSketch:
-    """What `sketch_rows` says about Q rows of every view and head."""
+    """The sketch of Q rows of every view and head."""
 
     head_index: Int64[Tensor, "B H Q head_k"]  # the largest entries' tokens, ascending
     head_code: Int64[Tensor, "B H Q head_k"]  # their probabilities, rounded without bias (`sparsify.quantise`)
@@ -50,30 +50,29 @@ def sketch_rows(
 ) -> RowSketch:
     """The `head_k` largest entries and `tail_k` systematic draws of every wanted row, and the mean entropy.
 
-    The law is that of `sparsify.top_entries`, `quantise` and `systematic_draws` on `relations.relation_probs`, with
-    the uniforms of `counter.uniforms`; on a CPU the result is theirs to the bit, whatever the batch. A GPU's
-    exponentials may differ in the last bit, and with them a draw in some thousands; of equal entries it takes the
-    first into the head, where `torch.topk` promises no order.
+    The result is that of `sparsify.top_entries`, `quantise` and `systematic_draws` on `qkv.relation_probs`, with the
+    numbers of `counter.uniforms`; on a CPU it is bit-equal for any batch. A GPU's exponentials may differ in the last
+    bit, and with them one draw in some thousands. Among equal entries, a GPU takes the first into the head, while
+    `torch.topk` promises no order.
 
     Args:
-        qkv: the block's projections, of any float dtype and strides; nothing is copied but the wanted rows.
-        relation: which two of them, and which streams of randomness.
+        qkv: the block's projections, of any float dtype and strides; only the wanted rows are copied.
+        relation: the two sides, and the streams of randomness.
         rows: int64 [B, H, Q] query rows; None for all T in order.
         view_keys: int64 [B], on the device of `qkv`.
-        head_k: entries kept exactly, fewer than T; may be 0.
+        head_k: number of largest entries to keep, fewer than T; may be 0.
         tail_k: draws a row.
     """
     if fused(qkv, relation):
-        from tinymim.targets.relations.kernels.encode_triton import (
-            sketch_rows_triton,  # only here: triton is not everywhere
-        )
+        # Imported here, because triton is not installed everywhere.
+        from tinymim.targets.relations.kernels.encode_triton import sketch_rows_triton
 
         return RowSketch(*sketch_rows_triton(qkv, relation, rows, view_keys, head_k, tail_k))
     return sketch_rows_torch(qkv, relation, rows, view_keys, head_k, tail_k)
 
 
 def fused(qkv: QKV, relation: Relation) -> bool:
-    """Whether `sketch_rows` takes the Triton kernel: GPU tensors of up to 32 bits, rows that fit into one block."""
+    """Whether `sketch_rows` runs the Triton kernel: GPU tensors of up to 32 bits, rows that fit into one block."""
     a, b = qkv.pair(relation)
     dtypes_fit = a.dtype == b.dtype and a.dtype in _FUSED_DTYPES
     return a.is_cuda and dtypes_fit and a.shape[2] <= MAX_FUSED_TOKENS and triton_works()
@@ -87,7 +86,7 @@ def sketch_rows_torch(
     head_k: int,
     tail_k: int,
 ) -> RowSketch:
-    """`sketch_rows` in torch operations, a few views at a time."""
+    """`sketch_rows` in torch operations on a few views at a time."""
     batch, heads, tokens, _ = qkv.q.shape
     queries = tokens if rows is None else rows.shape[2]
     u_head = uniforms(view_keys, stream_of("rounding", relation), (heads, queries, head_k))
@@ -122,7 +121,7 @@ def top_rows(
 def probs_in_chunks(
     qkv: QKV, relation: Relation, rows: Int64[Tensor, "B H Q"] | None
 ) -> Iterator[tuple[slice, Float[Tensor, "b H Q T"]]]:
-    """`relation_probs` for as many views at a time as `_CHUNK_BYTES` holds, at least one; an empty batch gives one."""
+    """`relation_probs` in chunks of at most `_CHUNK_BYTES`, but at least one view; an empty batch gives one chunk."""
     batch, heads, tokens, _ = qkv.q.shape
     queries = tokens if rows is None else rows.shape[2]
     budget = _CHUNK_BYTES.get(qkv.q.device.type, _CHUNK_BYTES_ELSEWHERE)
@@ -134,6 +133,6 @@ def probs_in_chunks(
 
 
 def _mean_of_views(row_entropy: list[Float[Tensor, "b H Q"]]) -> Float32[Tensor, " B"]:
-    """One mean over all chunks at once: a sum's order, and so its last bit, may depend on the shape."""
+    """One mean over all chunks: the order of a sum, and so its last bit, may depend on the shape."""
     mean: Tensor = torch.cat(row_entropy).mean((1, 2)).float()
     return mean

@@ -1,6 +1,6 @@
-"""`sketch_rows` as one fused Triton kernel: rows of logits are made, softmaxed and sketched without leaving the chip.
+"""`sketch_rows` as one fused Triton kernel, which computes, softmaxes and sketches rows of logits on the chip.
 
-Imported only where it runs: triton is not installed everywhere.
+This module is imported only where it runs, because triton is not installed everywhere.
 
 Shapes: B view, H head, Q query row, K kept entry, T token, D head width; in the kernel R rows of one block.
 """
@@ -26,7 +26,7 @@ _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
 _MIX_2 = tl.constexpr(0x94D049BB133111EB - (1 << 64))
 _BITS_53 = tl.constexpr((1 << 53) - 1)
 
-_BLOCK_Q: Final = 16  # the least that tl.dot takes: 16 rows x 1024 tokens still fit into the registers of 16 warps
+_BLOCK_Q: Final = 16  # the minimum of tl.dot; 16 rows x 1024 tokens still fit into the registers of 16 warps
 _KEYS_BYTES: Final = 32 << 10  # shared memory for one block of keys, T x part of D
 
 
@@ -85,26 +85,26 @@ def launch_options(tokens: int, width: int, element_bytes: int) -> dict[str, Any
         "BLOCK_T": block_t,
         "BLOCK_D": max(16, min(triton.next_power_of_2(width), _KEYS_BYTES // (block_t * element_bytes))),
         "num_warps": min(max(block_t // 32, 4), 16),
-        "num_stages": 1,  # D is one block or two: nothing to prefetch, and the keys need the memory
-        "enable_fp_fusion": False,  # products rounded as torch rounds them; by default Triton 3.9 warns
+        "num_stages": 1,  # D is one block or two, so there is nothing to prefetch, and the keys need the memory
+        "enable_fp_fusion": False,  # rounds products as torch does; Triton 3.9 warns about the default
     }
 
 
 def _stream_offset(stream: int) -> int:
-    """What a stream adds to a mixed key, as a signed int64."""
+    """The number that a stream adds to a mixed key, as a signed int64."""
     bits = (stream + 1) * 0x9E3779B97F4A7C15 % (1 << 64)
     return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
 @cache
 def _grid(device: torch.device) -> Float64[Tensor, " 256"]:
-    """The rounding grid, copied to a device once: a copy a call would wait for the device."""
+    """The rounding grid, copied to a device once: a copy in every call would wait for the device."""
     return LOG_GRID.to(device, torch.float64)
 
 
 @triton.jit
 def _mix(z: tl.tensor) -> tl.tensor:
-    """SplitMix64's finaliser; >> of int64 keeps the sign, so the mask takes it off."""
+    """SplitMix64's finaliser; >> of int64 keeps the sign, and the mask removes it."""
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _MIX_1
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _MIX_2
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
@@ -119,7 +119,7 @@ def _uniform(state: tl.tensor, counter: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _round_to_grid(value: tl.tensor, uniform: tl.tensor, grid_ptr: tl.tensor) -> tl.tensor:
-    """`sparsify.quantise`: the codes of float32 [R] in [0, 1]; the logarithm is a guess, the grid decides."""
+    """`sparsify.quantise`: the codes of float32 [R] in [0, 1]. The logarithm is a guess, which the grid corrects."""
     guess = (tl.log2(tl.maximum(value, 7.62939453125e-06)) + 16.0) * 15.875 + 1.0  # 2^-17: log2 stays finite
     low = tl.minimum(tl.maximum(guess.to(tl.int32), 0), 254)
     p = value.to(tl.float64)
@@ -176,7 +176,7 @@ def _sketch_kernel(
     if HAS_ROWS:
         row = tl.load(rows_ptr + line, mask=wanted, other=0)
 
-    # ---------------------------------------------------------------- logits, fp32 whatever a and b are
+    # ---------------------------------------------------------------- logits, fp32 for any dtype of a and b
     token = tl.arange(0, BLOCK_T)
     inside = token < tokens
     a_rows = a_ptr + view * a_stride_b + head * a_stride_h + row[:, None] * a_stride_t
@@ -194,14 +194,14 @@ def _sketch_kernel(
     exponential = tl.exp(logits - top[:, None])
     total = tl.sum(exponential, axis=1)
     probs = exponential / total[:, None]
-    # -sum p log p = log total + sum p (top - logit): no term is negative, so nothing cancels in peaked rows.
+    # -sum p log p = log total + sum p (top - logit). No term is negative, so nothing cancels in peaked rows.
     below_top = tl.where(probs > 0, top[:, None] - logits, 0.0)
     tl.store(entropy_ptr + line, tl.log(total) + tl.sum(probs * below_top, axis=1), mask=wanted)
 
     key_state = _mix(tl.load(keys_ptr + view) + _GAMMA)
-    number = head * queries + query  # of the row within its view
+    number = head * queries + query  # counter of the row within its view
 
-    # ---------------------------------------------------------------- head: of equal entries the first
+    # ---------------------------------------------------------------- head: the first of equal entries
     rest = tl.where(inside[None, :], probs, -1.0)  # -1: in the head, or no token
     if HEAD_K > 0:
         for _ in range(HEAD_K):
@@ -219,12 +219,12 @@ def _sketch_kernel(
             tl.store(head_code_ptr + line * HEAD_K + i, code.to(tl.int64), mask=wanted)
 
     # ---------------------------------------------------------------- tail
-    # A parallel scan need not ascend to the last bit. So entries of zero are set apart, the mass is the largest sum,
-    # and a point below it always finds an entry that is not zero.
+    # A parallel scan may fail to ascend in the last bit. So entries of zero are marked, the mass is the largest sum,
+    # and a point below the mass always finds a non-zero entry.
     cumulative = tl.cumsum(tl.maximum(rest, 0.0).to(tl.float64), axis=1)
     cumulative = tl.where(rest > 0, cumulative, -1.0)
     mass = tl.maximum(tl.max(cumulative, axis=1), 0.0)
-    below_mass = (mass.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)  # nextafter; mass 0: not used
+    below_mass = (mass.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)  # nextafter; unused for mass 0
     free = tl.min(tl.where(rest >= 0, token[None, :], BLOCK_T), axis=1)
     uniform = _uniform(_mix(key_state + tail_offset), number + 1)
     for i in range(TAIL_K):

@@ -4,16 +4,16 @@ With the logits x_j = a_r . b_j / sqrt(D) of a row r, their softmax s, and the t
 
     ce = W logsumexp(x) - sum_j t_j x_j,        d ce / d x_j = W s_j - t_j,
 
-so the gradients need nothing that the loss does not: as in fused linear cross entropy (Hsu et al., "Liger Kernel",
-2024) they are computed in the forward pass, for a unit upstream gradient, and the backward pass scales them.
+so the gradients need the same terms as the loss. As in fused linear cross entropy (Hsu et al., "Liger Kernel", 2024)
+they are computed in the forward pass, for a unit upstream gradient, and the backward pass scales them.
 `targets/relations/rows.py` defines the tails of a row; a ghost tail of mass m is one bucket on both sides,
 
     ce = -sum over kept t_j log s_j - m log(1 - sum over kept s_j),
 
 and outside the kept tokens d ce / d x_j = s_j - m softmax_j(x outside).
 
-Two implementations behind one operator, `tinymim::relation_cross_entropy`: Triton on CUDA (`loss_triton`), and torch
-in chunks that stay in the cache for everything else. Neither ever holds [B, H, T, T].
+The operator `tinymim::relation_cross_entropy` has two implementations: Triton on CUDA (`loss_triton`), and elsewhere
+torch in chunks that fit into a CPU's cache. Neither ever holds [B, H, T, T].
 
 Shapes: B view, H head, Q query row, K kept entry, T token, D head width.
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 from tinymim.targets.relations.kernels.triton_works import triton_works
 from tinymim.targets.relations.rows import SparseRows, Tail
 
-# Logits held at a time. On a CPU a chunk is to stay in a core's second-level cache; elsewhere launches are to be few.
+# Logits in memory at once. On a CPU a chunk fits into a core's second-level cache; elsewhere launches are few.
 CPU_CHUNK_BYTES: Final = 1 << 20
 CHUNK_BYTES: Final = 1 << 26
 
@@ -40,12 +40,12 @@ def cross_entropy(
     """-sum over tokens of teacher x log softmax(a b^T / sqrt(D)), mean over the teacher's rows; differentiable once.
 
     Args:
-        a: rows of the relation, bf16, fp16, fp32 or fp64, of any strides.
-        b: columns of the relation, likewise.
+        a: rows' side of the relation, bf16, fp16, fp32 or fp64, of any strides.
+        b: columns' side of the relation, likewise.
         teacher: the target; its rows are distinct within a view and head.
 
     Returns:
-        float32 [B, H] (float64 where a or b is), whatever autocast says; gradients have the dtypes of a and b.
+        float32 [B, H] (float64 where a or b is), also under autocast; gradients have the dtypes of a and b.
     """
     shape = (*a.shape[:2], a.shape[2] if teacher.rows is None else teacher.rows.shape[2], b.shape[2])
     # gather would accept a student with more views, heads or tokens
@@ -73,14 +73,14 @@ def relation_cross_entropy(
         a, b: float [B, H, T, D].
         rows: int64 [B, H, Q], distinct; None for all T rows in order.
         index, weight, tail: as in `SparseRows`.
-        with_grad: whether da and db are wanted.
+        with_grad: whether to compute da and db.
 
     Returns:
         ce [B, H]; da and db [B, H, T, D], the gradients of each ce[b, h] with respect to a[b, h] and b[b, h] (of
-        shape [0] without `with_grad`). All float32, or float64.
+        shape [0] without `with_grad`). All are float32, or float64 for fp64 inputs.
     """
     if _use_triton(a, b):
-        # Compilers are optional, and slow to import.
+        # Imported here, because triton is optional and slow to import.
         from tinymim.targets.relations.kernels.loss_triton import relation_cross_entropy_triton
 
         return relation_cross_entropy_triton(a, b, rows, index, weight, tail, with_grad)
@@ -108,7 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_ce: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     assert ctx.with_grad, "relation_cross_entropy was called without with_grad"
     upstream = grad_ce[..., None, None]
-    # Scaled before the cast: with loss scaling, what fp16 holds is the scaled gradient.
+    # Scaled before the cast: under loss scaling, the fp16 gradient is the scaled one.
     grads = [(grad * upstream).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
     return *grads, None, None, None, None, None
 
@@ -119,7 +119,7 @@ relation_cross_entropy.register_autograd(_backward, setup_context=_setup_context
 def relation_cross_entropy_chunked(
     a: Tensor, b: Tensor, rows: Tensor | None, index: Tensor, weight: Tensor, tail: Tail, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`relation_cross_entropy` in plain torch, some views or heads at a time, on any device."""
+    """`relation_cross_entropy` in plain torch on some views or heads at a time, on any device."""
     B, H, T, D = a.shape
     Q, dtype = index.shape[2], _accumulator(a, b)
     ce = a.new_empty((B, H), dtype=dtype)
@@ -163,8 +163,8 @@ def _rows_in_place(
     tail: Tail,
     with_grad: bool,
 ) -> Float[Tensor, "N Q"]:
-    """Cross entropy of each row. The logits `x` become the gradient of the rows' mean (without `with_grad`, junk)."""
-    # Shifted by the largest, exp cannot overflow, and the log-sum-exp of a peaked row loses no digits.
+    """Cross entropy of each row. Overwrites the logits `x` by the gradient of the rows' mean (or by junk)."""
+    # After a shift by the maximum, exp cannot overflow, and the log-sum-exp of a peaked row loses no digits.
     x.sub_(x.amax(-1, keepdim=True))
     kept = x.gather(-1, index)
     mass = weight.sum(-1, keepdim=True)
@@ -172,7 +172,7 @@ def _rows_in_place(
     Q, left = x.shape[1], 1.0 - mass
     if tail == "ghost":
         x.scatter_(-1, index, -torch.inf)
-        # Shifted once more, by the largest of the others: they may lie far below it.
+        # A second shift, by the maximum of the other tokens, which may lie far below the first.
         top = x.amax(-1, keepdim=True)
         total = x.sub_(top).exp_().sum(-1, keepdim=True)
         log_others = top + total.log()
@@ -201,6 +201,6 @@ def _accumulator(a: Tensor, b: Tensor) -> torch.dtype:
 
 
 def _use_triton(a: Tensor, b: Tensor) -> bool:
-    """On CUDA, and where Triton's interpreter is asked for; not in fp64, which is for checks."""
+    """On CUDA, and under Triton's interpreter; not in fp64, which is for checks."""
     wanted = a.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return wanted and _accumulator(a, b) == torch.float32 and triton_works()

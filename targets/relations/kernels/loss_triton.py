@@ -1,4 +1,4 @@
-"""`tinymim.targets.relations.kernels.loss` in Triton: two kernels, no atomics, so the same input gives the same bits.
+"""`tinymim.targets.relations.kernels.loss` in Triton: two kernels without atomics, so equal inputs give equal bits.
 
 `_rows_kernel` sweeps over the tokens once per tile of query rows, as FlashAttention does (Dao et al., 2022) with b in
 the place of the values: it keeps the running maximum, the sum of exponentials and o = sum_j s_j b_j, from which
@@ -8,8 +8,8 @@ the place of the values: it keeps the running maximum, the sum of exponentials a
 the few b_j of the target are gathered. `_columns_kernel` sweeps over the query rows once per tile of tokens, with the
 saved log-sum-exp, and sums db_j = sum over rows of (W s_j - t_j) a_r / sqrt(D).
 
-Half-precision a and b are multiplied as they are, in tensor cores, and summed in fp32: exact products. A product of
-fp32 s with a half-precision side is two, of the upper and the lower half of the digits of s.
+Half-precision a and b are multiplied in tensor cores and summed in fp32, so their products are exact. A product of
+fp32 s with a half-precision side is computed as two, of the upper and the lower half of the digits of s.
 
 Shapes: B view, H head, Q query row, K kept entry, T token, D head width.
 """
@@ -28,18 +28,18 @@ from tinymim.targets.relations.rows import Tail
 
 @dataclass(frozen=True)
 class Tiles:
-    """Query rows and tokens of a tile, and the warps that work on it, of each kernel."""
+    """Per kernel: query rows and tokens of a tile, and its number of warps."""
 
     rows: tuple[int, int, int]
     columns: tuple[int, int, int]
 
 
-# Compiled for compute capability 8.0 and 9.0 no register is spilled in half precision, with K = 8, D up to 64 and no
-# tail (with a ghost tail at D = 64 a few are); larger tiles spill. Not yet timed on a GPU.
-# fp32 products without tensor cores want many more registers.
+# Compiled for compute capability 8.0 and 9.0 in half precision, with K = 8, D up to 64 and no tail, no register is
+# spilled (a few with a ghost tail at D = 64); larger tiles spill. Not yet timed on a GPU.
+# fp32 products without tensor cores need many more registers.
 _HALF: Final = Tiles(rows=(32, 64, 4), columns=(32, 32, 4))
 _FLOAT: Final = Tiles(rows=(32, 32, 4), columns=(16, 32, 8))
-_INTERPRETED: Final = Tiles(rows=(64, 64, 4), columns=(64, 64, 4))  # there, what counts is how many tiles there are
+_INTERPRETED: Final = Tiles(rows=(64, 64, 4), columns=(64, 64, 4))  # the interpreter's cost is the number of tiles
 _TAILS: Final[dict[Tail, int]] = {"none": 0, "uniform": 1, "ghost": 2}
 _NONE: Final = tl.constexpr(0)
 _UNIFORM: Final = tl.constexpr(1)
@@ -52,8 +52,8 @@ def relation_cross_entropy_triton(
     """`relation_cross_entropy` for bf16, fp16 and fp32, on CUDA or, under TRITON_INTERPRET=1, on a CPU."""
     B, H, T, D = a.shape
     Q, K = index.shape[2:]
-    # Cross entropy; then the maximum and the log-sum-exp below it, of all tokens and of those that were not kept. Added
-    # up, they would lose the digits of the second where the logits are large.
+    # Cross entropy; then maximum and log-sum-exp relative to it, of all tokens and of those that were not kept. They
+    # are stored apart, because their sum would lose digits of the log-sum-exp where logits are large.
     per_row = a.new_empty((5, B, H, Q), dtype=torch.float32)
     shape = a.shape if with_grad else (0,)
     da = a.new_empty(shape, dtype=torch.float32) if rows is None else a.new_zeros(shape, dtype=torch.float32)
@@ -69,7 +69,7 @@ def relation_cross_entropy_triton(
         *per_row,
     )
     sizes = (*a.stride(), *b.stride(), H, Q, T, D, 1 / math.sqrt(D))
-    # Triton's interpreter takes the bits of bfloat16 for integers in products.
+    # Triton's interpreter reads the bits of bfloat16 as integers in products.
     split = a.dtype == b.dtype and (a.dtype == torch.float16 or (a.dtype == torch.bfloat16 and a.is_cuda))
     constants = {
         "K": K,
@@ -77,7 +77,7 @@ def relation_cross_entropy_triton(
         "HAS_ROWS": rows is not None,
         "SPLIT": split,
         "BLOCK_D": max(triton.next_power_of_2(D), 16),
-        "enable_fp_fusion": True,  # said aloud: where it is left to the default, Triton 3.9 warns
+        "enable_fp_fusion": True,  # explicit, because Triton 3.9 warns about the default
     }
     tiles = (_HALF if split else _FLOAT) if a.is_cuda else _INTERPRETED
     with torch.cuda.device_of(a):
@@ -231,7 +231,7 @@ def _columns_kernel(
     for start in range(0, Q, BLOCK_Q):
         q = start + tl.arange(0, BLOCK_Q)
         at = pair * Q + q
-        # Rows beyond Q are zeros: whatever their dx is, they add nothing.
+        # Rows beyond Q are zeros and add nothing, for any dx.
         a_rows = _tile(a, _row_numbers(rows, pair, q, Q, HAS_ROWS), q < Q, d, D, a_token, a_width, SPLIT)
         x = _logits(a_rows, columns, token, T, scale)
         top = tl.load(top_all + at, mask=q < Q, other=0.0)[:, None]
@@ -271,7 +271,7 @@ def _sweep(
     BLOCK_D: tl.constexpr,
     WITH_GRAD: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """Over all tokens (a ghost: those not kept): maximum, sum of e^(x - maximum), sum of that times b; sum of b."""
+    """Maximum, sum of e^(x - maximum), sum of that times b, and sum of b; over all tokens (ghost: those not kept)."""
     top = tl.full((at.shape[0],), float("-inf"), tl.float32)
     total = tl.zeros((at.shape[0],), tl.float32)
     mean_b = tl.zeros((at.shape[0], BLOCK_D), tl.float32)
@@ -297,7 +297,7 @@ def _row_numbers(rows: tl.tensor, pair: tl.tensor, q: tl.tensor, Q: tl.tensor, H
     """The token of each query row."""
     if HAS_ROWS:
         return tl.load(rows + pair * Q + q, mask=q < Q, other=0)
-    else:  # of a constant, Triton compiles one branch; what follows an `if` it always does
+    else:  # Triton compiles one branch of a constant `if`, but always the code after it
         return q.to(tl.int64)
 
 
@@ -312,7 +312,7 @@ def _tile(
     by_width: tl.tensor,
     SPLIT: tl.constexpr,
 ) -> tl.tensor:
-    """Some tokens of one view and head, zero where not real; in fp32 unless products are to be split."""
+    """Tokens of one view and head, zero where not `real`; in fp32 unless products are split."""
     place = x + token[:, None] * by_token + d[None, :] * by_width
     values = tl.load(place, mask=real[:, None] & (d < D)[None, :], other=0.0)
     if not SPLIT:
@@ -329,7 +329,7 @@ def _logits(a_rows: tl.tensor, columns: tl.tensor, token: tl.tensor, T: tl.tenso
 
 @triton.jit
 def _dot(x: tl.tensor, y: tl.tensor, SPLIT: tl.constexpr) -> tl.tensor:
-    """x y for fp32 x; where y is half precision, x is the sum of two half-precision numbers: 16 bits of it or more."""
+    """x y for fp32 x. For half-precision y, x is the sum of two half-precision numbers, which keeps 16 bits or more."""
     if SPLIT:
         upper = x.to(y.dtype)
         lower = (x - upper.to(tl.float32)).to(y.dtype)
@@ -341,9 +341,9 @@ def _dot(x: tl.tensor, y: tl.tensor, SPLIT: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _online(x: tl.tensor, top: tl.tensor, total: tl.tensor, mean_b: tl.tensor) -> tuple[tl.tensor, ...]:
-    """One step of the online softmax: the new maximum, the sums in its units, and exp(x) in its units."""
+    """One step of the online softmax: the new maximum, and the sums and exp(x) relative to it."""
     new_top = tl.maximum(top, tl.max(x, axis=1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a ghost's tile may have no other token: inf - inf
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # avoids inf - inf where a ghost's tile keeps all tokens
     p = tl.exp(x - base[:, None])
     fade = tl.exp(top - base)
     return new_top, total * fade + tl.sum(p, axis=1), mean_b * fade[:, None], p

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can be used here, asked once."""
+"""Whether Triton's kernels run on this machine, tested once."""
 
 import os
 import warnings
@@ -8,10 +8,10 @@ from importlib.util import find_spec
 
 @cache
 def triton_works() -> bool:
-    """Whether Triton is installed and can launch; else torch's own operations take over, with a warning.
+    """Whether Triton is installed and can launch. Warns where it is installed and cannot; torch replaces it then.
 
-    Triton builds a part of itself on first use, for which it needs a C compiler and Python's headers: containers often
-    have neither.
+    Triton compiles a part of itself on first use. That needs a C compiler and Python's headers, which containers often
+    lack.
     """
     if find_spec("triton") is None:
         return False
@@ -21,7 +21,7 @@ def triton_works() -> bool:
         from triton.runtime import driver
 
         driver.active.get_current_target()
-    except Exception as error:  # of the compiler, the linker, the driver: of any kind
+    except Exception as error:  # compiler, linker and driver raise any kind
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(f"Triton does not work here, slower operations are used: {reason[0][:200]}", stacklevel=2)
         return False

@@ -17,7 +17,7 @@ from tinymim.targets.kinds import make_kind
 from tinymim.targets.relations.head import RelationHead
 from tinymim.targets.relations.kind import exact_rows
 from tinymim.targets.relations.qkv import QKV
-from tinymim.targets.relations.rows import Rows, pick
+from tinymim.targets.relations.rows import Rows
 from tinymim.tests.targets.relations.plain import relation_loss, shapes
 
 CONFIG = ModelConfig(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2)
@@ -41,7 +41,8 @@ def teacher() -> QKV:
 
 
 def one(target: Rows, row: int) -> Rows:
-    return pick(target, slice(row, row + 1))
+    picked: Rows = KIND.pick(target, slice(row, row + 1))
+    return picked
 
 
 def test_gradients_are_those_of_a_backward_pass() -> None:

@@ -46,8 +46,8 @@ class Plain:
     def relation_heads(self, heads: int) -> int:
         return self.kind.relation_heads(heads)
 
-    def arrays(self, heads: int, tokens: int) -> tuple[ArraySpec, ...]:
-        return self.kind.specs(shapes(heads, tokens))
+    def arrays(self, heads: int, tokens: int, head_dim: int = 8) -> tuple[ArraySpec, ...]:
+        return self.kind.specs(shapes(heads, tokens, head_dim))
 
     def encode(self, qkv: QKV, view_keys: Tensor) -> dict[str, Tensor]:
         return self.kind.encode(tapped(qkv), view_keys)

@@ -75,6 +75,10 @@ class TestRelations(TargetKindContract):
             lambda: made({"name": "hidden"}, relation_heads=5).parts(TestRelations.shapes),
             "width 24 cannot be split into 5 relation heads",
         ),
+        "teacher's width, stored": (
+            lambda: made({"relation_heads": 5}).specs(TestRelations.shapes),
+            r"width 24 cannot be split into 5 relation heads\n  got: codec\.relation_heads 5",
+        ),
     }
 
     def make(self, case: Any) -> TargetKind:

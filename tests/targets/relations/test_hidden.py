@@ -278,7 +278,7 @@ def test_q_and_k_that_are_no_linear_layer_of_the_input_are_refused(changed: dict
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes, **changed).to(dtype).eval()
     cut = CutTeacher(model, [Tap("qkv", 2)])
     with torch.no_grad():
-        qkv = QKV.of(cut(torch.randn(2, 3, 32, 32).to(dtype)), Tap("qkv", 2))
+        qkv = QKV(*cut(torch.randn(2, 3, 32, 32).to(dtype))[Tap("qkv", 2)])
     layer: Any = cut.attention(Tap("qkv", 2)).qkv
     if not changed:
         check_projection(qkv, layer.weight.detach(), layer.bias.detach())
