@@ -1,1 +1,1 @@
-"""Teachers and students over timm; taps for q, k, v; checkpoints in and out."""
+"""Teachers and students over timm, taps, checkpoints in and out."""

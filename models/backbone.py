@@ -1,8 +1,8 @@
-"""How a timm model is built inside: the only file that reads its blocks, embeddings and norms.
+"""The inside of timm models: the only file that reads their blocks, embeddings and norms.
 
-Widths, strides and tokens are given by *place*, counted from 1 as timm's own `feature_info` and `forward_intermediates`
-list them: a block of a plain ViT. A family of stages would list its stages there and add its grids here; the functions
-on blocks, attention and positions are capabilities that a model may lack.
+Widths, strides and tokens are given by *place*, counted from 1 in the order of timm's own `feature_info` and
+`forward_intermediates`: a block of a plain ViT. A hierarchical family would list its stages there and add its grids
+here. The functions on blocks, attention and positions are capabilities that a model may lack.
 
 Shapes: B image, P prefix token (class token, registers), N patch, T token = P + N, C channel, W row of qkv = 3 x C.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
 
-# How names of parameters begin: of the norm over tokens after the last block, and of the one after mean pooling.
+# Prefixes of parameters: the norm over tokens after the last block, and the norm after mean pooling.
 FINAL_NORM: Final = "norm."
 POOLED_NORM: Final = "fc_norm."
 POSITIONS: Final = "pos_embed"  # the name of the position table
@@ -31,12 +31,12 @@ def widths(model: nn.Module) -> tuple[int, ...]:
 
 
 def strides(model: nn.Module) -> tuple[int, ...]:
-    """Pixels between neighbouring tokens at every place: of a plain ViT its patch size."""
+    """Pixels between neighbouring tokens at every place; for a plain ViT, its patch size."""
     return tuple(int(place["reduction"]) for place in _places(model))
 
 
 def grid(model: nn.Module) -> tuple[int, int]:
-    """Rows and columns of patches at the image size that the model was built for."""
+    """Rows and columns of patches at the model's image size."""
     timm_model: Any = model
     rows, columns = timm_model.patch_embed.grid_size
     return int(rows), int(columns)
@@ -48,7 +48,7 @@ def prefix_tokens(model: nn.Module) -> int:
 
 
 def has_class_token(model: nn.Module) -> bool:
-    """Whether the first token is a class token. Models that have registers only say so; others have it or no prefix."""
+    """Whether the first token is a class token. Models with registers alone declare it; others have it or no prefix."""
     return bool(getattr(model, "has_class_token", prefix_tokens(model) > 0))
 
 
@@ -86,7 +86,7 @@ def attention(model: nn.Module, block: int) -> nn.Module:
 def qkv_projection(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [W, C] and bias [W] (or None) of an attention layer's qkv layer, float32; rows q, k, v, each by head.
 
-    The norms and rotary embeddings that some layers apply to q and k afterwards are not in it.
+    Norms and rotary embeddings that some layers apply to q and k afterwards are not included.
 
     Raises:
         RecipeError: the attention has no single qkv layer.
@@ -107,14 +107,14 @@ def qkv_projection(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 class Positions(NamedTuple):
-    """The table that is added to the tokens, [1, prefix + N, C]; prefix 0: class token and registers have no row."""
+    """The table [1, prefix + N, C] added to the tokens; with prefix 0, class token and registers have no row."""
 
     table: nn.Parameter
     prefix: int
 
 
 def positions(model: nn.Module) -> Positions | None:
-    """The position table; None where a model has none (rotary or relative positions only)."""
+    """The position table; None for a model that has only rotary or relative positions."""
     table = getattr(model, POSITIONS, None)
     if table is None:
         return None
@@ -129,7 +129,9 @@ def tokens_at(model: nn.Module, images: Tensor, place: int | None) -> Tensor:
     """Tokens [B, T, C] of normalised images [B, 3, S, S] at a place; nothing after it is computed.
 
     Args:
-        place: 1 is the first; None: after all blocks and the final norm.
+        model: a ViT.
+        images: normalised images.
+        place: the place, from 1; None for the tokens after all blocks and the final norm.
 
     Raises:
         RecipeError: the model has no such place, or no tokens there.
@@ -154,12 +156,12 @@ def tokens_at(model: nn.Module, images: Tensor, place: int | None) -> Tensor:
 
 
 def tokens_of_patches(vit: VisionTransformer, images: Tensor, kept: Tensor) -> Tensor:
-    """Tokens [B, 1 + M, C] after the final norm, of a plain ViT that sees only some patches.
+    """Tokens [B, 1 + M, C] after the final norm of a plain ViT that sees only some patches.
 
     Args:
-        vit: with a class token, a position table and no registers.
-        images: normalised, [B, 3, S, S].
-        kept: int64 [B, M], numbers of patches in raster order; their tokens come back in this order.
+        vit: a ViT with a class token, a position table and no registers.
+        images: normalised images [B, 3, S, S].
+        kept: int64 [B, M], raster-order numbers of the patches to keep; the tokens after the first are in this order.
     """
     held = positions(vit)
     assert held is not None and vit.cls_token is not None
@@ -179,7 +181,7 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def initialise_like_mae(vit: VisionTransformer, table: Tensor) -> None:
-    """He et al. (2022): linear layers and the patch projection Xavier-uniform; `table` [1, prefix + N, C] is fixed."""
+    """Initialise like He et al. (2022): Xavier-uniform linear layers, `table` [1, prefix + N, C] as fixed positions."""
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -196,6 +198,6 @@ def initialise_like_mae(vit: VisionTransformer, table: Tensor) -> None:
 
 
 def set_drop_path(vit: VisionTransformer, rate: float) -> None:
-    """Stochastic depth at one rate in every block but the last, as TinyMIM has it; timm's rises from 0."""
+    """Set stochastic depth to one rate in every block but the last, as TinyMIM does; timm's rate rises from 0."""
     for block in vit.blocks[:-1]:
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)

@@ -1,7 +1,7 @@
-"""Weights in and out: safetensors, MAE's and TinyMIM's own `.pth` (encoder under `model`), timm's hub. Never pickle.
+"""Weights in and out: safetensors, and the `.pth` of MAE and TinyMIM (encoder under `model`). Never pickle.
 
-Loading is strict in what matters: every parameter of the encoder must be in the file. Keys of the file that are
-no part of the model (decoder, heads, mask token) are dropped and reported.
+Every parameter of the encoder must be in the file. Tensors of the file that belong to a decoder, head or mask token
+are dropped and reported.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tinymim.models import backbone
 
 _SIZES = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads"
 _POOLED = (
-    "fine-tuned with mean pooling, it has no norm over tokens: a teacher needs none, else take the pre-trained file"
+    "a model fine-tuned with mean pooling has no norm over tokens: use it as a teacher, or take the pre-trained file"
 )
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.")
 # The tensors of an encoder in MAE's and TinyMIM's own checkpoints.
@@ -35,7 +35,7 @@ _BLOCK = tuple(f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bi
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What was loaded: the digest of the model's tensors, the file's keys without use, the model's that it lacks."""
+    """The digest of the model's tensors, the file's tensors that were dropped, and the model's that the file lacks."""
 
     sha256: str
     dropped: tuple[str, ...]
@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a `.pth` / `.pt` file (bare or under `model` / `state_dict`).
 
     Raises:
-        CheckpointError: not a readable checkpoint, or one that holds more than tensors and plain values.
+        CheckpointError: the file is not a readable checkpoint, or holds more than tensors and plain values.
     """
     if path.suffix == ".safetensors":
         try:
@@ -55,10 +55,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is not a readable safetensors file", got=error) from error
         return tensors
     try:
-        # The training loops of MAE and TinyMIM save their command line too: a namespace, which only holds values.
+        # The training loops of MAE and TinyMIM also save their command line, a namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here, all of them meaning the same to the user
+    except Exception as error:  # torch raises many kinds here, with the same meaning for the user
         raise CheckpointError(
             f"{path} cannot be loaded as plain tensors",
             got=first_line(error),
@@ -73,7 +73,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata strings of a safetensors file (what made it); of another file none."""
+    """The metadata strings of a safetensors file, which describe its origin; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="pt") as file:
@@ -93,12 +93,12 @@ def load_tensors(
 
     Args:
         model: any module.
-        tensors: by name; prefixes of DataParallel and of our MAE are taken off.
-        origin: where they come from, for messages.
-        may_drop: prefixes of tensors that are left out where the model has none of that name and shape, in addition
-            to those of decoders and heads.
-        may_lack: prefixes of the model's tensors that stay as they are where there are none.
-        hint: of the error.
+        tensors: tensors by name; prefixes of DataParallel and of our MAE are removed.
+        origin: the source of the tensors, for messages.
+        may_drop: prefixes of tensors to drop where the model has none of that name and shape, in addition to those of
+            decoders and heads.
+        may_lack: prefixes of the model's tensors that `tensors` may lack; they stay unchanged.
+        hint: the hint of the error.
     """
     wanted = model.state_dict()
     tensors = _fit_position(model, {name: tensor.float() for name, tensor in _strip_prefix(dict(tensors)).items()})
@@ -124,7 +124,7 @@ def load_tensors(
 
 
 def _strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Our own MAE state and DataParallel checkpoints carry a prefix; encoders of both are the same otherwise.
+    # States of our own MAE and of DataParallel have a prefix and are otherwise the same.
     for prefix in ("module.", "encoder."):
         if any(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -147,7 +147,7 @@ def _some(names: list[str], most: int = 6) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and values: the identity of weights whatever file they came in."""
+    """Digest of names, dtypes, shapes and values: the identity of weights, independent of their file."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -157,7 +157,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], half: bool = False) -> bytes:
-    """Serialise tensors with metadata that says what made them; `half` stores floats as fp16."""
+    """Serialise tensors with metadata on their origin; `half` stores floats as fp16."""
     ready = {
         name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in tensors.items()
@@ -169,11 +169,11 @@ def to_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
     """Serialise an encoder as the code of MAE and of TinyMIM reads it: a `.pth` with float32 tensors under `model`.
 
     Args:
-        tensors: of a plain ViT, by timm's names, which are the layout's.
-        metadata: what made it; written beside the tensors.
+        tensors: the tensors of a plain ViT by timm's names, which the layout uses.
+        metadata: the origin of the weights; written beside the tensors.
 
     Raises:
-        CheckpointError: the encoder has parts that the layout has no place for, or lacks some.
+        CheckpointError: the encoder has tensors that the layout has no place for, or lacks some.
     """
     depth = count_blocks(tensors)
     wanted = {*_STEM, *(f"blocks.{number}.{name}" for number in range(depth) for name in _BLOCK)}
@@ -197,12 +197,12 @@ def to_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
 
 
 def count_blocks(tensors: Mapping[str, Tensor]) -> int:
-    """Blocks of the ViT that tensors by timm's names are of."""
+    """Number of blocks of a ViT, from its tensors by timm's names."""
     return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
 
 
 def _with_sorted_metadata(raw: bytes) -> bytes:
-    """Rewrite a safetensors header with its metadata in order: the library writes it in a random one."""
+    """Rewrite a safetensors header with sorted metadata; the library writes it in random order."""
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))

@@ -1,4 +1,4 @@
-"""A timm model with a head, as fine-tuning begins with it: an encoder's weights, a new head where they have none."""
+"""A timm model with a classifier head, for fine-tuning: an encoder's weights, and a new head where they have none."""
 
 from typing import Any
 
@@ -13,20 +13,20 @@ from tinymim.models.heads import check_heads
 from tinymim.models.vit import build_model, size_overrides
 from tinymim.models.weights import read_weights
 
-_HEAD_STD = 2e-5  # MAE's: a new head says nothing at first, and what it sends back cannot disturb the encoder
+_HEAD_STD = 2e-5  # as in MAE: logits start near zero, and the head's first gradients cannot disturb the encoder
 _POOLS = {"mean": "avg", "cls": "token"}  # timm's names
 
 
 def timm_arguments(config: ModelConfig, num_classes: int, pool: str) -> dict[str, Any]:
-    """What `timm.create_model` is called with to get the classifier, for whoever loads it."""
+    """Arguments of `timm.create_model` that rebuild the classifier; the saved weights carry them as metadata."""
     sizes = {"img_size": config.img_size, **size_overrides(config)}
     return {"model_name": config.name, "num_classes": num_classes, "global_pool": _POOLS[pool], **sizes}
 
 
 def build_classifier(config: ModelConfig, num_classes: int, pool: str, drop_path: float = 0.0) -> nn.Module:
-    """The timm model, at timm's initialisation, its position embedding free to train.
+    """The timm model at timm's initialisation, with a trainable position embedding.
 
-    With `pool` "mean" timm's ViT has no final norm but one behind the pooling, `fc_norm`, as MAE's fine-tuning has.
+    With `pool` "mean", timm's ViT has no final norm but a norm after the pooling, `fc_norm`, as in MAE's fine-tuning.
 
     Raises:
         RecipeError: timm cannot build it.
@@ -37,12 +37,12 @@ def build_classifier(config: ModelConfig, num_classes: int, pool: str, drop_path
 def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> LoadedWeights:
     """Load an encoder's weights, or a classifier's, into a classifier.
 
-    What stays new is the head, unless there is one of as many classes, and `fc_norm`; the final norm of an encoder is
-    dropped where the model has it behind the pooling. All else must fit.
+    The head stays new unless the weights have one of N classes, N as in the model; so does `fc_norm` unless they have
+    it. An encoder's final norm is dropped where the model has `fc_norm`. All other tensors must fit.
 
     Args:
-        model: from `build_classifier`.
-        config: of that model.
+        model: a model from `build_classifier`.
+        config: the model's section of the recipe.
         weights: as in `models.weights`; "random" loads nothing.
 
     Raises:

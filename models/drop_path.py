@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al., ECCV 2016) whose draws are handed in: the same for any ranks, parts and device."""
+"""Stochastic depth (Huang et al., ECCV 2016) with draws handed in: equal for any ranks, micro-batches and device."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class HandedDropPath(nn.Module):
-    """timm's DropPath, with the draws of a step's whole batch taken from outside.
+    """timm's DropPath with draws from outside.
 
     Attributes:
-        scale: float32 [B]: 0 for a sample whose path is dropped, else 1 / (1 - drop_prob); set by `set_drop_masks`.
+        scale: float32 [B], set by `set_drop_masks`: 0 for a sample whose path is dropped, else 1 / (1 - drop_prob).
     """
 
     scale: Tensor | None
@@ -22,7 +22,7 @@ class HandedDropPath(nn.Module):
         self.scale = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...], whole samples of it scaled; as it is outside training."""
+        """x [B, ...] with whole samples scaled; unchanged outside training."""
         if not self.training:
             return x
         assert self.scale is not None, "no draws were handed out"
@@ -47,14 +47,14 @@ def set_drop_masks(
     batch_size: int,
     device: torch.device,
 ) -> None:
-    """Draw for a whole batch, and keep what belongs to the samples that are computed here.
+    """Draw for the batch over all ranks, and set the draws of the samples of the next forward pass.
 
     Args:
-        paths: from `replace_drop_path`.
-        generator: on the CPU, whatever the device of the model; named by (run seed, step).
-        places: int64 [B] on the CPU, where the samples of the next forward pass stand in the batch over all ranks.
-        batch_size: samples of that batch.
-        device: where the model is.
+        paths: the modules from `replace_drop_path`.
+        generator: a CPU generator, for a model on any device; seeded by (run seed, step).
+        places: int64 [B] on the CPU, positions of the next forward pass's samples in the batch over all ranks.
+        batch_size: number of samples of the batch over all ranks.
+        device: the model's device.
     """
     if not paths:
         return

@@ -1,4 +1,4 @@
-"""Which file the `weights` of a recipe name. Imports no torch: an absent file is an error before that takes seconds."""
+"""The file behind the `weights` of a recipe. Imports no torch, so that an absent file is reported at once."""
 
 from pathlib import Path
 from typing import Final

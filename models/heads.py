@@ -1,4 +1,4 @@
-"""The number of heads behind a file's weights: no tensor's shape tells it, and another number is another model."""
+"""The number of attention heads of a file's weights: no tensor's shape fixes it, yet the function depends on it."""
 
 from collections.abc import Mapping
 
@@ -14,13 +14,13 @@ from tinymim.models.vit import build_model
 
 
 def stated_heads(metadata: Mapping[str, str]) -> int | None:
-    """Heads of the model in the recipe that a file of tinymim's carries; None where it does not say."""
+    """Heads of the model in the recipe that tinymim stores in a file's metadata; None without such a recipe."""
     try:
         recipe = yaml.safe_load(metadata.get("recipe", "")) or {}
         config = ModelConfig.model_validate(recipe.get("student") or recipe["model"])
         if config.num_heads is not None:
             return config.num_heads
-        if ":" in config.name:  # a file's words must not send timm to a hub or a folder
+        if ":" in config.name:  # a file's metadata must not send timm to a hub or a folder
             return None
         with torch.device("meta"):
             return heads(build_model(ModelConfig(name=config.name)))
@@ -29,11 +29,11 @@ def stated_heads(metadata: Mapping[str, str]) -> int | None:
 
 
 def check_heads(model: nn.Module, metadata: Mapping[str, str], origin: str) -> None:
-    """Raises CheckpointError where a file states another number of heads than the model has: its shapes would fit."""
+    """Raises CheckpointError where a file's number of heads is not the model's, although all shapes fit."""
     stated, own = stated_heads(metadata), heads(model)
     if stated is not None and own is not None and stated != own:
         raise CheckpointError(
             f"{origin} was trained with another number of heads",
             got=f"{stated} heads in its recipe, {own} in this model",
-            hint=f"set num_heads={stated}: shapes would fit either way, the function would not",
+            hint=f"set num_heads={stated}: the shapes fit either way, the function does not",
         )

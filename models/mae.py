@@ -1,4 +1,4 @@
-"""Masked autoencoder (He et al., CVPR 2022) around any plain timm ViT; sizes of the decoder by recipe."""
+"""Masked autoencoder (He et al., CVPR 2022) around any plain timm ViT; the recipe gives the decoder's sizes."""
 
 import torch
 from timm.layers import LayerNorm
@@ -17,7 +17,7 @@ class MaskedAutoencoder(nn.Module):
     """Encoder on visible tokens only, light decoder, mean squared error on masked patches.
 
     Args:
-        encoder: a plain ViT; it is trained in place and exported as it is.
+        encoder: a plain ViT, trained in place and exported without the decoder.
         config: mask ratio and decoder sizes.
     """
 
@@ -54,10 +54,10 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             images: normalised pixels [B, 3, S, S].
-            noise: [B, patches]; the patches with the smallest noise stay visible (randomness is handed in).
+            noise: float [B, patches]; the patches with the least noise stay visible (randomness is handed in).
 
         Returns:
-            scalar loss.
+            The scalar loss.
         """
         ranks = noise.argsort(dim=1)
         num_visible = round(noise.shape[1] * (1 - self.config.mask_ratio))

@@ -1,4 +1,4 @@
-"""Frozen features of an encoder and what can be read off them: weighted k-NN and a linear probe.
+"""Frozen features of an encoder, and two classifiers on them: weighted k-NN and a linear probe.
 
 Shapes: B image, N training image, M validation image, C feature, T token, K class.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tinymim.configs.errors import RecipeError
 from tinymim.models import backbone
 
-_CHUNK_ELEMENTS = 2**24  # similarities held at a time: 64 MiB in float32
+_CHUNK_ELEMENTS = 2**24  # similarities in memory at once: 64 MiB in float32
 
 
 def pooled_features(
@@ -21,8 +21,8 @@ def pooled_features(
     Args:
         model: a timm ViT without head, in eval mode.
         images: normalised pixels.
-        block: tokens after this block, counted from 1, through a layer norm without parameters (the model's own
-            final norm was fitted to the last block); None: all blocks and the model's final norm.
+        block: the block whose tokens are used, counted from 1. They pass a layer norm without parameters, because the
+            model's own final norm was fitted to the last block. None: all blocks and the model's final norm.
         pool: "mean" over the patch tokens, or "cls", the class token.
 
     Raises:
@@ -47,8 +47,8 @@ def knn_predict(
 ) -> Float[Tensor, "M K"]:
     """Class scores by weighted k-NN: each of the k most similar training images votes exp(cosine / temperature).
 
-    Wu et al., CVPR 2018, §3.4; the settings of Caron et al. (DINO), ICCV 2021. Scores of an image are divided by
-    their sum, which changes no ranking and keeps a small temperature from overflowing. `k` is capped at N.
+    Source: Wu et al., CVPR 2018, §3.4; the settings of Caron et al. (DINO), ICCV 2021. Scores of an image are divided
+    by their sum, which changes no ranking and keeps a small temperature from overflowing. `k` is capped at N.
     """
     train_x = nn.functional.normalize(train_x, dim=1)
     val_x = nn.functional.normalize(val_x, dim=1)
@@ -71,13 +71,13 @@ def linear_probe(
 ) -> Float[Tensor, "M K"]:
     """Logits of multinomial logistic regression, fitted by L-BFGS on the full batch, in float64.
 
-    Minimises mean cross-entropy + l2 / 2 x |W|² over weights and biases (biases are free) from zero, on features
-    standardised by the training set's mean and deviation. The problem is convex, so the result depends on the
-    data alone; the penalty is scikit-learn's with C = 1 / (N l2).
+    Minimises mean cross-entropy + l2 / 2 x |W|² over weights and biases (biases have no penalty), from zero, on
+    features standardised by the training set's mean and deviation. The problem is convex, so the result depends on
+    the data alone. The penalty is scikit-learn's with C = 1 / (N l2).
     """
     train_x, val_x = train_x.double(), val_x.double()
     mean, std = train_x.mean(dim=0), train_x.std(dim=0, correction=0)
-    std = torch.where(std > 1e-12 * (1.0 + mean.abs()), std, 1.0)  # a constant feature says nothing
+    std = torch.where(std > 1e-12 * (1.0 + mean.abs()), std, 1.0)  # a constant feature has no deviation to divide by
     train_x, val_x = (train_x - mean) / std, (val_x - mean) / std
     weight = train_x.new_zeros(num_classes, train_x.shape[1], requires_grad=True)
     bias = train_x.new_zeros(num_classes, requires_grad=True)
@@ -98,6 +98,6 @@ def linear_probe(
 
 
 def top_k_accuracy(scores: Float[Tensor, "M K"], labels: Int64[Tensor, " M"], k: int) -> float:
-    """Share of images whose label is among the k best scores; 1.0 where there are no more than k classes."""
+    """Share of images with their label among the k best scores; 1.0 where there are at most k classes."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return float((best == labels[:, None]).any(dim=1).double().mean())

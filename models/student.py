@@ -1,4 +1,4 @@
-"""A student in training: the timm ViT that is exported, and a head that is dropped at export.
+"""A student during training: the timm ViT that is exported, and a head that is dropped at export.
 
 Shapes: B view, S pixel, T token, C width.
 """
@@ -13,11 +13,11 @@ from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 
 
 class StudentModel(nn.Module):
-    """A plain ViT with a head on its final tokens, where it is compared with the teacher.
+    """A plain ViT with a head on its final tokens, whose answers are compared with the teacher.
 
     Args:
         vit: the model to export.
-        head: final tokens [B, T, C] to answers, a tuple of tensors.
+        head: maps final tokens [B, T, C] to answers, a tuple of tensors.
     """
 
     def __init__(self, vit: VisionTransformer, head: nn.Module) -> None:
@@ -27,11 +27,11 @@ class StudentModel(nn.Module):
         self.head = head
 
     def draw(self, generator: torch.Generator, places: Tensor, batch_size: int) -> None:
-        """Draw the stochastic depth of the next forward pass in training; arguments of `set_drop_masks`."""
+        """Draw the stochastic depth of the next forward pass in training; arguments as `set_drop_masks`."""
         set_drop_masks(self.drop_paths, generator, places, batch_size, next(self.parameters()).device)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The tokens [B, T, C] behind the final norm, for normalised images [B, 3, S, S]."""
+        """The tokens [B, T, C] after the final norm, for normalised images [B, 3, S, S]."""
         tokens: Tensor = self.vit.forward_features(images)
         return tokens
 

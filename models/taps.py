@@ -1,7 +1,7 @@
-"""Tensors taken at named places of any timm ViT (`Tap`), and a teacher that stops right after its last one.
+"""Tensors taken at named places of any timm ViT (`Tap`), and a teacher that stops right after its last tap.
 
-The qkv tap is the call of scaled dot-product attention itself, so it sees q and k after their norms and rotary
-embeddings, for fused, split and biased qkv layers alike, without a copy of any model's forward.
+The qkv tap intercepts the call of scaled dot-product attention. So it gets q and k after their norms and rotary
+embeddings, from fused, split and biased qkv layers, without a copy of any model's forward.
 
 Shapes: B view, H head, T token, D head width, C width.
 """
@@ -24,11 +24,11 @@ KINDS = ("qkv", "tokens")
 
 
 class _Done(Exception):
-    """Leaves the forward pass: all taps have been reached."""
+    """Leaves the forward pass after its last tap."""
 
 
 class _Attention(TorchFunctionMode):
-    """Hands q, k and v of attention calls to `found`."""
+    """Passes q, k and v of attention calls to `found`."""
 
     def __init__(self, found: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         super().__init__()
@@ -43,19 +43,19 @@ class _Attention(TorchFunctionMode):
 
 
 class CutTeacher(nn.Module):
-    """A teacher cut right after its last tap: nothing behind it is computed or kept.
+    """A teacher cut right after its last tap: nothing after it is computed or kept.
 
     A tap gives a tuple of tensors, first axis views:
 
     - "qkv@N": q, k and v of block N, each [B, H, T, D], and the input [B, T, C] of their projection.
-    - "tokens@N": the tokens [B, T, C] behind block N.
+    - "tokens@N": the tokens [B, T, C] after block N.
 
     Args:
         model: a timm ViT.
-        taps: the places, at least one.
+        taps: one or more taps.
 
     Raises:
-        RecipeError: the model has no such block, or the tap does not know its attention.
+        RecipeError: the model has no such block, or an attention layer that the qkv tap does not support.
     """
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap]) -> None:
@@ -69,12 +69,12 @@ class CutTeacher(nn.Module):
                 attention: Any = backbone.attention(model, tap.place)
                 if not hasattr(attention, "fused_attn"):
                     raise RecipeError(
-                        f"the tap does not know the attention layer {type(attention).__name__}",
+                        f"the qkv tap does not support the attention layer {type(attention).__name__}",
                         hint="use a ViT whose attention calls scaled_dot_product_attention",
                     )
-                attention.fused_attn = True  # the unfused path makes no call to tap
+                attention.fused_attn = True  # the unfused path has no call to intercept
         self.model = model
-        # In the order of the forward pass: within a block attention comes before its output.
+        # In the order of the forward pass: attention comes before the output of its block.
         self.taps = tuple(sorted(set(taps), key=lambda tap: (tap.place, KINDS.index(tap.kind))))
         del blocks[self.taps[-1].place :]
 
@@ -83,14 +83,14 @@ class CutTeacher(nn.Module):
         return backbone.attention(self.model, tap.place)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks that run whole and whose attention is not tapped."""
+        """Compile the blocks whose attention is not tapped."""
         tapped = {tap.place for tap in self.taps if tap.kind == "qkv"}
         for number, block in enumerate(backbone.blocks(self.model), start=1):
             if number not in tapped:
                 block.compile()
 
     def forward(self, images: Tensor) -> Tapped:
-        """What the taps give for normalised images [B, 3, S, S]."""
+        """The tensors of every tap for normalised images [B, 3, S, S]."""
         found: dict[Tap, tuple[Tensor, ...]] = {}
 
         def take(tap: Tap, tensors: tuple[Tensor, ...]) -> None:
@@ -108,19 +108,19 @@ class CutTeacher(nn.Module):
                 return found
         missing = next(tap for tap in self.taps if tap not in found)
         raise RecipeError(
-            f"the teacher never came to its tap {missing}",
+            f"the teacher never reached its tap {missing}",
             got=type(self.attention(missing)).__name__,
-            expected="a plain ViT, whose blocks call attention",
+            expected="a plain ViT, whose blocks call scaled_dot_product_attention",
         )
 
     def _hooked(self, tap: Tap, take: Callable[[Tap, tuple[Tensor, ...]], None]) -> list[RemovableHandle]:
-        """Hooks that are in place during one forward pass."""
+        """The hooks of a tap, for one forward pass."""
         if tap.kind == "tokens":
             block = backbone.blocks(self.model)[tap.place - 1]
             return [block.register_forward_hook(lambda _module, _args, out: take(tap, (out,)))]
         armed = ExitStack()
 
-        # The mode is on during this attention only: compiled blocks do not run below a mode.
+        # The mode is on during this attention only, because compiled blocks do not run under a mode.
         def arm(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             armed.enter_context(_Attention(lambda q, k, v: take(tap, (q, k, v, args[0]))))
 
@@ -132,9 +132,9 @@ class CutTeacher(nn.Module):
 
 
 def finite_views(tapped: Tapped) -> Tensor:
-    """Bool [B]: the views whose tapped tensors are finite, and small enough for fp32 products of them to be finite."""
+    """Bool [B]: whether a view's tapped tensors are finite, and small enough for fp32 products of them to be finite."""
     given = [each for tensors in tapped.values() for each in tensors]
-    # By Cauchy-Schwarz, products of rows are finite where norms are. Nothing is copied but fp64, which is for tests.
+    # By Cauchy-Schwarz, products of rows are finite where norms are. Only fp64, which is for tests, is copied.
     norms = [
         torch.linalg.vector_norm(
             each.float() if each.dtype == torch.float64 else each, dim=tuple(range(1, each.ndim)), dtype=torch.float32
@@ -145,10 +145,10 @@ def finite_views(tapped: Tapped) -> Tensor:
 
 
 def require_finite(finite: Tensor) -> None:
-    """Raises RecipeError unless all of `finite_views` are; waits for the device where it is on one."""
+    """Raises RecipeError unless all of `finite_views` are true; waits for their device."""
     if not finite.all():
         raise RecipeError(
-            "what the teacher gives is not finite",
+            "the teacher's tensors are not finite",
             got=f"{int((~finite).sum())} of {len(finite)} views with inf or nan",
             expected="finite tensors",
             hint="set teacher.precision: fp32 or bf16, and check the teacher's weights",

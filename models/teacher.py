@@ -1,4 +1,4 @@
-"""The teacher of a recipe: built, loaded, cut, frozen, and described for the manifest."""
+"""The teacher of a recipe: build, load, cut, freeze, and describe it for the manifest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,20 +18,20 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module):
-    """uint8 views [B, 3, S, S] -> the tensors at `taps` (`models/taps.py` has their shapes).
+    """uint8 views [B, 3, S, S] to the tensors at `taps` (`models/taps.py` gives their shapes).
 
     Args:
         config: the teacher's section of a recipe.
-        taps: what it must give, at least one place.
+        taps: one or more taps.
 
     Raises:
-        RecipeError: timm cannot build the model, or it has no such block.
+        RecipeError: timm cannot build the model, or the model has no such block.
         CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
     """
 
     def __init__(self, config: TeacherConfig, taps: Sequence[Tap]) -> None:
         super().__init__()
-        # What follows the last tap, the final norm included, is cut off.
+        # The final norm may be absent from the file: everything after the last tap is cut off.
         model = build_with_weights(config, config.weights, unread=(backbone.FINAL_NORM,))
         self.weights_sha256 = tensors_sha256(model.state_dict())
         mean, std, self.license = stated(model, config.weights)
@@ -46,11 +46,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, check: bool = True) -> Tapped:
-        """What the taps give; with `check`, which waits for the device, RecipeError is raised unless it is finite."""
+        """The tensors of every tap. `check` waits for the device and raises RecipeError unless they are finite."""
         images = self.normalise(pixels).to(_DTYPES[self.config.precision])
         cudnn = torch.backends.cudnn
         kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-        # By default a convolution in fp32, here the patch embedding, is TF32 on a GPU; products of matrices are not.
+        # By default an fp32 convolution, here the patch embedding, is TF32 on a GPU; matrix products are not.
         with cudnn.flags(**kept, allow_tf32=self.config.precision != "fp32"):
             tapped: Tapped = self.cut(images)
         if check:
@@ -62,13 +62,13 @@ class Teacher(nn.Module):
         return backbone.qkv_projection(self.cut.attention(tap))
 
     def black(self) -> Tapped:
-        """What the taps give for one black view."""
+        """The tensors of every tap for one black view."""
         size = self.config.img_size
         black: Tapped = self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.normalise.mean.device))
         return black
 
     def shapes(self) -> Shapes:
-        """Sizes of the tensors of a view, as a forward pass gives them."""
+        """Sizes of a view's tensors, from a forward pass."""
         tap, tensors = list(self.black().items())[-1]
         if tap.kind == "qkv":
             _, heads, tokens, head_dim = tensors[0].shape
@@ -79,7 +79,7 @@ class Teacher(nn.Module):
         return Shapes(heads, head_dim, tokens, self.prefix_tokens, self.grid)
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the teacher in a manifest: everything about it that changes a number."""
+        """The teacher's identity in a manifest: everything about it that changes a number."""
         config = self.config
         return {
             "name": config.name,

@@ -1,6 +1,5 @@
-"""Plain ViTs over timm: build by name, load weights, normalise pixels."""
+"""Plain ViTs over timm: build by name, normalise pixels, cut into patches."""
 
-import math
 from typing import Any
 
 import timm
@@ -19,10 +18,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def build_model(
     config: ModelConfig, pretrained: bool = False, drop_path: float = 0.0, num_classes: int = 0, **extra: Any
 ) -> nn.Module:
-    """Create the timm model that a recipe names, without a classifier head unless `num_classes` asks for one.
+    """The timm model of a recipe; it has a classifier head only with `num_classes`.
 
     Raises:
-        RecipeError: timm does not know the name, or refuses the sizes.
+        RecipeError: timm has no model of this name, or refuses the sizes.
     """
     overrides = size_overrides(config)
     dim, heads = overrides.get("embed_dim"), overrides.get("num_heads")
@@ -47,7 +46,7 @@ def build_model(
 
 
 def size_overrides(config: ModelConfig) -> dict[str, Any]:
-    """The sizes that a recipe gives in place of the named architecture's, without the image size."""
+    """The sizes of a recipe that replace those of the named architecture, without the image size."""
     sizes = {
         "patch_size": config.patch_size,
         "embed_dim": config.embed_dim,
@@ -61,10 +60,10 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
     """As `build_model`, for students and masked pre-training, which need timm's plain VisionTransformer.
 
     The position embedding is MAE's fixed 2-D sine-cosine table; linear layers are Xavier-initialised (He et al., 2022).
-    `drop_path` is the rate of stochastic depth in every block but the last, as TinyMIM has it; timm's rises from 0.
+    `drop_path` is as in `backbone.set_drop_path`.
 
     Raises:
-        RecipeError: the name is not a plain ViT.
+        RecipeError: as `build_model`, or the model is not a plain ViT.
     """
     model = build_model(config, **extra)
     held = backbone.positions(model) if isinstance(model, VisionTransformer) else None
@@ -84,8 +83,8 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
 def sincos_table(dim: int, rows: int, columns: int, prefix: int) -> Tensor:
     """MAE's fixed 2-D position table, float32 [1, prefix + rows x columns, dim]; prefix rows are zero.
 
-    Half of the channels encode the column, half the row (the order of MAE's and TinyMIM's tables), each as
-    sin, cos of position / 10000^(2i / (dim / 2)).
+    The first half of the channels encodes the column, the second the row (the order of MAE's and TinyMIM's tables),
+    each as sin, cos of position / 10000^(2i / (dim / 2)). Raises RecipeError unless 4 divides `dim`.
     """
     if dim % 4:
         raise RecipeError("a 2-D sine-cosine position table needs a width divisible by 4", got=dim)
@@ -102,7 +101,7 @@ def sincos_table(dim: int, rows: int, columns: int, prefix: int) -> Tensor:
 
 
 class Normalise(nn.Module):
-    """uint8 pixels [B, 3, S, S] -> standardised float [B, 3, S, S]."""
+    """uint8 pixels [B, 3, S, S] to standardised float [B, 3, S, S]; `mean` and `std` (0..1) default to ImageNet's."""
 
     mean: Tensor
     std: Tensor
@@ -120,7 +119,7 @@ class Normalise(nn.Module):
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """[B, 3, rows*p, cols*p] -> [B, rows*cols, p*p*3], MAE's channel-last order within a patch."""
+    """[B, 3, rows*p, cols*p] to [B, rows*cols, p*p*3], in MAE's channel-last order within a patch."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch, width // patch
     tiles = images.reshape(batch, channels, rows, patch, columns, patch)
@@ -129,4 +128,4 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 def count_parameters(model: nn.Module) -> int:
     """Number of scalars in all parameters."""
-    return sum(math.prod(p.shape) for p in model.parameters())
+    return sum(p.numel() for p in model.parameters())

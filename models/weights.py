@@ -14,7 +14,7 @@ from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
 
 
 class Read(NamedTuple):
-    """Tensors by name, what made them (empty: not stated), and where they come from, for messages."""
+    """Tensors by name, metadata on their origin (may be empty), and their source for messages."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -22,10 +22,10 @@ class Read(NamedTuple):
 
 
 def read_weights(config: ModelConfig, weights: str) -> Read:
-    """The tensors that `weights` names, which are not "random".
+    """The tensors of `weights`, which must not be "random".
 
     Raises:
-        CheckpointError: they do not exist, cannot be read, or cannot be fetched.
+        CheckpointError: the weights do not exist, cannot be read, or cannot be fetched.
     """
     if weights == HUB:
         return Read(build_pretrained(config).state_dict(), {}, f"timm's '{config.name}'")
@@ -34,18 +34,18 @@ def read_weights(config: ModelConfig, weights: str) -> Read:
 
 
 def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -> LoadedWeights:
-    """Load a file into an encoder.
+    """Load a file into an encoder, in place.
 
-    A position embedding of another grid is resampled (timm's bicubic); everything else must fit.
+    A position embedding of another grid is resampled (timm's bicubic); all other tensors must fit.
 
     Args:
-        model: the encoder, in place.
+        model: the encoder.
         weights: see `weights_path`.
-        unread: how names of parameters begin that nothing will read; those that the file lacks stay as they are.
+        unread: prefixes of parameters that nothing will read; the file may lack them.
 
     Raises:
-        CheckpointError: the file is absent or unreadable, or keys are missing, unexpected or of another
-            shape (all are listed); or it was trained with another number of heads.
+        CheckpointError: the file is absent or unreadable, was trained with another number of heads, or its tensors
+            are missing, unexpected or of another shape (all are listed).
     """
     path = weights_path(weights)
     loaded = load_tensors(model, read_tensors(path), str(path), may_lack=unread)
@@ -54,7 +54,7 @@ def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -
 
 
 def build_with_weights(config: ModelConfig, weights: str, unread: tuple[str, ...] = ()) -> nn.Module:
-    """The timm model of `config` with the weights of "hub" or of a file in it; `unread` as in `load_weights`.
+    """The timm model of `config` with the weights of "hub" or of a file; `unread` as in `load_weights`.
 
     Raises:
         RecipeError: timm cannot build the model.
@@ -69,7 +69,7 @@ def build_with_weights(config: ModelConfig, weights: str, unread: tuple[str, ...
 
 def build_pretrained(config: ModelConfig) -> nn.Module:
     """timm's pretrained weights of `config.name`. Raises CheckpointError where they cannot be fetched."""
-    # "name.tag" and "hf-hub:owner/name" (or "local-dir:folder") say themselves which weights are meant.
+    # "name.tag" and "hf-hub:owner/name" (or "local-dir:folder") name their weights.
     if not {".", ":"} & set(config.name) and not timm.models.is_model_pretrained(config.name):
         raise CheckpointError(f"timm has no pretrained weights for '{config.name}'", hint="set weights to a file")
     try:
@@ -85,7 +85,7 @@ def build_pretrained(config: ModelConfig) -> nn.Module:
 
 
 class Stated(NamedTuple):
-    """Mean and deviation of the pixels (0..1) that weights were made with, and their licence."""
+    """Mean and deviation of the pixels (0..1) that weights were trained with, and the weights' licence."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -93,10 +93,7 @@ class Stated(NamedTuple):
 
 
 def stated(model: nn.Module, weights: str) -> Stated:
-    """What timm states about the hub weights of its model.
-
-    A file says nothing of its pixels: ImageNet's statistics are those of MAE, DINOv2 and `pretrain-mae`.
-    """
+    """timm's statement on hub weights. A file gets ImageNet's values, which MAE, DINOv2 and `pretrain-mae` use."""
     if weights != HUB:
         return Stated(IMAGENET_MEAN, IMAGENET_STD, "unknown (local file)")
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}

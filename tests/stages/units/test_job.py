@@ -113,7 +113,7 @@ def test_a_teacher_that_overflows_is_refused_behind_the_device_and_nothing_is_co
     tensors["blocks.1.attn.qkv.weight"][0, 0] = float("inf")
     save_file(tensors, tmp_path / "broken.safetensors")
     teacher = recipe(made, tmp_path).teacher.model_copy(update={"weights": str(tmp_path / "broken.safetensors")})
-    with pytest.raises(RecipeError, match="what the teacher gives is not finite"):
+    with pytest.raises(RecipeError, match="the teacher's tensors are not finite"):
         cache_teacher.run(recipe(made, tmp_path, teacher=teacher))
     assert not list((tmp_path / "cache" / "commits").glob("*.json"))
 
