@@ -32,7 +32,7 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Encode both sets, run the recipe's evaluators, and write `<run.folder>/evaluation.json`.
 
     Returns:
-        what the file holds: metrics (accuracies are shares, not percent), counts, the identity of weights and recipe.
+        The content of the file: metrics (accuracies are shares, not percent), counts, identity of weights and recipe.
 
     Raises:
         UserError: unlabelled or inconsistent sources; weights that do not exist, fit or download.

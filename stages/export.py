@@ -1,4 +1,4 @@
-"""`tinymim export`: a run's weights as the code of MAE and TinyMIM reads them."""
+"""`tinymim export`: a run's weights in the layout of MAE and TinyMIM."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import say
 from tinymim.storage.atomic import write_bytes_atomic
 
-# The heads that their fine-tuning code has for a width; a checkpoint does not say how many its model has.
+# Heads by width in the fine-tuning code of MAE and TinyMIM; a checkpoint does not state its number of heads.
 _THEIR_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
@@ -19,15 +19,15 @@ def run(source: Path, target: Path) -> dict[str, Any]:
     """Write the weights in `source`, a run folder or a file, to `target`, a new `.pth`.
 
     Returns:
-        What was written: file, source, tensors, embed_dim, depth, num_heads (None: the file does not say).
+        file, source, tensors, embed_dim, depth, and num_heads (None where the source does not state it).
 
     Raises:
-        CheckpointError: there are no weights, they cannot be read, or the layout has no place for some of them.
+        CheckpointError: there are no weights, they cannot be read, or they do not fit the layout.
         UserError: `target` exists or has another suffix.
     """
     weights = _weights(source)
     if target.suffix != ".pth":
-        raise UserError("the layout of MAE and TinyMIM is that of a .pth file", got=target, expected="FILE.pth")
+        raise UserError("MAE and TinyMIM read .pth files only", got=target, expected="FILE.pth")
     if target.exists():
         raise UserError(f"{target} exists", hint="remove it, or give another name")
     tensors = read_tensors(weights)
@@ -37,7 +37,7 @@ def run(source: Path, target: Path) -> dict[str, Any]:
     width, heads = tensors["cls_token"].shape[-1], stated_heads(metadata)
     theirs = _THEIR_HEADS.get(width)
     if None not in (heads, theirs) and heads != theirs:
-        say(f"export: warning: this model has {heads} heads; MAE's and TinyMIM's of width {width} have {theirs}")
+        say(f"export: warning: this model has {heads} heads; MAE and TinyMIM have {theirs} at width {width}")
     found = {"embed_dim": width, "depth": count_blocks(tensors), "num_heads": heads}
     return {"file": str(target), "source": str(weights), "tensors": len(tensors)} | found
 

@@ -1,7 +1,7 @@
-"""`tinymim fidelity`: what codecs do to the gradient of a student, and what they cost, on the same views."""
+"""`tinymim fidelity`: the gradients of a student under several codecs, and the codecs' costs, on the same views."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -38,12 +38,12 @@ from tinymim.targets.contract import Target, TargetKind
 from tinymim.targets.fidelity import StatisticMoments, merged, rounded
 from tinymim.targets.kinds import make_kind
 
-_NEXT_DRAW = 0x1E3779B97F4A7C15  # added to a view key: other draws, each as good as those of the view itself
+_NEXT_DRAW = 0x1E3779B97F4A7C15  # added to a view key, it gives further independent draws
 
 
 @dataclass
 class _Tried:
-    """One codec of the list, and what encoding and decoding showed of it."""
+    """One codec of the recipe, and its measurements while encoding and decoding."""
 
     kind: TargetKind
     statistics: StatisticMoments = field(default_factory=StatisticMoments)
@@ -56,7 +56,7 @@ def run(recipe: FidelityRecipe) -> str:
     """Write `fidelity.json` and `frontier.png` to `run.folder`.
 
     Returns:
-        the tables as Markdown, one per student.
+        The tables as Markdown, one per student.
 
     Raises:
         RecipeError: sizes that do not fit one another.
@@ -76,7 +76,7 @@ def run(recipe: FidelityRecipe) -> str:
     teacher = Teacher(recipe.teacher, sorted({tap for kind in plain.values() for tap in kind.taps})).to(device)
     shapes = teacher.shapes()
     codecs = {name: _Tried(_calibrated(recipe, name, kind, source, teacher)) for name, kind in plain.items()}
-    groups = list(_comparable(codecs, shapes))
+    groups = _comparable(codecs, shapes)
     students = make_students(recipe, next(iter(plain.values())), shapes)
     judged = {student: {name: CodecMoments(recipe.num_images) for name in codecs} for student in students}
     probes = {
@@ -139,7 +139,7 @@ def run(recipe: FidelityRecipe) -> str:
 
 
 def _calibrated(recipe: FidelityRecipe, name: str, kind: TargetKind, source: ShardSet, teacher: Teacher) -> TargetKind:
-    """The kind, calibrated on the source as a cache of it would be where it needs that."""
+    """The kind with the constants that a cache of this source would have, if it needs any."""
     if not kind.calibration_views:
         return kind
     constants = calibrated(kind, recipe.views, recipe.batch_size, source, teacher)
@@ -169,7 +169,7 @@ def make_students(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> 
     """The student at its initial weights, and as trained where the recipe names a run folder.
 
     Raises:
-        CheckpointError: there is no training state, or it is of another student.
+        CheckpointError: there is no training state, or it belongs to another student.
     """
     torch.manual_seed(recipe.run.seed)
     students = {"initial": _made_student(recipe, kind, teacher)}
@@ -182,7 +182,7 @@ def make_students(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> 
             raise CheckpointError(
                 f"the state in {recipe.student_state} does not fit the student",
                 got=error,
-                hint="set student to the sizes it was trained with",
+                hint="set student to the sizes of the training run",
             ) from error
         students[f"after {state['step']:,} steps"] = trained
     return students
@@ -197,7 +197,7 @@ def _made_student(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> 
 
 
 def _draw(tried: _Tried, tapped: Tapped, keys: Tensor, shapes: Shapes, draws: int) -> list[Target]:
-    """Encode and decode one batch, as often as there is something to draw; keeps the first records, and times."""
+    """The targets of one batch, one per draw. `tried` keeps the records and statistics of the first, and all times."""
     kind, count = tried.kind, len(keys)
     targets: list[Target] = []
     for draw in range(draws if kind.draws(shapes) else 1):
@@ -215,12 +215,12 @@ def _draw(tried: _Tried, tapped: Tapped, keys: Tensor, shapes: Shapes, draws: in
     return targets
 
 
-def _comparable(codecs: Mapping[str, _Tried], shapes: Shapes) -> Iterator[list[str]]:
-    """Names of codecs whose losses have the same names and parts: they are compared with the same dense targets."""
+def _comparable(codecs: Mapping[str, _Tried], shapes: Shapes) -> list[list[str]]:
+    """Groups of codecs whose losses have the same names and parts, and so the same dense targets."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tried in codecs.items():
         groups.setdefault(tuple(tried.kind.parts(shapes).items()), []).append(name)
-    yield from groups.values()
+    return list(groups.values())
 
 
 def _refuse_unreadable(batch: ViewBatch) -> None:

@@ -1,1 +1,1 @@
-"""Whether students learn what their teacher says: audits on held-out images, alarms."""
+"""Audits of students on held-out images: whether they learn from their teacher, and alarms."""

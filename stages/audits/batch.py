@@ -1,4 +1,4 @@
-"""What audits of students look at: some held-out images with the teacher's whole targets.
+"""The batch of audits of students: held-out images with the teacher's whole targets.
 
 Shapes: N image, P part of a loss.
 """
@@ -25,23 +25,23 @@ from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import Answers, TargetKind
 from tinymim.targets.kinds import audit_kind
 
-_CHUNK = 8  # views whose losses are computed at a time: relation maps of a ViT-L take 20 MB each
+_CHUNK = 8  # views whose losses are computed at once: relation maps of a ViT-L take 20 MB a view
 
 
 class AuditBatch:
-    """The images that every audit looks at, and what the teacher says about them.
+    """The images of every audit, and the teacher's whole targets for them.
 
     Whole targets stay in memory in float32: relations of 64 views of a ViT-L take 320 MB.
 
     Args:
         config: the audit's section of the recipe.
-        training: manifest of the cache that is trained on.
-        kind: what students are trained on.
+        training: manifest of the cache that students are trained on.
+        kind: the kind that students are trained on.
 
     Raises:
         CacheMismatch: the audit's cache is of another teacher or view size, or its records are not whole targets.
-        ViewMismatch, SourceError, CacheCorrupt: its images or records are not what they were.
-        UserError: it covers too few images of its source.
+        ViewMismatch, SourceError, CacheCorrupt: its images or records have changed.
+        UserError: the audit's cache holds too few images of its source.
     """
 
     def __init__(self, config: AuditConfig, training: Manifest, kind: TargetKind) -> None:
@@ -61,20 +61,23 @@ class AuditBatch:
         self._yardsticks = self._kind.yardsticks(self._parts)
         shards = {shard.content_hash for shard in manifest.source}
         if shared := [shard.name for shard in training.source if shard.content_hash in shards]:
-            say(f"audit: warning: {shared[0]} is in the training's cache, too: what is learnt by heart looks well here")
+            say(
+                f"audit: warning: the training's cache also holds {shared[0]}: images learnt by heart improve the audit"
+            )
 
     @torch.no_grad()
     def compare(self, student: StudentModel) -> dict[str, Audited]:
-        """By loss, a student in eval mode, where it is: in fp32, whatever it is trained in."""
+        """Audit a student, in eval mode, on its device: by loss. Always computed in fp32."""
         device = next(student.parameters()).device
         parts = [student(images.to(device)) for images in self._images.split(_CHUNK)]
         answers = tuple(torch.cat(sides) for sides in zip(*parts, strict=True))
-        # Every answer is held against its own image, and against the one before: both means are of the same answers.
+        # Every answer is compared with its own image's rows and with those of the image before, so both means are over
+        # the same answers.
         own, other = (self._losses(each, device) for each in (answers, tuple(side.roll(-1, 0) for side in answers)))
         return {name: Audited.of(own[name], other[name], mark) for name, mark in self._yardsticks.items()}
 
     def _losses(self, answers: Answers, device: torch.device) -> dict[str, Float[Tensor, "N P"]]:
-        """The losses of all views, by name, on the CPU."""
+        """The losses of all views by name, on the CPU."""
         found: dict[str, list[Tensor]] = {}
         for some, part in zip(chunks(len(answers[0])), self._parts, strict=True):
             target = self._kind.pick(part, slice(None), device)
@@ -89,7 +92,7 @@ def chunks(count: int) -> list[slice]:
 
 
 def _require_same_teacher(training: Manifest, audit: Manifest, place: object) -> None:
-    """Raises CacheMismatch where the two caches are not of one teacher, as far as it changes what a row means."""
+    """Raises CacheMismatch where the teachers of two caches differ in anything that changes the meaning of a row."""
     ignored = PROVENANCE_KEYS | {"precision"}
     wanted = {f"teacher.{name}": value for name, value in training.teacher.items() if name not in ignored}
     found = {f"teacher.{name}": value for name, value in audit.teacher.items() if name not in ignored}
@@ -100,12 +103,12 @@ def _require_same_teacher(training: Manifest, audit: Manifest, place: object) ->
                 f"the audit's cache {place} is not of the training's teacher: {name} differs",
                 got=found.get(name),
                 expected=wanted.get(name),
-                hint="make audit.cache by the recipe of `cache`, with codec: {name: dense} and held-out shards",
+                hint="make audit.cache with the recipe of `cache`, but with codec: {name: dense} and held-out shards",
             )
 
 
 def _first_views(config: AuditConfig, reader: CacheReader, kind: TargetKind) -> ViewBatch:
-    """One view of each of the first images that the cache holds, every pixel digest checked."""
+    """One view of each of the cache's first images, with every pixel digest checked."""
     source = join(open_shards(config.source), reader, 1, "skip")
     if sum(source.counts) < config.num_images:
         raise UserError(

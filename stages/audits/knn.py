@@ -18,7 +18,7 @@ from tinymim.stages.run.interrupt import StopFlag
 
 
 class _SideBySide(nn.Module):
-    """Several ViTs of one grid as one whose tokens hold the channels of all: images are decoded once."""
+    """Several ViTs of one grid as one model with the channels of all, so that images are decoded once."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -34,9 +34,9 @@ class AuditKnn:
     """The k-NN accuracy of any number of students at once.
 
     Args:
-        config: its sets.
-        size: pixels of the students' input.
-        loader: of the training.
+        config: the section `audit.knn` of the recipe.
+        size: side of the students' input in pixels.
+        loader: the loader section of the training run.
 
     Raises:
         SourceError: bad or unlabelled shards.
@@ -49,14 +49,14 @@ class AuditKnn:
         count_classes(*self._sets)
 
     def accuracy(self, vits: Sequence[nn.Module], stop: StopFlag) -> list[dict[str, float]]:
-        """{"knn_top1", "knn_top5"} of each of `vits`, which are in eval mode. Raises Interrupted.
+        """{"knn_top1", "knn_top5"} of each of `vits`, which are in eval mode.
 
-        Images are decoded once for all models on one device.
+        Images are decoded once for all models on one device. Raises Interrupted if `stop` is requested.
         """
         found: dict[int, dict[str, float]] = {}
         devices = [next(vit.parameters()).device for vit in vits]
         for device in dict.fromkeys(devices):
-            here = [number for number, its_device in enumerate(devices) if its_device == device]
+            here = [number for number, own in enumerate(devices) if own == device]
             found |= dict(zip(here, self._on(device, [vits[number] for number in here], stop), strict=True))
         return [found[number] for number in range(len(vits))]
 

@@ -1,7 +1,7 @@
-"""Audits of students in training, from `audit` of a recipe: KL to dense teacher rows of held-out images, k-NN, alarms.
+"""Audits of students during training: KL to dense teacher rows of held-out images, k-NN, alarms.
 
-The training's own loss cannot tell wrong targets from right ones (`stages/audits/alarm.py`). An audit changes nothing
-of the training: it draws no random number, and the students are again as they were.
+The training loss does not distinguish wrong targets from right ones (`stages/audits/alarm.py`). An audit does not
+affect the training run: it draws no random number and leaves the students unchanged.
 """
 
 import json
@@ -31,21 +31,21 @@ from tinymim.stages.training.student_step import Student
 from tinymim.storage.manifest import Manifest
 from tinymim.targets.contract import TargetKind
 
-_RECENT_STEPS = 16  # over which the training's own KL is a mean, about
+_RECENT_STEPS = 16  # about the window of the running mean of the training KL
 
 
 @dataclass
 class _Subject:
-    """One student, and how well it was trained lately."""
+    """One student, and a running mean of its training KL."""
 
     learner: Learner
     student: StudentModel
-    measure: str  # in front of the losses' names in the metrics
+    measure: str  # prefix of the losses' names in the metrics
     steps: int = 0
-    recent: dict[str, Tensor] = field(default_factory=dict)  # on the device: no step waits for it
+    recent: dict[str, Tensor] = field(default_factory=dict)  # on the device, so that no step waits for it
 
     def note(self) -> None:
-        """After a step."""
+        """Add the losses of the last step to the running mean."""
         self.steps += 1
         for name, target in members(f"{self.measure}_*", self.learner.losses).items():
             loss = self.learner.losses[name]
@@ -53,27 +53,27 @@ class _Subject:
             self.recent[target] = before + (loss - before) / min(self.steps, _RECENT_STEPS)
 
     def train_kl(self) -> dict[str, float]:
-        """By loss, over this process's last steps and this rank's samples; nothing before the first step."""
+        """The running mean by loss, over this process's last steps and this rank's samples; empty before any step."""
         return {target: float(mean) for target, mean in self.recent.items()}
 
     def versions(self) -> dict[str, StudentModel]:
-        """The student itself, and its average."""
+        """The student itself, and its moving average, by prefix of the metrics."""
         averaged: Any = None if self.learner.ema is None else self.learner.ema.module
         return {"": self.student} | ({} if averaged is None else {EMA: averaged})
 
 
 class StudentAudits:
-    """All audits of a training; of several ranks the first makes them, and the others wait.
+    """All audits of a training run. The first rank makes them while the others wait.
 
     Args:
-        recipe: with an `audit`, or without: then nothing happens.
-        training: manifest of the cache that is trained on.
-        kind: what students are trained on.
-        students: all that the run trains.
-        ranks: who trains together.
+        recipe: the recipe; without `audit`, nothing happens.
+        training: manifest of the cache that students are trained on.
+        kind: the kind that students are trained on.
+        students: all students of the run.
+        ranks: the ranks of the run.
 
     Raises:
-        As `AuditBatch` and `AuditKnn`; on the first rank.
+        As `AuditBatch` and `AuditKnn`, on the first rank.
     """
 
     def __init__(
@@ -95,7 +95,9 @@ class StudentAudits:
             self._knn = AuditKnn(self._config.knn, int(training.views["size"]), recipe.loader)
 
     def after(self, step: int, books: Bookkeeping, stop: StopFlag) -> None:
-        """What is due after `step` steps; to be called before the first step and after every one, on all ranks.
+        """Make the audit that is due after `step` steps.
+
+        All ranks call this before the first step and after every step.
 
         Raises:
             UserError: an alarm, with `on_alarm: stop`; the state is saved.
@@ -109,23 +111,24 @@ class StudentAudits:
         regular = step % every == 0 or step == books.total_steps
         if not regular and step != books.first_step:
             return
-        heard = self._audit(step, regular, books, stop) if self._first else []
-        # Here the other ranks wait for the first one, without a GPU: as long as gloo's limit, half an hour.
-        told = self._ranks.from_first("\n  ".join(heard).encode() or None)
-        if told and self._config.on_alarm == "stop":
+        raised = self._audit(step, regular, books, stop) if self._first else []
+        # The other ranks wait here for the first one, on the CPU, at most for gloo's limit of half an hour.
+        shared = self._ranks.from_first("\n  ".join(raised).encode() or None)
+        if shared and self._config.on_alarm == "stop":
             books.save(step)
             raise UserError(
                 f"the audit after {step:,} steps raised an alarm, and audit.on_alarm is stop",
-                got=told.decode(),
+                got=shared.decode(),
                 hint="the state is saved. `tinymim cache verify --deep` compares the cache with its teacher; "
-                "on_alarm: warn goes on",
+                "on_alarm: warn continues",
             )
 
     def _audit(self, step: int, regular: bool, books: Bookkeeping, stop: StopFlag) -> list[str]:
-        """Look at the students that nobody has looked at after so many steps. Returns the alarms.
+        """Audit the students that have no audit after `step` steps yet, and return the alarms.
 
         Args:
-            regular: False: only at those that were never looked at, such as of a run that had no audits before.
+            regular: whether an audit is due at this step. Otherwise only students without any audit are audited, such
+                as those of a run that had no `audit` before.
         """
         began_s = time.monotonic()
         earlier = [read_audits(each.learner.folder) for each in self._subjects]
@@ -138,9 +141,9 @@ class StudentAudits:
             return []
         with _in_eval_mode([each.student for each, _ in wanted]):
             found = [{of: self._batch.compare(s) for of, s in each.versions().items()} for each, _ in wanted]
-            nearest = self._nearest([each for each, _ in wanted], stop)
-        heard = []
-        for (each, lines), compared, accuracy in zip(wanted, found, nearest, strict=True):
+            accuracies = self._knn_accuracies([each for each, _ in wanted], stop)
+        raised = []
+        for (each, lines), compared, accuracy in zip(wanted, found, accuracies, strict=True):
             entry: dict[str, Any] = {"step": step, "epoch": step / books.order.steps_per_epoch}
             entry |= {of + name: asdict(one) for of, all_ in compared.items() for name, one in all_.items()}
             entry |= accuracy | {"train_kl": each.train_kl()}
@@ -149,15 +152,15 @@ class StudentAudits:
                 for name, one in compared[""].items()
                 for text in alarms(name, one, points_of(name, [*lines, entry]))
             ]
-            entry["seconds"] = time.monotonic() - began_s  # of the audit, of all students
-            heard += [f"{each.learner.name} {text}".lstrip() for text in entry["alarms"]]
+            entry["seconds"] = time.monotonic() - began_s  # one audit covers all students
+            raised += [f"{each.learner.name} {text}".lstrip() for text in entry["alarms"]]
             _write(each, entry)
-        for text in heard:
+        for text in raised:
             say(f"train-student: AUDIT ALARM after {step:,} steps: {text}")
-        return heard
+        return raised
 
-    def _nearest(self, wanted: Sequence[_Subject], stop: StopFlag) -> list[dict[str, float]]:
-        """k-NN of every student by name of the metric; of none where there are no sets, or no time."""
+    def _knn_accuracies(self, wanted: Sequence[_Subject], stop: StopFlag) -> list[dict[str, float]]:
+        """k-NN accuracies of every student by metric; empty without `audit.knn`, or where the run is being stopped."""
         versions = [(number, of, s.vit) for number, each in enumerate(wanted) for of, s in each.versions().items()]
         found: list[dict[str, float]] = [{} for _ in wanted]
         if self._knn is None:
@@ -165,7 +168,7 @@ class StudentAudits:
         try:
             accuracies = self._knn.accuracy([vit for *_, vit in versions], stop)
         except Interrupted:
-            return found  # the next step ends the run; this audit goes without
+            return found  # the run ends after the next step; this audit has no accuracies
         for (number, of, _), accuracy in zip(versions, accuracies, strict=True):
             found[number] |= {of + name: value for name, value in accuracy.items()}
         return found
@@ -173,8 +176,7 @@ class StudentAudits:
 
 @contextmanager
 def _in_eval_mode(students: Sequence[nn.Module]) -> Iterator[None]:
-    """Averages are always in it."""
-    for student in students:
+    for student in students:  # averages are always in eval mode
         student.eval()
     try:
         yield
@@ -186,5 +188,5 @@ def _in_eval_mode(students: Sequence[nn.Module]) -> Iterator[None]:
 def _write(subject: _Subject, entry: Mapping[str, Any]) -> None:
     with open(subject.learner.folder / AUDIT_NAME, "a", encoding="utf-8") as lines:
         lines.write(json.dumps(entry) + "\n")
-    # Like all metrics of the step that was just done, counted from 0.
+    # As for all metrics, the step is the last one done, counted from 0.
     subject.learner.log(max(entry["step"] - 1, 0), audit_metrics(entry, subject.measure))

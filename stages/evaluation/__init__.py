@@ -1,1 +1,1 @@
-"""Evaluators of a frozen encoder, one a file."""
+"""Evaluators of a frozen encoder, one per file."""

@@ -1,4 +1,4 @@
-"""Classes of labelled sets: counted, and compared between sets."""
+"""Classes of labelled sets: count them, and compare them between sets."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from tinymim.pipeline.shards import ShardSet, labels_of
 
 
 def count_classes(train: ShardSet, val: ShardSet) -> int:
-    """How many classes `train` has; reads no image.
+    """Number of classes of `train`. Reads labels, but no image.
 
     Raises:
         SourceError: an unlabelled sample, a class of `val` that `train` lacks, or class lists that differ.
@@ -31,6 +31,7 @@ def count_classes(train: ShardSet, val: ShardSet) -> int:
 
 
 def refuse_unseen(train: npt.NDArray[np.int64], val: npt.NDArray[np.int64], names: Sequence[str]) -> None:
+    """Raises SourceError where the labels `val` hold a class that the labels `train` lack."""
     unseen = np.setdiff1d(val, train).tolist()
     if unseen:
         named = [f"{label} ({names[label]})" if label < len(names) else str(label) for label in unseen[:10]]

@@ -1,4 +1,4 @@
-"""Frozen features of a labelled set, and the encoder that gives them."""
+"""Frozen features of a labelled set, and the encoder that computes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class EncodedSet(NamedTuple):
 
 
 def load_encoder(recipe: EvaluateRecipe) -> tuple[nn.Module, Rgb, Rgb]:
-    """The model of a recipe with its weights, and the mean and deviation of the pixels it wants (0..1).
+    """The model of a recipe with its weights, and the mean and deviation (0..1) that normalise its pixels.
 
-    "random" weights are those a student or a masked pre-training of `run.seed` starts from: plain ViTs only.
+    "random" weights are the initial weights of a student or a masked pre-training with `run.seed`; plain ViTs only.
 
     Raises:
         CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
@@ -54,16 +54,16 @@ def load_encoder(recipe: EvaluateRecipe) -> tuple[nn.Module, Rgb, Rgb]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen model, and how it sees images.
+    """A frozen model, and its input.
 
     Args:
-        model: a ViT; it is put on `device`, in eval mode.
-        normalise: uint8 pixels -> the model's input; put on `device`.
-        law: which view of an image is seen, `CentreView` as a rule.
+        model: a ViT; moved to `device`, in eval mode.
+        normalise: maps uint8 pixels to the model's input; moved to `device`.
+        law: the view law, usually `CentreView`.
         block, pool: see `pooled_features`.
-        batch_size: images at once.
-        loader: its processes read and decode the images.
-        device: where the model runs, and the evaluators' own computations.
+        batch_size: images per forward pass.
+        loader: settings of the processes that read and decode the images.
+        device: the device of the model and of the evaluators.
     """
 
     model: nn.Module
@@ -81,7 +81,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, shards: Sequence[Shard], stop: StopFlag, label: str = "encode") -> EncodedSet:
-        """One feature vector per image of `shards`; `label` is the progress line's.
+        """One feature vector per image of `shards`; `label` names the set in progress lines.
 
         Raises:
             SourceError: no image can be read.
@@ -97,7 +97,7 @@ class Encoder:
         with Meter(label, sum(counts), "images") as meter:
             for batch in batches(views, plan, self.loader, pin_memory=on_gpu):
                 if stop.requested:
-                    raise Interrupted("no evaluation written; the same command starts again")
+                    raise Interrupted("no evaluation written; the same command starts it from scratch")
                 unreadable += batch.unreadable
                 if batch.keys:
                     images = self.normalise(batch.pixels.to(self.device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""What the demo's report shows side by side: relation rows of the teacher, of the cache and of the students."""
+"""Examples for the demo's report: relation rows of the teacher, the cache and the students."""
 
 from collections.abc import Iterator, Mapping
 
@@ -21,7 +21,7 @@ from tinymim.targets.kinds import stored_kind
 from tinymim.targets.relations.kind import RelationKind
 from tinymim.targets.relations.picture import query_maps
 
-EXAMPLE_IMAGES = (0, 3, 5, 8)  # of the first shard: stripes, rings, bricks, waves
+EXAMPLE_IMAGES = (0, 3, 5, 8)  # in the first shard: stripes, rings, bricks, waves
 QUERIES_PER_IMAGE = 2
 
 
@@ -30,7 +30,7 @@ def relation_examples(
     cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], reader: CacheReader
 ) -> Iterator[Example]:
     """Relation rows of some cached views by teacher, sketch and students, for queries whose sketch is in the cache."""
-    # ---- the views, exactly as the students got them
+    # ---- the views, exactly as in training
     manifest, shapes = reader.manifest, reader.manifest.shapes
     source = join(open_shards(cache.source), reader)
     kind = stored_kind(manifest.codec, manifest.block)
@@ -40,7 +40,7 @@ def relation_examples(
     batch = views.batch(np.array([[0, image, 0, number] for number, image in enumerate(images)], dtype=np.int64))
     sketches = kind.decode(batch.records, batch.view_keys, shapes)
 
-    # ---- what students make of them (the head is in the training state, not in the export)
+    # ---- the students' answers (the head is in the training state, not in the export)
     content = trained_on(reader, source)
     answers = {}
     for name, recipe in students.items():

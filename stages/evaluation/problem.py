@@ -1,4 +1,4 @@
-"""Two encoded sets as the problem that a probe is fitted to and judged by. Shapes: N, M image; C channel; K class."""
+"""Two encoded sets as a classification problem for a probe. Shapes: N, M image; C channel; K class."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from tinymim.stages.evaluation.encode import EncodedSet
 
 
 class Sets(NamedTuple):
-    """What an encoder is evaluated on; encoded once for all evaluators."""
+    """The sets of an evaluation, encoded once for all evaluators."""
 
     train: EncodedSet
     val: EncodedSet
@@ -31,7 +31,7 @@ class Problem:
 
     @classmethod
     def of(cls, sets: Sets, device: torch.device) -> "Problem":
-        """Raises SourceError where `val` holds classes that `train` lacks; their numbers are named."""
+        """The problem on `device`. Raises SourceError, naming labels, where `val` holds classes that `train` lacks."""
         train, val = sets
         refuse_unseen(train.labels.numpy(), val.labels.numpy(), ())
         classes, train_y = train.labels.unique(return_inverse=True)  # class numbers need not be 0, 1, 2, ...
@@ -41,5 +41,5 @@ class Problem:
         )
 
     def accuracy(self, name: str, scores: Float[Tensor, "M K"]) -> dict[str, float]:
-        """Top-1 and top-5 accuracy of an evaluator's scores, as shares, by the name of the metric."""
+        """Top-1 and top-5 accuracy of an evaluator's scores, as shares, by metric name."""
         return {f"{name}_top{k}": top_k_accuracy(scores, self.val_y, k) for k in (1, 5)}

@@ -93,7 +93,7 @@ def test_the_command_prints_json_and_warns_of_other_heads(tmp_path: Path, run: R
     save_file(official.layout(192, 1), tmp_path / "w.safetensors", {"recipe": recipe})
     code, out, err = run("export", tmp_path / "w.safetensors", tmp_path / "w.pth")
     assert code == 0 and json.loads(out)["num_heads"] == 12
-    assert "12 heads; MAE's and TinyMIM's of width 192 have 3" in err
+    assert "12 heads; MAE and TinyMIM have 3 at width 192" in err
     code, out, err = run("export", tmp_path / "w.safetensors", tmp_path / "w.pth")
     assert (code, out) == (2, "") and "exists" in err
 

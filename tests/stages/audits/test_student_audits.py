@@ -254,7 +254,7 @@ def test_too_few_images_other_relations_and_training_images_are_said(
     config = AuditConfig.model_validate(audit(home, cache=home / "same", source=trained(home)))
     reader = CacheReader(home / "cache")
     AuditBatch(config, reader.manifest, opened_kind(reader, TargetsConfig(), CPU))
-    assert "audit: warning: shard-000000.tar is in the training's cache, too" in capsys.readouterr().err
+    assert "audit: warning: the training's cache also holds shard-000000.tar" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- wrong targets
