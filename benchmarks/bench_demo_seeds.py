@@ -20,7 +20,7 @@ from pathlib import Path
 import provenance
 
 from tinymim.stages import demo
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 
 Results = list[list[dict[str, float | str]]]  # by seed, then arm
 
@@ -35,7 +35,7 @@ def main() -> None:
     began_s, began_cpu_s = time.monotonic(), _cpu_s()
     results: Results = []
     for seed in flags.seeds:
-        say(f"bench_demo_seeds: seed {seed}")
+        logger.info(f"bench_demo_seeds: seed {seed}")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table alone
             report = demo.run(flags.folder / f"seed-{seed}", seed)
         results.append(json.loads(report.with_name(demo.RESULTS_NAME).read_bytes())["arms"])

@@ -46,7 +46,7 @@ from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, trai
 from tinymim.stages.cache.info import describe
 from tinymim.stages.fidelity import spread_items
 from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME, STUDENT_NAME
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.training.states import read_state
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.targets.kinds import make_kind
@@ -168,7 +168,7 @@ def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
     folder = lab.folder / "runs" / name
     if result.exists() or not _taken(folder):
         return
-    say(f"evidence: experiment {number}, {arm.name}, seed {seed}")
+    logger.info(f"evidence: experiment {number}, {arm.name}, seed {seed}")
     if arm.kind == "cached":
         cache_teacher.run(lab.cache(arm.cache))  # at once where it is there already
     began_s, began_cpu_s = time.monotonic(), _cpu_s()

@@ -10,7 +10,7 @@ from tinymim.configs.schema import (
 )
 from tinymim.stages import cache_teacher, finetune, pretrain_mae, train_student
 from tinymim.stages.run.preflight import load_steps
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 
 
 def run(recipe: ChainRecipe) -> None:
@@ -26,7 +26,7 @@ def run(recipe: ChainRecipe) -> None:
     """
     recipes = load_steps(recipe)
     for number, (step, loaded) in enumerate(zip(recipe.steps, recipes, strict=True), start=1):
-        say(f"chain {number}/{len(recipes)}: {step.stage} {step.recipe}")
+        logger.info(f"chain {number}/{len(recipes)}: {step.stage} {step.recipe}")
         _run(loaded)
 
 

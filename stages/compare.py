@@ -11,7 +11,7 @@ from tinymim.stages.pages.numbers import field_value
 from tinymim.stages.pages.summary import RunSummary, differences, read_runs
 from tinymim.stages.pages.tables import plain_table
 from tinymim.stages.run.metrics import MISSING, formatted, in_order, metric
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.storage.atomic import write_bytes_atomic
 
 
@@ -28,7 +28,7 @@ def run(folders: Sequence[Path], out: Path) -> list[RunSummary]:
     html = page(runs, table_cells(runs), difference_cells(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(out, html.encode())
-    say(f"compare: wrote {out}")
+    logger.info(f"compare: wrote {out}")
     return runs
 
 

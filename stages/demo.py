@@ -26,7 +26,7 @@ from tinymim.stages.evaluation.encode import load_encoder
 from tinymim.stages.evaluation.examples import relation_examples
 from tinymim.stages.pages.demo import Arm, Report, text_table, write_report
 from tinymim.stages.run.folder import ENCODER_NAME, EVALUATION_NAME, STUDENT_NAME, read_metrics
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.kinds import make_kind
@@ -86,25 +86,25 @@ def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weigh
     recipes = load_recipes(root, seed, size, teacher_weights)
     weights_path(teacher_weights)  # refuse missing weights before drawing the images
 
-    say(f"demo 1/5: draw {size.train_images:,} + {size.val_images:,} images")
+    logger.info(f"demo 1/5: draw {size.train_images:,} + {size.val_images:,} images")
     draw_images(root / "images" / "train", size.train_images, TRAIN_IMAGE_SEED, size.images_per_shard)
     draw_images(root / "images" / "val", size.val_images, VAL_IMAGE_SEED, size.images_per_shard)
 
-    say(f"demo 2/5: cache {recipes.cache.num_views} views of every training image with the teacher")
+    logger.info(f"demo 2/5: cache {recipes.cache.num_views} views of every training image with the teacher")
     with folder_hint(CacheMismatch):
         cache_teacher.run(recipes.cache)
 
-    say("demo 3/5: train two students from the cache, without the teacher")
+    logger.info("demo 3/5: train two students from the cache, without the teacher")
     for student in recipes.students.values():
         with folder_hint(CacheMismatch, CheckpointError):
             train_student.run(student)
 
-    say("demo 4/5: train the same two networks as masked autoencoders, for the same number of steps")
+    logger.info("demo 4/5: train the same two networks as masked autoencoders, for the same number of steps")
     for autoencoder in recipes.autoencoders.values():
         with folder_hint(CheckpointError):
             pretrain_mae.run(autoencoder)
 
-    say("demo 5/5: evaluate all seven encoders by k-NN and linear probe")
+    logger.info("demo 5/5: evaluate all seven encoders by k-NN and linear probe")
     arms = measure(recipes)
     write_json_atomic(root / RESULTS_NAME, {"seed": seed, "arms": [asdict(arm) for arm in arms]})
     path = write_report(make_report(recipes, arms, seed, size), root)

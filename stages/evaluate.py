@@ -18,7 +18,7 @@ from tinymim.stages.evaluation.problem import Sets
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.folder import EVALUATION_NAME, RunFolder
 from tinymim.stages.run.interrupt import StopFlag
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.storage.atomic import write_json_atomic
 
 # By name in a recipe: (encoder, encoded sets, its own section) -> metrics by name.
@@ -83,5 +83,5 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
         "recipe_digest": recipe_digest(recipe),
     }
     write_json_atomic(recipe.run.folder / EVALUATION_NAME, result)
-    say(f"evaluate: wrote {recipe.run.folder / EVALUATION_NAME}")
+    logger.info(f"evaluate: wrote {recipe.run.folder / EVALUATION_NAME}")
     return result

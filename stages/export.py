@@ -8,7 +8,7 @@ from tinymim.models.checkpoints import count_blocks, read_metadata, read_tensors
 from tinymim.models.files import weights_path
 from tinymim.models.heads import stated_heads
 from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.storage.atomic import write_bytes_atomic
 
 # Heads by width in the fine-tuning code of MAE and TinyMIM; a checkpoint does not state its number of heads.
@@ -37,7 +37,7 @@ def run(source: Path, target: Path) -> dict[str, Any]:
     width, heads = tensors["cls_token"].shape[-1], stated_heads(metadata)
     theirs = _THEIR_HEADS.get(width)
     if None not in (heads, theirs) and heads != theirs:
-        say(f"export: warning: this model has {heads} heads; MAE and TinyMIM have {theirs} at width {width}")
+        logger.info(f"export: warning: this model has {heads} heads; MAE and TinyMIM have {theirs} at width {width}")
     found = {"embed_dim": width, "depth": count_blocks(tensors), "num_heads": heads}
     return {"file": str(target), "source": str(weights), "tensors": len(tensors)} | found
 

@@ -28,7 +28,7 @@ from tinymim.stages.pages.fidelity import draw_frontier, format_tables
 from tinymim.stages.run.device import pick_device, require_view_size
 from tinymim.stages.run.folder import FIDELITY_NAME, FRONTIER_NAME, RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.training.states import read_state
 from tinymim.stages.units.constants import calibrated
 from tinymim.stages.units.gradients import CodecMoments, GradientProbe
@@ -134,7 +134,7 @@ def run(recipe: FidelityRecipe) -> str:
     folder = recipe.run.folder
     write_json_atomic(folder / FIDELITY_NAME, result)
     draw_frontier(result, folder / FRONTIER_NAME)
-    say(f"fidelity: wrote {folder / FIDELITY_NAME} and {folder / FRONTIER_NAME}")
+    logger.info(f"fidelity: wrote {folder / FIDELITY_NAME} and {folder / FRONTIER_NAME}")
     return format_tables(result)
 
 

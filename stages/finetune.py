@@ -31,7 +31,7 @@ from tinymim.stages.evaluation.classes import count_classes
 from tinymim.stages.run.device import autocast, require_view_size
 from tinymim.stages.run.folder import BEST_NAME, FINETUNED_NAME, LAST_EMA_NAME, LAST_NAME
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
@@ -103,7 +103,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     # ---- resume
     books = Bookkeeping(recipe, [learner], ranks, order, [shard.name for shard in source.shards], "images_per_s")
     books.resume()
-    say(f"finetune: {started_from(recipe, start)}")
+    logger.info(f"finetune: {started_from(recipe, start)}")
     books.describe(f"{source.num_samples:,} images, validated on {held_out.num_samples:,}")
     validation = Validation(recipe, held_out.shards, num_classes, normalise, ranks)
     schedule = ValidationSchedule(
@@ -230,7 +230,9 @@ class ValidationSchedule:
         if best and learner.ranks.first:
             _write_weights(learner.folder / BEST_NAME, self.history.weights, self.metadata, self.history.best or {})
         tops = ", ".join(f"{name} top-1 {each['top1']:.2%} top-5 {each['top5']:.2%}" for name, each in scores.items())
-        say(f"finetune: epoch {entry['epoch']:g}: {tops}, loss {scores[of]['loss']:.4f}{', the best' if best else ''}")
+        logger.info(
+            f"finetune: epoch {entry['epoch']:g}: {tops}, loss {scores[of]['loss']:.4f}{', the best' if best else ''}"
+        )
 
 
 def _write_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str], entry: dict[str, Any]) -> None:
@@ -273,4 +275,4 @@ def _export(schedule: ValidationSchedule, start: LoadedWeights, source: ShardSet
     }
     write_json_atomic(folder / FINETUNED_NAME, report)
     best = weights[BEST_NAME]
-    say(f"finetune: wrote {folder / BEST_NAME}: top-1 {best['top1']:.2%} after {best['epoch']:g} epochs")
+    logger.info(f"finetune: wrote {folder / BEST_NAME}: top-1 {best['top1']:.2%} after {best['epoch']:g} epochs")

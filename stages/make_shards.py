@@ -24,7 +24,7 @@ from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, UNLABELLED, hash_
 from tinymim.pipeline.tar import IMAGE_EXTENSIONS
 from tinymim.pipeline.workers import prepare_worker, worker_context
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.run.progress import Meter, logger
 from tinymim.storage.atomic import write_json_atomic
 
 DRAWN = "drawn"  # as SRC: the generated images
@@ -104,14 +104,14 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
         "made_by": {"source": source, **recorded(source, options, len(resized))},
     }
     write_json_atomic(target / INDEX_NAME, index)
-    say(f"make-shards: {index['num_samples']:,} images in {len(rows)} shards, {len(unreadable)} unreadable")
+    logger.info(f"make-shards: {index['num_samples']:,} images in {len(rows)} shards, {len(unreadable)} unreadable")
     if options.resize_short:
-        say(
+        logger.info(
             f"make-shards: {len(resized):,} images resized to a short side of {options.resize_short} px and encoded "
             f"again; a cache made from {source} does not fit these shards"
         )
     for row in unreadable[:10]:
-        say(f"  unreadable: {row['origin']}: {row['reason']}")
+        logger.info(f"  unreadable: {row['origin']}: {row['reason']}")
     return index
 
 

@@ -23,7 +23,7 @@ from tinymim.stages.planning.student import measured_student
 from tinymim.stages.planning.teacher import measured_teacher
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.preflight import RANDOM_WEIGHTS_HINT, hinted
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.units.prepare import prepare
 
 
@@ -64,14 +64,14 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
             cache = _with_random_weights(cache, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
             prepared = prepare(cache)
-        say(f"plan: measuring the teacher on {prepared.device}")
+        logger.info(f"plan: measuring the teacher on {prepared.device}")
         count = options.num_images or prepared.source.num_samples
         seconds = options.seconds * (0.6 if students else 1.0)
         teacher, reader, joined = stack.enter_context(measured_teacher(cache, prepared, count, seconds))
         for name, recipe in students.items():
             if recipe.run.threads:
                 torch.set_num_threads(recipe.run.threads)
-            say(f"plan: measuring {name} on {pick_device(recipe.run.device)}")
+            logger.info(f"plan: measuring {name} on {pick_device(recipe.run.device)}")
             alike = recipe.source == cache.source or options.num_images is not None
             images = count if alike else open_shards(recipe.source).num_samples
             seconds = 0.4 * options.seconds / len(students)

@@ -21,7 +21,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.device import autocast, require_view_size
 from tinymim.stages.run.folder import ENCODER_EMA_NAME, ENCODER_NAME
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
@@ -108,4 +108,4 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
         averaged = learner.ema.module.encoder.state_dict()
         metadata |= {"ema": str(learner.ema.decay)}
         write_bytes_atomic(recipe.run.folder / ENCODER_EMA_NAME, to_safetensors(averaged, metadata))
-    say(f"pretrain-mae: wrote {recipe.run.folder / ENCODER_NAME}")
+    logger.info(f"pretrain-mae: wrote {recipe.run.folder / ENCODER_NAME}")

@@ -18,7 +18,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.opened import opened_kind
 from tinymim.stages.run.folder import STUDENT_EMA_NAME, STUDENT_NAME, TRAINED_NAME, write_provenance
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.device_stream import cached_target
 from tinymim.stages.training.launch import on_ranks
@@ -65,9 +65,9 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     source = join(open_shards(recipe.source), reader, num_views, recipe.on_missing)
     kind, shapes = opened_kind(reader, recipe.targets, device), manifest.shapes
     for skipped in source.skipped[:5]:
-        say(f"train-student: shard {skipped} is not in the cache (yet) and is skipped")
+        logger.info(f"train-student: shard {skipped} is not in the cache (yet) and is skipped")
     if source.skipped or source.without_record:
-        say(
+        logger.info(
             f"train-student: skipped {len(source.skipped):,} shards, and {source.without_record:,} "
             "images of the others that have no record in the cache (on_missing: skip)"
         )
@@ -142,13 +142,13 @@ def _export(model: StudentModel, learner: Learner, metadata: dict[str, str]) -> 
         ema = {"ema": str(learner.ema.decay)}
         write_bytes_atomic(folder / STUDENT_EMA_NAME, to_safetensors(averaged, metadata | ema))
     write_json_atomic(folder / TRAINED_NAME, report)
-    say(
+    logger.info(
         f"{label}: wrote {folder / STUDENT_NAME}: {len(report['trained'])} tensors trained, "
         f"{len(report['fixed'])} fixed ({', '.join(report['fixed']) or 'none'}), "
         f"{len(report['never_updated'])} never updated; the head was dropped"
     )
     if report["never_updated"]:
-        say(f"{label}: warning: still at their initial values: {', '.join(report['never_updated'])}")
+        logger.info(f"{label}: warning: still at their initial values: {', '.join(report['never_updated'])}")
 
 
 def trained_report(model: StudentModel, optimiser: torch.optim.Optimizer) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.alarm import Audited
 from tinymim.stages.cache.opened import stored_constants
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.training.device_stream import CPU
 from tinymim.storage.catalog import resolve
 from tinymim.storage.manifest import PROVENANCE_KEYS, Manifest
@@ -61,7 +61,7 @@ class AuditBatch:
         self._yardsticks = self._kind.yardsticks(self._parts)
         shards = {shard.content_hash for shard in manifest.source}
         if shared := [shard.name for shard in training.source if shard.content_hash in shards]:
-            say(
+            logger.info(
                 f"audit: warning: the training's cache also holds {shared[0]}: images learnt by heart improve the audit"
             )
 

@@ -23,7 +23,7 @@ from tinymim.stages.audits.knn import AuditKnn
 from tinymim.stages.run.folder import AUDIT_NAME, read_audits
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.metrics import EMA, audit_metrics, members
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.ranks import Ranks
@@ -156,7 +156,7 @@ class StudentAudits:
             raised += [f"{each.learner.name} {text}".lstrip() for text in entry["alarms"]]
             _write(each, entry)
         for text in raised:
-            say(f"train-student: AUDIT ALARM after {step:,} steps: {text}")
+            logger.info(f"train-student: AUDIT ALARM after {step:,} steps: {text}")
         return raised
 
     def _knn_accuracies(self, wanted: Sequence[_Subject], stop: StopFlag) -> list[dict[str, float]]:

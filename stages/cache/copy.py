@@ -8,7 +8,7 @@ from typing import Any
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.run.progress import Meter, logger
 from tinymim.storage import layout
 from tinymim.storage.catalog import resolve
 from tinymim.storage.check import unit_bytes
@@ -48,7 +48,7 @@ def run(source: Path | str, target: Path | str) -> dict[str, Any]:
     damaged: list[CacheCorrupt] = []
     with CacheWriter.open(target, reader.manifest) as writer, StopFlag() as stop:
         for difference in writer.environment_differences:
-            say(f"cache copy: warning: {difference}")
+            logger.info(f"cache copy: warning: {difference}")
         _copy_constants(reader, writer)
 
         # ---- units, each committed when it is complete
@@ -75,7 +75,7 @@ def run(source: Path | str, target: Path | str) -> dict[str, Any]:
                             if info.unit not in writer.refresh():  # another copy may have committed it
                                 writer.drop_unit(info.unit)
                             damaged.append(error)
-                            say(f"cache copy: {error.what}")
+                            logger.info(f"cache copy: {error.what}")
                     meter.advance(1)
                 if len(held_by_others) == len(todo):
                     time.sleep(LOOK_AGAIN_S)  # wait until other copies commit their units or die

@@ -8,7 +8,7 @@ from typing import Any
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.stages.cache.inspection import Inspection, inspect_cache
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.units.constants import calibrated, require_rebuildable
 from tinymim.stages.units.fill import fill
 from tinymim.stages.units.prepare import Prepared, cache_place, prepare
@@ -44,7 +44,7 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     # ---- findings
     inspection = inspect_cache(store, "cache repair", manifest)
     for finding in inspection.findings:
-        say(f"cache repair: {finding}")
+        logger.info(f"cache repair: {finding}")
     shards = parts.source.by_name()
     lost = [f for f in inspection.findings if f.kind in ("commit", "unit") and f.unit and f.unit.shard not in shards]
     if lost:
@@ -70,7 +70,7 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     good = {info.unit for info in inspection.survey.units} - set(done.dropped)
     new = parts.manifest.shards.keys() - manifest.shards.keys()
     if new:
-        say(f"cache repair: {len(new)} shards of the source are new to the cache and are computed as well")
+        logger.info(f"cache repair: {len(new)} shards of the source are new to the cache and are computed as well")
     cut_like = [*done.dropped, *done.uncommitted]
     whole = recipe.model_copy(update={"num_views": manifest.num_views})
     require_rebuildable(parts.kind, parts.teacher)
@@ -107,10 +107,10 @@ def _settled_manifest(store: Store, wanted: Manifest) -> tuple[Manifest, bool]:
         raise
     except UserError as error:  # damaged, missing, or no cache at all; rebuild_manifest checks the commit records
         manifest = rebuild_manifest(store, wanted)
-        say(f"cache repair: {error.what}: rebuilt from the recipe")
+        logger.info(f"cache repair: {error.what}: rebuilt from the recipe")
         return manifest, True
     for difference in check_same(manifest, wanted):
-        say(f"cache repair: warning: {difference}")
+        logger.info(f"cache repair: warning: {difference}")
     return manifest, False
 
 

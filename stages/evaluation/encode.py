@@ -20,7 +20,7 @@ from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import Shard
 from tinymim.pipeline.views import ViewLaw
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.run.progress import Meter, logger
 
 Rgb = tuple[float, float, float]
 
@@ -107,5 +107,5 @@ class Encoder:
         if not found:
             raise SourceError(f"{label}: no image can be read", got=f"{len(unreadable)} unreadable images")
         for key, reason in unreadable[:10]:
-            say(f"{label}: unreadable: {key}: {reason}")
+            logger.info(f"{label}: unreadable: {key}: {reason}")
         return EncodedSet(torch.cat(found), torch.cat(labels), unreadable)

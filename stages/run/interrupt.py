@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 
 
 class Interrupted(Exception):
@@ -74,7 +74,9 @@ class StopFlag:
             return
         self.requested, self.requeue = True, number == signal.SIGTERM
         if not self._has_parent:
-            say(f"{signal.Signals(number).name} received: finishing current work and saving (again to stop at once)")
+            logger.info(
+                f"{signal.Signals(number).name} received: finishing current work and saving (again to stop at once)"
+            )
 
 
 _open_flags: set[StopFlag] = set()

@@ -34,21 +34,16 @@ class _Stderr(logging.Handler):
                 print(record.getMessage(), file=sys.stderr, flush=True)
 
 
-_logger = logging.getLogger("tinymim")
-_logger.setLevel(logging.INFO)
-_logger.propagate = False  # otherwise handlers of the root logger print every message twice
+logger = logging.getLogger("tinymim")
+logger.setLevel(logging.INFO)
+logger.propagate = False  # otherwise handlers of the root logger print every message twice
 _stderr = _Stderr()
-_logger.addHandler(_stderr)
+logger.addHandler(_stderr)
 
 
 def silence() -> None:
     """Make this process print and record nothing, as on all ranks but the first."""
-    _logger.setLevel(logging.CRITICAL + 1)
-
-
-def say(message: str) -> None:
-    """Log one message."""
-    _logger.info(message)
+    logger.setLevel(logging.CRITICAL + 1)
 
 
 class ProgressFiles(logging.Handler):
@@ -71,8 +66,8 @@ class ProgressFiles(logging.Handler):
         self._refused: set[Path] = set()
 
     def __enter__(self) -> Self:
-        if _logger.isEnabledFor(logging.INFO):
-            _logger.addHandler(self)
+        if logger.isEnabledFor(logging.INFO):
+            logger.addHandler(self)
             _open_files.append(self)
         return self
 
@@ -81,7 +76,7 @@ class ProgressFiles(logging.Handler):
     ) -> None:
         if self in _open_files:
             _open_files.remove(self)
-            _logger.removeHandler(self)
+            logger.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append a message to the log."""
@@ -104,7 +99,7 @@ class ProgressFiles(logging.Handler):
         if self not in _open_files:
             return
         text = f"{phase}: {reason}" if reason else phase
-        self.handle(_logger.makeRecord(_logger.name, logging.INFO, "", 0, text, (), None))
+        self.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, text, (), None))
         if self._meter is not None:
             self._write(self._meter, phase, reason or self._meter.note)
 
@@ -132,7 +127,7 @@ class ProgressFiles(logging.Handler):
         if path not in self._refused:
             self._refused.add(path)
             text = f"warning: {path} cannot be written ({error.strerror}); the run goes on without it"
-            _stderr.handle(_logger.makeRecord(_logger.name, logging.WARNING, "", 0, text, (), None))
+            _stderr.handle(logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None))
 
 
 _open_files: list[ProgressFiles] = []
@@ -171,7 +166,7 @@ class Meter:
     def __enter__(self) -> "Meter":
         _running.append(self)
         _report()
-        if sys.stderr.isatty() and _logger.isEnabledFor(logging.INFO):
+        if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -195,7 +190,7 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None and time.monotonic() - self._began_s > 2.0:
-            say(self.line())
+            logger.info(self.line())
 
     def advance(self, count: int, note: str | None = None) -> None:
         """Add `count` units; `note` (a loss, say) is shown beside the rate."""
@@ -206,7 +201,7 @@ class Meter:
             self._bar.update(self._task, completed=self.done, status=f"{self.rate:,.0f} {self.unit}/s {self.note}")
         elif time.monotonic() - self._said_s > _PLAIN_EVERY_S:
             self._said_s = time.monotonic()
-            say(self.line())
+            logger.info(self.line())
 
     @property
     def rate(self) -> float:

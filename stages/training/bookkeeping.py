@@ -8,7 +8,7 @@ from tinymim.configs.schema import TrainingRecipe
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.metrics import formatted
-from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.training.learner import NEVER, Learner
 from tinymim.stages.training.ranks import Ranks, batch_arithmetic
 from tinymim.stages.training.states import load_states
@@ -65,8 +65,8 @@ class Bookkeeping:
         epochs = self.total_steps / self.order.steps_per_epoch
         for learner in self.learners:
             rates = f"{learner.schedule.peak_lr:.2e} = {learner.recipe.optim.base_lr:g} x {optim.batch_size:,} / 256"
-            say(f"{self.recipe.stage}: {learner.about}, peak lr {rates}")
-        say(
+            logger.info(f"{self.recipe.stage}: {learner.about}, peak lr {rates}")
+        logger.info(
             f"{self.recipe.stage}: {what}, {self.total_steps:,} steps = {epochs:.1f} epochs, batch {batch}, "
             f"from step {self.first_step:,}"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from tinymim.configs.errors import InternalError
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.stages.run.interrupt import Interrupted, on_signals
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.training.ranks import joined, launched
 from tinymim.stages.training.start import R, Start, Training, WorkersDied
 from tinymim.stages.training.start_local import LocalStart
@@ -37,7 +37,9 @@ def on_ranks(train: Training[R], recipe: R) -> None:
         return
     with joined(recipe.run) as ranks:
         if recipe.workers not in (1, ranks.world_size):
-            say(f"{recipe.stage}: {ranks.world_size} ranks were started by an external launcher; ignoring `workers`")
+            logger.info(
+                f"{recipe.stage}: {ranks.world_size} ranks were started by an external launcher; ignoring `workers`"
+            )
         train(recipe, ranks)
 
 
@@ -58,7 +60,9 @@ def _supervised(train: Training[R], recipe: R, start: Start) -> None:
                         hint=f"what was saved in {recipe.run.folder} is intact and the same command continues; "
                         "--debug shows more",
                     ) from died.__cause__
-                say(f"{recipe.stage}: {died}; restart {restarts + 1} of {recipe.max_restarts} from the last state")
+                logger.info(
+                    f"{recipe.stage}: {died}; restart {restarts + 1} of {recipe.max_restarts} from the last state"
+                )
                 recipe = resuming(recipe, former)
                 continue
             if stopped is not None:
@@ -105,6 +109,6 @@ class _SignalForwarder:
             self._start.kill()
             raise KeyboardInterrupt
         self.requested, self.requeue = True, number == signal.SIGTERM
-        say(f"{signal.Signals(number).name} received: finishing the step and saving (again to stop at once)")
+        logger.info(f"{signal.Signals(number).name} received: finishing the step and saving (again to stop at once)")
         if not self._start.stop(self.requeue):
             raise Interrupted("stopped before it had begun", self.requeue)

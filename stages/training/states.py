@@ -16,7 +16,7 @@ from torch import nn
 
 from tinymim.configs.errors import CheckpointError, UserError
 from tinymim.stages.run.preflight import no_state
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.training.ranks import Ranks
 from tinymim.storage.atomic import PARTIAL_SUFFIX, write_bytes_atomic
 
@@ -126,7 +126,7 @@ def newest_payloads(folders: Sequence[Path]) -> list[bytes] | None:
             return [_intact(path) for path in paths]
         except CheckpointError as error:
             first_error = first_error or error
-            say(f"warning: {error.what}; using the state before it, if there is one")
+            logger.info(f"warning: {error.what}; using the state before it, if there is one")
     if first_error is not None:
         raise first_error
     return None

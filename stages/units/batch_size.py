@@ -7,7 +7,7 @@ import torch
 
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.targets.contract import TargetKind
 
 MAX_GPU_VIEWS = 2048  # fewer views per batch already saturate any GPU
@@ -40,7 +40,7 @@ def find_images_per_batch(
     images = 1
     while 2 * images <= max_images and (on_cpu or _fits(teacher, kind, 2 * images * views, size, device)):
         images *= 2
-    say(f"cache-teacher: batch_size auto is {images} images, {images * views} views at once on {device.type}")
+    logger.info(f"cache-teacher: batch_size auto is {images} images, {images * views} views at once on {device.type}")
     return images
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from tinymim.configs.errors import UnitsFailed
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages.run.folder import RunFolder
-from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.units.ledger import Ledger, UnitReport
 from tinymim.stages.units.timing import percentages, shares
 from tinymim.storage.layout import UnitId
@@ -39,7 +39,7 @@ class CacheBoard:
         self.log.session.device_s = self._seconds["wall"]  # the sum over workers, each with a device of its own
         if report.outcome == "failed":
             then = "given up" if given_up else "to be tried again"
-            say(f"cache-teacher: unit {report.unit} failed, {then}: {report.reason}")
+            logger.info(f"cache-teacher: unit {report.unit} failed, {then}: {report.reason}")
         if report.outcome == "committed":
             self.images += report.images
             self.stored_bytes += report.stored_bytes

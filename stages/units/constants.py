@@ -17,7 +17,7 @@ from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.storage.writer import CacheWriter
 from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
@@ -112,6 +112,6 @@ def calibrated(
                 yield teacher(batch.pixels.to(device))
         if not count:
             raise SourceError("none of the images to calibrate the codec on can be read", got=f"{len(items)} images")
-        say(f"codec {kind.name}: calibrating on {count:,} views")
+        logger.info(f"codec {kind.name}: calibrating on {count:,} views")
 
     return kind.calibrate(tapped(), teacher.projection)

@@ -22,7 +22,7 @@ from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import ClusterConfig
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.run.ray import join_ray
 from tinymim.stages.units.board import CacheBoard
 from tinymim.stages.units.job import TeacherJob
@@ -187,7 +187,7 @@ class Crew:
         self._deaths = 0  # since the last commit
         self._idle_since_s = time.monotonic()
         self.members = [self._start() for _ in range(min(self._wanted(), max(1, len(ledger.left()))))]
-        say(f"cache-teacher: {len(self.members)} workers on {len(_nodes())} nodes")
+        logger.info(f"cache-teacher: {len(self.members)} workers on {len(_nodes())} nodes")
 
     def work(self, stop: StopFlag) -> None:
         """Send units until every one is committed or given up.
@@ -294,7 +294,7 @@ class Crew:
         """Start a new worker for one that is dead or broken, and settle its units."""
         cause = getattr(error, "cause", None) or error
         reason = f"its worker is lost ({type(cause).__name__}: {_reason(cause)})"
-        say(f"cache-teacher: a worker is lost and replaced: {type(cause).__name__}: {_reason(cause)}")
+        logger.info(f"cache-teacher: a worker is lost and replaced: {type(cause).__name__}: {_reason(cause)}")
         self._calls = {call: sent for call, sent in self._calls.items() if sent[0] is not member}
         self.members.remove(member)
         ray.kill(member.actor)  # it may be broken and still alive, and hold its GPU
@@ -321,7 +321,7 @@ class Crew:
         elif now_s - self._idle_since_s > SAY_AGAIN_S:
             self._idle_since_s = now_s
             waiting = sum(not member.units_ahead for member in self.members)
-            say(
+            logger.info(
                 f"cache-teacher: waiting: {waiting} of {len(self.members)} workers have not started (no room in the "
                 f"cluster?), {len(self.ledger.left())} units are left, some perhaps held by other jobs"
             )

@@ -12,7 +12,7 @@ from tinymim.configs.errors import SourceError
 from tinymim.models.taps import Tapped, finite_views
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ViewBatch
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.timing import Marks
@@ -152,7 +152,7 @@ class Draft:
         """
         if self.unreadable:
             missing = f"{len(self.unreadable)} of {count} images of {self.unit.shard}"
-            say(f"cache-teacher: {missing} are unreadable and skipped")
+            logger.info(f"cache-teacher: {missing} are unreadable and skipped")
         if len(self.unreadable) > max_share * count or len(self.unreadable) == count:
             key, reason = self.unreadable[0]
             raise SourceError(

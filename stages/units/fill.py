@@ -8,7 +8,7 @@ from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages.run.folder import RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import Meter, say
+from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.units.board import CacheBoard, raise_failures
 from tinymim.stages.units.job import TeacherJob
 from tinymim.stages.units.ledger import LOOK_AGAIN_S, Ledger, UnitReport, missing_units
@@ -41,17 +41,17 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
         StopFlag() as stop,
     ):
         for difference in writer.environment_differences:
-            say(f"cache-teacher: warning: {difference}")
+            logger.info(f"cache-teacher: warning: {difference}")
         specs = parts.kind.specs(manifest.shapes)
         record_bytes = sum(spec.size_bytes for spec in specs)
-        say(
+        logger.info(
             f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB "
             f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
             f"spec {manifest.spec_id}"
         )
         ledger = Ledger(lambda: missing_units(source, writer.refresh(), recipe.num_views, cut_like), recipe.retries)
         if not ledger.left():
-            say(f"cache-teacher: nothing to do, {place} is complete")
+            logger.info(f"cache-teacher: nothing to do, {place} is complete")
             return
 
         # ---- teacher over every batch; a unit is written when its last batch is encoded
@@ -64,7 +64,7 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
             else:
                 _work_on_cluster(recipe, source, ledger, board, stop)
     raise_failures(ledger, place)
-    say(f"cache-teacher: {place} is complete; `tinymim cache info {place}` describes it")
+    logger.info(f"cache-teacher: {place} is complete; `tinymim cache info {place}` describes it")
 
 
 # ---------------------------------------------------------------- in this process
@@ -98,7 +98,9 @@ def _work_here(job: TeacherJob, ledger: Ledger, board: CacheBoard, stop: StopFla
         if elsewhere:
             holders = ", ".join(map(str, job.writer.holders(elsewhere))) or "another job"
             if holders != waiting_for:  # once per set of holders, not every two seconds
-                say(f"cache-teacher: {holders} is at work on all that is left: waiting, to take over if it dies")
+                logger.info(
+                    f"cache-teacher: {holders} is at work on all that is left: waiting, to take over if it dies"
+                )
                 waiting_for = holders
             time.sleep(LOOK_AGAIN_S if not stop.requested else 0)
             if stop.requested:

@@ -26,7 +26,7 @@ from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.interrupt import Interrupted
-from tinymim.stages.run.progress import say
+from tinymim.stages.run.progress import logger
 from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.background import Background
 from tinymim.stages.units.batch_size import find_images_per_batch
@@ -238,7 +238,7 @@ class TeacherJob:
             draft.refuse_too_many_unreadable(self._counts[unit.shard], self.recipe.max_unreadable)
             info = self.writer.write_unit(unit, draft.keys(), draft.arrays(), draft.statistics())
         except UnitTaken as taken:
-            say(f"cache-teacher: {taken.what} now ({taken.got}); what was computed of it is dropped")
+            logger.info(f"cache-teacher: {taken.what} now ({taken.got}); what was computed of it is dropped")
             return UnitReport(unit, "elsewhere")
         except SourceError as error:
             return UnitReport(unit, "failed", in_one_line(error))

@@ -18,7 +18,7 @@ from tinymim.configs.errors import UserError
 from tinymim.stages.run import progress
 from tinymim.stages.run.folder import LOG_NAME, STATUS_NAME, RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.progress import Meter, ProgressFiles, say, silence
+from tinymim.stages.run.progress import Meter, ProgressFiles, logger, silence
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.tests.stages.tiny import student_recipe
 
@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_say_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    say("a line")
+    logger.info("a line")
     assert capsys.readouterr() == ("", "a line\n")
 
 
@@ -206,7 +206,7 @@ def test_a_run_says_how_it_ended(error: BaseException | None, phase: str, note: 
 
     def run() -> None:
         with RunFolder(recipe), Meter("train", 4, "steps") as meter:
-            say("begun")
+            logger.info("begun")
             meter.advance(2, "loss 1")
             if error is not None:
                 raise error
@@ -216,12 +216,12 @@ def test_a_run_says_how_it_ended(error: BaseException | None, phase: str, note: 
     else:
         with pytest.raises(type(error)):
             run()
-    say("after it")
+    logger.info("after it")
     assert (folder.status["phase"], folder.status["note"], folder.status["done"]) == (phase, note, 2)
     assert folder.log == ["begun", f"{phase}: {note}" if error else "done"]
     run_again = RunFolder(recipe, None)  # such as a cache that is complete: no meter, the status stays
     with run_again:
-        say("nothing to do")
+        logger.info("nothing to do")
     assert folder.log[2:] == ["nothing to do", "done"] and folder.status["phase"] == phase
 
 
@@ -242,10 +242,10 @@ def test_every_open_folder_is_written_and_none_without(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).mkdir()
     with Folder(tmp_path / "a") as one, Folder(tmp_path / "b") as two, Meter("train", 10, "steps"):
-        say("100% sure")
+        logger.info("100% sure")
     with Meter("cache verify", 10, "units") as meter:
         meter.advance(10)
-        say("no folder")
+        logger.info("no folder")
     assert one.status == two.status and one.log == two.log == ["100% sure"]
     assert list((tmp_path / "c").iterdir()) == []
 
@@ -255,7 +255,7 @@ def test_other_ranks_than_the_first_print_and_write_nothing(tmp_path: Path, caps
     recipe = student_recipe(tmp_path)
     silence()
     with RunFolder(recipe), Meter("train", 10, "steps") as meter:
-        say("a line")
+        logger.info("a line")
         meter.advance(10)
     assert capsys.readouterr() == ("", "")
     assert not {LOG_NAME, STATUS_NAME} & {path.name for path in recipe.run.folder.iterdir()}
@@ -269,7 +269,7 @@ def test_a_file_that_cannot_be_written_is_reported_once_and_costs_nothing_else(
     with Folder(tmp_path) as folder, Meter("train", 10, "steps") as meter:
         for number in range(3):
             clock.now_s += 2
-            say(f"message {number}")
+            logger.info(f"message {number}")
             meter.advance(1)
         folder.end("done", "")
     lines = capsys.readouterr().err.splitlines()
@@ -281,8 +281,8 @@ def test_a_file_that_cannot_be_written_is_reported_once_and_costs_nothing_else(
 
 def test_a_full_disk_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressFiles(Path("/dev/full"), tmp_path / STATUS_NAME), Meter("train", 10, "steps"):
-        say("a line")
-        say("another")
+        logger.info("a line")
+        logger.info("another")
     assert capsys.readouterr().err.splitlines() == [
         "a line",
         "warning: /dev/full cannot be written (No space left on device); the run goes on without it",
@@ -296,7 +296,7 @@ def test_a_stderr_that_is_gone_ends_no_run(tmp_path: Path, monkeypatch: pytest.M
     with Folder(tmp_path) as folder:
         for stderr in (closed, None):
             monkeypatch.setattr(sys, "stderr", stderr)
-            say("nobody reads this")
+            logger.info("nobody reads this")
     assert folder.log == ["nobody reads this"] * 2
 
 
@@ -311,7 +311,7 @@ def test_a_root_logger_with_handlers_prints_nothing_twice(capsys: pytest.Capture
     handler = logging.StreamHandler(sys.stderr)
     logging.getLogger().addHandler(handler)
     try:
-        say("once")
+        logger.info("once")
     finally:
         logging.getLogger().removeHandler(handler)
     assert capsys.readouterr().err == "once\n"
