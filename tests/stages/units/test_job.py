@@ -16,7 +16,7 @@ from tinymim import cli
 from tinymim.configs.errors import RecipeError, SourceError, UnitsFailed, UserError
 from tinymim.configs.load import dump_recipe
 from tinymim.pipeline import dataset
-from tinymim.stages import cache_teacher, make_shards
+from tinymim.stages import cache_teacher
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.units import batch_size, draft
@@ -25,7 +25,7 @@ from tinymim.stages.units.prepare import prepare
 from tinymim.storage.layout import UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter, UnitTaken
-from tinymim.tests.stages.tiny import cache_recipe, tree, write_teacher
+from tinymim.tests.stages.tiny import cache_recipe, tree, write_set
 
 SHARDS, IMAGES = 5, 7
 
@@ -33,9 +33,7 @@ SHARDS, IMAGES = 5, 7
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, a teacher, and the cache that one process makes of them, eight images at a time."""
-    root = tmp_path_factory.mktemp("job")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=IMAGES * SHARDS, images_per_shard=IMAGES))
-    write_teacher(root / "teacher.safetensors")
+    root = write_set(tmp_path_factory.mktemp("job"), IMAGES * SHARDS, IMAGES)
     cache_teacher.run(recipe(root, root))
     return root
 
