@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinymim.stages import cache_teacher, train_student
+from tinymim.storage import objects
 from tinymim.storage.reader import CacheReader
 from tinymim.tests import s3_server
 from tinymim.tests.stages.tiny import cache_recipe, losses, stored, student_recipe
@@ -21,7 +22,9 @@ def url(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        objects._connect.cache_clear()  # it knows the server of the test before
         yield f"s3://{s3_server.BUCKET}/shards"
+        objects._connect.cache_clear()
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
