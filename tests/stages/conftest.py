@@ -1,37 +1,30 @@
-"""Caches for the tests of `tinymim cache`, made once; other modules have a `made` and a `home` of their own."""
+"""What most tests of stages start from, made once per process. Modules that need more have a `made` of their own."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tinymim import cli
-from tinymim.stages import cache_teacher, make_shards
-from tinymim.tests.stages.caches import hidden, recipe
-from tinymim.tests.stages.tiny import write_teacher
+from tinymim.stages import cache_teacher, train_student
+from tinymim.tests.stages.tiny import cache_recipe, copied, student_recipe, write_set
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 24 images in three tars; a cache of two views that grew by a third; a hidden cache of two."""
-    root = tmp_path_factory.mktemp("made")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=24, images_per_shard=8, seed=5))
-    write_teacher(root / "teacher.safetensors")
-    cache_teacher.run(recipe(root, num_views=2))
-    cache_teacher.run(recipe(root))
-    cache_teacher.run(hidden(root))
+    """Shards of 36 images in three tars, a random teacher, a cache, a student of 20 steps. Do not write to it."""
+    root = write_set(tmp_path_factory.mktemp("made"))
+    cache_teacher.run(cache_recipe(root))
+    train_student.run(student_recipe(root))
     return root
 
 
 @pytest.fixture
 def home(made: Path, tmp_path: Path) -> Path:
-    """A copy of both caches; their recipes are still those of `made`."""
-    for name in ("cache", "hidden"):
-        shutil.copytree(made / name, tmp_path / name)
-    return tmp_path
+    """A private copy of `made` without its runs."""
+    return copied(made, tmp_path / "home")
 
 
 @pytest.fixture

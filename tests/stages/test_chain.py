@@ -1,6 +1,7 @@
 """A chain runs every step, goes on where it stopped, and is checked as a whole before it begins."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,35 +12,34 @@ import yaml
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import ChainRecipe
-from tinymim.stages import cache_teacher, chain, make_shards
+from tinymim.stages import cache_teacher, chain
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages import finetunes
-from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, tree, write_teacher
+from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, tree
 
 STEPS = {"batch_size": 8, "steps": 4, "base_lr": 0.1}
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(home: Path) -> Path:
     """Shards, a teacher, and the recipes of a chain: teacher, student, the student's cache, its student."""
-    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=24, images_per_shard=12))
-    write_teacher(tmp_path / "teacher.safetensors")
-    first = run_folder(tmp_path, "first")
+    shutil.rmtree(home / "cache")
+    first = run_folder(home, "first")
     recipes = {
-        "1": cache_recipe(tmp_path),
-        "2": student_recipe(tmp_path, optim=STEPS, run=first),
+        "1": cache_recipe(home),
+        "2": student_recipe(home, optim=STEPS, run=first),
         "3": cache_recipe(
-            tmp_path,
-            cache=tmp_path / "next",
+            home,
+            cache=home / "next",
             teacher={**STUDENT, "block": 2, "weights": str(first["folder"] / "student.safetensors")},
-            run=run_folder(tmp_path, "next-cache"),
+            run=run_folder(home, "next-cache"),
         ),
-        "4": student_recipe(tmp_path, optim=STEPS, cache=tmp_path / "elsewhere", run=run_folder(tmp_path, "second")),
+        "4": student_recipe(home, optim=STEPS, cache=home / "elsewhere", run=run_folder(home, "second")),
     }
     for name, recipe in recipes.items():
-        (tmp_path / f"{name}.yaml").write_text(dump_recipe(recipe))
-    return tmp_path
+        (home / f"{name}.yaml").write_text(dump_recipe(recipe))
+    return home
 
 
 def run_folder(home: Path, name: str) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import cache_teacher, train_student
 from tinymim.storage.reader import CacheReader
-from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,11 @@ from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, writ
     ],
     ids=str,
 )
-def test_every_codec_teaches(tmp_path: Path, codec: dict[str, Any]) -> None:
-    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=36, images_per_shard=12, seed=5))
-    write_teacher(tmp_path / "teacher.safetensors")
-    cache_teacher.run(cache_recipe(tmp_path, codec=codec, audit_views=4))
-    train_student.run(student_recipe(tmp_path))
-    found = losses(tmp_path)
+def test_every_codec_teaches(home: Path, codec: dict[str, Any]) -> None:
+    place = home / "other"
+    cache_teacher.run(cache_recipe(home, cache=place, codec=codec, audit_views=4))
+    train_student.run(student_recipe(home, cache=place))
+    found = losses(home)
     assert np.mean(found[-4:]) < 0.9 * np.mean(found[:4])
-    fidelity = CacheReader(tmp_path / "cache").units()[0].statistics["fidelity"]
+    fidelity = CacheReader(place).units()[0].statistics["fidelity"]
     assert set(fidelity) == {"views", "all", *codec.get("relations", ["qk", "vv"])}

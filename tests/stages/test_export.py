@@ -17,26 +17,22 @@ from tinymim.configs.taps import Tap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.models.weights import load_weights
-from tinymim.stages import cache_teacher, export, make_shards, train_student
+from tinymim.stages import export, train_student
 from tinymim.tests import official
-from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import STUDENT, run_in, student_recipe
 
 Run = Callable[..., tuple[int, str, str]]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folders of one student, and of two."""
     root = tmp_path_factory.mktemp("export")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=16, images_per_shard=8))
-    write_teacher(root / "teacher.safetensors")
-    cache_teacher.run(cache_recipe(root))
     optim = {"batch_size": 8, "steps": 2, "base_lr": 0.1}
-    train_student.run(student_recipe(root, optim=optim, ema={"decay": 0.5}))
+    train_student.run(student_recipe(made, optim=optim, ema={"decay": 0.5}, run=run_in(root / "run-student")))
     several = {"student": None, "students": {"a": {"model": STUDENT}, "b": {"model": STUDENT}}}
-    folder = {"folder": root / "run-several", "device": "cpu", "threads": 1}
-    train_student.run(student_recipe(root, optim=optim, run=folder, **several))
+    train_student.run(student_recipe(made, optim=optim, run=run_in(root / "run-several"), **several))
     return root
 
 

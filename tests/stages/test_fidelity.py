@@ -6,20 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
-import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, FidelityRecipe, TrainStudentRecipe
+from tinymim.configs.schema import CacheTeacherRecipe, FidelityRecipe
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher, fidelity, train_student
 from tinymim.storage.reader import CacheReader
+from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, student_recipe, write_teacher
 
-SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
-TEACHER: dict[str, Any] = {"embed_dim": 16, "depth": 2, **SIZES}
-STUDENT: dict[str, Any] = {"embed_dim": 8, "depth": 2, **SIZES}
 CODECS: dict[str, Any] = {
     "sketch": {"rows": 9, "tail_k": 4},
     "all rows": {"rows": 99, "tail_k": 8},
@@ -34,8 +30,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Path:
     """A folder with `shards` (60 drawn images) and weights of a random teacher with selective attention."""
     folder = tmp_path_factory.mktemp("fidelity")
     (folder / "shards").symlink_to(drawn_shards)
-    torch.manual_seed(0)
-    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TEACHER).state_dict()
+    write_teacher(folder / "random.safetensors")
+    state = load_file(folder / "random.safetensors")
     state["blocks.1.attn.qkv.weight"] *= 12.0
     save_file(state, folder / "teacher.safetensors")
     return folder
@@ -88,8 +84,8 @@ def test_the_same_recipe_gives_the_same_numbers(root: Path) -> None:
 
 
 def test_a_trained_student_is_judged_too(root: Path) -> None:
-    cache_teacher.run(cache(root))
-    train_student.run(student(root))
+    cache_teacher.run(cache(root, audit_views=0))
+    train_student.run(student_recipe(root, optim={"batch_size": 8, "steps": 3, "base_lr": 0.1}))
     fidelity.run(recipe(root, student_state=root / "run-student", num_images=4))
     result = json.loads((root / "run" / "fidelity.json").read_text())
     assert set(result["students"]) == {"initial", "after 3 steps"}
@@ -127,33 +123,8 @@ def test_views_are_spread_over_all_shards(drawn_shards: Path) -> None:
 
 
 def cache(root: Path, **changes: Any) -> CacheTeacherRecipe:
-    fields: dict[str, Any] = {
-        "stage": "cache-teacher",
-        "source": {"shards": root / "shards"},
-        "views": {"size": 32},
-        "num_views": 2,
-        "teacher": TEACHER | {"block": 2, "weights": str(root / "teacher.safetensors")},
-        "codec": {"rows": 9, "tail_k": 4},
-        "cache": root / "cache",
-        "batch_size": 4,
-        "audit_views": 12,
-        "loader": {"workers": 0},
-        "run": {"folder": root / "run-cache", "device": "cpu", "threads": 1},
-    }
-    return CacheTeacherRecipe.model_validate(fields | changes)
-
-
-def student(root: Path) -> TrainStudentRecipe:
-    fields: dict[str, Any] = {
-        "stage": "train-student",
-        "source": {"shards": root / "shards"},
-        "cache": root / "cache",
-        "student": {"name": "vit_tiny_patch16_224", **STUDENT},
-        "optim": {"batch_size": 8, "steps": 3, "base_lr": 0.1},
-        "loader": {"workers": 0},
-        "run": {"folder": root / "run-student", "device": "cpu", "threads": 1},
-    }
-    return TrainStudentRecipe.model_validate(fields)
+    fields: dict[str, Any] = {"views": {"size": 32}, "codec": {"rows": 9, "tail_k": 4}, "batch_size": 4}
+    return cache_recipe(root, **fields | {"audit_views": 12} | changes)
 
 
 def test_every_unit_carries_its_fidelity(root: Path) -> None:

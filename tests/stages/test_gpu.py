@@ -15,8 +15,7 @@ from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training.learner import LossWatch
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.finetunes import losses, recipe
-from tinymim.tests.stages.tiny import STUDENT, student_recipe, write_teacher
-from tinymim.tests.stages.tiny import cache_recipe as tiny_cache_recipe
+from tinymim.tests.stages.tiny import STUDENT, student_recipe
 
 SIZES: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
 
@@ -78,20 +77,17 @@ def test_a_cache_from_the_gpu_equals_one_from_the_cpu_and_trains(tmp_path: Path,
 
 
 @pytest.mark.gpu
-def test_two_gpus_train_like_one(tmp_path: Path) -> None:
+def test_two_gpus_train_like_one(home: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("fewer than two CUDA devices")
-    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=36, images_per_shard=12, seed=5))
-    write_teacher(tmp_path / "teacher.safetensors")
-    cache_teacher.run(tiny_cache_recipe(tmp_path))
     students: dict[str, Any] = {"one": {"model": STUDENT}, "other": {"model": STUDENT, "ema": {}}}
     optim = {"batch_size": 8, "steps": 12, "base_lr": 0.1, "accumulate": 2}
     found = {}
     for workers in (1, 2):
-        folder = tmp_path / f"run-{workers}"
+        folder = home / f"run-{workers}"
         run = {"folder": folder, "device": "cuda", "log_every": 1}
         recipe = {"student": None, "students": students, "optim": optim, "order": {"lanes": 2}, "workers": workers}
-        train_student.run(student_recipe(tmp_path, **recipe, run=run))
+        train_student.run(student_recipe(home, **recipe, run=run))
         found[workers] = {name: [line["loss"] for line in read_metrics(folder / name)] for name in students}
     for name in students:
         assert len(found[2][name]) == 12
@@ -99,19 +95,16 @@ def test_two_gpus_train_like_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_students_on_several_devices_share_one_stream_and_train_as_alone(tmp_path: Path) -> None:
-    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=36, images_per_shard=12, seed=5))
-    write_teacher(tmp_path / "teacher.safetensors")
-    cache_teacher.run(tiny_cache_recipe(tmp_path))
+def test_students_on_several_devices_share_one_stream_and_train_as_alone(home: Path) -> None:
     devices = {"here": "cpu", **{f"gpu{number}": f"cuda:{number}" for number in range(torch.cuda.device_count())}}
     students = {name: {"model": STUDENT, "device": device} for name, device in devices.items()}
-    recipe = student_recipe(tmp_path, student=None, students=students)
+    recipe = student_recipe(home, student=None, students=students)
     train_student.run(recipe)
     for name, alone in recipe.each().items():
         assert alone.run.device == devices[name]
-        folder = tmp_path / f"alone-{name}"
+        folder = home / f"alone-{name}"
         train_student.run(alone.model_copy(update={"run": alone.run.model_copy(update={"folder": folder})}))
-        shared = [line["loss"] for line in read_metrics(tmp_path / "run-student" / name)]
+        shared = [line["loss"] for line in read_metrics(home / "run-student" / name)]
         one = [line["loss"] for line in read_metrics(folder)]
         if devices[name] == "cpu":
             assert shared == one

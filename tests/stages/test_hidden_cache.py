@@ -17,7 +17,7 @@ from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.models.teacher import Teacher
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.cache.opened import stored_constants
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.units import draft
@@ -30,11 +30,11 @@ from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.tests.stages.tiny import (
     TEACHER,
     cache_recipe,
+    copied,
     losses,
     stored,
     student_recipe,
     tree,
-    write_teacher,
 )
 
 INT8 = {"name": "hidden", "calibration_views": 20}
@@ -43,22 +43,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 24 images in two tars, a random teacher, a finished hidden cache."""
-    root = tmp_path_factory.mktemp("made")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=24, images_per_shard=12, seed=5))
-    write_teacher(root / "teacher.safetensors")
-    cache_teacher.run(hidden_recipe(root))
+def made(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shards and teacher, a hidden cache of theirs, a student of three steps."""
+    root = copied(made, tmp_path_factory.mktemp("hidden") / "made")
+    shutil.rmtree(root / "cache")
+    cache_teacher.run(hidden_recipe(root, audit_views=4))
+    train_student.run(short(root))
     return root
 
 
-@pytest.fixture
-def home(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "home"))
-
-
 def hidden_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
-    return cache_recipe(root, **({"codec": INT8, "audit_views": 4} | changes))
+    return cache_recipe(root, **({"codec": INT8} | changes))
 
 
 def short(root: Path, **changes: Any) -> TrainStudentRecipe:
@@ -88,14 +83,14 @@ def test_a_resumed_cache_has_the_same_bytes_and_the_same_constants(
 ) -> None:
     if codec == PCA:
         shutil.rmtree(home / "cache")
-        cache_teacher.run(hidden_recipe(home, codec=codec))
+        cache_teacher.run(hidden_recipe(home, codec=codec, audit_views=4))
     whole = stored(home)
     last = CacheReader(home / "cache").units()[-1]
     shutil.rmtree(home / "cache" / "units" / last.unit.shard.removesuffix(".tar"))
     (home / "cache" / "commits" / f"{last.unit.shard.removesuffix('.tar')}.v0-1.json").unlink()
     # A resumed run does not calibrate: those who changed images since then would get other constants.
     monkeypatch.setattr("tinymim.targets.relations.hidden.calibrate", None)
-    cache_teacher.run(hidden_recipe(home, codec=codec))
+    cache_teacher.run(hidden_recipe(home, codec=codec, audit_views=4))
     assert stored(home) == whole
 
 
@@ -114,7 +109,7 @@ def test_a_cache_stopped_before_its_first_unit_is_calibrated_once(home: Path, mo
     assert CacheReader(home / "cache").units() == [] and (home / "cache" / "constants.json").exists()
     monkeypatch.setattr("tinymim.stages.units.job.encode", encode)
     monkeypatch.setattr("tinymim.targets.relations.hidden.calibrate", None)
-    cache_teacher.run(hidden_recipe(home))
+    cache_teacher.run(hidden_recipe(home, audit_views=4))
     assert stored(home) == whole
 
 
@@ -126,14 +121,13 @@ def test_growing_leaves_constants_and_units_as_they_are(home: Path) -> None:
     assert grown <= {"zarr.json"} and len({info.constants for info in CacheReader(home / "cache").units()}) == 1
 
 
-def test_students_train_on_any_relation_heads_and_rows_with_any_number_of_workers(home: Path) -> None:
-    train_student.run(short(home))
-    default = losses(home)
+def test_students_train_on_any_relation_heads_and_rows_with_any_number_of_workers(made: Path, home: Path) -> None:
+    default = losses(made)
     assert all(np.isfinite(default))
     targets = {"relations": ["qq", "kk"], "relation_heads": 4, "rows": 6}
     seen = []
     for workers in (0, 1):
-        shutil.rmtree(home / "run-student")
+        shutil.rmtree(home / "run-student", ignore_errors=True)
         train_student.run(short(home, targets=targets, loader={"workers": workers}))
         seen.append(losses(home))
         lines = [json.loads(line) for line in (home / "run-student" / "metrics.jsonl").read_text().splitlines()]
@@ -141,13 +135,10 @@ def test_students_train_on_any_relation_heads_and_rows_with_any_number_of_worker
     assert seen[0] == seen[1] != default
 
 
-def test_the_student_sees_what_a_student_of_the_dense_cache_sees(home: Path) -> None:
-    train_student.run(short(home))
-    hidden = losses(home)
-    shutil.rmtree(home / "run-student")
+def test_the_student_sees_what_a_student_of_the_dense_cache_sees(made: Path, home: Path) -> None:
     cache_teacher.run(hidden_recipe(home, codec={"name": "dense"}, cache=home / "dense"))
     train_student.run(short(home, cache=home / "dense"))
-    np.testing.assert_allclose(hidden, losses(home), rtol=2e-3)
+    np.testing.assert_allclose(losses(made), losses(home), rtol=2e-3)
 
 
 def test_a_flipped_byte_in_the_constants_is_named(home: Path) -> None:

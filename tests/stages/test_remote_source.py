@@ -7,23 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import cache_teacher, train_student
+from tinymim.storage import objects
 from tinymim.storage.reader import CacheReader
 from tinymim.tests import s3_server
-from tinymim.tests.stages.tiny import cache_recipe, losses, stored, student_recipe, write_teacher
-
-OPTIM = {"batch_size": 8, "steps": 5}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 24 images in three tars, a random teacher, a cache and losses made from local disk."""
-    root = tmp_path_factory.mktemp("local")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=24, images_per_shard=8, seed=5))
-    write_teacher(root / "teacher.safetensors")
-    cache_teacher.run(cache_recipe(root))
-    train_student.run(student_recipe(root, optim=OPTIM))
-    return root
+from tinymim.tests.stages.tiny import cache_recipe, losses, stored, student_recipe
 
 
 @pytest.fixture
@@ -34,7 +22,9 @@ def url(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        objects._connect.cache_clear()  # it knows the server of the test before
         yield f"s3://{s3_server.BUCKET}/shards"
+        objects._connect.cache_clear()
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
@@ -48,7 +38,7 @@ def test_both_stages_from_an_object_store(made: Path, tmp_path: Path, url: str, 
     assert stored(home) == stored(made)
     ours, theirs = CacheReader(home / "cache").manifest, CacheReader(made / "cache").manifest
     assert (ours.source, ours.spec_id) == (theirs.source, theirs.spec_id)
-    train_student.run(student_recipe(home, optim=OPTIM, **common))
+    train_student.run(student_recipe(home, **common))
     assert losses(home) == losses(made)
     assert f"shards: {url}" in (home / "run-student" / "recipe.yaml").read_text()
     assert len(list((tmp_path / "xdg").rglob("*.json"))) == 3  # every shard was scanned once

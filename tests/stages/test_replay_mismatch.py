@@ -6,56 +6,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from tinymim.configs.errors import CacheMismatch, ViewMismatch
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.decode import decode, environment, render
 from tinymim.stages import cache_teacher, make_shards, train_student
-from tinymim.stages.run.folder import read_metrics
 from tinymim.storage.reader import CacheReader
-
-SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
-ARCH: dict[str, Any] = {"embed_dim": 16, "depth": 1, **SIZES}
+from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, write_teacher
 
 
-def cache_recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
-    fields: dict[str, Any] = {
-        "stage": "cache-teacher",
-        "source": {"shards": root / "shards"},
-        "views": {"size": 32},
-        "num_views": 2,
-        "teacher": {"name": "vit_tiny_patch16_224", "block": 1, "weights": str(root / "t.safetensors"), **ARCH},
-        "codec": {"rows": 4, "tail_k": 2},
-        "cache": root / "cache",
-        "loader": {"workers": 0},
-        "audit_views": 0,
-        "run": {"folder": root / "run-cache", "device": "cpu", "threads": 1},
-    }
-    return CacheTeacherRecipe.model_validate(fields | changes)
+def recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
+    fields: dict[str, Any] = {"views": {"size": 32}, "codec": {"rows": 4, "tail_k": 2}}
+    return cache_recipe(root, **fields | changes)
 
 
 def train(root: Path) -> list[float]:
-    fields: dict[str, Any] = {
-        "stage": "train-student",
-        "source": {"shards": root / "shards"},
-        "cache": root / "cache",
-        "student": {"name": "vit_tiny_patch16_224", **ARCH},
-        "optim": {"batch_size": 6, "steps": 4, "base_lr": 0.1},
-        "loader": {"workers": 0},
-        "run": {"folder": root / "run-student", "device": "cpu", "threads": 1, "log_every": 1},
-    }
-    train_student.run(TrainStudentRecipe.model_validate(fields))
-    return [line["loss"] for line in read_metrics(root / "run-student")]
+    train_student.run(student_recipe(root, optim={"batch_size": 6, "steps": 4, "base_lr": 0.1}))
+    return losses(root)
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve photographs-to-be of many sizes, 40 to 700 pixels, some progressive, some PNG; and a random teacher."""
-    source = tmp_path / "images"
+    root = tmp_path_factory.mktemp("sizes")
+    source = root / "images"
     source.mkdir()
     for number in range(12):
         side = 40 + 60 * number
@@ -65,26 +41,25 @@ def home(tmp_path: Path) -> Path:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format=fmt, **options)
         (source / f"{number:02d}.{fmt.lower()}").write_bytes(buffer.getvalue())
-    make_shards.run(str(source), tmp_path / "shards", make_shards.Options(images_per_shard=6))
-    torch.manual_seed(0)
-    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **ARCH).state_dict(), tmp_path / "t.safetensors")
-    return tmp_path
+    make_shards.run(str(source), root / "shards", make_shards.Options(images_per_shard=6))
+    write_teacher(root / "teacher.safetensors")
+    return root
 
 
 def test_images_decoded_smaller_replay_to_the_same_pixels(home: Path) -> None:
-    cache_teacher.run(cache_recipe(home))
+    cache_teacher.run(recipe(home))
     assert CacheReader(home / "cache").manifest.views["scaled_decode"] is True
-    assert len(train(home)) == 4  # all digests checked: verify.first is 4096
+    assert len(train(home)) == 4  # all digests checked
 
 
 def test_a_cache_from_before_scaled_decoding_replays_and_grows_without_it(home: Path) -> None:
     full = {"size": 32, "scaled_decode": False}
-    cache_teacher.run(cache_recipe(home, views=full, num_views=1))
+    cache_teacher.run(recipe(home, views=full, num_views=1))
     manifest = CacheReader(home / "cache").manifest
     assert "scaled_decode" not in manifest.views  # as such a cache is
     with pytest.raises(CacheMismatch, match=r"views\.scaled_decode"):
-        cache_teacher.run(cache_recipe(home, num_views=2))
-    cache_teacher.run(cache_recipe(home, views=full, num_views=2))
+        cache_teacher.run(recipe(home, num_views=2))
+    cache_teacher.run(recipe(home, views=full, num_views=2))
     assert CacheReader(home / "cache").coverage().complete
     assert len(train(home)) == 4
 
@@ -92,7 +67,7 @@ def test_a_cache_from_before_scaled_decoding_replays_and_grows_without_it(home: 
 def test_scaled_decoding_is_another_law(home: Path) -> None:
     digests = []
     for name, views in {"cache": {"size": 32}, "full": {"size": 32, "scaled_decode": False}}.items():
-        cache_teacher.run(cache_recipe(home, views=views, cache=home / name, run={"folder": home / f"run-{name}"}))
+        cache_teacher.run(recipe(home, views=views, cache=home / name, run={"folder": home / f"run-{name}"}))
         reader = CacheReader(home / name)
         digests.append(np.concatenate([reader.read_unit(unit).arrays["digest"] for unit in reader.units()]))
     assert len(digests[0]) == 24 and 0 < int((digests[0] != digests[1]).sum()) < 24
@@ -110,7 +85,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 
 
 def test_another_decoder_is_refused_with_all_that_there_is_to_say(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_teacher.run(cache_recipe(home))
+    cache_teacher.run(recipe(home))
 
     def another(data: bytes, *how: int) -> torch.Tensor:
         return decode(data, *how) ^ 1  # the last bit, as another inverse DCT would
@@ -137,7 +112,7 @@ def _digests(home: Path, unit: Any) -> list[int]:
 
 
 def test_another_resize_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_teacher.run(cache_recipe(home))
+    cache_teacher.run(recipe(home))
 
     def another(image: torch.Tensor, view: Any, size: int, interpolation: str) -> torch.Tensor:
         return render(image, view, size, "bilinear")
@@ -148,7 +123,7 @@ def test_another_resize_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_fallback_decoder_is_no_mismatch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_teacher.run(cache_recipe(home))
+    cache_teacher.run(recipe(home))
     whole = train(home)
 
     def refuse(*_: Any, **__: Any) -> Any:

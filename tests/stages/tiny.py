@@ -1,6 +1,7 @@
 """A set so small that both stages run in a second: recipes of a teacher, a cache and a student, and what they left."""
 
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.stages import make_shards
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training.optim import seeded
 
@@ -62,6 +64,18 @@ def write_teacher(path: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     sizes = {name: value for name, value in TEACHER.items() if name != "name"}
     save_file(timm.create_model(str(TEACHER["name"]), num_classes=0, **sizes).state_dict(), path)
+
+
+def write_set(root: Path, count: int = 36, images_per_shard: int = 12) -> Path:
+    """Write drawn shards and a random teacher into `root`."""
+    make_shards.run("drawn", root / "shards", make_shards.Options(images_per_shard, count=count, seed=5))
+    write_teacher(root / "teacher.safetensors")
+    return root
+
+
+def copied(made: Path, home: Path) -> Path:
+    """Copy all of `made` but its runs."""
+    return Path(shutil.copytree(made, home, ignore=shutil.ignore_patterns("run-*")))
 
 
 def signal_in_step(stage: ModuleType, step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,17 +35,12 @@ NUM_IMAGES = 12
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Path:
     """A random teacher, its cache of two shards of drawn images, and dense and hidden caches of the third."""
-    root = tmp_path_factory.mktemp("made")
+    root = tmp_path_factory.mktemp("audits")
     shutil.copytree(drawn_shards, root / "shards")
     write_teacher(root / "teacher.safetensors")
-    cache_teacher.run(cache_recipe(root, source=trained(root), audit_views=0))
+    cache_teacher.run(cache_recipe(root, source=trained(root)))
     cache_teacher.run(held_out_cache(root))
     return root
-
-
-@pytest.fixture
-def home(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "home"))
 
 
 def trained(root: Path) -> dict[str, Any]:
@@ -57,7 +52,7 @@ def held_out(root: Path) -> dict[str, Any]:
 
 
 def held_out_cache(root: Path, **changes: Any) -> CacheTeacherRecipe:
-    fields = {"cache": root / "audit", "codec": {"name": "dense"}, "num_views": 1, "audit_views": 0}
+    fields = {"cache": root / "audit", "codec": {"name": "dense"}, "num_views": 1}
     return cache_recipe(root, **({"source": held_out(root)} | fields | changes))
 
 
@@ -268,7 +263,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Path:
     make_shards.run("drawn", root / "held-out", make_shards.Options(count=32, images_per_shard=32, seed=1))
     loaded = load_recipe(Path("demo-cache"), "cache-teacher")
     assert isinstance(loaded, CacheTeacherRecipe)
-    fields = {"teacher": loaded.teacher.model_dump(), "views": {"size": 64}, "audit_views": 0, "batch_size": 16}
+    fields = {"teacher": loaded.teacher.model_dump(), "views": {"size": 64}, "batch_size": 16}
     forward = Teacher.forward
 
     def of_the_image_before(self: Teacher, pixels: torch.Tensor, check: bool = True) -> Any:

@@ -20,7 +20,7 @@ from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
-from tinymim.tests.stages.caches import flip, recipe, repaired
+from tinymim.tests.stages.cache.caches import flip, recipe, repaired
 from tinymim.tests.stages.tiny import run_in, tree
 
 Run = Callable[..., tuple[int, str, str]]

@@ -15,7 +15,7 @@ from tinymim.models.teacher import Teacher
 from tinymim.pipeline.views import RandomViews, View
 from tinymim.stages import cache_teacher
 from tinymim.stages.cache import deep
-from tinymim.tests.stages.caches import hidden, recipe
+from tinymim.tests.stages.cache.caches import hidden, recipe
 from tinymim.tests.stages.tiny import write_teacher
 
 Run = Callable[..., tuple[int, str, str]]

@@ -9,7 +9,7 @@ from tinymim.stages import train_student
 from tinymim.stages.cache import list as cache_list
 from tinymim.stages.cache.info import describe
 from tinymim.storage.layout import METADATA
-from tinymim.tests.stages.caches import flip
+from tinymim.tests.stages.cache.caches import flip
 from tinymim.tests.stages.tiny import student_recipe
 
 Run = Callable[..., tuple[int, str, str]]

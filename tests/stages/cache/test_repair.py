@@ -16,7 +16,7 @@ from tinymim.stages.units.constants import calibrated
 from tinymim.storage.layout import METADATA
 from tinymim.storage.leases import Leases
 from tinymim.storage.store import open_store
-from tinymim.tests.stages.caches import flip, hidden, recipe, repaired
+from tinymim.tests.stages.cache.caches import flip, hidden, recipe, repaired
 from tinymim.tests.stages.tiny import run_in, tree, write_teacher
 
 Run = Callable[..., tuple[int, str, str]]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinymim.storage.layout import METADATA
-from tinymim.tests.stages.caches import flip
+from tinymim.tests.stages.cache.caches import flip
 from tinymim.tests.stages.tiny import tree
 
 Run = Callable[..., tuple[int, str, str]]

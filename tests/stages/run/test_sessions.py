@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import train_student
 from tinymim.stages.run import sessions
 from tinymim.stages.run.folder import SESSIONS_NAME, RunFolder, read_metrics, read_sessions
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.run.metrics import metric
 from tinymim.stages.run.sessions import Session
 from tinymim.stages.training import student_step
-from tinymim.tests.stages.tiny import STUDENT, cache_recipe, signal_in_step, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import STUDENT, cache_recipe, signal_in_step, student_recipe
 
 
 class Clock:
@@ -57,22 +57,19 @@ def test_device_seconds_of_workers_elsewhere_are_their_own(tmp_path: Path, monke
     assert (line["elapsed_s"], line["device_s"]) == (10.0, 70.0)
 
 
-def test_both_stages_write_down_what_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=16, images_per_shard=8, seed=5))
-    write_teacher(tmp_path / "teacher.safetensors")
-    cache_teacher.run(cache_recipe(tmp_path))
-    lines = read_metrics(tmp_path / "run-cache")
+def test_both_stages_write_down_what_they_take(made: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = read_metrics(made / "run-cache")
     assert [name for line in lines for name in line if metric(name).curve] == []  # each has an entry
-    (stage_one,) = read_sessions(tmp_path / "run-cache")
+    (stage_one,) = read_sessions(made / "run-cache")
     assert 0 < stage_one["device_s"] <= stage_one["elapsed_s"] + 1e-3
     two = {"student": None, "students": {"a": {"model": STUDENT}, "b": {"model": STUDENT}}}
-    recipe = student_recipe(tmp_path, optim={"batch_size": 8, "steps": 4}, **two)
+    recipe = student_recipe(home, optim={"batch_size": 8, "steps": 4}, **two)
     with monkeypatch.context() as patched:
         signal_in_step(student_step, 1, signal.SIGTERM, patched)
         with pytest.raises(Interrupted):
             train_student.run(recipe)
     train_student.run(recipe)
     for name in ("a", "b"):
-        found = read_sessions(tmp_path / "run-student" / name)
+        found = read_sessions(home / "run-student" / name)
         assert len(found) == 2
         assert all(line["device_s"] == pytest.approx(line["elapsed_s"] / 2, abs=2e-3) for line in found)

@@ -28,7 +28,7 @@ from tinymim import cli
 from tinymim.configs.errors import CacheCorrupt, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.stages import cache_teacher, make_shards, pretrain_mae, train_student
+from tinymim.stages import cache_teacher, pretrain_mae, train_student
 from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step
@@ -41,7 +41,7 @@ from tinymim.stages.training.ranks import (
     require_equal_parts,
 )
 from tinymim.tests.stages.ranks import BROKEN_STEP, LAST_ERROR, all_that_four_ranks_do, mae_recipe
-from tinymim.tests.stages.tiny import STUDENT, cache_recipe, losses, signal_in_step, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import STUDENT, cache_recipe, copied, losses, signal_in_step, student_recipe
 
 OPTIM = {"batch_size": 8, "steps": 60, "base_lr": 0.1, "warmup": 0.2}
 ORDER = {"shuffle_units": 2, "lanes": 4, "views_per_decode": 2, "views_per_epoch": "all"}
@@ -52,22 +52,13 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards, a cache, and what one process trains in sixty steps."""
-    root = tmp_path_factory.mktemp("made")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=36, images_per_shard=12, seed=5))
-    write_teacher(root / "teacher.safetensors")
-    cache_teacher.run(cache_recipe(root))
-    dense = {"codec": {"name": "dense"}, "num_views": 1, "audit_views": 0}
+def made(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shards and cache, a cache for audits, and what one process trains in sixty steps."""
+    root = copied(made, tmp_path_factory.mktemp("ranks") / "made")
+    dense = {"codec": {"name": "dense"}, "num_views": 1}
     cache_teacher.run(cache_recipe(root, cache=root / "audit", **dense))
     train_student.run(recipe(root))
     return root
-
-
-@pytest.fixture
-def home(made: Path, tmp_path: Path) -> Path:
-    """A private copy of the shards and the cache."""
-    return Path(shutil.copytree(made, tmp_path / "home", ignore=shutil.ignore_patterns("run-*")))
 
 
 def recipe(root: Path, **changes: Any) -> TrainStudentRecipe:
@@ -138,10 +129,7 @@ class Four:
 @pytest.fixture(scope="module")
 def four(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Four:
     """One launch of four ranks for several tests."""
-    one, many = (
-        Path(shutil.copytree(made, tmp_path_factory.mktemp(name) / "home", ignore=shutil.ignore_patterns("run-*")))
-        for name in ("one", "four")
-    )
+    one, many = (copied(made, tmp_path_factory.mktemp(name) / "home") for name in ("one", "four"))
     optim = OPTIM | {"steps": 12}
     several = {"student": None, "students": STUDENTS, "optim": optim}
     pretrain_mae.run(mae_recipe(one))

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from tinymim.configs.errors import CacheCorrupt, RecipeError
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import train_student
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training.start import WorkersDied
 from tinymim.stages.training.start_ray import RayStart, _reason
-from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import losses, student_recipe
 
 OPTIM = {"batch_size": 8, "steps": 120, "base_lr": 0.1, "warmup": 0.2}
 
@@ -48,13 +48,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow  # Ray Train takes half a minute for each of two starts
 @pytest.mark.filterwarnings("ignore")  # Ray's own, of sockets and futures
 @pytest.mark.usefixtures("cluster")
-def test_rays_workers_train_like_one_process_and_stop_when_the_driver_is_asked(tmp_path: Path) -> None:
-    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=36, images_per_shard=12, seed=5))
-    write_teacher(tmp_path / "teacher.safetensors")
-    cache_teacher.run(cache_recipe(tmp_path))
+def test_rays_workers_train_like_one_process_and_stop_when_the_driver_is_asked(home: Path) -> None:
     common = {"order": {"lanes": 2}, "optim": OPTIM}
-    train_student.run(student_recipe(tmp_path, **common))
-    one, folder = losses(tmp_path), tmp_path / "run-student"
+    train_student.run(student_recipe(home, **common))
+    one, folder = losses(home), home / "run-student"
     shutil.rmtree(folder)
 
     def terminate() -> None:
@@ -63,10 +60,10 @@ def test_rays_workers_train_like_one_process_and_stop_when_the_driver_is_asked(t
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate, daemon=True).start()
-    recipe = student_recipe(tmp_path, workers=2, cluster="ray", **common)
+    recipe = student_recipe(home, workers=2, cluster="ray", **common)
     with pytest.raises(Interrupted, match=r"state of step \d+ saved") as caught:
         train_student.run(recipe)
-    assert caught.value.requeue and 0 < len(losses(tmp_path)) < 120
+    assert caught.value.requeue and 0 < len(losses(home)) < 120
     train_student.run(recipe)
-    np.testing.assert_allclose(losses(tmp_path), one, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(losses(home), one, rtol=1e-4, atol=2e-5)
     assert not {path.name for path in folder.iterdir()} & {"stop-requested", "stopped.json"}

@@ -22,11 +22,11 @@ from tinymim.configs.errors import CacheMismatch, RecipeError, UnitsFailed
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.shards import ShardSet
-from tinymim.stages import cache_teacher, make_shards
+from tinymim.stages import cache_teacher
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.units import crew
 from tinymim.stages.units.crew import CacheWorker
-from tinymim.tests.stages.tiny import cache_recipe, tree, write_teacher
+from tinymim.tests.stages.tiny import cache_recipe, tree, write_set, write_teacher
 
 SHARDS, IMAGES = 12, 10
 STORE_BYTES = 80 * 2**20
@@ -52,9 +52,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, a teacher, and the cache that one process makes of them."""
-    root = tmp_path_factory.mktemp("cluster")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=IMAGES * SHARDS, images_per_shard=IMAGES))
-    write_teacher(root / "teacher.safetensors")
+    root = write_set(tmp_path_factory.mktemp("cluster"), IMAGES * SHARDS, IMAGES)
     cache_teacher.run(recipe(root, root, cluster=None))
     return root
 

@@ -16,7 +16,7 @@ from tinymim import cli
 from tinymim.configs.errors import RecipeError, SourceError, UnitsFailed, UserError
 from tinymim.configs.load import dump_recipe
 from tinymim.pipeline import dataset
-from tinymim.stages import cache_teacher, make_shards
+from tinymim.stages import cache_teacher
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.units import batch_size, draft
@@ -25,24 +25,23 @@ from tinymim.stages.units.prepare import prepare
 from tinymim.storage.layout import UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter, UnitTaken
-from tinymim.tests.stages.tiny import cache_recipe, tree, write_teacher
+from tinymim.tests.stages.tiny import cache_recipe, tree, write_set
 
 SHARDS, IMAGES = 5, 7
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards, a teacher, and the cache that one process makes of them, eight images at a time."""
-    root = tmp_path_factory.mktemp("job")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=IMAGES * SHARDS, images_per_shard=IMAGES))
-    write_teacher(root / "teacher.safetensors")
+    """Shards, a teacher, and the caches, one with audits, that a process makes of them, eight images at a time."""
+    root = write_set(tmp_path_factory.mktemp("job"), IMAGES * SHARDS, IMAGES)
     cache_teacher.run(recipe(root, root))
+    cache_teacher.run(recipe(root, root, cache=root / "audited", audit_views=4))
     return root
 
 
 def recipe(made: Path, folder: Path, **changes: Any) -> Any:
     run = {"folder": folder / "run", "device": "cpu", "threads": 1}
-    return cache_recipe(made, **{"audit_views": 4, "cache": folder / "cache", "run": run} | changes)
+    return cache_recipe(made, **{"cache": folder / "cache", "run": run} | changes)
 
 
 def broken(made: Path, folder: Path, *numbers: int) -> dict[str, Any]:
@@ -64,8 +63,8 @@ def broken(made: Path, folder: Path, *numbers: int) -> dict[str, Any]:
     ],
 )
 def test_neither_batches_nor_loaders_change_a_byte(made: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    cache_teacher.run(recipe(made, tmp_path, **changes))
-    assert tree(tmp_path / "cache") == tree(made / "cache")
+    cache_teacher.run(recipe(made, tmp_path, audit_views=4, **changes))
+    assert tree(tmp_path / "cache") == tree(made / "audited")
 
 
 def test_ray_is_not_imported_without_a_cluster(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,14 +144,14 @@ def test_a_stopped_job_commits_what_is_whole_and_says_whether_to_come_back(
 
     monkeypatch.setattr("tinymim.stages.units.job.encode", stop_in_the_third_unit)
     with pytest.raises(Interrupted) as caught:
-        cache_teacher.run(recipe(made, tmp_path))
+        cache_teacher.run(recipe(made, tmp_path, audit_views=4))
     assert caught.value.requeue is requeue
     # The third is whole as well: its only batch was at hand.
     assert len(CacheReader(tmp_path / "cache").units()) == 3
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
     monkeypatch.undo()
-    cache_teacher.run(recipe(made, tmp_path))
-    assert tree(tmp_path / "cache") == tree(made / "cache")
+    cache_teacher.run(recipe(made, tmp_path, audit_views=4))
+    assert tree(tmp_path / "cache") == tree(made / "audited")
 
 
 def test_sigterm_is_exit_code_75(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +166,7 @@ def test_progress_says_units_rates_gib_and_what_limits(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tinymim.stages.run.progress._PLAIN_EVERY_S", 0.0)
-    cache_teacher.run(recipe(made, tmp_path))
+    cache_teacher.run(recipe(made, tmp_path, audit_views=4))
     shares = r"start \d+ % decode \d+ % teacher \d+ % encode \d+ % audit \d+ % write \d+ %"
     line = rf"cache-teacher: 70/70 views, [\d.]+/s, ETA 0m00s 5/5 units, [\d.]+ images/s, 0\.00 GiB, {shares}"
     assert re.search(line, capsys.readouterr().err)

@@ -10,13 +10,13 @@ import pytest
 
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import cache_teacher, train_student
 from tinymim.storage.layout import UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.tests.s3_server import BUCKET
 from tinymim.tests.stages import jobs
-from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, write_set, write_teacher
 
 SHARDS = 8
 
@@ -24,9 +24,7 @@ SHARDS = 8
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, a teacher, the cache that one job made of them without interruption, and a student's losses from it."""
-    root = tmp_path_factory.mktemp("shared")
-    make_shards.run("drawn", root / "shards", make_shards.Options(count=6 * SHARDS, images_per_shard=6))
-    write_teacher(root / "teacher.safetensors")
+    root = write_set(tmp_path_factory.mktemp("shared"), 6 * SHARDS, 6)
     cache_teacher.run(recipe(root))
     train_student.run(student_recipe(root))
     return root
