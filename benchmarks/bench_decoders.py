@@ -40,7 +40,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews, View
 
 SIZE = 224
-LARGE = 4  # full-size photographs are imitated by enlarging so many times
+LARGE = 4  # full-size photographs are imitated by enlarging this many times
 Decoder = Callable[[bytes, View], Any]
 Crop = Callable[[Any, View], torch.Tensor]
 

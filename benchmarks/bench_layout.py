@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def write_records(data: Path, count: int, folder: Path) -> str:
-    """Write the gap arrays [R, H, Q, K] of so many records as .npy files; say where their relations are from."""
+    """Write the gap arrays [R, H, Q, K] of `count` records as .npy files. Returns where their relations come from."""
     import real_records
     import torch
 

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_reader.py [--caches 10x128 100x128 1000x128 10x1024] [--rounds 7] > table.md
 
-Caches of so many units of so many records of the default sketch at ViT-L's size (16 heads x 64 rows x 8 draws of 197
+Caches of N units of M records each, of the default sketch at ViT-L's size (16 heads x 64 rows x 8 draws of 197
 tokens, two relations) are written first, in a temporary folder: relations of real images where the recipe
 `imagenet-sample-cache` finds its teacher and shards, else of random q, k and v; every unit holds the same records under
 other keys. Then, on one CPU, rounds of: the same units, drawn anew over the whole cache, read by `read_unit` with and
@@ -118,7 +118,7 @@ def main() -> int:
 
 
 def make_cache(path: Path, units: int, codec_arrays: Arrays) -> None:
-    """A cache of so many units of one view that all hold these records; only the keys differ."""
+    """A cache of N units of one view that all hold these records; only the keys differ."""
     records = len(next(iter(codec_arrays.values())))
     generator = np.random.default_rng(0)
     boxes, flips = generator.integers(0, 500, (records, 4)).tolist(), generator.integers(0, 2, records).tolist()

@@ -71,7 +71,7 @@ def main() -> int:
         type=int,
         default=NUM_VIEWS,
         choices=[1, 2, 4],
-        help="the cache grows by so many views a time",
+        help="number of views that the cache grows by at a time",
     )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)

@@ -56,7 +56,7 @@ def decode(data: bytes, reduction: int = 1, rows: int | None = None) -> Tensor:
         data: a JPEG, PNG or WebP file.
         reduction: 1, 2, 4 or 8: decode at 1/reduction of the size, each side rounded up, by the scaled inverse DCT.
             Other than 1 only where `jpeg_size` knows the image.
-        rows: so many rows of the full-size image are needed; None: all. The result may end anywhere below them,
+        rows: number of rows of the full-size image that are needed; None: all. The result may end anywhere below them,
             and has the same values down to there.
 
     Raises:

@@ -33,7 +33,7 @@ def _described(found: FoundCache) -> dict[str, Any]:
         "path": str(found.place),
         "spec_id": manifest.spec_id,
         "teacher": manifest.teacher["name"],
-        "block": manifest.teacher["block"],
+        "block": manifest.block,
         "codec": manifest.codec["name"],
         "num_views_per_image": manifest.num_views,
         "num_images": sum(shard.num_samples for shard in manifest.source),

@@ -1,4 +1,4 @@
-"""Where stage one's time goes: the teacher, its codec, and what they wait for."""
+"""The shares of stage one's time: start, teacher, codec, and what they wait for."""
 
 import time
 from collections.abc import Iterator, Mapping
