@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -157,9 +158,16 @@ def backend_of(with_gpus: bool) -> str:
     return "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
 
 
+_left: list[Any] = []  # process groups that this process has left; they live as long as it does
+
+
 def _leave(ranks: Ranks, ours: bool) -> None:
     ranks.least(0)  # a barrier, because rank 0 may still be writing
     if ours:
+        # Otherwise the last reference may go with a frame that holds a DDP model. The group's destructor then joins
+        # gloo's thread while it holds the GIL, and that thread may wait for the GIL to free a tensor: a deadlock, seen
+        # with torch 2.11.
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
