@@ -18,6 +18,12 @@ class Tap(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kind}@{self.place}"
 
+    @classmethod
+    def parse(cls, text: str) -> "Tap":
+        """The tap that `str` describes. Raises ValueError for any other text."""
+        kind, _, place = text.partition("@")
+        return cls(kind, int(place))
+
 
 @dataclass(frozen=True)
 class Shapes:

@@ -8,9 +8,10 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
 HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
@@ -80,6 +81,14 @@ def create_bytes_atomic(path: Path, data: bytes) -> bool:
     """
     temp = _write_partial(path, data)
     try:
+        return link_partial(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def link_partial(temp: Path, path: Path) -> bool:
+    """Give the durable file `temp` the name `path`; False if that exists. `temp` may be gone afterwards."""
+    try:
         os.link(temp, path)
     except FileExistsError:
         return False
@@ -87,9 +96,19 @@ def create_bytes_atomic(path: Path, data: bytes) -> bool:
         if error.errno not in _NO_LINKS or path.exists():
             raise
         os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
     return True
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A temporary file in the folder of `path`, open for writing; it is removed when the block is left."""
+    temp = _partial_of(path)
+    try:
+        with open(temp, "wb") as file:
+            yield temp, file
+    finally:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
 
 
 def make_folders(folder: Path) -> set[Path]:
@@ -123,7 +142,7 @@ def process_exists(pid: int) -> bool:
 
 def _write_partial(path: Path, data: bytes) -> Path:
     """Write `data` to a durable temporary file in the folder of `path`; its name holds the writer's host and pid."""
-    temp = path.with_name(f"{path.name}.{HOST}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}")
+    temp = _partial_of(path)
     try:
         with open(temp, "wb") as file:
             file.write(data)
@@ -134,3 +153,7 @@ def _write_partial(path: Path, data: bytes) -> Path:
             temp.unlink(missing_ok=True)
         raise
     return temp
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{HOST}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}")

@@ -1,13 +1,10 @@
-"""Checks of keys and arrays before they are stored as a unit or as constants."""
+"""Checks of keys and arrays before they are stored in a unit or as constants."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy.typing as npt
 
 from tinymim.configs.errors import InternalError, SourceError
-from tinymim.storage import layout
+from tinymim.storage.blocks import Array, ArrayType
 from tinymim.storage.layout import UnitId
 
 
@@ -27,26 +24,25 @@ def check_keys(unit: UnitId, keys: Sequence[str]) -> None:
             raise SourceError(f"a sample key in shard {unit.shard} is not Unicode", got=repr(key)) from None
 
 
-def check_arrays(unit: UnitId, num_records: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Raises InternalError where a base array is missing, or an array does not have `num_records` or its dtype."""
-    problems = [f"{name} is missing" for name in layout.BASE_ARRAYS if name not in arrays]
-    for name, values in arrays.items():
-        got = f"{name}: {values.dtype} {list(values.shape)}"
-        if found := problems_of(name, values):
-            problems += found
-        elif len(values) != num_records:
-            problems.append(f"{got}, expected {num_records} records")
-        elif name in layout.BASE_ARRAYS:
-            dtype, inner = layout.BASE_ARRAYS[name]
-            if values.dtype != dtype or values.shape[1:] != inner:
-                problems.append(f"{got}, expected {dtype} {[num_records, *inner]}")
-    if problems:
-        raise InternalError(f"arrays of unit {unit} do not fit: {'; '.join(problems)}")
+def check_arrays(unit: object, images: int, arrays: Mapping[str, Array], kinds: Mapping[str, ArrayType]) -> int:
+    """The number k of views in `arrays`, each [k, I, ...]; InternalError where they are not those of the layer."""
+    problems = [f"{name} is missing" for name in kinds if name not in arrays]
+    problems += [f"{name} is unknown" for name in arrays if name not in kinds]
+    lengths = {len(values) for values in arrays.values() if values.ndim}
+    for name in kinds.keys() & arrays.keys():
+        (dtype, shape), values = kinds[name], arrays[name]
+        if values.dtype != dtype or values.shape[1:] != (images, *shape):
+            problems.append(
+                f"{name}: {values.dtype} {list(values.shape)}, expected {dtype} {['views', images, *shape]}"
+            )
+    if problems or len(lengths) != 1:
+        raise InternalError(f"arrays of unit {unit} do not fit: {'; '.join(problems) or f'{lengths} views'}")
+    return lengths.pop()
 
 
-def problems_of(name: str, values: npt.NDArray[Any]) -> list[str]:
-    """The reasons why an array cannot be stored under a name; empty if it can."""
-    if name in layout.KEY_ARRAYS or not (name.isidentifier() and name.isascii()) or name.startswith("_"):
+def problems_of(name: str, values: Array) -> list[str]:
+    """The reasons why an array cannot be stored as a constant under a name; empty if it can."""
+    if not (name.isidentifier() and name.isascii()) or name.startswith("_"):
         return [f"{name!r} is not a valid array name"]
     got = f"{name}: {values.dtype} {list(values.shape)}"
     if values.dtype.kind not in "biuf" or values.dtype != values.dtype.newbyteorder("<"):

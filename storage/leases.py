@@ -25,7 +25,7 @@ from typing import Any
 
 from tinymim.configs.errors import StoreError
 from tinymim.storage.atomic import DAY_S, canonical_json
-from tinymim.storage.layout import LEASES, UNITS, shard_stem
+from tinymim.storage.layout import LEASES, shard_stem
 from tinymim.storage.store import Entry, Store
 
 DEFAULT_LEASE_S = 60.0
@@ -34,9 +34,12 @@ LIMIT_BYTES = 4096
 _NAME = re.compile(rf"{LEASES}/(?P<name>.+)\.g(?P<generation>[0-9]{{1,9}})\.json")
 
 
+SHARDS = "shards"  # folder of the leases on shards
+
+
 def shard_lease(shard: str) -> str:
-    """The lease on the units of a source shard. One per unit would let jobs with different views overlap."""
-    return f"{UNITS}/{shard_stem(shard)}"
+    """The lease on a source shard's units in all layers. One per unit would let jobs with different views overlap."""
+    return f"{SHARDS}/{shard_stem(shard)}"
 
 
 @dataclass
@@ -211,7 +214,7 @@ class Leases:
             self._seen[path] = _Seen(content, time.monotonic())
             return False
         lease_s = owner.get("lease_s")
-        limit_s = float(lease_s) if isinstance(lease_s, int | float) and 0 < lease_s < 86_400 else DEFAULT_LEASE_S
+        limit_s = float(lease_s) if isinstance(lease_s, int | float) and lease_s > 0 else DEFAULT_LEASE_S
         return time.monotonic() - seen.since_s > limit_s
 
     def _content(self, held: _Held) -> bytes:

@@ -1,25 +1,37 @@
-"""The manifest: source, teacher, views and codec of a cache, compared field by field before any use (I6)."""
+"""The manifest of a cache and of its layers, compared field by field before any use (I6).
+
+The manifest holds what all layers share: the source, and the view law. A layer's description holds its teacher and its
+target. Neither says how many views there are: that follows from the commit records.
+"""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from reprlib import Repr
 from types import MappingProxyType
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch
-from tinymim.configs.taps import Shapes
+from tinymim.configs.taps import Shapes, Tap
 from tinymim.storage.atomic import canonical_json, digest_hex
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPEC_ID_CHARS = 16
 LISTED_DIFFERENCES = 8
 ABSENT = "(absent)"
 REPAIR = "`tinymim cache repair RECIPE` rebuilds it from the recipe"
+UPGRADE = "`tinymim cache copy SRC DST --format 2` upgrades it"
+LAYER_NAME = r"^(?!views$)[a-z0-9][a-z0-9._-]{0,63}$"
+_DTYPES = frozenset({"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}) | {
+    f"float{bits}" for bits in (16, 32, 64)
+}
 _short = Repr()
 
 Count = Annotated[int, Field(ge=1, lt=2**40)]
@@ -34,18 +46,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
-class _Teacher(_Section):
-    name: str
-    arch: dict[str, Any]
-    weights_sha256: str
-    weights_origin: str | None
-    license: str | None
-    block: Count
+class _Shapes(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
     heads: Count
     head_dim: Count
     tokens: Count
     prefix_tokens: Size
     grid: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class _Teacher(_Section):
+    name: str
+    arch: dict[str, Any]
+    shapes: _Shapes
+    weights_sha256: str
+    weights_origin: str | None
+    license: str | None
     precision: str
     mean: PerChannel
     std: PerChannel
@@ -60,10 +77,19 @@ class _Views(_Section):
     seed: int
 
 
-class _Codec(_Section):
+class _Array(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(sorted(_DTYPES))})$")]
+    shape: list[Count]
+
+
+class _Target(_Section):
+    taps: Annotated[list[Annotated[str, Field(pattern=r"^[a-z_]+@[0-9]{1,4}$")]], Field(min_length=1)]
     name: str
     version: Count
     parameters: dict[str, Any]
+    arrays: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], _Array], Field(min_length=1)]
 
 
 class _Environment(_Section):
@@ -71,9 +97,6 @@ class _Environment(_Section):
     canary: str
 
 
-_SECTIONS: Mapping[str, type[_Section]] = MappingProxyType(
-    {"teacher": _Teacher, "views": _Views, "codec": _Codec, "environment": _Environment}
-)
 # The place and licence of the weights change no number; `weights_sha256` identifies them.
 PROVENANCE_KEYS = frozenset({"weights_origin", "license"})
 
@@ -88,16 +111,30 @@ class SourceShard:
     content_hash: str
 
 
+class _Described:
+    """What the manifest and the layers share: sections that are checked, and a stored form."""
+
+    _sections: Mapping[str, type[_Section]]
+    format_version: int
+
+    def _check_sections(self) -> None:
+        for section, kind in self._sections.items():
+            # The round trip through JSON makes an object in memory equal to the same object read from disk.
+            values = json.loads(json.dumps(dict(getattr(self, section)), allow_nan=False))
+            try:
+                kind.model_validate(values)
+            except ValidationError as error:
+                raise ValueError("; ".join(invalid_fields(f"{section}.", error))) from error
+            object.__setattr__(self, section, values)
+
+
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(_Described):
     """The identity of a cache. Sections are plain JSON mappings with the keys of the classes above.
 
     Attributes:
         source: the shards in order; new shards are appended.
-        teacher: the network, its weights and the tapped block.
-        views: the view law, without the number of views.
-        num_views: wanted views per image; may be raised.
-        codec: `name`, `version` and `parameters`.
+        views: the view law.
         environment: library versions, and `canary`, a digest of one decoded and resized image.
 
     Raises:
@@ -106,24 +143,14 @@ class Manifest:
     """
 
     source: tuple[SourceShard, ...]
-    teacher: Mapping[str, Any]
     views: Mapping[str, Any]
-    num_views: int
-    codec: Mapping[str, Any]
     environment: Mapping[str, Any]
     format_version: int = FORMAT_VERSION
 
+    _sections = MappingProxyType({"views": _Views, "environment": _Environment})
+
     def __post_init__(self) -> None:
-        for section, kind in _SECTIONS.items():
-            # The round trip through JSON makes a manifest in memory equal to the same manifest read from disk.
-            values = json.loads(canonical_json(dict(getattr(self, section))))
-            try:
-                kind.model_validate(values)
-            except ValidationError as error:
-                raise ValueError("; ".join(invalid_fields(f"{section}.", error))) from error
-            object.__setattr__(self, section, values)
-        if type(self.num_views) is not int or not 1 <= self.num_views < 2**31:
-            raise ValueError(f"num_views is {self.num_views!r}, expected an integer of at least 1")
+        self._check_sections()
         if len(self.shards) != len(self.source):
             raise ValueError("manifest source names a shard twice")
 
@@ -132,41 +159,25 @@ class Manifest:
         """The source shards by name, in order."""
         return {shard.name: shard for shard in self.source}
 
-    @property
-    def block(self) -> int:
-        """The tapped block of the teacher, counted from 1."""
-        return int(self.teacher["block"])
-
-    @property
-    def shapes(self) -> Shapes:
-        """Shapes of the teacher's output for a view."""
-        heads, head_dim, tokens, prefix = (
-            int(self.teacher[name]) for name in ("heads", "head_dim", "tokens", "prefix_tokens")
-        )
-        rows, columns = self.teacher["grid"]
-        return Shapes(heads, head_dim, tokens, prefix, (int(rows), int(columns)))
-
     @cached_property
     def spec_id(self) -> str:
-        """16 hex characters, a digest of everything that changes numbers: format, teacher, views and codec.
+        """16 hex characters, a digest of what fixes every pixel of a view: format and view law.
 
-        It excludes the source list, the number of views, provenance and library versions. A growing cache keeps its
-        spec_id.
+        It excludes the source and library versions. A growing cache keeps its spec_id.
         """
-        return digest_hex(canonical_json(self._spec()))[:SPEC_ID_CHARS]
+        return _spec_id(self._spec())
 
     def _spec(self) -> dict[str, Any]:
-        teacher = {key: value for key, value in self.teacher.items() if key not in PROVENANCE_KEYS}
-        return {
-            "format_version": self.format_version,
-            "teacher": teacher,
-            "views": self.views,
-            "codec": self.codec,
-        }
+        return {"format_version": self.format_version, "views": self.views}
 
     def to_json(self) -> dict[str, Any]:
         """The manifest in its stored form, JSON types only."""
-        return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
+        return {
+            "format_version": self.format_version,
+            "source": [dict(vars(shard)) for shard in self.source],
+            "views": self.views,
+            "environment": self.environment,
+        }
 
     @classmethod
     def from_json(cls, stored: object, owner: str) -> "Manifest":
@@ -180,25 +191,120 @@ class Manifest:
             CacheMismatch: its format version is unknown.
             CacheCorrupt: a section or key is missing, unknown or of the wrong type.
         """
-        if not isinstance(stored, dict) or "format_version" not in stored:
-            raise CacheCorrupt(f"the manifest in {owner} has no format_version", hint=REPAIR)
-        require_format_version(stored["format_version"], owner)
-        expected = set(cls.__dataclass_fields__)
-        if stored.keys() != expected:
-            raise CacheCorrupt(
-                f"the manifest in {owner} has missing or unknown sections",
-                got=", ".join(sorted(stored)),
-                expected=", ".join(sorted(expected)),
-                hint=REPAIR,
-            )
-        try:
-            source = tuple(SourceShard(**shard) for shard in stored["source"])
-            return cls(**{**stored, "source": source})
-        except ValidationError as error:
-            problems = "; ".join(invalid_fields("source.", error))
-            raise CacheCorrupt(f"the manifest in {owner} is damaged: {problems}", hint=REPAIR) from error
-        except (TypeError, ValueError, RecursionError) as error:
-            raise CacheCorrupt(f"the manifest in {owner} is damaged: {error}", hint=REPAIR) from error
+        with _damage_named(owner):
+            values = _fields(stored, cls, owner)
+            return cls(**{**values, "source": tuple(SourceShard(**shard) for shard in values["source"])})
+
+
+@dataclass(frozen=True)
+class Layer(_Described):
+    """The identity of a target layer: what said something about the views, and how that was stored.
+
+    Attributes:
+        name: the layer's name in the cache.
+        cache: `spec_id` of the cache, whose views these are.
+        teacher: the network, its weights and the shapes of its output.
+        target: the taps that are read; name, version and parameters of the codec; the arrays of a record.
+        environment: library versions.
+
+    Raises:
+        ValueError: a required key is missing or has another type, or the name is not one.
+        TypeError: a section holds a value that JSON cannot express.
+    """
+
+    name: str
+    cache: str
+    teacher: Mapping[str, Any]
+    target: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    _sections = MappingProxyType({"teacher": _Teacher, "target": _Target, "environment": _Environment})
+
+    def __post_init__(self) -> None:
+        self._check_sections()
+        if not isinstance(self.cache, str) or not isinstance(self.name, str) or not re.match(LAYER_NAME, self.name):
+            raise ValueError(f"layer {self.name!r} of {self.cache!r}: not the name of a layer")
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of the teacher's output for a view."""
+        shapes = self.teacher["shapes"]
+        return Shapes(**{**shapes, "grid": tuple(shapes["grid"])})
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The places in the teacher that the target was read from."""
+        return tuple(map(Tap.parse, self.target["taps"]))
+
+    @cached_property
+    def arrays(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Dtype and shape of every array of a record, in the order of the names."""
+        stored = sorted(self.target["arrays"].items())
+        return {name: (np.dtype(each["dtype"]).newbyteorder("<"), tuple(each["shape"])) for name, each in stored}
+
+    @cached_property
+    def spec_id(self) -> str:
+        """16 hex characters, a digest of everything that changes numbers: format, views, teacher and target.
+
+        It excludes the name, provenance and library versions.
+        """
+        return _spec_id(self._spec())
+
+    def _spec(self) -> dict[str, Any]:
+        teacher = {key: value for key, value in self.teacher.items() if key not in PROVENANCE_KEYS}
+        return {
+            "format_version": self.format_version,
+            "cache": self.cache,
+            "teacher": teacher,
+            "target": self.target,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The description in its stored form, JSON types only."""
+        return dict(vars_of(self))
+
+    @classmethod
+    def from_json(cls, stored: object, owner: str) -> "Layer":
+        """The layer from its stored form; arguments and errors as `Manifest.from_json`."""
+        with _damage_named(owner):
+            return cls(**_fields(stored, cls, owner))
+
+
+def vars_of(described: Manifest | Layer) -> dict[str, Any]:
+    """The fields of a manifest or layer by name."""
+    return {name: getattr(described, name) for name in described.__dataclass_fields__}
+
+
+def _spec_id(spec: Mapping[str, Any]) -> str:
+    return digest_hex(canonical_json(spec))[:SPEC_ID_CHARS]
+
+
+def _fields(stored: object, kind: type[Manifest] | type[Layer], owner: str) -> dict[str, Any]:
+    """The stored fields, if they are exactly those of `kind`."""
+    if not isinstance(stored, dict) or "format_version" not in stored:
+        raise CacheCorrupt(f"the manifest in {owner} has no format_version", hint=REPAIR)
+    require_format_version(stored["format_version"], owner)
+    expected = set(kind.__dataclass_fields__)
+    if stored.keys() != expected:
+        raise CacheCorrupt(
+            f"the manifest in {owner} has missing or unknown sections",
+            got=", ".join(sorted(stored)),
+            expected=", ".join(sorted(expected)),
+            hint=REPAIR,
+        )
+    return stored
+
+
+@contextmanager
+def _damage_named(owner: str) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        problems = "; ".join(invalid_fields("source.", error))
+        raise CacheCorrupt(f"the manifest in {owner} is damaged: {problems}", hint=REPAIR) from error
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CacheCorrupt(f"the manifest in {owner} is damaged: {error}", hint=REPAIR) from error
 
 
 def require_format_version(version: object, owner: str) -> None:
@@ -208,7 +314,7 @@ def require_format_version(version: object, owner: str) -> None:
             f"format_version of {owner} is unknown",
             got=version,
             expected=FORMAT_VERSION,
-            hint="use the version of tinymim that wrote it, or upgrade tinymim",
+            hint=UPGRADE if version == 1 else "use the version of tinymim that wrote it, or upgrade tinymim",
         )
 
 
@@ -224,8 +330,7 @@ def invalid_fields(prefix: str, error: ValidationError) -> Iterator[str]:
 def check_same(stored: Manifest, wanted: Manifest) -> list[str]:
     """Check that the cache of `stored` fits `wanted`.
 
-    Teacher (without provenance), views and codec must be equal. A shard in both lists must have the same content.
-    Either list may have more shards, and either `num_views` may be larger.
+    The view law must be equal. A shard in both lists must have the same content; either list may have more shards.
 
     Returns:
         One line per difference of environment, for warnings.
@@ -238,27 +343,50 @@ def check_same(stored: Manifest, wanted: Manifest) -> list[str]:
     for name in stored_shards.keys() & wanted_shards.keys() if stored.source != wanted.source else ():
         ours, theirs = asdict(stored_shards[name]), asdict(wanted_shards[name])
         differences += _differences(ours, theirs, f"source.{name}.")
-    if differences:
-        differences.sort(key=lambda difference: difference[0].startswith("source."))
-        field, got, expected = differences[0]
-        others = [name for name, _, _ in differences[1:LISTED_DIFFERENCES]]
-        unlisted = len(differences) - 1 - len(others)
-        listing = "".join(f", {name}" for name in others) + (f" and {unlisted} more" if unlisted else "")
-        raise CacheMismatch(
-            f"the cache was made by something else: {len(differences)} field(s) differ: {field}{listing}",
-            got=f"{field} = {got!r} (stored)",
-            expected=f"{field} = {expected!r} (wanted)",
-            hint="change the recipe back, or give this recipe a cache folder of its own",
-        )
-    environment = _differences(stored.environment, wanted.environment, "environment.")
-    return [f"{field}: cache has {got!r}, this run has {now!r}" for field, got, now in environment]
+    differences.sort(key=lambda difference: difference[0].startswith("source."))
+    _refuse(differences, "the cache", "change the recipe back, or give this recipe a cache folder of its own")
+    return _environments(stored, wanted)
+
+
+def check_same_layer(stored: Layer, wanted: Layer) -> list[str]:
+    """Check that a layer is the wanted one: everything but provenance and environment must be equal.
+
+    Returns:
+        One line per difference of environment, for warnings.
+
+    Raises:
+        CacheMismatch: fields differ; names the first one with both values, and the number of differing fields.
+    """
+    hint = "change the recipe back, or name a new layer of this cache with `layer`"
+    _refuse(list(_differences(stored._spec(), wanted._spec())), f"layer {stored.name} of the cache", hint)
+    return _environments(stored, wanted)
+
+
+def _refuse(differences: list[tuple[str, Any, Any]], owner: str, hint: str) -> None:
+    if not differences:
+        return
+    field, got, expected = differences[0]
+    others = [name for name, _, _ in differences[1:LISTED_DIFFERENCES]]
+    unlisted = len(differences) - 1 - len(others)
+    listing = "".join(f", {name}" for name in others) + (f" and {unlisted} more" if unlisted else "")
+    raise CacheMismatch(
+        f"{owner} was made by something else: {len(differences)} field(s) differ: {field}{listing}",
+        got=f"{field} = {got!r} (stored)",
+        expected=f"{field} = {expected!r} (wanted)",
+        hint=hint,
+    )
+
+
+def _environments(stored: Manifest | Layer, wanted: Manifest | Layer) -> list[str]:
+    found = _differences(stored.environment, wanted.environment, "environment.")
+    return [f"{field}: cache has {got!r}, this run has {now!r}" for field, got, now in found]
 
 
 def grown(stored: Manifest, wanted: Manifest) -> Manifest:
-    """`stored` with the new shards of `wanted` appended and the larger `num_views`. Call `check_same` first."""
+    """`stored` with the new shards of `wanted` appended. Call `check_same` first."""
     known = stored.shards
     new = tuple(shard for shard in wanted.source if shard.name not in known)
-    return replace(stored, source=stored.source + new, num_views=max(stored.num_views, wanted.num_views))
+    return replace(stored, source=stored.source + new) if new else stored
 
 
 def _differences(

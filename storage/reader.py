@@ -1,78 +1,89 @@
-"""Reading a cache: committed units only, whole arrays, checksums before decoding."""
+"""Reading a cache: committed units only, by view, checksums before decoding.
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+A reader opens the manifest and the layers' descriptions. Commit records are listed and parsed when a layer is first
+asked for its units.
+"""
+
+import itertools
+import math
+import threading
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
+import numpy as np
+from google_crc32c import value as crc32c
 
+from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.storage import layout
+from tinymim.storage.blocks import VIEW_ARRAYS, ZSTD_MOST, Array, ArrayType, Block, decode_keys, decode_view
 from tinymim.storage.commit import (
     UnitInfo,
     corrupt_unit,
     encode_commit,
-    files_of,
+    holds_keys,
     key_digest,
     read_commits,
-    read_files,
 )
-from tinymim.storage.constants import constants_bytes, constants_digest
-from tinymim.storage.layout import UnitId
-from tinymim.storage.store import open_store
-
-_Fetched = dict[str, dict[str, bytes]]  # by array, then by path relative to the unit's folder
-
-
-@dataclass(frozen=True)
-class UnitRecords:
-    """A unit in memory.
-
-    Attributes:
-        unit: its shard and views; `unit.row(image, view)` is a record's index on the first axis.
-        keys: the I distinct sample keys in tar order.
-        arrays: the arrays by name, first axis R = I * unit.num_views records.
-    """
-
-    unit: UnitId
-    keys: list[str]
-    arrays: dict[str, npt.NDArray[Any]]
+from tinymim.storage.constants import constants_digest, read_constants, read_record
+from tinymim.storage.layout import VIEWS
+from tinymim.storage.manifest import Layer, Manifest
+from tinymim.storage.store import Store, open_store
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The share of its manifest that a cache holds.
+    """The share of its source that a layer holds.
 
     Attributes:
-        num_shards: source shards.
-        complete_shards: source shards with all views.
-        num_views: source images times views per image.
-        covered_views: views in committed units, unreadable images included.
-        num_records: stored records; fewer than `covered_views` if images were unreadable.
+        num_shards: source shards of the manifest.
+        begun_shards: source shards with any view.
+        complete_shards: source shards with the views 0 .. `complete_views` - 1.
+        complete_views: the largest number of views, from view 0 on, that every begun shard has.
+        most_views: the largest number of views, from view 0 on, that some shard has.
+        num_images: readable images of the shards that hold view 0.
+        num_records: stored records.
     """
 
     num_shards: int
+    begun_shards: int
     complete_shards: int
-    num_views: int
-    covered_views: int
+    complete_views: int
+    most_views: int
+    num_images: int
     num_records: int
 
     @property
     def complete(self) -> bool:
-        """Whether every view of every shard is in a committed unit."""
-        return self.complete_shards == self.num_shards
+        """Whether every shard has every view that some shard has."""
+        return self.begun_shards == self.num_shards and self.complete_views == self.most_views
 
     def __str__(self) -> str:
+        views = (
+            f"{self.complete_views}"
+            if self.complete_views == self.most_views
+            else (f"{self.complete_views} to {self.most_views}")
+        )
         return (
-            f"{self.complete_shards:,} of {self.num_shards:,} shards complete, "
-            f"{self.covered_views:,} of {self.num_views:,} views cached, {self.num_records:,} records"
+            f"{self.begun_shards:,} of {self.num_shards:,} shards with {views} views of each image, "
+            f"{self.num_records:,} records"
         )
 
 
+def views_from_zero(infos: Sequence[UnitInfo]) -> int:
+    """The number of views 0 .. n - 1 that units of one shard, ascending by view, hold without a gap."""
+    held = 0
+    for info in infos:
+        if info.unit.first_view > held:
+            break
+        held = max(held, info.unit.first_view + info.unit.num_views)
+    return held
+
+
 class CacheReader:
-    """A snapshot of a cache; a later reader sees units that are committed later. Picklable.
+    """A snapshot of a cache; a later reader sees units that are committed later. Picklable; threads may share it.
 
     Args:
         place: the cache's folder, or its URL in an object store.
@@ -81,120 +92,226 @@ class CacheReader:
         place: the folder as an absolute path, or the URL.
         store: the cache's store.
         manifest: the stored manifest; compare it with `manifest.check_same` before using a record.
+        layers: the target layers by name.
 
     Raises:
         UserError: there is no cache at `place`.
         StoreError: the object store refuses or fails.
         CacheMismatch: a format version is unknown.
-        CacheCorrupt: the manifest or a commit record is damaged, or a unit was made with other constants.
+        CacheCorrupt: the manifest or a layer's description is damaged.
     """
 
     def __init__(self, place: str | Path) -> None:
-        self.store = open_store(place)
+        self.store: Store = open_store(place)
         self.place = self.store.place
-        self.manifest = layout.read_manifest(self.store)
-        self._units = read_commits(self.store, self.manifest, constants_digest(self.store, self.manifest))
+        self.manifest: Manifest = layout.read_manifest(self.store)
+        names = layout.layer_names(self.store)
+        self.layers: dict[str, Layer] = {name: layout.read_layer(self.store, name, self.manifest) for name in names}
+        self._units: dict[str, list[UnitInfo]] = {}
+        self._lock = threading.Lock()
 
-    def units(self) -> list[UnitInfo]:
-        """The committed units in source order, then by view; `coverage` counts the missing ones."""
-        return list(self._units)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
-    def coverage(self) -> Coverage:
-        """Count the shards, views and records of the committed units."""
-        views = dict.fromkeys(self.manifest.shards, 0)
-        for info in self._units:
-            views[info.unit.shard] += info.unit.num_views
-        samples = {shard.name: shard.num_samples for shard in self.manifest.source}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def layer(self, name: str | None = None) -> Layer:
+        """The target layer of that name; None: the only one.
+
+        Raises:
+            UserError: there is no such layer, or there are several; lists them.
+        """
+        if name is None and len(self.layers) == 1:
+            return next(iter(self.layers.values()))
+        if name in self.layers:
+            return self.layers[name]
+        listing = ", ".join(self.layers) or "no target layer"
+        if name is None:
+            raise UserError(
+                f"the cache {self.place} has {len(self.layers)} target layers",
+                got=listing,
+                expected="one, or a recipe that names one",
+                hint="name it with `layer` in the recipe" if self.layers else "run `tinymim cache-teacher`",
+            )
+        raise UserError(f"the cache {self.place} has no layer {name}", got=listing, hint="name one of these layers")
+
+    def units(self, layer: str = VIEWS) -> list[UnitInfo]:
+        """The committed units of a layer in source order, then by view; read once.
+
+        Raises:
+            CacheMismatch, CacheCorrupt: as `read_commits`.
+        """
+        with self._lock:
+            if layer not in self._units:
+                spec_id, constants = self.manifest.spec_id, None
+                if layer != VIEWS:
+                    held = self.layer(layer)
+                    spec_id, constants = held.spec_id, constants_digest(self.store, held)
+                self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants)
+            return list(self._units[layer])
+
+    def by_shard(self, layer: str = VIEWS) -> dict[str, list[UnitInfo]]:
+        """The committed units of a layer by shard name, ascending by view."""
+        groups = itertools.groupby(self.units(layer), key=lambda info: info.unit.shard)
+        return {shard: list(infos) for shard, infos in groups}
+
+    def coverage(self, layer: str = VIEWS) -> Coverage:
+        """Count the shards, views and records of a layer's committed units."""
+        units = self.by_shard(layer)
+        views = {shard: views_from_zero(infos) for shard, infos in units.items()}
+        least = min(views.values(), default=0)
         return Coverage(
-            num_shards=len(samples),
-            complete_shards=sum(count == self.manifest.num_views for count in views.values()),
-            num_views=sum(samples.values()) * self.manifest.num_views,
-            covered_views=sum(samples[name] * count for name, count in views.items()),
-            num_records=sum(info.num_records for info in self._units),
+            num_shards=len(self.manifest.shards),
+            begun_shards=len(units),
+            complete_shards=sum(held >= least > 0 for held in views.values()),
+            complete_views=least,
+            most_views=max(views.values(), default=0),
+            num_images=sum(infos[0].num_images for infos in units.values()),
+            num_records=sum(info.num_records for infos in units.values() for info in infos),
         )
 
-    def read_unit(self, info: UnitInfo, arrays: Sequence[str] | None = None, verify: bool = False) -> UnitRecords:
-        """Read the keys and whole arrays of one unit, each file in one contiguous read.
+    def arrays(self, layer: str) -> dict[str, ArrayType]:
+        """Dtype and shape of every array of a record, by name."""
+        return dict(VIEW_ARRAYS) if layer == VIEWS else self.layer(layer).arrays
+
+    def constants(self, layer: str) -> dict[str, Array] | None:
+        """The constants of a target layer; errors of `read_constants`."""
+        return read_constants(self.store, self.layer(layer))
+
+    def read_views(
+        self, info: UnitInfo, views: Sequence[int] | None = None, arrays: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Read the records of some views of a unit; nothing else of its file is read or checked.
 
         Args:
-            info: one of `units()`.
-            arrays: names of the arrays to read; None: all.
-            verify: also compare the digest of every file, at 1.5 times the cost.
+            info: one of `units(layer)`.
+            views: k view indices of the unit, ascending; None: all.
+            arrays: names of the arrays to decode; None: all.
+
+        Returns:
+            By name, arrays [k, I, ...]. Adjacent views are read in one request.
 
         Raises:
-            CacheCorrupt: a file is missing or changed, or an array is not in the unit; names unit and array.
+            CacheCorrupt: the file is missing, or these bytes of it changed; names unit and view.
+            StoreError: the object store refuses or fails.
         """
-        return self._unpack(info, self._fetch(info, arrays, verify))
+        chosen = list(info.unit.views if views is None else views)
+        kinds = self.arrays(info.layer)
+        unknown = set(arrays or ()) - kinds.keys()
+        if unknown or not set(chosen) <= set(info.unit.views):
+            raise corrupt_unit(self.place, info, f"it does not hold {sorted(unknown) or chosen}", expected=list(kinds))
+        wanted = {name: kinds[name] for name in (kinds if arrays is None else arrays)}
+        numbers = [view - info.unit.first_view for view in chosen]
+        self._refuse_impossible(info, numbers, kinds)
+        found = {
+            name: np.empty((len(chosen), info.num_images, *shape), dtype) for name, (dtype, shape) in wanted.items()
+        }
+        blocks, places = info.parts.views, info.parts.places()
+        runs = _runs(numbers)
+        data = self._parts(info, [(places[run[0]], places[run[-1] + 1]) for run in runs])
+        row = 0
+        for run, part in zip(runs, data, strict=True):
+            for number in run:
+                at = places[number] - places[run[0]]
+                block = part[at : at + blocks[number].size_bytes]
+                view = number + info.unit.first_view
+                self._check(info, block, blocks[number], f"view {view}")
+                try:
+                    decode_view(memoryview(block), number, {name: values[row] for name, values in found.items()}, kinds)
+                except (ValueError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: the decompressor
+                    raise corrupt_unit(self.place, info, f"view {view} cannot be decoded: {error}") from error
+                row += 1
+        return found
 
-    def read_units(
-        self, infos: Iterable[UnitInfo] | None = None, arrays: Sequence[str] | None = None, verify: bool = False
-    ) -> Iterator[UnitRecords]:
-        """Read units in turn. A thread fetches the files of the next unit while the caller uses one.
-
-        Two units are in memory at a time, one of them compressed.
+    def read_keys(self, info: UnitInfo) -> list[str]:
+        """The I distinct sample keys in tar order.
 
         Args:
-            infos: units to read; None: all, in source order.
-            arrays: names of the arrays to read; None: all.
-            verify: also compare digests.
+            info: a unit of the view layer that begins at view 0.
 
         Raises:
-            CacheCorrupt: as `read_unit`.
+            CacheCorrupt: as `read_views`.
         """
-        with ThreadPoolExecutor(1) as pool:
-            ahead: deque[tuple[UnitInfo, Future[_Fetched]]] = deque()
-            for info in self._units if infos is None else infos:
-                ahead.append((info, pool.submit(self._fetch, info, arrays, verify)))
-                if len(ahead) == 2:
-                    before, fetched = ahead.popleft()
-                    yield self._unpack(before, fetched.result())
-            for info, fetched in ahead:
-                yield self._unpack(info, fetched.result())
-
-    def bytes_by_component(self) -> dict[str, int]:
-        """Bytes on disk by array name over all committed units; "overhead" is metadata and commit records."""
-        groups = 1 + len({info.unit.shard for info in self._units})
-        overhead = len(layout.root_group(self.manifest)) + groups * len(layout.plain_group())
-        total = {"overhead": overhead + sum(len(encode_commit(info)) for info in self._units)}
-        for info in self._units:
-            for name, file in info.files.items():
-                part = layout.component(name)
-                total[part] = total.get(part, 0) + file.size_bytes
-        if size_bytes := constants_bytes(self.store, self.manifest):
-            total["constants"] = size_bytes
-        return total
-
-    def _fetch(self, info: UnitInfo, arrays: Sequence[str] | None, verify: bool) -> _Fetched:
-        """Read and check the files of arrays and keys, by array."""
-        names = [*layout.KEY_ARRAYS, *(info.arrays if arrays is None else arrays)]
-        stored = {name: files_of(info.files, name) for name in names}
-        for name, files in stored.items():
-            if not files:
-                raise corrupt_unit(self.place, info.unit, f"there is no array {name}", expected=", ".join(info.arrays))
-        everything = {path: file for files in stored.values() for path, file in files.items()}
+        assert holds_keys(info.layer, info.unit) and info.parts.keys is not None, info
+        begin = info.parts.head.size_bytes
+        [block] = self._parts(info, [(begin, begin + info.parts.keys.size_bytes)])
+        self._check(info, block, info.parts.keys, "the keys")
         try:
-            found = read_files(self.store, layout.unit_folder(info.unit), everything, verify)
-        except ValueError as error:
-            raise corrupt_unit(self.place, info.unit, str(error)) from error
-        return {name: {path: found[path] for path in files} for name, files in stored.items()}
-
-    def _unpack(self, info: UnitInfo, fetched: _Fetched) -> UnitRecords:
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        for name in list(fetched):
-            try:
-                num_records = None if name in layout.KEY_ARRAYS else info.num_records
-                arrays[name] = layout.decode_array(name, fetched.pop(name), num_records)
-            except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
-                raise corrupt_unit(self.place, info.unit, f"array {name} is damaged: {error}") from error
-        key_arrays = {name: arrays.pop(name) for name in layout.KEY_ARRAYS}
-        if key_digest(key_arrays) != info.key_digest:
-            raise corrupt_unit(self.place, info.unit, "the keys do not have the committed key_digest")
-        try:
-            keys = layout.decode_keys(key_arrays)
-        except ValueError as error:
-            raise corrupt_unit(self.place, info.unit, f"array key_bytes cannot be decoded: {error}") from error
+            arrays, keys = decode_keys(memoryview(block))
+        except (ValueError, RuntimeError) as error:
+            raise corrupt_unit(self.place, info, f"the keys cannot be decoded: {error}") from error
+        if key_digest(arrays) != info.key_digest:
+            raise corrupt_unit(self.place, info, "the keys do not have the committed key_digest")
         if repeated := [key for key, count in Counter(keys).items() if count > 1]:
-            raise corrupt_unit(self.place, info.unit, f"{len(repeated)} key(s) appear twice", got=repr(repeated[0]))
+            raise corrupt_unit(self.place, info, f"{len(repeated)} key(s) appear twice", got=repr(repeated[0]))
         if len(keys) != info.num_images:
-            raise corrupt_unit(self.place, info.unit, "wrong number of keys", got=len(keys), expected=info.num_images)
-        return UnitRecords(info.unit, keys, arrays)
+            raise corrupt_unit(self.place, info, "wrong number of keys", got=len(keys), expected=info.num_images)
+        return keys
+
+    def keys(self, shard: str) -> list[str]:
+        """The sample keys of a shard in tar order, from the view layer.
+
+        Raises:
+            CacheCorrupt: the view layer does not hold view 0 of the shard; or as `read_keys`.
+        """
+        for info in self.by_shard().get(shard, ()):
+            if holds_keys(info.layer, info.unit):
+                return self.read_keys(info)
+        raise CacheCorrupt(
+            f"the view layer of {self.place} holds no keys of shard {shard}",
+            got="no unit that begins at view 0",
+            hint="run `tinymim cache-teacher` with the recipe that made the cache",
+        )
+
+    def bytes_by_component(self) -> dict[str, dict[str, int]]:
+        """Bytes on disk by layer, and by component: "records", "keys", "overhead" (metadata and commit records)."""
+        found: dict[str, dict[str, int]] = {}
+        for layer in (VIEWS, *self.layers):
+            total = Counter(records=0, keys=0, overhead=0)
+            group = layout.plain_group() if layer == VIEWS else layout.layer_group(self.layers[layer])
+            total["overhead"] += len(group)
+            if layer != VIEWS and (record := read_record(self.store, self.layers[layer])[0]) is not None:
+                total["constants"] = record.size_bytes
+            for info in self.units(layer):
+                parts = info.parts
+                total["records"] += sum(block.size_bytes for block in parts.views)
+                total["keys"] += 0 if parts.keys is None else parts.keys.size_bytes
+                total["overhead"] += parts.head.size_bytes + parts.tail.size_bytes + len(encode_commit(info))
+            found[layer] = dict(total)
+        found[VIEWS]["overhead"] += len(layout.root_group(self.manifest))
+        return found
+
+    def _parts(self, info: UnitInfo, ranges: list[tuple[int, int]]) -> list[bytes]:
+        some = [place for place in ranges if place[1] > place[0]]  # blocks without images are empty
+        if not some:
+            return [b"" for _ in ranges]
+        try:
+            read = iter(self.store.read_ranges(info.path, some))
+        except FileNotFoundError as error:
+            raise corrupt_unit(self.place, info, f"its file {info.path} is missing") from error
+        except OSError as error:
+            raise corrupt_unit(self.place, info, f"its file {info.path} cannot be read: {error}") from error
+        return [next(read) if end > begin else b"" for begin, end in ranges]
+
+    def _check(self, info: UnitInfo, data: bytes, block: Block, what: str) -> None:
+        if len(data) != block.size_bytes:
+            got = f"{len(data)} bytes"
+            raise corrupt_unit(self.place, info, f"{what} is cut short", got=got, expected=f"{block.size_bytes} bytes")
+        if crc32c(data) != block.crc32c:
+            raise corrupt_unit(self.place, info, f"{what} does not have its committed checksum")
+
+    def _refuse_impossible(self, info: UnitInfo, numbers: list[int], kinds: dict[str, ArrayType]) -> None:
+        """Raises CacheCorrupt, before any allocation, where the records cannot come out of their bytes."""
+        raw = info.num_images * sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+        for number in numbers:
+            if raw > info.parts.views[number].size_bytes * ZSTD_MOST:
+                what = f"view {number + info.unit.first_view}: {raw} bytes of records cannot come out of its bytes"
+                raise corrupt_unit(self.place, info, what, got=f"{info.parts.views[number].size_bytes} bytes")
+
+
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """Ascending numbers as runs of adjacent ones."""
+    groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    return [[number for _, number in group] for _, group in groups]

@@ -1,9 +1,12 @@
-"""The stored manifest of a cache: the first writer creates it, later writers extend it."""
+"""The stored manifest of a cache and its layers: the first writer creates them, later writers extend the source."""
 
+from collections.abc import Iterable
+
+from tinymim.configs.errors import CacheCorrupt
 from tinymim.storage import layout
-from tinymim.storage.layout import LEASES, METADATA
+from tinymim.storage.layout import LAYERS, LEASES, METADATA, VIEWS
 from tinymim.storage.leases import Leases
-from tinymim.storage.manifest import Manifest, check_same, grown
+from tinymim.storage.manifest import Layer, Manifest, check_same, check_same_layer, grown
 from tinymim.storage.store import Store
 
 MANIFEST_LEASE = "manifest"
@@ -11,13 +14,13 @@ MANIFEST_LEASE = "manifest"
 
 def is_foreign(store: Store) -> bool:
     """Whether a place holds files but no cache. Leases may remain from a writer that died before its manifest."""
-    occupied = any(not entry.path.startswith(f"{LEASES}/") and entry.path != ".lock" for entry in store.list())
+    occupied = any(not entry.path.startswith(f"{LEASES}/") for entry in store.list())
     # Checked last: another writer may create the cache right now, and its manifest comes first.
     return occupied and not store.exists(METADATA)
 
 
 def settle_manifest(store: Store, wanted: Manifest, leases: Leases) -> tuple[Manifest, list[str]]:
-    """Store the wanted manifest in a new cache, else extend the stored one.
+    """Store the wanted manifest in a new cache, else extend the source of the stored one.
 
     Returns:
         The manifest now stored, and one line per difference of environment.
@@ -35,6 +38,28 @@ def settle_manifest(store: Store, wanted: Manifest, leases: Leases) -> tuple[Man
             stored = _after_growth(stored, wanted)
             store.write(METADATA, layout.root_group(stored))
     return stored, warnings
+
+
+def settle_layers(store: Store, manifest: Manifest, wanted: Iterable[Layer]) -> tuple[dict[str, Layer], list[str]]:
+    """Store the descriptions of new layers, and compare those of existing ones.
+
+    Returns:
+        The layers as stored, and one line per difference of environment.
+    """
+    found: dict[str, Layer] = {}
+    warnings: list[str] = []
+    groups = {f"{name}/{METADATA}": layout.plain_group() for name in (VIEWS, LAYERS)}
+    store.create_all({path: data for path, data in groups.items() if not store.exists(path)})
+    for layer in wanted:
+        path = f"{layout.layer_folder(layer.name)}/{METADATA}"
+        if layer.cache != manifest.spec_id:
+            raise CacheCorrupt(f"layer {layer.name} is of another cache", got=layer.cache, expected=manifest.spec_id)
+        if not store.exists(path):
+            store.create_all({path: layout.layer_group(layer)})
+        stored = layout.read_layer(store, layer.name, manifest)
+        warnings += check_same_layer(stored, layer)
+        found[layer.name] = stored
+    return found, list(dict.fromkeys(warnings))
 
 
 def _after_growth(stored: Manifest, wanted: Manifest) -> Manifest:

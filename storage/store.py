@@ -5,17 +5,19 @@ file wins. The same code therefore serves a disk, a network file system and S3.
 """
 
 import errno
+import filecmp
+import io
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -26,7 +28,9 @@ from tinymim.storage.atomic import (
     PARTIAL_SUFFIX,
     create_bytes_atomic,
     fsync_folder,
+    link_partial,
     make_folders,
+    partial_file,
     remove_dead_partials,
     write_bytes_atomic,
 )
@@ -73,6 +77,12 @@ class Store(Protocol):
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
         """Read several files, in parallel where that is faster; errors of `read`."""
 
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read parts of a file, each from its begin to its end, exclusive. A part is short where the file ends."""
+
+    def draft(self, path: str) -> AbstractContextManager["Draft"]:
+        """A new file that is written piece by piece. Leaving the block drops it unless `Draft.create` was called."""
+
     def create_all(self, files: Mapping[str, bytes]) -> list[str]:
         """Write files that do not exist yet. They are durable on return.
 
@@ -111,6 +121,19 @@ def open_store(place: str | Path) -> Store:
     return LocalStore(Path(place).absolute())
 
 
+class Draft(Protocol):
+    """A file that nobody sees before `create`."""
+
+    file: BinaryIO
+
+    def create(self) -> bool:
+        """Make the file appear whole and durable under its path.
+
+        Returns:
+            False: another writer created the path first, with other content.
+        """
+
+
 class LocalStore:
     """A folder. A write goes to a temporary file, which becomes durable before it is renamed."""
 
@@ -126,6 +149,21 @@ class LocalStore:
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
         return {path: self.read(path, limit) for path, limit in limits.items()}
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        fd = os.open(self.place / path, os.O_RDONLY)
+        try:
+            return [_pread(fd, end - begin, begin) for begin, end in ranges]
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def draft(self, path: str) -> Iterator["_LocalDraft"]:
+        full = self.place / path
+        for folder in sorted(make_folders(full.parent), reverse=True):
+            fsync_folder(folder)
+        with partial_file(full) as (temp, file):
+            yield _LocalDraft(full, temp, file)
 
     def create_all(self, files: Mapping[str, bytes]) -> list[str]:
         changed: set[Path] = set()
@@ -187,6 +225,20 @@ class LocalStore:
         remove_dead_partials(self.place / folder for folder in folders)
 
 
+@dataclass
+class _LocalDraft:
+    path: Path
+    temp: Path
+    file: BinaryIO
+
+    def create(self) -> bool:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        created = link_partial(self.temp, self.path) or filecmp.cmp(self.temp, self.path, shallow=False)
+        fsync_folder(self.path.parent)
+        return created
+
+
 class RemoteStore:
     """A prefix of an object store. A PUT is atomic and durable; creation needs conditional PUTs (If-None-Match)."""
 
@@ -209,6 +261,19 @@ class RemoteStore:
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
         with ThreadPoolExecutor(REQUESTS) as pool:
             return dict(zip(limits, pool.map(self.read, limits.keys(), limits.values()), strict=True))
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        with self._explained(path):
+            if len(ranges) == 1:
+                [(begin, end)] = ranges
+                return [bytes(obstore.get_range(self._objects, path, start=begin, end=end))]
+            starts, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
+            return [bytes(part) for part in obstore.get_ranges(self._objects, path, starts=starts, ends=ends)]
+
+    @contextmanager
+    def draft(self, path: str) -> Iterator["_RemoteDraft"]:
+        with io.BytesIO() as file:  # a conditional PUT takes one request with the whole object
+            yield _RemoteDraft(self, path, file)
 
     def create_all(self, files: Mapping[str, bytes]) -> list[str]:
         with ThreadPoolExecutor(REQUESTS) as pool:
@@ -280,6 +345,16 @@ class RemoteStore:
             raise store_error(f"{self.place}/{path}".rstrip("/"), error) from error
 
 
+@dataclass
+class _RemoteDraft:
+    store: RemoteStore
+    path: str
+    file: io.BytesIO
+
+    def create(self) -> bool:
+        return not self.store.create_all({self.path: self.file.getvalue()})
+
+
 def _repeat_unanswered(request: Callable[[], object]) -> None:
     """Send a PUT or DELETE, and send it again after a timeout.
 
@@ -310,6 +385,14 @@ def explained_write_errors(store: Store) -> Iterator[None]:
             if full
             else "check that the folder exists, is writable and is on a healthy disk; committed units are intact",
         ) from error
+
+
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    """`os.pread` without its limit of 2 GiB."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def _holds(store: Store, path: str, data: bytes) -> bool:
