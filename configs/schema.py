@@ -4,6 +4,7 @@ A recipe is a YAML file. Its `stage:` line names the command it is for. Every ot
 fields are sections (`configs/sections.py`).
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from tinymim.configs.sections import (
     Fraction,
     JitterConfig,
     KnnEvaluator,
+    LayerName,
     LayerwiseOptimConfig,
     LinearEvaluator,
     LoaderConfig,
@@ -111,8 +113,20 @@ class CacheTeacherRecipe(Section):
     cache_root: Place | None = Field(
         default=None, description="Instead of `cache`: a folder of shared caches, each named by its `spec_id`."
     )
+    layer: LayerName | None = Field(
+        default=None,
+        description="Name of the layer to write. Default: teacher, block and codec, as in `vit_base-b10-sketch`.",
+    )
     batch_size: Positive | Literal["auto"] = Field(
-        default=64, description="Images per batch, each with `num_views` views. `auto`: as many as fit into memory."
+        default=64,
+        description="Images per batch, each with up to `views_per_decode` views. `auto`: as many as fit into memory.",
+    )
+    views_per_decode: Positive = Field(
+        default=8,
+        description="Views made from one decode. Memory grows with it; an image is decoded again for further views.",
+    )
+    views_per_unit: Positive = Field(
+        default=50, description="Most views in one unit: what a killed job loses, and the size of the largest file."
     )
     max_unreadable: Fraction = Field(default=0.01, description="Share of unreadable images above which a unit fails.")
     retries: int = Field(default=2, ge=0, description="Further attempts at a failed unit, after all other units.")
@@ -127,6 +141,12 @@ class CacheTeacherRecipe(Section):
     )
     loader: LoaderConfig = Field(default=LoaderConfig(), description=_LOADER)
     run: RunConfig = Field(description=_RUN)
+
+    @property
+    def layer_name(self) -> str:
+        """The layer's name: `layer`, or one made from teacher, block and codec."""
+        made = f"{self.teacher.name}-b{self.teacher.block}-{self.codec.name}".lower()
+        return self.layer or re.sub(r"[^a-z0-9._-]", "-", made)[-64:].lstrip("._-")
 
     @property
     def given_batch_size(self) -> int:
@@ -168,8 +188,11 @@ class TrainStudentRecipe(_Training):
     stage: Literal["train-student"] = Field(description=_STAGE)
     source: SourceConfig = Field(description="Images that the cache was made from.")
     cache: Place = Field(description="The cache to read: a folder or URL, or a root that holds exactly one cache.")
+    layer: LayerName | None = Field(
+        default=None, description="Layer of the cache to learn from. Default: the only one."
+    )
     num_views: Positive | None = Field(
-        default=None, description="Use the first N views of every image. Default: all that the cache is for."
+        default=None, description="Use the first N views of every image. Default: those that all shards have."
     )
     on_missing: Literal["refuse", "skip"] = Field(
         default="refuse",

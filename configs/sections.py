@@ -16,6 +16,8 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+LAYER_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+LayerName = Annotated[str, Field(pattern=LAYER_NAME)]
 Cluster = Literal["local", "ray"]
 MEAN_DESCRIPTION = (
     "Mean per RGB channel, for pixels in 0..1. Default: timm's value for hub weights, ImageNet's for a file."
@@ -329,6 +331,7 @@ class AuditConfig(Section):
     """Student audits: compare students with dense targets of held-out images during training (docs/audits.md)."""
 
     cache: Place = Field(description="Cache with codec `dense` or `hidden`, of the same teacher and view size.")
+    layer: LayerName | None = Field(default=None, description="Layer of that cache. Default: the only one.")
     source: SourceConfig = Field(description="Images of the audit's cache, held out from training.")
     every_epochs: float = Field(
         default=10.0,

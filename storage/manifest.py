@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch
+from tinymim.configs.sections import LAYER_NAME
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.storage.atomic import canonical_json, digest_hex
 
@@ -28,7 +29,6 @@ LISTED_DIFFERENCES = 8
 ABSENT = "(absent)"
 REPAIR = "`tinymim cache repair RECIPE` rebuilds it from the recipe"
 UPGRADE = "`tinymim cache copy SRC DST --format 2` upgrades it"
-LAYER_NAME = r"^(?!views$)[a-z0-9][a-z0-9._-]{0,63}$"
 _DTYPES = frozenset({"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}) | {
     f"float{bits}" for bits in (16, 32, 64)
 }

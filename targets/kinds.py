@@ -1,4 +1,4 @@
-"""The table of target kinds: from the codec section of a recipe or a cache to its kind."""
+"""The table of target kinds: from the codec section of a recipe, or the target section of a layer, to its kind."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, SketchCodec, TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch
-from tinymim.configs.taps import Shapes
+from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import TargetKind
 from tinymim.targets.relations import make as relations
 from tinymim.targets.relations.kind import RelationKind
@@ -46,24 +46,24 @@ def make_kind(
 
 def stored_kind(
     section: Mapping[str, Any],
-    block: int,
     targets: TargetsConfig = _ALL,
     constants: Mapping[str, Tensor] | None = None,
 ) -> TargetKind:
-    """The target kind that reads a cache.
+    """The target kind that reads a layer.
 
     Args:
-        section: the codec section of the cache's manifest.
-        block, targets, constants: as `make_kind`.
+        section: the target section of the layer.
+        targets, constants: as `make_kind`.
 
     Raises:
         CacheMismatch: another codec, or another version of it, wrote the cache.
         RecipeError: as `make_kind`.
     """
-    kind = make_kind(codec_config(**section["parameters"]), block, targets, constants)
-    if (kind.name, kind.version) != (section["name"], section["version"]):
+    [tap] = map(Tap.parse, section["taps"])  # the only kind so far reads one
+    kind = make_kind(codec_config(**section["parameters"]), tap.place, targets, constants)
+    if (kind.name, kind.version, kind.taps) != (section["name"], section["version"], (tap,)):
         raise CacheMismatch(
-            "the cache was written by another codec",
+            "the layer was written by another codec",
             got=f"{section['name']} version {section['version']}",
             expected=f"{kind.name} version {kind.version}",
             hint="read it with the tinymim that wrote it, or make the cache again",
@@ -74,10 +74,10 @@ def stored_kind(
 def audit_kind(
     section: Mapping[str, Any], training: TargetKind, shapes: Shapes, constants: Mapping[str, Tensor] | None
 ) -> TargetKind:
-    """The kind that reads an audit's cache as whole targets, for the losses of `training`.
+    """The kind that reads an audit's layer as whole targets, for the losses of `training`.
 
     Args:
-        section: the codec section of the audit cache's manifest.
+        section: the target section of the audit's layer.
         training: the kind that students are trained on.
         shapes: the shapes of the teacher, which both caches share.
         constants: the constants of the audit's cache.
@@ -86,8 +86,7 @@ def audit_kind(
         CacheMismatch: the audit's records are not whole targets, or not comparable.
         RecipeError: as `make_kind`.
     """
-    block = training.taps[0].place
-    if not stored_kind(section, block, constants=constants).whole:
+    if not stored_kind(section, constants=constants).whole:
         raise CacheMismatch(
             "the audit's cache holds no whole targets",
             got=f"codec {section['name']}",
@@ -95,5 +94,5 @@ def audit_kind(
             hint="make audit.cache with codec: {name: dense}, one view, and audit.num_images images",
         )
     assert isinstance(training, RelationKind)  # the only kind so far
-    kind = stored_kind(section, block, relations.whole_targets(section["name"], training, shapes), constants)
+    kind = stored_kind(section, relations.whole_targets(section["name"], training, shapes), constants)
     return relations.for_audit(kind, training, shapes)
