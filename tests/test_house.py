@@ -276,7 +276,7 @@ def test_only_the_view_law_and_the_format_name_what_a_view_is_stored_as() -> Non
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value == "box"
     }
-    assert named == {Path("pipeline", "views.py"), Path("storage", "layout.py")}
+    assert named == {Path("pipeline", "views.py"), Path("storage", "layout.py"), Path("storage", "v1.py")}
 
 
 def test_the_wheel_holds_every_module_recipe_and_weight_and_says_that_it_is_typed(tmp_path: Path) -> None:
