@@ -198,12 +198,15 @@ class _Window(io.RawIOBase):
 # ---- reading
 
 
-def decode_view(block: memoryview, view: int, arrays: Mapping[str, Array], kinds: Mapping[str, ArrayType]) -> None:
+def decode_view(
+    block: memoryview, view: int, images: int, arrays: Mapping[str, Array], kinds: Mapping[str, ArrayType]
+) -> None:
     """Decode the block of a view, whose checksum was compared, into arrays.
 
     Args:
         block: the bytes of the block.
         view: the view's place in its unit.
+        images: I.
         arrays: by name, the arrays [I, ...] to fill; other arrays of the block are skipped.
         kinds: all arrays of the layer, by name.
 
@@ -212,7 +215,6 @@ def decode_view(block: memoryview, view: int, arrays: Mapping[str, Array], kinds
     """
     members = _members(block)
     for name, kind in sorted(kinds.items()):
-        images = len(next(iter(arrays.values()))) if arrays else 0
         step = images_per_chunk(kind, images)
         for number, start in enumerate(range(0, images, step)):
             wanted = _chunk_name(name, view, number, kind)
@@ -221,22 +223,28 @@ def decode_view(block: memoryview, view: int, arrays: Mapping[str, Array], kinds
                 raise ValueError(f"{found} stands where {wanted} belongs")
             if name in arrays:
                 _decode_into(data, arrays[name][start : start + step], step)
+    if (left := next(members, None)) is not None:
+        raise ValueError(f"{left[0]} stands where the block ends")
 
 
-def decode_keys(block: memoryview) -> tuple[dict[str, Array], list[str]]:
+def decode_keys(block: memoryview, images: int) -> tuple[dict[str, Array], list[str]]:
     """The key arrays and the I keys from the block of the keys, whose checksum was compared.
 
     Raises:
         ValueError, RuntimeError: the block is not what `UnitFileWriter` writes.
     """
-    arrays: dict[str, Array] = {"key_bytes": np.empty(0, "u1"), "key_ends": np.empty(0, "<i8")}
-    for name, data in _members(block):
-        short = name.removesuffix("/c/0")
-        if short not in arrays or name == short:
-            raise ValueError(f"{name} stands where the keys belong")
-        if len(data) * ZSTD_MOST < (raw_size := _frame_size(data)):
-            raise ValueError(f"{raw_size} bytes cannot come out of {len(data)}")
-        arrays[short] = np.frombuffer(_DECODE.decode(data), arrays[short].dtype)
+    frames = {name: data for name, data in _members(block)}
+    ends = np.empty(images, "<i8")
+    if images:
+        _decode_into(frames.pop("key_ends/c/0", memoryview(b"")), ends, images)
+    total = int(ends[-1]) if images else 0
+    joined = memoryview(frames.pop("key_bytes/c/0", b""))
+    if frames or not 0 <= total <= len(joined) * ZSTD_MOST or bool(total) != bool(joined):
+        raise ValueError(f"{[*frames] or f'{total} bytes of keys'} cannot come out of {len(joined)} bytes")
+    values = np.empty(total, "u1")
+    if total:
+        _decode_into(joined, values, total)
+    arrays: dict[str, Array] = {"key_bytes": values, "key_ends": ends}
     return arrays, keys_of(arrays)
 
 

@@ -203,26 +203,27 @@ class CacheReader:
         if unknown or not set(chosen) <= set(info.unit.views):
             raise corrupt_unit(self.place, info, f"it does not hold {sorted(unknown) or chosen}", expected=list(kinds))
         wanted = {name: kinds[name] for name in (kinds if arrays is None else arrays)}
-        numbers = [view - info.unit.first_view for view in chosen]
-        self._refuse_impossible(info, numbers, kinds)
-        found = {
-            name: np.empty((len(chosen), info.num_images, *shape), dtype) for name, (dtype, shape) in wanted.items()
-        }
-        blocks, places = info.parts.views, info.parts.places()
-        runs = _runs(numbers)
+        blocks, places, runs = info.parts.views, info.parts.places(), _runs([v - info.unit.first_view for v in chosen])
         data = self._parts(info, [(places[run[0]], places[run[-1] + 1]) for run in runs])
-        row = 0
+        held = []  # (number of the view in the unit, its bytes)
         for run, part in zip(runs, data, strict=True):
             for number in run:
                 at = places[number] - places[run[0]]
-                block = part[at : at + blocks[number].size_bytes]
-                view = number + info.unit.first_view
-                self._check(info, block, blocks[number], f"view {view}")
-                try:
-                    decode_view(memoryview(block), number, {name: values[row] for name, values in found.items()}, kinds)
-                except (ValueError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: the decompressor
-                    raise corrupt_unit(self.place, info, f"view {view} cannot be decoded: {error}") from error
-                row += 1
+                held.append((number, part[at : at + blocks[number].size_bytes]))  # a view: nothing is copied
+        for number, block in held:
+            self._check(info, block, blocks[number], f"view {number + info.unit.first_view}")
+        # Allocated after the bytes are here: a forged record cannot ask for more than they can hold.
+        self._refuse_impossible(info, [number for number, _ in held], kinds)
+        found = {
+            name: np.empty((len(chosen), info.num_images, *shape), dtype) for name, (dtype, shape) in wanted.items()
+        }
+        for row, (number, block) in enumerate(held):
+            rows = {name: values[row] for name, values in found.items()}
+            try:
+                decode_view(memoryview(block), number, info.num_images, rows, kinds)
+            except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
+                what = f"view {number + info.unit.first_view} cannot be decoded: {error}"
+                raise corrupt_unit(self.place, info, what) from error
         return found
 
     def read_keys(self, info: UnitInfo) -> list[str]:
@@ -239,15 +240,14 @@ class CacheReader:
         [block] = self._parts(info, [(begin, begin + info.parts.keys.size_bytes)])
         self._check(info, block, info.parts.keys, "the keys")
         try:
-            arrays, keys = decode_keys(memoryview(block))
+            self._refuse_more(info, 8 * info.num_images, len(block), "the keys")
+            arrays, keys = decode_keys(memoryview(block), info.num_images)
         except (ValueError, RuntimeError) as error:
             raise corrupt_unit(self.place, info, f"the keys cannot be decoded: {error}") from error
         if key_digest(arrays) != info.key_digest:
             raise corrupt_unit(self.place, info, "the keys do not have the committed key_digest")
         if repeated := [key for key, count in Counter(keys).items() if count > 1]:
             raise corrupt_unit(self.place, info, f"{len(repeated)} key(s) appear twice", got=repr(repeated[0]))
-        if len(keys) != info.num_images:
-            raise corrupt_unit(self.place, info, "wrong number of keys", got=len(keys), expected=info.num_images)
         return keys
 
     def keys(self, shard: str) -> list[str]:
@@ -283,19 +283,20 @@ class CacheReader:
         found[VIEWS]["overhead"] += len(layout.root_group(self.manifest))
         return found
 
-    def _parts(self, info: UnitInfo, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def _parts(self, info: UnitInfo, ranges: list[tuple[int, int]]) -> list[Array]:
+        """Ranges of a unit's file, as uint8 arrays."""
         some = [place for place in ranges if place[1] > place[0]]  # blocks without images are empty
         if not some:
-            return [b"" for _ in ranges]
+            return [np.empty(0, np.uint8) for _ in ranges]
         try:
             read = iter(self.store.read_ranges(info.path, some))
         except FileNotFoundError as error:
             raise corrupt_unit(self.place, info, f"its file {info.path} is missing") from error
         except OSError as error:
             raise corrupt_unit(self.place, info, f"its file {info.path} cannot be read: {error}") from error
-        return [next(read) if end > begin else b"" for begin, end in ranges]
+        return [np.frombuffer(next(read) if end > begin else b"", np.uint8) for begin, end in ranges]
 
-    def _check(self, info: UnitInfo, data: bytes, block: Block, what: str) -> None:
+    def _check(self, info: UnitInfo, data: Array, block: Block, what: str) -> None:
         if len(data) != block.size_bytes:
             got = f"{len(data)} bytes"
             raise corrupt_unit(self.place, info, f"{what} is cut short", got=got, expected=f"{block.size_bytes} bytes")
@@ -306,9 +307,11 @@ class CacheReader:
         """Raises CacheCorrupt, before any allocation, where the records cannot come out of their bytes."""
         raw = info.num_images * sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
         for number in numbers:
-            if raw > info.parts.views[number].size_bytes * ZSTD_MOST:
-                what = f"view {number + info.unit.first_view}: {raw} bytes of records cannot come out of its bytes"
-                raise corrupt_unit(self.place, info, what, got=f"{info.parts.views[number].size_bytes} bytes")
+            self._refuse_more(info, raw, info.parts.views[number].size_bytes, f"view {number + info.unit.first_view}")
+
+    def _refuse_more(self, info: UnitInfo, raw: int, held: int, what: str) -> None:
+        if raw > held * ZSTD_MOST:
+            raise corrupt_unit(self.place, info, f"{what}: {raw} bytes cannot come out of {held}")
 
 
 def _runs(numbers: list[int]) -> list[list[int]]:

@@ -131,7 +131,7 @@ class CacheWriter:
         Raises:
             CacheGone: the cache was removed or renamed.
         """
-        self._require_cache()
+        self._require_cache(layer)
         with self._lock:
             self._committed[layer] = set(list_units(self.store, layer, self.manifest))
             return set(self._committed[layer])
@@ -151,6 +151,7 @@ class CacheWriter:
             False if a living writer works on the same shard, or some of the views are already committed.
 
         Raises:
+            CacheGone: the cache was removed or renamed.
             UserError, StoreError: the cache cannot be written.
         """
         self._check_unit(unit)
@@ -158,6 +159,7 @@ class CacheWriter:
         with self._lock, explained_write_errors(self.store):
             if unit in self._claimed:
                 return True
+            self._require_cache(layer)
             if not leases.claim(shard_lease(unit.shard)):
                 return False
             if any(unit.overlaps(other) for other in self.of_shard(layer, unit.shard)):
@@ -282,7 +284,7 @@ class CacheWriter:
             CacheGone: the cache was removed or renamed.
         """
         unit, path = info.unit, layout.unit_file(info.layer, info.unit)
-        self._require_cache()
+        self._require_cache(info.layer)
         self._require_lease(unit)
         if not file.create():
             # A writer that was taken for dead wrote it after the claim. Replace it once, if the unit is still ours.
@@ -322,16 +324,18 @@ class CacheWriter:
         """The digest of the constants that a layer's new units are made with."""
         return None if layer == VIEWS else self._constants[layer]
 
-    def _require_cache(self) -> None:
-        if not self.store.exists(layout.METADATA):
-            raise CacheGone(
-                f"the cache {self.place} is gone",
-                got=f"no {layout.METADATA}",
-                hint="it was removed or renamed during this run; restore it, or run the same command for a new cache",
-            )
+    def _require_cache(self, layer: str = VIEWS) -> None:
+        for path in (layout.METADATA, f"{layout.layer_folder(layer)}/{layout.METADATA}"):
+            if not self.store.exists(path):
+                raise CacheGone(
+                    f"the cache {self.place} is gone, or its layer {layer}",
+                    got=f"no {path}",
+                    hint="it was removed or renamed during this run; restore it, or run the command again",
+                )
 
     def _require_lease(self, unit: UnitId) -> None:
         if not self._open_leases().holds(shard_lease(unit.shard)):
+            self._require_cache()  # the lease is gone with it
             raise self._taken(unit)
 
     def _taken(self, unit: UnitId) -> UnitTaken:
@@ -374,12 +378,20 @@ class CacheWriter:
 
 
 def remove_uncommitted(store: Store, layer: str, shard: str) -> None:
-    """Remove the unit files of a shard that have no commit record; the caller holds the shard's lease."""
-    folder = layout.shard_folder(layer, shard)
+    """Remove what no commit record describes of a shard's units; the caller holds the shard's lease.
+
+    Whoever held the lease before has lost it, so its unfinished writes go too, on whatever machine it ran. Files with
+    other names are left alone.
+    """
+    folder, shards = layout.shard_folder(layer, shard), {layout.shard_stem(shard): shard}
     names = {entry.path for entry in store.list(folder)}
-    committed = {path.removesuffix(".json") for path in names if path.endswith(".json")}
-    store.remove(path for path in sorted(names) if path.endswith(".zip") and path[:-4] not in committed)
-    store.remove_dead_writes([folder])
+    records = {path: f"{path.removesuffix('.zip')}.json" for path in names if path.endswith(".zip")}
+    store.remove(
+        path
+        for path, record in sorted(records.items())
+        if record not in names and layout.parse_commit_file(layer, record, shards) is not None
+    )
+    store.remove_dead_writes([folder], of_the_living=True)
 
 
 class UnitDraft:
