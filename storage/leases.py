@@ -283,7 +283,7 @@ def _lease_s(owner: dict[str, Any]) -> float:
     """Seconds without a beat after which an owner counts as dead: any positive finite number of its own."""
     value = owner.get("lease_s")
     try:
-        seconds = float(value) if type(value) in (int, float) else 0.0
+        seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
     except OverflowError:  # an integer larger than any clock
         return sys.float_info.max
     return seconds if 0 < seconds < math.inf else DEFAULT_LEASE_S

@@ -220,7 +220,7 @@ class CacheReader:
         for row, (number, block) in enumerate(held):
             rows = {name: values[row] for name, values in found.items()}
             try:
-                decode_view(memoryview(block), number, info.num_images, rows, kinds)
+                decode_view(block.data, number, info.num_images, rows, kinds)
             except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
                 what = f"view {number + info.unit.first_view} cannot be decoded: {error}"
                 raise corrupt_unit(self.place, info, what) from error
@@ -241,7 +241,7 @@ class CacheReader:
         self._check(info, block, info.parts.keys, "the keys")
         try:
             self._refuse_more(info, 8 * info.num_images, len(block), "the keys")
-            arrays, keys = decode_keys(memoryview(block), info.num_images)
+            arrays, keys = decode_keys(block.data, info.num_images)
         except (ValueError, RuntimeError) as error:
             raise corrupt_unit(self.place, info, f"the keys cannot be decoded: {error}") from error
         if key_digest(arrays) != info.key_digest:

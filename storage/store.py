@@ -361,7 +361,7 @@ class RemoteStore:
             with self._explained(prefix):
                 self._delete(paths)
 
-    def remove_dead_writes(self, folders: Iterable[str]) -> None:
+    def remove_dead_writes(self, folders: Iterable[str], of_the_living: bool = False) -> None:
         """Nothing to do: an object exists whole or not at all."""
 
     @contextmanager
