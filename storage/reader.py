@@ -26,6 +26,7 @@ from tinymim.storage.commit import (
     holds_keys,
     key_digest,
     read_commits,
+    signed,
 )
 from tinymim.storage.constants import constants_digest, read_constants, read_record
 from tinymim.storage.layout import VIEWS
@@ -274,13 +275,14 @@ class CacheReader:
             total["overhead"] += len(group)
             if layer != VIEWS and (record := read_record(self.store, self.layers[layer])[0]) is not None:
                 total["constants"] = record.size_bytes
+                total["overhead"] += len(signed(record.model_dump()))
             for info in self.units(layer):
                 parts = info.parts
                 total["records"] += sum(block.size_bytes for block in parts.views)
                 total["keys"] += 0 if parts.keys is None else parts.keys.size_bytes
                 total["overhead"] += parts.head.size_bytes + parts.tail.size_bytes + len(encode_commit(info))
             found[layer] = dict(total)
-        found[VIEWS]["overhead"] += len(layout.root_group(self.manifest))
+        found[VIEWS]["overhead"] += len(layout.root_group(self.manifest)) + len(layout.plain_group())  # of `layers`
         return found
 
     def _parts(self, info: UnitInfo, ranges: list[tuple[int, int]]) -> list[Array]:
