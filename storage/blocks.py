@@ -151,11 +151,11 @@ class UnitFileWriter:
         self._zip.writestr(info, data)
 
 
-class _Window(io.RawIOBase):
+class _Window:
     """A file for `zipfile` that holds back what was written since the last `take`.
 
     zipfile goes back to the header of a member when it has written it. Everything before the last `take` has its digest
-    and cannot change.
+    and cannot change. The directory that zipfile writes when a unit is abandoned goes nowhere.
     """
 
     def __init__(self, out: BinaryIO) -> None:
@@ -163,11 +163,14 @@ class _Window(io.RawIOBase):
         self._held = bytearray()
         self.digest = blake2b(digest_size=16)
 
-    def writable(self) -> bool:
-        return True
-
     def seekable(self) -> bool:
         return True
+
+    def flush(self) -> None:
+        """`take` writes."""
+
+    def close(self) -> None:
+        """The owner of the file closes it."""
 
     def tell(self) -> int:
         return self._begin + self._at

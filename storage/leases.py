@@ -99,12 +99,15 @@ class Leases:
                 del self._held[name]
         generations = self._generations(name)
         latest = max(generations, default=0)
-        if latest and self._lives(generations[latest]) is not False:
+        if latest and self._wrote(generations[latest]):
+            held = _Held(generations.pop(latest))  # our own creation or removal failed half-way
+        elif latest and self._lives(generations[latest]) is not False:
             return False
-        # Several watchers may see the same dead owner. Creation decides between them: one file, one winner.
-        held = _Held(f"{LEASES}/{name}.g{latest + 1}.json")
-        if self.store.create_all({held.path: self._content(held)}):
-            return False
+        else:
+            # Several watchers may see the same dead owner. Creation decides between them: one file, one winner.
+            held = _Held(f"{LEASES}/{name}.g{latest + 1}.json")
+            if self.store.create_all({held.path: self._content(held)}):
+                return False
         with self._lock:
             self._held[name] = held
         if self._thread is None:
@@ -120,10 +123,7 @@ class Leases:
         if held is None:
             return False
         generations = self._generations(name)
-        if generations and generations[max(generations)] == held.path:
-            with suppress(FileNotFoundError):
-                return self._token.encode() in self.store.read(held.path, LIMIT_BYTES)
-        return False
+        return bool(generations) and generations[max(generations)] == held.path and self._wrote(held.path)
 
     def release(self, name: str) -> None:
         """Release the lease if this process holds it."""
@@ -203,6 +203,13 @@ class Leases:
     def _generations(self, name: str) -> dict[int, str]:
         """The paths of a lease by generation; normally one or none."""
         return {generation: entry.path for generation, entry in self._found().get(name, {}).items()}
+
+    def _wrote(self, path: str) -> bool:
+        """Whether a lease was written by this object."""
+        try:
+            return self._token.encode() in self.store.read(path, LIMIT_BYTES)
+        except (FileNotFoundError, ValueError):
+            return False
 
     def _lives(self, path: str) -> bool | None:
         """Whether the owner of a lease lives: True after a beat or a release, False if it is known to be dead."""

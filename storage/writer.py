@@ -20,7 +20,7 @@ from tinymim.storage.blocks import VIEW_ARRAYS, Array, ArrayType, UnitFileWriter
 from tinymim.storage.commit import UnitInfo, encode_commit, holds_keys, key_digest, list_units
 from tinymim.storage.constants import constants_digest, constants_places, encode_constants, read_constants
 from tinymim.storage.fitness import check_arrays, check_keys, problems_of
-from tinymim.storage.layout import LEASES, VIEWS, UnitId
+from tinymim.storage.layout import LAYERS, LEASES, VIEWS, UnitId
 from tinymim.storage.leases import DEFAULT_LEASE_S, SHARDS, Holder, Leases, shard_lease
 from tinymim.storage.manifest import Layer, Manifest
 from tinymim.storage.settle import MANIFEST_LEASE, is_foreign, settle_layers, settle_manifest
@@ -35,9 +35,12 @@ class CacheGone(UserError):
     """The cache was removed or renamed while a writer was at work."""
 
 
+CONSTANTS_LEASES = "constants"  # folder of the leases on the constants of a layer
+
+
 def constants_lease(layer: str) -> str:
     """The lease on the constants of a layer."""
-    return f"constants/{layer}"
+    return f"{CONSTANTS_LEASES}/{layer}"
 
 
 class CacheWriter:
@@ -67,7 +70,8 @@ class CacheWriter:
         self._constants = {name: constants_digest(store, layer) for name, layer in self.layers.items()}
         self._committed: dict[str, set[UnitId]] = {}
         self._claimed: set[UnitId] = set()
-        store.remove_dead_writes(("", VIEWS, *map(layout.layer_folder, self.layers), LEASES, f"{LEASES}/{SHARDS}"))
+        groups = ("", VIEWS, LAYERS, *map(layout.layer_folder, self.layers))
+        store.remove_dead_writes((*groups, LEASES, *(f"{LEASES}/{folder}" for folder in (SHARDS, CONSTANTS_LEASES))))
         self._clean_after_the_dead(leases)
 
     @classmethod
@@ -286,22 +290,22 @@ class CacheWriter:
         unit, path = info.unit, layout.unit_file(info.layer, info.unit)
         self._require_cache(info.layer)
         self._require_lease(unit)
-        if not file.create():
-            # A writer that was taken for dead wrote it after the claim. Replace it once, if the unit is still ours.
-            self._require_lease(unit)
-            if self.store.exists(layout.commit_file(info.layer, unit)):
-                raise self._taken(unit)
-            self.store.remove([path])
-            if not file.create():
-                raise self._taken(unit)
         try:
+            if not file.create():
+                # A writer that was taken for dead wrote it after the claim. Replace it once, if the unit is still ours.
+                self._require_lease(unit)
+                if self.store.exists(layout.commit_file(info.layer, unit)):
+                    raise self._taken(unit)
+                self.store.remove([path])
+                if not file.create():
+                    raise self._taken(unit)
             with self._lock:
                 # Checked last, since a slow writer may have been taken over. Creation decides if both get here.
                 self._require_lease(unit)
                 if self.store.create_all({layout.commit_file(info.layer, unit): encode_commit(info)}):
                     raise self._taken(unit)
                 self._committed.setdefault(info.layer, set()).add(unit)
-        except UnitTaken:
+        except (UnitTaken, CacheGone):
             raise
         except Exception:
             with suppress(OSError, StoreError):  # the next claim of the shard removes what is left
@@ -339,7 +343,8 @@ class CacheWriter:
             raise self._taken(unit)
 
     def _taken(self, unit: UnitId) -> UnitTaken:
-        holder = next(iter(self.holders([unit])), None)
+        ours = self._open_leases().holds(shard_lease(unit.shard))
+        holder = None if ours else next(iter(self.holders([unit])), None)
         return UnitTaken(f"unit {unit} of {self.place} is another writer's", got=holder or "the unit is committed")
 
     def _release(self, unit: UnitId) -> None:

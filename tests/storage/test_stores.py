@@ -406,16 +406,17 @@ def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 def counted(patch: pytest.MonkeyPatch, store: Store) -> list[tuple[str, str]]:
     """A list that fills with the requests to all stores of this kind: method and path."""
     found: list[tuple[str, str]] = []
-    for name in ("read", "exists", "list", "folders", "write", "create_all", "remove", "read_ranges"):
 
-        def method(
-            self: Any, first: Any = "", *rest: Any, _name: str = name, _real: Any = getattr(type(store), name)
-        ) -> Any:
+    def recorded(name: str, real: Any) -> Any:
+        def method(self: Any, first: Any = "", *rest: Any) -> Any:
             paths = [first] if isinstance(first, str) else list(first)
-            found.extend((_name, path) for path in paths)
-            return _real(self, first if isinstance(first, str | dict) else paths, *rest)
+            found.extend((name, path) for path in paths)
+            return real(self, first if isinstance(first, str | dict) else paths, *rest)
 
-        patch.setattr(type(store), name, method)
+        return method
+
+    for name in ("read", "exists", "list", "folders", "write", "create_all", "remove", "read_ranges"):
+        patch.setattr(type(store), name, recorded(name, getattr(type(store), name)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -60,29 +61,27 @@ def lacking(writer: CacheWriter, manifest: Manifest) -> list[tuple[str, UnitId]]
 
 def claim_and_hang(place: Path | str, manifest: Manifest, unit: UnitId, lease_s: float, connection: Connection) -> None:
     """Claim a unit, write a part of it, report that, and stay alive."""
-    with CacheWriter.open(place, manifest, [tiny.make_layer(manifest)], lease_s) as writer:
-        with writer.begin(VIEWS, unit, tiny.make_keys(unit.shard)) as draft:
-            draft.add({name: values[:1] for name, values in tiny.make_arrays(VIEWS, unit).items()})
-            connection.send("claimed")
-            connection.poll(None)
+    with (
+        CacheWriter.open(place, manifest, [tiny.make_layer(manifest)], lease_s) as writer,
+        writer.begin(VIEWS, unit, tiny.make_keys(unit.shard)) as draft,
+    ):
+        draft.add({name: values[:1] for name, values in tiny.make_arrays(VIEWS, unit).items()})
+        connection.send("claimed")
+        connection.poll(None)
 
 
 def die_at_create(place: Path | str, manifest: Manifest, die_at: int, connection: Connection) -> None:
     """Write all units; SIGKILL before the file number `die_at` gets its name. Sends the number of files otherwise."""
-    import signal
+    count, real_link = 0, os.link
 
-    from tinymim.storage import atomic, store
-
-    count = 0
-
-    def link(temp: Path, path: Path, real: Any = atomic.link_partial) -> bool:
+    def link(*paths: Any) -> None:
         nonlocal count
         if count == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         count += 1
-        return bool(real(temp, path))
+        real_link(*paths)
 
-    atomic.link_partial = store.link_partial = link
+    os.link = link  # type: ignore[assignment]
     tiny.make_whole_cache(place, manifest)
     connection.send(count)
 
