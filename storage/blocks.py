@@ -223,11 +223,11 @@ def decode_view(
             wanted = _chunk_name(name, view, number, kind)
             found, data = next(members, ("nothing", memoryview(b"")))
             if found != wanted:
-                raise ValueError(f"{found} stands where {wanted} belongs")
+                raise ValueError(f"{found[:80]!r} stands where {wanted} belongs")
             if name in arrays:
                 _decode_into(data, arrays[name][start : start + step], step)
     if (left := next(members, None)) is not None:
-        raise ValueError(f"{left[0]} stands where the block ends")
+        raise ValueError(f"{left[0][:80]!r} stands where the block ends")
 
 
 def decode_keys(block: memoryview, images: int) -> tuple[dict[str, Array], list[str]]:
@@ -243,7 +243,7 @@ def decode_keys(block: memoryview, images: int) -> tuple[dict[str, Array], list[
     total = int(ends[-1]) if images else 0
     joined = memoryview(frames.pop("key_bytes/c/0", b""))
     if frames or not 0 <= total <= len(joined) * ZSTD_MOST or bool(total) != bool(joined):
-        raise ValueError(f"{[*frames] or f'{total} bytes of keys'} cannot come out of {len(joined)} bytes")
+        raise ValueError(f"{len(frames)} other members, and {total} bytes of keys from {len(joined)}")
     values = np.empty(total, "u1")
     if total:
         _decode_into(joined, values, total)
@@ -258,11 +258,12 @@ def decode_arrays(files: Mapping[str, bytes]) -> dict[str, Array]:
     for name in sorted(names):
         shape, dtype = _described(name, files[f"{name}/zarr.json"])
         path = "/".join([name, "c", *("0" for _ in shape)])
+        data = memoryview(files.get(path, b""))
+        if math.prod(shape) * dtype.itemsize > len(data) * ZSTD_MOST:
+            raise ValueError(f"{name}: {shape} cannot come out of {len(data)} bytes")
         values = np.empty(shape, dtype)
         if values.size:
-            if math.prod(shape) * dtype.itemsize > len(files[path]) * ZSTD_MOST:
-                raise ValueError(f"{name}: {shape} cannot come out of {len(files[path])} bytes")
-            _decode_into(memoryview(files[path]), values, len(values))
+            _decode_into(data, values, len(values))
         arrays[name] = values
     return arrays
 
