@@ -322,14 +322,14 @@ def test_records_that_claim_much_fail_before_anything_is_allocated(tmp_path: Pat
     info = CacheReader(tmp_path).units()[0]
     parts = info.parts
     assert parts.keys is not None
-    large: dict[str, Any] = {
+    claims: dict[str, dict[str, Any]] = {
         "views": {"views": (dataclasses.replace(parts.views[0], size_bytes=size), parts.views[1])},
         "keys": {"keys": dataclasses.replace(parts.keys, size_bytes=size)},
         "head": {"head": dataclasses.replace(parts.head, size_bytes=size)},
         "images": {},
-    }[field]
+    }
     forged = dataclasses.replace(
-        info, parts=dataclasses.replace(parts, **large), num_images=many if field == "images" else 3
+        info, parts=dataclasses.replace(parts, **claims[field]), num_images=many if field == "images" else 3
     )
     (tmp_path / layout.commit_file(VIEWS, UNIT)).write_bytes(encode_commit(forged))
     tracemalloc.start()

@@ -107,13 +107,19 @@ class StoreContract:
 
     def test_ranges_are_read_and_cut_where_the_file_ends(self, store: Store) -> None:
         store.write("a", bytes(range(100)))
-        assert store.read_ranges("a", [(3, 5)]) == [b"\3\4"]
-        assert store.read_ranges("a", [(90, 92), (0, 1), (98, 100)]) == [b"Z[", b"\0", b"bc"]
-        assert store.read_ranges("a", [(98, 2**62)]) == [b"bc"]
-        assert store.read_ranges("a", [(100, 104)]) == [b""]
-        assert store.read_ranges("a", [(2**61, 2**62), (0, 2), (99, 2**40)]) == [b"", b"\0\1", b"c"]
+
+        def read(*ranges: tuple[int, int], path: str = "a") -> list[bytes]:
+            return [bytes(part) for part in store.read_ranges(path, ranges)]
+
+        assert read() == [] and read((3, 5)) == [b"\3\4"] and read((5, 5)) == [b""]
+        assert read((90, 92), (0, 1), (98, 100)) == [b"Z[", b"\0", b"bc"]
+        assert read((3, 5), (5, 6), (6, 6), (6, 8), (9, 10)) == [b"\3\4", b"\5", b"", b"\6\7", b"\x09"]
+        assert read((98, 2**62)) == [b"bc"]
+        assert read((100, 104)) == [b""]
+        assert read((97, 98), (98, 2**40), (2**40, 2**41)) == [b"a", b"bc", b""]
+        assert read((2**61, 2**62), (0, 2), (99, 2**40)) == [b"", b"\0\1", b"c"]
         with pytest.raises(FileNotFoundError):
-            store.read_ranges("b", [(0, 1)])
+            read((0, 1), path="b")
 
     def test_a_draft_is_seen_whole_or_not_at_all(self, store: Store) -> None:
         with store.draft("a/b") as draft:
