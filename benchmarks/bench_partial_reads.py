@@ -4,11 +4,11 @@
 
 One unit of V views of N images is written per V and format, in a temporary folder. A record has two arrays of 16 heads
 x 26 rows x 8 draws with the entropy of real ones: 4.6 KB compressed. Format 2 is read by `CacheReader.read_views`,
-digests of the pixels included, for one view, for four views that lie apart, and for all views in one call. Format 1 is
-read by the reader of the upgrade, which reads a unit whole and compares blake2b digests. The files are in the page
-cache. CPU time is that of the process, the units in turn in every round, medians. Exit code 1 where format 2 misses its
-mark: bytes within 1.1 x the stored bytes of the views used, CPU within 1.1 x that of a unit of one view. Keep the table
-under benchmarks/results/.
+digests of the pixels included, for one view, for four views that lie apart, and for all views, four a call, as a pass
+with bounded memory does. Format 1 is read by the reader of the upgrade, which reads a unit whole and compares blake2b
+digests. The files are in the page cache. CPU time is that of the process, the units in turn in every round, medians.
+Exit code 1 where format 2 misses its mark: bytes within 1.1 x the stored bytes of the views used, CPU within 1.1 x that
+of a unit of one view. Keep the table under benchmarks/results/.
 """
 
 import argparse
@@ -63,6 +63,7 @@ TARGET = {
     "parameters": {},
     "arrays": {name: {"dtype": "uint8", "shape": list(SHAPE)} for name in ARRAYS},
 }
+VIEWS_PER_CALL = 4
 MOST_BYTES, MOST_CPU = 1.1, 1.1
 
 
@@ -113,8 +114,9 @@ def measure_new(folder: Path, args: argparse.Namespace) -> dict[tuple[int, str],
                     continue
                 used = len(views) * args.images
                 cpu_s, read = time.process_time(), preads.bytes
-                for info in infos:
-                    reader.read_views(info, views)
+                for start in range(0, len(views), VIEWS_PER_CALL):
+                    for info in infos:
+                        reader.read_views(info, views[start : start + VIEWS_PER_CALL])
                 cpu_s, read = time.process_time() - cpu_s, preads.bytes - read
                 stored = sum(info.parts.views[view].size_bytes for info in infos for view in views)
                 times = found.setdefault((num_views, k), (read / used, stored / used, []))[2]
@@ -166,9 +168,7 @@ def report(
             f"| {num_views} | {k} | {read:,.0f} | {read / stored:.3f} | {1e6 * cpu_s:.1f} | {spread} "
             f"| {cpu_s / single_s:.2f} | {old[num_views][0] / used:,.0f} | {1e6 * old[num_views][1] / used:,.0f} |"
         )
-    print(
-        f"\nFormat 2 within {MOST_BYTES} x the stored bytes and {MOST_CPU} x the CPU of V = 1: {'yes' if met else 'no'}."
-    )
+    print(f"\nBytes within {MOST_BYTES} x the stored ones, CPU within {MOST_CPU} x V = 1's: {'yes' if met else 'no'}.")
     return 0 if met else 1
 
 
@@ -177,9 +177,7 @@ def header(args: argparse.Namespace) -> None:
     print(f"- commit {provenance.commit()}, command `{provenance.command()}`")
     print(f"- {provenance.processor()}, {provenance.cores()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"- Python {platform.python_version()}, numpy {np.__version__}, numcodecs {numcodecs.__version__}")
-    print(
-        f"- {args.images:,} images a unit, n = {args.rounds} rounds, {max(3, args.rounds // 5)} for all views; medians\n"
-    )
+    print(f"- {args.images:,} images a unit, n = {args.rounds} rounds, for all views {max(3, args.rounds // 5)}\n")
 
 
 # ---- writing

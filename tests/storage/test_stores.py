@@ -220,6 +220,21 @@ class StoreContract:
         assert sorted(itertools.chain(*written)) == sorted(tiny.units_of(manifest))
         assert tree(store) == tiny.make_whole_cache(tmp_path / "alone", manifest)
 
+    def test_two_processes_with_layers_of_their_own_share_the_views(
+        self, place: Path | str, store: Store, tmp_path: Path
+    ) -> None:
+        manifest = tiny.make_manifest(num_shards=6)
+        jobs = [workers.start(workers.write_layer, place, manifest, name, 60.0) for name in (tiny.REL, tiny.CLS)]
+        for process, connection in jobs:
+            messages = _messages(connection)
+            process.join(60)
+            assert process.exitcode == 0 and messages[-1] == "done"
+            assert not any(message[0] == "taken" for message in messages)
+        layers = [tiny.make_layer(manifest, name) for name in (tiny.REL, tiny.CLS)]
+        with CacheWriter.open(tmp_path / "alone", manifest, layers) as writer:
+            tiny.write_units(writer, tiny.units_of(manifest))
+        assert tree(store) == tiny.tree(tmp_path / "alone")
+
     def test_a_killed_writer_is_resumed_to_the_same_bytes(
         self, place: Path | str, store: Store, tmp_path: Path
     ) -> None:
