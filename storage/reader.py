@@ -169,7 +169,7 @@ class CacheReader:
             complete_shards=sum(held >= least > 0 for held in views.values()),
             complete_views=least,
             most_views=max(views.values(), default=0),
-            num_images=sum(infos[0].num_images for infos in units.values()),
+            num_images=sum(infos[0].num_images for infos in units.values() if infos[0].unit.first_view == 0),
             num_records=sum(info.num_records for infos in units.values() for info in infos),
         )
 
