@@ -6,20 +6,18 @@ import itertools
 import json
 import os
 import re
-import socket
-import time
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
-HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
-DAY_S = 86_400
 # Errors of file systems without hard links. Two processes that create one file there may both get True.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NOWHERE = secrets.token_hex(8)  # stands for a machine that cannot be identified
 _numbers = itertools.count()
-_PARTIAL_NAME = re.compile(rf"\.(?P<host>[0-9a-f]{{8}})-(?P<pid>[0-9]+)-[0-9]+{re.escape(PARTIAL_SUFFIX)}$")
+_PARTIAL_NAME = re.compile(rf"\.(?P<machine>[0-9a-f]{{8}})-(?P<pid>[0-9]{{1,9}})-[0-9]+{re.escape(PARTIAL_SUFFIX)}$")
 
 
 def canonical_json(obj: object) -> bytes:
@@ -119,29 +117,74 @@ def make_folders(folder: Path) -> set[Path]:
     return {path.parent for path in missing}
 
 
-def remove_dead_partials(folders: Iterable[Path]) -> None:
-    """Remove temporary files from `folders` whose process on this machine is dead, or that are a day old."""
+def remove_partials(folders: Iterable[Path], of_the_living: bool = False) -> None:
+    """Remove temporary files that lie directly in `folders`.
+
+    Args:
+        folders: folders, which may be missing.
+        of_the_living: remove all; otherwise only those of processes that are known to be dead. A process of another
+            machine, or of another pid namespace, never is: neither its age nor its host name proves anything.
+    """
+    here = _machine_digest()
     for path in [path for folder in folders for path in folder.glob(f"*{PARTIAL_SUFFIX}")]:
-        with suppress(FileNotFoundError):  # the write has just ended
-            writer = _PARTIAL_NAME.search(path.name)
-            dead = writer is not None and writer["host"] == HOST and not process_exists(int(writer["pid"]))
-            if dead or time.time() - path.stat().st_mtime > DAY_S:
-                path.unlink()
+        writer = _PARTIAL_NAME.search(path.name)
+        dead = writer is not None and writer["machine"] == here and process_is_dead(int(writer["pid"]))
+        if dead or of_the_living:
+            path.unlink(missing_ok=True)
 
 
-def process_exists(pid: int) -> bool:
-    """Whether this machine has a process with that id."""
+def machine() -> str | None:
+    """An identity that processes share if and only if they see each other's process ids; None if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def process_started(pid: int) -> str | None:
+    """The start time of a process of this machine, in kernel ticks; it distinguishes processes that reuse an id.
+
+    None if it cannot be read: there is no such process, or `/proc` hides the processes of other users.
+    """
+    stat = _process_stat(pid)
+    return None if stat is None else stat[1]
+
+
+def process_is_dead(pid: int, started: object = None) -> bool:
+    """Whether it is certain that a process of this machine has ended.
+
+    A process that merely cannot be seen counts as alive: `/proc` may hide those of other users (hidepid).
+
+    Args:
+        pid: its id.
+        started: its start time (`process_started`), if known.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
+        return True
     except (PermissionError, OverflowError):
-        pass
-    return True
+        pass  # it belongs to another user, or the id is impossible
+    stat = _process_stat(pid)
+    return stat is not None and (stat[0] == "Z" or (started is not None and stat[1] != started))
+
+
+def _process_stat(pid: int) -> tuple[str, str] | None:
+    """State and start time of a process, None if they cannot be read."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return state, rest[18]
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _machine_digest() -> str:
+    return digest_hex((machine() or _NOWHERE).encode())[:8]
 
 
 def _write_partial(path: Path, data: bytes) -> Path:
-    """Write `data` to a durable temporary file in the folder of `path`; its name holds the writer's host and pid."""
+    """Write `data` to a durable temporary file in the folder of `path`; its name holds the writer's machine and pid."""
     temp = _partial_of(path)
     try:
         with open(temp, "wb") as file:
@@ -156,4 +199,4 @@ def _write_partial(path: Path, data: bytes) -> Path:
 
 
 def _partial_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{HOST}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}")
+    return path.with_name(f"{path.name}.{_machine_digest()}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}")

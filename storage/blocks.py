@@ -151,11 +151,11 @@ class UnitFileWriter:
         self._zip.writestr(info, data)
 
 
-class _Window(io.RawIOBase):
+class _Window:
     """A file for `zipfile` that holds back what was written since the last `take`.
 
     zipfile goes back to the header of a member when it has written it. Everything before the last `take` has its digest
-    and cannot change.
+    and cannot change. The directory that zipfile writes when a unit is abandoned goes nowhere.
     """
 
     def __init__(self, out: BinaryIO) -> None:
@@ -163,11 +163,14 @@ class _Window(io.RawIOBase):
         self._held = bytearray()
         self.digest = blake2b(digest_size=16)
 
-    def writable(self) -> bool:
-        return True
-
     def seekable(self) -> bool:
         return True
+
+    def flush(self) -> None:
+        """`take` writes."""
+
+    def close(self) -> None:
+        """The owner of the file closes it."""
 
     def tell(self) -> int:
         return self._begin + self._at
@@ -198,12 +201,15 @@ class _Window(io.RawIOBase):
 # ---- reading
 
 
-def decode_view(block: memoryview, view: int, arrays: Mapping[str, Array], kinds: Mapping[str, ArrayType]) -> None:
+def decode_view(
+    block: memoryview, view: int, images: int, arrays: Mapping[str, Array], kinds: Mapping[str, ArrayType]
+) -> None:
     """Decode the block of a view, whose checksum was compared, into arrays.
 
     Args:
         block: the bytes of the block.
         view: the view's place in its unit.
+        images: I.
         arrays: by name, the arrays [I, ...] to fill; other arrays of the block are skipped.
         kinds: all arrays of the layer, by name.
 
@@ -212,31 +218,36 @@ def decode_view(block: memoryview, view: int, arrays: Mapping[str, Array], kinds
     """
     members = _members(block)
     for name, kind in sorted(kinds.items()):
-        images = len(next(iter(arrays.values()))) if arrays else 0
         step = images_per_chunk(kind, images)
         for number, start in enumerate(range(0, images, step)):
             wanted = _chunk_name(name, view, number, kind)
             found, data = next(members, ("nothing", memoryview(b"")))
             if found != wanted:
-                raise ValueError(f"{found} stands where {wanted} belongs")
+                raise ValueError(f"{found[:80]!r} stands where {wanted} belongs")
             if name in arrays:
                 _decode_into(data, arrays[name][start : start + step], step)
+    if (left := next(members, None)) is not None:
+        raise ValueError(f"{left[0][:80]!r} stands where the block ends")
 
 
-def decode_keys(block: memoryview) -> tuple[dict[str, Array], list[str]]:
+def decode_keys(block: memoryview, images: int) -> tuple[dict[str, Array], list[str]]:
     """The key arrays and the I keys from the block of the keys, whose checksum was compared.
 
     Raises:
         ValueError, RuntimeError: the block is not what `UnitFileWriter` writes.
     """
-    arrays: dict[str, Array] = {"key_bytes": np.empty(0, "u1"), "key_ends": np.empty(0, "<i8")}
-    for name, data in _members(block):
-        short = name.removesuffix("/c/0")
-        if short not in arrays or name == short:
-            raise ValueError(f"{name} stands where the keys belong")
-        if len(data) * ZSTD_MOST < (raw_size := _frame_size(data)):
-            raise ValueError(f"{raw_size} bytes cannot come out of {len(data)}")
-        arrays[short] = np.frombuffer(_DECODE.decode(data), arrays[short].dtype)
+    frames = {name: data for name, data in _members(block)}
+    ends = np.empty(images, "<i8")
+    if images:
+        _decode_into(frames.pop("key_ends/c/0", memoryview(b"")), ends, images)
+    total = int(ends[-1]) if images else 0
+    joined = memoryview(frames.pop("key_bytes/c/0", b""))
+    if frames or not 0 <= total <= len(joined) * ZSTD_MOST or bool(total) != bool(joined):
+        raise ValueError(f"{len(frames)} other members, and {total} bytes of keys from {len(joined)}")
+    values = np.empty(total, "u1")
+    if total:
+        _decode_into(joined, values, total)
+    arrays: dict[str, Array] = {"key_bytes": values, "key_ends": ends}
     return arrays, keys_of(arrays)
 
 
@@ -247,11 +258,12 @@ def decode_arrays(files: Mapping[str, bytes]) -> dict[str, Array]:
     for name in sorted(names):
         shape, dtype = _described(name, files[f"{name}/zarr.json"])
         path = "/".join([name, "c", *("0" for _ in shape)])
+        data = memoryview(files.get(path, b""))
+        if math.prod(shape) * dtype.itemsize > len(data) * ZSTD_MOST:
+            raise ValueError(f"{name}: {shape} cannot come out of {len(data)} bytes")
         values = np.empty(shape, dtype)
         if values.size:
-            if math.prod(shape) * dtype.itemsize > len(files[path]) * ZSTD_MOST:
-                raise ValueError(f"{name}: {shape} cannot come out of {len(files[path])} bytes")
-            _decode_into(memoryview(files[path]), values, len(values))
+            _decode_into(data, values, len(values))
         arrays[name] = values
     return arrays
 

@@ -215,7 +215,8 @@ def corrupt_unit(
     place: Path | str, unit: UnitInfo | UnitId, what: str, got: object = None, expected: object = None
 ) -> CacheCorrupt:
     """The error for damage in `unit`, with the command that computes it again."""
-    return CacheCorrupt(f"unit {unit} of {place}: {what}", got=got, expected=expected, hint=REPAIR)
+    owner = f"{unit.unit} of layer {unit.layer}" if isinstance(unit, UnitInfo) else unit
+    return CacheCorrupt(f"unit {owner} of {place}: {what}", got=got, expected=expected, hint=REPAIR)
 
 
 def parse_commit(
@@ -242,6 +243,8 @@ def parse_commit(
             raise ValueError(f"it describes {len(record.views.size_bytes)} of {record.num_views} views")
         if (record.keys is not None) != holds_keys(layer, unit):
             raise ValueError("the unit that begins at view 0 of the view layer holds the keys, and no other")
+        if sum(record.views.size_bytes) >= 2**62:
+            raise ValueError(f"its views have {sum(record.views.size_bytes)} bytes")
     except ValueError as error:
         raise CacheCorrupt(f"commit record {place}/{path} is damaged: {error}", hint=REPAIR) from error
     head, tail = (Block(block.size_bytes, block.crc32c) for block in (record.head, record.tail))

@@ -58,7 +58,7 @@ def read_constants(store: Store, layer: Layer) -> dict[str, Array] | None:
     path, _ = constants_places(layer.name)
     try:
         return decode_arrays(unzipped(data))
-    except (ValueError, RuntimeError, KeyError) as error:  # RuntimeError comes from the decompressor
+    except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
         raise _corrupt(f"{store.place}/{path} is damaged: {error}") from error
 
 

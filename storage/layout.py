@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt, SourceError, UserError
+from tinymim.configs.sections import LAYER_NAME
 from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.manifest import REPAIR, Layer, Manifest, require_format_version
 from tinymim.storage.store import Store
@@ -185,7 +186,7 @@ def read_layer(store: Store, name: str, manifest: Manifest) -> Layer:
 
 def layer_names(store: Store) -> list[str]:
     """The names of the target layers, sorted; a layer exists if and only if its group does."""
-    names = sorted(store.folders(LAYERS))
+    names = sorted(name for name in store.folders(LAYERS) if re.fullmatch(LAYER_NAME, name))
     return [name for name in names if store.exists(f"{LAYERS}/{name}/{METADATA}")]
 
 

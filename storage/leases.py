@@ -1,30 +1,31 @@
 """Leases: the writers of one cache share its work, and take over the work of a dead writer.
 
 A lease is a small file that its owner rewrites ("beats") every few seconds. Its owner counts as dead once the bytes
-have not changed for the time written in them, by the watcher's own clock. A dead process of this machine counts as
-dead at once. A watcher takes over by creating the next generation of the file, which only one watcher can. This
-needs `Store.create_all`, but no lock and no common clock.
+have not changed for the time written in them, by the watcher's own clock. A process of this machine counts as dead at
+once when it is certain that it has ended; a process that cannot be seen may live. A watcher takes over by creating the
+next generation of the file, which only one watcher can. This needs `Store.create_all`, but no lock and no common clock.
 
 A lease avoids double work; it does not protect the data. An owner that was only suspended may still write. So every
 file of a unit is created, never replaced, and the commit record decides (`storage/writer.py`).
 """
 
 import json
+import math
 import os
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import StoreError
-from tinymim.storage.atomic import DAY_S, canonical_json
+from tinymim.storage.atomic import canonical_json, machine, process_is_dead, process_started
 from tinymim.storage.layout import LEASES, shard_stem
 from tinymim.storage.store import Entry, Store
 
@@ -98,12 +99,15 @@ class Leases:
                 del self._held[name]
         generations = self._generations(name)
         latest = max(generations, default=0)
-        if latest and not self._dead(generations[latest]):
+        if latest and self._wrote(generations[latest]):
+            held = _Held(generations.pop(latest))  # our own creation or removal failed half-way
+        elif latest and self._lives(generations[latest]) is not False:
             return False
-        # Several watchers may see the same dead owner. Creation decides between them: one file, one winner.
-        held = _Held(f"{LEASES}/{name}.g{latest + 1}.json")
-        if self.store.create_all({held.path: self._content(held)}):
-            return False
+        else:
+            # Several watchers may see the same dead owner. Creation decides between them: one file, one winner.
+            held = _Held(f"{LEASES}/{name}.g{latest + 1}.json")
+            if self.store.create_all({held.path: self._content(held)}):
+                return False
         with self._lock:
             self._held[name] = held
         if self._thread is None:
@@ -119,10 +123,7 @@ class Leases:
         if held is None:
             return False
         generations = self._generations(name)
-        if generations and generations[max(generations)] == held.path:
-            with suppress(FileNotFoundError):
-                return self._token.encode() in self.store.read(held.path, LIMIT_BYTES)
-        return False
+        return bool(generations) and generations[max(generations)] == held.path and self._wrote(held.path)
 
     def release(self, name: str) -> None:
         """Release the lease if this process holds it."""
@@ -145,19 +146,29 @@ class Leases:
         """All existing leases, of any process, dead or alive."""
         return set(self._found())
 
-    def living(self) -> dict[str, Holder | None]:
+    def living(self, watch_s: float = 0.0) -> dict[str, Holder | None]:
         """The leases whose owners are not known to be dead, and these owners where they can be read.
 
-        The method reads the leases once and writes nothing. It therefore recognises a dead process of another machine
-        only after a day without a beat.
+        Writes nothing and compares no clocks. An owner on another machine is known to be dead only after it was
+        watched: its lease did not change for the time written in it.
+
+        Args:
+            watch_s: seconds to watch at most. The method returns as soon as every owner was seen alive or dead.
         """
-        latest = {name: generations[max(generations)] for name, generations in self._found().items()}
-        recent = time.time() - DAY_S
-        return {
-            name: self.holder(name)
-            for name, entry in latest.items()
-            if entry.modified.timestamp() > recent and not self._dead(entry.path)
-        }
+        until_s, pause_s = time.monotonic() + watch_s, 0.05
+        found: dict[str, Holder | None] = {}
+        doubtful = {name: generations[max(generations)].path for name, generations in self._found().items()}
+        while True:
+            for name, path in list(doubtful.items()):
+                lives = self._lives(path)
+                if lives or (lives is None and self._runs_here(path)):
+                    found[name] = self.holder(name)
+                if lives is not None or name in found:
+                    del doubtful[name]
+            if not doubtful or time.monotonic() >= until_s:
+                return found | {name: self.holder(name) for name in doubtful if name in self.names()}
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
 
     @contextmanager
     def exclusively(self, name: str) -> Iterator[None]:
@@ -193,38 +204,47 @@ class Leases:
         """The paths of a lease by generation; normally one or none."""
         return {generation: entry.path for generation, entry in self._found().get(name, {}).items()}
 
-    def _dead(self, path: str) -> bool:
+    def _wrote(self, path: str) -> bool:
+        """Whether a lease was written by this object."""
+        try:
+            return self._token.encode() in self.store.read(path, LIMIT_BYTES)
+        except (FileNotFoundError, ValueError):
+            return False
+
+    def _lives(self, path: str) -> bool | None:
+        """Whether the owner of a lease lives: True after a beat or a release, False if it is known to be dead."""
         try:
             content = self.store.read(path, LIMIT_BYTES)
         except FileNotFoundError:
-            return False  # released a moment ago; the next claim finds it free
+            return None  # released a moment ago; the next claim finds it free
         except ValueError:
             content = b""
         owner = _parsed(content)
-        machine, pid = owner.get("machine"), owner.get("pid")
-        if (
-            machine is not None
-            and machine == _machine()
-            and isinstance(pid, int)
-            and _started(pid) != owner.get("started")
-        ):
-            return True  # its machine is this one, and the process is gone: no need to wait
+        if _is_of_here(owner) and process_is_dead(owner["pid"], owner.get("started")):
+            return False  # no need to wait
         seen = self._seen.get(path)
         if seen is None or seen.content != content:
             self._seen[path] = _Seen(content, time.monotonic())
+            return None if seen is None else True
+        return False if time.monotonic() - seen.since_s > _lease_s(owner) else None
+
+    def _runs_here(self, path: str) -> bool:
+        """Whether the owner of a lease is a process that this one can see."""
+        try:
+            owner = _parsed(self.store.read(path, LIMIT_BYTES))
+        except (FileNotFoundError, ValueError):
             return False
-        lease_s = owner.get("lease_s")
-        limit_s = float(lease_s) if isinstance(lease_s, int | float) and lease_s > 0 else DEFAULT_LEASE_S
-        return time.monotonic() - seen.since_s > limit_s
+        started = owner.get("started")
+        return _is_of_here(owner) and started is not None and process_started(owner["pid"]) == started
 
     def _content(self, held: _Held) -> bytes:
         return canonical_json(
             {
                 "token": self._token,
                 "host": socket.gethostname(),
-                "machine": _machine(),
+                "machine": machine(),
                 "pid": os.getpid(),
-                "started": _started(os.getpid()),
+                "started": process_started(os.getpid()),
                 "beat": held.beats,
                 "lease_s": self.lease_s,
             }
@@ -260,22 +280,17 @@ def _holder(content: bytes) -> Holder | None:
     return Holder(host, pid) if isinstance(host, str) and isinstance(pid, int) else None
 
 
-def _machine() -> str | None:
-    """An identity that processes share if and only if they see each other's process ids; None if unknown."""
+def _is_of_here(owner: dict[str, Any]) -> bool:
+    """Whether the process id of a lease's owner means something on this machine."""
+    here, pid = machine(), owner.get("pid")
+    return here is not None and owner.get("machine") == here and type(pid) is int and 0 < pid < 2**31
+
+
+def _lease_s(owner: dict[str, Any]) -> float:
+    """Seconds without a beat after which an owner counts as dead: any positive finite number of its own."""
+    value = owner.get("lease_s")
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> str | None:
-    """The start time of a process of this machine, in kernel ticks; it distinguishes processes that reuse an id.
-
-    None if there is no such process, or it is a zombie.
-    """
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state == "Z" else rest[18]
-    except (OSError, IndexError):
-        return None
+        seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    except OverflowError:  # an integer larger than any clock
+        return sys.float_info.max
+    return seconds if 0 < seconds < math.inf else DEFAULT_LEASE_S

@@ -223,7 +223,8 @@ class Layer(_Described):
 
     def __post_init__(self) -> None:
         self._check_sections()
-        if not isinstance(self.cache, str) or not isinstance(self.name, str) or not re.match(LAYER_NAME, self.name):
+        texts: tuple[object, ...] = (self.cache, self.name)  # read from a file
+        if not all(isinstance(text, str) for text in texts) or not re.fullmatch(LAYER_NAME, self.name):
             raise ValueError(f"layer {self.name!r} of {self.cache!r}: not the name of a layer")
 
     @property

@@ -8,7 +8,7 @@ import itertools
 import math
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tinymim.storage.commit import (
     holds_keys,
     key_digest,
     read_commits,
+    signed,
 )
 from tinymim.storage.constants import constants_digest, read_constants, read_record
 from tinymim.storage.layout import VIEWS
@@ -191,7 +192,7 @@ class CacheReader:
             arrays: names of the arrays to decode; None: all.
 
         Returns:
-            By name, arrays [k, I, ...]. Adjacent views are read in one request.
+            By name, arrays [k, I, ...]. Adjacent views cost one request to an object store.
 
         Raises:
             CacheCorrupt: the file is missing, or these bytes of it changed; names unit and view.
@@ -203,27 +204,23 @@ class CacheReader:
         if unknown or not set(chosen) <= set(info.unit.views):
             raise corrupt_unit(self.place, info, f"it does not hold {sorted(unknown) or chosen}", expected=list(kinds))
         wanted = {name: kinds[name] for name in (kinds if arrays is None else arrays)}
-        numbers = [view - info.unit.first_view for view in chosen]
-        self._refuse_impossible(info, numbers, kinds)
-        found = {
-            name: np.empty((len(chosen), info.num_images, *shape), dtype) for name, (dtype, shape) in wanted.items()
-        }
-        blocks, places = info.parts.views, info.parts.places()
-        runs = _runs(numbers)
-        data = self._parts(info, [(places[run[0]], places[run[-1] + 1]) for run in runs])
-        row = 0
-        for run, part in zip(runs, data, strict=True):
-            for number in run:
-                at = places[number] - places[run[0]]
-                block = part[at : at + blocks[number].size_bytes]
-                view = number + info.unit.first_view
-                self._check(info, block, blocks[number], f"view {view}")
-                try:
-                    decode_view(memoryview(block), number, {name: values[row] for name, values in found.items()}, kinds)
-                except (ValueError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: the decompressor
-                    raise corrupt_unit(self.place, info, f"view {view} cannot be decoded: {error}") from error
-                row += 1
-        return found
+        blocks, places, first = info.parts.views, info.parts.places(), info.unit.first_view
+        # One view's bytes are held at a time: fresh memory for all of them would cost as much as reading them.
+        parts = self._parts(info, [(places[view - first], places[view - first + 1]) for view in chosen])
+        raw = info.num_images * sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+        found: dict[str, Array] = {}
+        for row, (view, block) in enumerate(zip(chosen, parts, strict=True)):
+            self._check(info, block, blocks[view - first], f"view {view}")
+            # The sizes may be forged; the bytes are here. So no record can ask for more memory than they can fill.
+            self._refuse_more(info, raw, len(block), f"view {view}")
+            if not found:
+                found = _empty(len(chosen), info.num_images, wanted)
+            try:
+                rows = {name: values[row] for name, values in found.items()}
+                decode_view(block.data, view - first, info.num_images, rows, kinds)
+            except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
+                raise corrupt_unit(self.place, info, f"view {view} cannot be decoded: {error}") from error
+        return found or _empty(0, info.num_images, wanted)
 
     def read_keys(self, info: UnitInfo) -> list[str]:
         """The I distinct sample keys in tar order.
@@ -239,15 +236,14 @@ class CacheReader:
         [block] = self._parts(info, [(begin, begin + info.parts.keys.size_bytes)])
         self._check(info, block, info.parts.keys, "the keys")
         try:
-            arrays, keys = decode_keys(memoryview(block))
+            self._refuse_more(info, 8 * info.num_images, len(block), "the keys")
+            arrays, keys = decode_keys(block.data, info.num_images)
         except (ValueError, RuntimeError) as error:
             raise corrupt_unit(self.place, info, f"the keys cannot be decoded: {error}") from error
         if key_digest(arrays) != info.key_digest:
             raise corrupt_unit(self.place, info, "the keys do not have the committed key_digest")
         if repeated := [key for key, count in Counter(keys).items() if count > 1]:
             raise corrupt_unit(self.place, info, f"{len(repeated)} key(s) appear twice", got=repr(repeated[0]))
-        if len(keys) != info.num_images:
-            raise corrupt_unit(self.place, info, "wrong number of keys", got=len(keys), expected=info.num_images)
         return keys
 
     def keys(self, shard: str) -> list[str]:
@@ -274,44 +270,38 @@ class CacheReader:
             total["overhead"] += len(group)
             if layer != VIEWS and (record := read_record(self.store, self.layers[layer])[0]) is not None:
                 total["constants"] = record.size_bytes
+                total["overhead"] += len(signed(record.model_dump()))
             for info in self.units(layer):
                 parts = info.parts
                 total["records"] += sum(block.size_bytes for block in parts.views)
                 total["keys"] += 0 if parts.keys is None else parts.keys.size_bytes
                 total["overhead"] += parts.head.size_bytes + parts.tail.size_bytes + len(encode_commit(info))
             found[layer] = dict(total)
-        found[VIEWS]["overhead"] += len(layout.root_group(self.manifest))
+        found[VIEWS]["overhead"] += len(layout.root_group(self.manifest)) + len(layout.plain_group())  # of `layers`
         return found
 
-    def _parts(self, info: UnitInfo, ranges: list[tuple[int, int]]) -> list[bytes]:
-        some = [place for place in ranges if place[1] > place[0]]  # blocks without images are empty
-        if not some:
-            return [b"" for _ in ranges]
+    def _parts(self, info: UnitInfo, ranges: Sequence[tuple[int, int]]) -> Iterator[Array]:
+        """Ranges of a unit's file in turn, as uint8 arrays."""
         try:
-            read = iter(self.store.read_ranges(info.path, some))
+            for part in self.store.read_ranges(info.path, ranges):
+                yield np.frombuffer(part, np.uint8)
         except FileNotFoundError as error:
             raise corrupt_unit(self.place, info, f"its file {info.path} is missing") from error
         except OSError as error:
             raise corrupt_unit(self.place, info, f"its file {info.path} cannot be read: {error}") from error
-        return [next(read) if end > begin else b"" for begin, end in ranges]
 
-    def _check(self, info: UnitInfo, data: bytes, block: Block, what: str) -> None:
+    def _check(self, info: UnitInfo, data: Array, block: Block, what: str) -> None:
         if len(data) != block.size_bytes:
             got = f"{len(data)} bytes"
             raise corrupt_unit(self.place, info, f"{what} is cut short", got=got, expected=f"{block.size_bytes} bytes")
         if crc32c(data) != block.crc32c:
             raise corrupt_unit(self.place, info, f"{what} does not have its committed checksum")
 
-    def _refuse_impossible(self, info: UnitInfo, numbers: list[int], kinds: dict[str, ArrayType]) -> None:
-        """Raises CacheCorrupt, before any allocation, where the records cannot come out of their bytes."""
-        raw = info.num_images * sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
-        for number in numbers:
-            if raw > info.parts.views[number].size_bytes * ZSTD_MOST:
-                what = f"view {number + info.unit.first_view}: {raw} bytes of records cannot come out of its bytes"
-                raise corrupt_unit(self.place, info, what, got=f"{info.parts.views[number].size_bytes} bytes")
+    def _refuse_more(self, info: UnitInfo, raw: int, held: int, what: str) -> None:
+        if raw > held * ZSTD_MOST:
+            raise corrupt_unit(self.place, info, f"{what}: {raw} bytes cannot come out of {held}")
 
 
-def _runs(numbers: list[int]) -> list[list[int]]:
-    """Ascending numbers as runs of adjacent ones."""
-    groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-    return [[number for _, number in group] for _, group in groups]
+def _empty(views: int, images: int, kinds: Mapping[str, ArrayType]) -> dict[str, Array]:
+    """Arrays [k, I, ...] to be filled."""
+    return {name: np.empty((views, images, *shape), dtype) for name, (dtype, shape) in kinds.items()}

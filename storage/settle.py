@@ -14,8 +14,10 @@ MANIFEST_LEASE = "manifest"
 
 def is_foreign(store: Store) -> bool:
     """Whether a place holds files but no cache. Leases may remain from a writer that died before its manifest."""
+    if store.exists(METADATA):
+        return False
     occupied = any(not entry.path.startswith(f"{LEASES}/") for entry in store.list())
-    # Checked last: another writer may create the cache right now, and its manifest comes first.
+    # Checked again: another writer may create the cache right now, and its manifest comes first.
     return occupied and not store.exists(METADATA)
 
 

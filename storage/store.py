@@ -6,9 +6,10 @@ file wins. The same code therefore serves a disk, a network file system and S3.
 
 import errno
 import filecmp
-import io
+import mmap
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from tinymim.storage.atomic import (
     link_partial,
     make_folders,
     partial_file,
-    remove_dead_partials,
+    remove_partials,
     write_bytes_atomic,
 )
 from tinymim.storage.objects import ABSENT, connect, store_error
@@ -77,8 +78,11 @@ class Store(Protocol):
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
         """Read several files, in parallel where that is faster; errors of `read`."""
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Read parts of a file, each from its begin to its end, exclusive. A part is short where the file ends."""
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        """Read parts of a file, each from its begin to its end, exclusive. A part is short where the file ends.
+
+        A folder's parts are read one by one, as the iterator advances; adjacent parts of an object are one request.
+        """
 
     def draft(self, path: str) -> AbstractContextManager["Draft"]:
         """A new file that is written piece by piece. Leaving the block drops it unless `Draft.create` was called."""
@@ -108,8 +112,8 @@ class Store(Protocol):
     def remove_tree(self, prefix: str) -> None:
         """Remove the folder `prefix` with everything in it, unfinished writes included."""
 
-    def remove_dead_writes(self, folders: Iterable[str]) -> None:
-        """Remove unfinished writes of dead processes that lie directly in `folders`."""
+    def remove_dead_writes(self, folders: Iterable[str], of_the_living: bool = False) -> None:
+        """Remove unfinished writes that lie directly in `folders`: those of processes known to be dead, or all."""
 
 
 def open_store(place: str | Path) -> Store:
@@ -141,6 +145,7 @@ class LocalStore:
 
     def __init__(self, folder: Path) -> None:
         self.place: Path = folder
+        self._was_there = False
 
     def read(self, path: str, limit: int) -> bytes:
         with open(self.place / path, "rb") as file:
@@ -150,17 +155,19 @@ class LocalStore:
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
         return {path: self.read(path, limit) for path, limit in limits.items()}
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         fd = os.open(self.place / path, os.O_RDONLY)
         try:
-            return [_pread(fd, end - begin, begin) for begin, end in ranges]
+            size = os.fstat(fd).st_size  # a range may come from a forged record: no memory for what is not there
+            for begin, end in ranges:
+                yield memoryview(_pread(fd, min(end, size) - begin, begin) if begin < size else b"")
         finally:
             os.close(fd)
 
     @contextmanager
     def draft(self, path: str) -> Iterator["_LocalDraft"]:
         full = self.place / path
-        for folder in sorted(make_folders(full.parent), reverse=True):
+        for folder in sorted(self._folder_of(path), reverse=True):
             fsync_folder(folder)
         with partial_file(full) as (temp, file):
             yield _LocalDraft(full, temp, file)
@@ -170,7 +177,7 @@ class LocalStore:
         others = []
         for path, data in files.items():
             full = self.place / path
-            changed |= make_folders(full.parent)
+            changed |= self._folder_of(path)
             if not create_bytes_atomic(full, data) and not _holds(self, path, data):
                 others.append(path)
             changed.add(full.parent)
@@ -180,7 +187,7 @@ class LocalStore:
 
     def write(self, path: str, data: bytes) -> None:
         full = self.place / path
-        for folder in sorted(make_folders(full.parent), reverse=True):
+        for folder in sorted(self._folder_of(path), reverse=True):
             fsync_folder(folder)
         write_bytes_atomic(full, data)
 
@@ -220,9 +227,19 @@ class LocalStore:
         if folder.exists():
             shutil.rmtree(folder)
             fsync_folder(folder.parent)
+            self._was_there = self.place.is_dir()
 
-    def remove_dead_writes(self, folders: Iterable[str]) -> None:
-        remove_dead_partials(self.place / folder for folder in folders)
+    def remove_dead_writes(self, folders: Iterable[str], of_the_living: bool = False) -> None:
+        remove_partials((self.place / folder for folder in folders), of_the_living)
+
+    def _folder_of(self, path: str) -> set[Path]:
+        """Make the folder of a file. Returns the folders that got new names, for `fsync_folder`."""
+        # A folder that was removed or renamed during a run must not come back with a part of its content.
+        if self._was_there and not self.place.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed or renamed", str(self.place))
+        made = make_folders((self.place / path).parent)
+        self._was_there = True
+        return made
 
 
 @dataclass
@@ -262,25 +279,47 @@ class RemoteStore:
         with ThreadPoolExecutor(REQUESTS) as pool:
             return dict(zip(limits, pool.map(self.read, limits.keys(), limits.values()), strict=True))
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        runs = _merged(ranges)
         with self._explained(path):
-            if len(ranges) == 1:
-                [(begin, end)] = ranges
-                return [bytes(obstore.get_range(self._objects, path, start=begin, end=end))]
-            starts, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
-            return [bytes(part) for part in obstore.get_ranges(self._objects, path, starts=starts, ends=ends)]
+            try:
+                parts = self._ranges(path, runs)
+            except BaseError:
+                size = obstore.head(self._objects, path)["size"]
+                if all(end <= size for _, end in runs):
+                    raise
+                # Stores refuse a range that begins after the end of the object, and obstore one that it cannot fill.
+                parts = self._ranges(path, [(min(begin, size), min(end, size)) for begin, end in runs])
+        number, last = -1, None
+        for begin, end in ranges:
+            number += begin != last
+            start, last = runs[number][0], end
+            yield parts[number][begin - start : end - start]
+
+    def _ranges(self, path: str, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
+        starts, ends = [begin for begin, end in runs if begin < end], [end for begin, end in runs if begin < end]
+        if len(starts) == 1:
+            found = iter([obstore.get_range(self._objects, path, start=starts[0], end=ends[0])])
+        else:
+            # Without `coalesce=0` obstore reads what lies between two ranges, up to 1 MiB, and drops it.
+            found = iter(
+                obstore.get_ranges(self._objects, path, starts=starts, ends=ends, coalesce=0) if starts else []
+            )
+        return [memoryview(next(found)) if begin < end else memoryview(b"") for begin, end in runs]
 
     @contextmanager
     def draft(self, path: str) -> Iterator["_RemoteDraft"]:
-        with io.BytesIO() as file:  # a conditional PUT takes one request with the whole object
+        # A conditional PUT takes one request with the whole object; a file keeps it out of memory until then.
+        with tempfile.TemporaryFile() as file:
             yield _RemoteDraft(self, path, file)
 
     def create_all(self, files: Mapping[str, bytes]) -> list[str]:
         with ThreadPoolExecutor(REQUESTS) as pool:
-            created = list(pool.map(self._create, files.keys(), files.values()))
+            created = list(pool.map(self.create, files.keys(), files.values()))
         return [path for path, done in zip(files, created, strict=True) if not done]
 
-    def _create(self, path: str, data: bytes) -> bool:
+    def create(self, path: str, data: bytes | mmap.mmap) -> bool:
+        """Write a file that does not exist yet; False if another writer created it first with other content."""
         with self._explained(path):
             try:
                 self._put(path, data, "create")
@@ -293,7 +332,7 @@ class RemoteStore:
         with self._explained(path):
             self._put(path, data, "overwrite")
 
-    def _put(self, path: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+    def _put(self, path: str, data: bytes | mmap.mmap, mode: Literal["create", "overwrite"]) -> None:
         _repeat_unanswered(lambda: obstore.put(self._objects, path, data, mode=mode))
 
     def _delete(self, paths: str | Sequence[str]) -> None:
@@ -332,7 +371,7 @@ class RemoteStore:
             with self._explained(prefix):
                 self._delete(paths)
 
-    def remove_dead_writes(self, folders: Iterable[str]) -> None:
+    def remove_dead_writes(self, folders: Iterable[str], of_the_living: bool = False) -> None:
         """Nothing to do: an object exists whole or not at all."""
 
     @contextmanager
@@ -349,10 +388,11 @@ class RemoteStore:
 class _RemoteDraft:
     store: RemoteStore
     path: str
-    file: io.BytesIO
+    file: BinaryIO
 
     def create(self) -> bool:
-        return not self.store.create_all({self.path: self.file.getvalue()})
+        self.file.flush()
+        return self.store.create(self.path, mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _repeat_unanswered(request: Callable[[], object]) -> None:
@@ -395,10 +435,21 @@ def _pread(fd: int, size: int, offset: int) -> bytes:
     return data
 
 
-def _holds(store: Store, path: str, data: bytes) -> bool:
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges with each one joined to the one before it where that ends at its begin."""
+    runs: list[tuple[int, int]] = []
+    for begin, end in ranges:
+        if runs and runs[-1][1] == begin:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((begin, end))
+    return runs
+
+
+def _holds(store: Store, path: str, data: bytes | mmap.mmap) -> bool:
     """Whether a file exists with this content. Its writer may remove it at any time, for example a released lease."""
     try:
-        return store.read(path, len(data)) == data
+        return memoryview(store.read(path, len(data))) == memoryview(data)
     except (FileNotFoundError, TooLarge):
         return False
 

@@ -20,7 +20,7 @@ from tinymim.storage.blocks import VIEW_ARRAYS, Array, ArrayType, UnitFileWriter
 from tinymim.storage.commit import UnitInfo, encode_commit, holds_keys, key_digest, list_units
 from tinymim.storage.constants import constants_digest, constants_places, encode_constants, read_constants
 from tinymim.storage.fitness import check_arrays, check_keys, problems_of
-from tinymim.storage.layout import LEASES, VIEWS, UnitId
+from tinymim.storage.layout import LAYERS, LEASES, VIEWS, UnitId
 from tinymim.storage.leases import DEFAULT_LEASE_S, SHARDS, Holder, Leases, shard_lease
 from tinymim.storage.manifest import Layer, Manifest
 from tinymim.storage.settle import MANIFEST_LEASE, is_foreign, settle_layers, settle_manifest
@@ -35,9 +35,12 @@ class CacheGone(UserError):
     """The cache was removed or renamed while a writer was at work."""
 
 
+CONSTANTS_LEASES = "constants"  # folder of the leases on the constants of a layer
+
+
 def constants_lease(layer: str) -> str:
     """The lease on the constants of a layer."""
-    return f"constants/{layer}"
+    return f"{CONSTANTS_LEASES}/{layer}"
 
 
 class CacheWriter:
@@ -67,7 +70,8 @@ class CacheWriter:
         self._constants = {name: constants_digest(store, layer) for name, layer in self.layers.items()}
         self._committed: dict[str, set[UnitId]] = {}
         self._claimed: set[UnitId] = set()
-        store.remove_dead_writes(("", VIEWS, *map(layout.layer_folder, self.layers), LEASES, f"{LEASES}/{SHARDS}"))
+        groups = ("", VIEWS, LAYERS, *map(layout.layer_folder, self.layers))
+        store.remove_dead_writes((*groups, LEASES, *(f"{LEASES}/{folder}" for folder in (SHARDS, CONSTANTS_LEASES))))
         self._clean_after_the_dead(leases)
 
     @classmethod
@@ -131,7 +135,7 @@ class CacheWriter:
         Raises:
             CacheGone: the cache was removed or renamed.
         """
-        self._require_cache()
+        self._require_cache(layer)
         with self._lock:
             self._committed[layer] = set(list_units(self.store, layer, self.manifest))
             return set(self._committed[layer])
@@ -151,6 +155,7 @@ class CacheWriter:
             False if a living writer works on the same shard, or some of the views are already committed.
 
         Raises:
+            CacheGone: the cache was removed or renamed.
             UserError, StoreError: the cache cannot be written.
         """
         self._check_unit(unit)
@@ -158,6 +163,7 @@ class CacheWriter:
         with self._lock, explained_write_errors(self.store):
             if unit in self._claimed:
                 return True
+            self._require_cache(layer)
             if not leases.claim(shard_lease(unit.shard)):
                 return False
             if any(unit.overlaps(other) for other in self.of_shard(layer, unit.shard)):
@@ -282,24 +288,24 @@ class CacheWriter:
             CacheGone: the cache was removed or renamed.
         """
         unit, path = info.unit, layout.unit_file(info.layer, info.unit)
-        self._require_cache()
+        self._require_cache(info.layer)
         self._require_lease(unit)
-        if not file.create():
-            # A writer that was taken for dead wrote it after the claim. Replace it once, if the unit is still ours.
-            self._require_lease(unit)
-            if self.store.exists(layout.commit_file(info.layer, unit)):
-                raise self._taken(unit)
-            self.store.remove([path])
-            if not file.create():
-                raise self._taken(unit)
         try:
+            if not file.create():
+                # A writer that was taken for dead wrote it after the claim. Replace it once, if the unit is still ours.
+                self._require_lease(unit)
+                if self.store.exists(layout.commit_file(info.layer, unit)):
+                    raise self._taken(unit)
+                self.store.remove([path])
+                if not file.create():
+                    raise self._taken(unit)
             with self._lock:
                 # Checked last, since a slow writer may have been taken over. Creation decides if both get here.
                 self._require_lease(unit)
                 if self.store.create_all({layout.commit_file(info.layer, unit): encode_commit(info)}):
                     raise self._taken(unit)
                 self._committed.setdefault(info.layer, set()).add(unit)
-        except UnitTaken:
+        except (UnitTaken, CacheGone):
             raise
         except Exception:
             with suppress(OSError, StoreError):  # the next claim of the shard removes what is left
@@ -322,20 +328,23 @@ class CacheWriter:
         """The digest of the constants that a layer's new units are made with."""
         return None if layer == VIEWS else self._constants[layer]
 
-    def _require_cache(self) -> None:
-        if not self.store.exists(layout.METADATA):
-            raise CacheGone(
-                f"the cache {self.place} is gone",
-                got=f"no {layout.METADATA}",
-                hint="it was removed or renamed during this run; restore it, or run the same command for a new cache",
-            )
+    def _require_cache(self, layer: str = VIEWS) -> None:
+        for path in (layout.METADATA, f"{layout.layer_folder(layer)}/{layout.METADATA}"):
+            if not self.store.exists(path):
+                raise CacheGone(
+                    f"the cache {self.place} is gone, or its layer {layer}",
+                    got=f"no {path}",
+                    hint="it was removed or renamed during this run; restore it, or run the command again",
+                )
 
     def _require_lease(self, unit: UnitId) -> None:
         if not self._open_leases().holds(shard_lease(unit.shard)):
+            self._require_cache()  # the lease is gone with it
             raise self._taken(unit)
 
     def _taken(self, unit: UnitId) -> UnitTaken:
-        holder = next(iter(self.holders([unit])), None)
+        ours = self._open_leases().holds(shard_lease(unit.shard))
+        holder = None if ours else next(iter(self.holders([unit])), None)
         return UnitTaken(f"unit {unit} of {self.place} is another writer's", got=holder or "the unit is committed")
 
     def _release(self, unit: UnitId) -> None:
@@ -374,12 +383,20 @@ class CacheWriter:
 
 
 def remove_uncommitted(store: Store, layer: str, shard: str) -> None:
-    """Remove the unit files of a shard that have no commit record; the caller holds the shard's lease."""
-    folder = layout.shard_folder(layer, shard)
+    """Remove what no commit record describes of a shard's units; the caller holds the shard's lease.
+
+    Whoever held the lease before has lost it, so its unfinished writes go too, on whatever machine it ran. Files with
+    other names are left alone.
+    """
+    folder, shards = layout.shard_folder(layer, shard), {layout.shard_stem(shard): shard}
     names = {entry.path for entry in store.list(folder)}
-    committed = {path.removesuffix(".json") for path in names if path.endswith(".json")}
-    store.remove(path for path in sorted(names) if path.endswith(".zip") and path[:-4] not in committed)
-    store.remove_dead_writes([folder])
+    records = {path: f"{path.removesuffix('.zip')}.json" for path in names if path.endswith(".zip")}
+    store.remove(
+        path
+        for path, record in sorted(records.items())
+        if record not in names and layout.parse_commit_file(layer, record, shards) is not None
+    )
+    store.remove_dead_writes([folder], of_the_living=True)
 
 
 class UnitDraft:

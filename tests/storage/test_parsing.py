@@ -1,31 +1,51 @@
 """Any bytes in place of a manifest or record give a TinymimError or success, without large allocations."""
 
 import copy
+import dataclasses
 import json
+import random
 import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from google_crc32c import value as crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.storage import layout
 from tinymim.storage.atomic import canonical_json, digest_hex
-from tinymim.storage.commit import described, parse_commit, record_digest
-from tinymim.storage.layout import UnitId
+from tinymim.storage.blocks import (
+    ZSTD_LEVEL,
+    Block,
+    UnitFileWriter,
+    UnitParts,
+    _frame_size,
+    decode_arrays,
+    encode_arrays,
+    key_arrays,
+    unzipped,
+)
+from tinymim.storage.commit import UnitInfo, encode_commit, key_digest, parse_commit, signed
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.leases import Leases
-from tinymim.storage.manifest import Manifest, SourceShard
+from tinymim.storage.manifest import Layer, Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import LocalStore
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny
+from tinymim.tests.storage.tiny import CLS, REL
 
-MANIFEST = tiny.make_manifest()
-COMMIT_PATH = "commits/train-000.v0-1.json"
+MANIFEST, LAYER = tiny.make_manifest(), tiny.make_layer()
+UNIT = UnitId("train-000.tar", 0, 2)
+COMMIT_PATH = layout.commit_file(REL, UNIT)
 COMMIT = json.loads((tiny.COMMITTED_CACHE / COMMIT_PATH).read_bytes())
+FORGERIES = 1500
 EXAMPLES = settings(
     max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -37,7 +57,7 @@ scalars = (
     | st.integers(10**11, 10**30)
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["../../etc/passwd", "/etc/passwd", "units/../../x", "a\x00b", "\ud800", "." * 300])
+    | st.sampled_from(["../../etc/passwd", "/etc/passwd", "views/../../x", "a\x00b", "\ud800", "." * 300])
 )
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
@@ -83,19 +103,34 @@ def ours_or_success(function: Any) -> Any:
     return None
 
 
+def parsed(data: bytes, layer: str = REL, unit: UnitId = UNIT) -> UnitInfo:
+    return parse_commit("cache", layer, unit, data, MANIFEST.spec_id if layer == VIEWS else LAYER.spec_id, MANIFEST)
+
+
 @EXAMPLES
 @given(mutated(MANIFEST.to_json()))
 def test_mutated_manifests(stored: Any) -> None:
     manifest = ours_or_success(lambda: Manifest.from_json(stored, "a test"))
     if manifest is not None:
-        assert all(isinstance(manifest.teacher[name], int) for name in ("heads", "tokens", "block"))
+        assert isinstance(manifest.views["size"], int) and isinstance(manifest.views["seed"], int)
         assert all(0 <= shard.num_samples < 2**40 for shard in manifest.source)
 
 
 @EXAMPLES
+@given(mutated(LAYER.to_json()))
+def test_mutated_layers(stored: Any) -> None:
+    layer = ours_or_success(lambda: Layer.from_json(stored, "a test"))
+    if layer is not None:
+        assert layer.shapes.heads > 0 and layer.taps and "/" not in layer.name
+        for name, (dtype, shape) in layer.arrays.items():
+            assert name.isidentifier() and dtype.kind in "biuf" and all(size > 0 for size in shape)
+
+
+@EXAMPLES
 @given(values)
-def test_anything_as_a_manifest(stored: Any) -> None:
+def test_anything_as_a_manifest_or_layer(stored: Any) -> None:
     ours_or_success(lambda: Manifest.from_json(stored, "a test"))
+    ours_or_success(lambda: Layer.from_json(stored, "a test"))
 
 
 @EXAMPLES
@@ -103,17 +138,14 @@ def test_anything_as_a_manifest(stored: Any) -> None:
 def test_mutated_records_whose_digest_is_right(record: Any) -> None:
     """Write a forged record with a valid digest, so that only the checks of the fields can refuse it."""
     try:
-        signed = canonical_json(
-            {**record, "record_digest": record_digest(record)} if isinstance(record, dict) else record
-        )
+        data = signed(record) if isinstance(record, dict) else canonical_json(record)
     except ValueError:  # nan and infinity are not JSON
         return
-    info = ours_or_success(lambda: parse_commit("cache", COMMIT_PATH, signed, MANIFEST))
+    info = ours_or_success(lambda: parsed(data))
     if info is not None:
-        assert layout.unit_folder(info.unit) == "units/train-000/v0-1"
-        for name in info.files:
-            assert ".." not in name and not name.startswith("/")
+        assert info.path == "layers/rel/train-000/v0-1.zip"
         assert info.num_records == info.num_images * info.unit.num_views <= 6
+        assert len(info.parts.views) == 2 and info.parts.places()[-1] < 2**64
 
 
 @EXAMPLES
@@ -122,12 +154,14 @@ def test_mutated_records_whose_digest_is_right(record: Any) -> None:
     | st.text(max_size=60).map(str.encode)
     | values.map(repr).map(lambda t: t.encode("utf-8", "replace"))
 )
-def test_any_bytes_as_a_record_or_a_lease(data: bytes) -> None:
-    ours_or_success(lambda: parse_commit("cache", COMMIT_PATH, data, MANIFEST))
+def test_any_bytes_as_a_record(data: bytes) -> None:
+    ours_or_success(lambda: parsed(data))
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"[" * 100_000, b"\xff\xfe", b'{"pid": "x", "lease_s": -1}', b'{"lease_s": 1e999}', b"[1]"]
+    "data",
+    [b"", b"[" * 100_000, b"\xff\xfe", b'{"pid": "x", "lease_s": -1}', b'{"lease_s": 1e999}', b"[1]"]
+    + [b'{"pid": %s, "lease_s": %s, "machine": [3]}' % pair for pair in ((b"-1", b"true"), (b"9" * 400, b"9" * 400))],
 )
 def test_a_lease_with_anything_in_it_is_a_lease(tmp_path: Path, data: bytes) -> None:
     store = LocalStore(tmp_path)
@@ -145,59 +179,249 @@ def test_deep_and_long_json_in_place_of_a_manifest(tmp_path: Path, text: str) ->
         CacheReader(tmp_path)
 
 
-def test_a_manifest_and_record_that_claim_a_million_million_records_fail_before_anything_is_allocated(
-    tmp_path: Path,
-) -> None:
-    many = 10**12
+# ---- forged units: every digest and checksum fits, so that only the checks of the content can refuse it
+
+
+def forge(folder: Path, info: UnitInfo, change: Callable[[bytes, list[Block]], bytes], **fields: Any) -> UnitInfo:
+    """Rewrite a unit's file by `change`, and its record so that all checksums fit."""
+    data = (folder / info.path).read_bytes()
+    parts = list(info.parts.all)
+    data = change(data, parts)
+    ends = np.cumsum([part.size_bytes for part in parts]).tolist()
+    blocks = [Block(end - start, crc32c(data[start:end])) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    keys = blocks[1] if info.parts.keys is not None else None
+    views = tuple(blocks[1 + (keys is not None) : -1])
+    forged = dataclasses.replace(info, parts=UnitParts(blocks[0], keys, views, blocks[-1], digest_hex(data)), **fields)
+    (folder / info.path).write_bytes(data)
+    (folder / layout.commit_file(info.layer, info.unit)).write_bytes(encode_commit(forged))
+    return forged
+
+
+def read_again(reader: CacheReader, info: UnitInfo, fresh: int) -> dict[str, bytes] | None:
+    """Arrays and keys of a unit, None if it is refused; memory that numpy leaves as it was holds the byte `fresh`."""
+
+    def read() -> dict[str, bytes]:
+        found = {name: values.tobytes() for name, values in reader.read_views(info).items()}
+        return found | ({"keys": repr(reader.read_keys(info)).encode()} if info.parts.keys else {})
+
+    real_empty = np.empty
+
+    def empty(*arguments: Any, **options: Any) -> Any:
+        values = real_empty(*arguments, **options)
+        if values.size:
+            values.view(np.uint8).fill(fresh)
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "empty", empty)
+        found = ours_or_success(read)
+    assert found is None or isinstance(found, dict)
+    return found
+
+
+def fuzz_forged_units(folder: Path, count: int) -> Counter[str]:
+    """Damage units at random and forge their checksums; what is read must come from the bytes and nothing else."""
+    tiny.make_tiny_cache(folder)
+    reader = CacheReader(folder)
+    infos = [info for layer in (VIEWS, REL, CLS) for info in reader.units(layer)]
+    rng, counts = random.Random(0), Counter[str]()
+    intact = {info.path: (folder / info.path).read_bytes() for info in infos}
+    for _ in range(count):
+        info = rng.choice(infos)
+        begin = info.parts.head.size_bytes
+        end = info.parts.places()[-1]
+
+        def change(data: bytes, parts: list[Block], begin: int = begin, end: int = end) -> bytes:
+            how = rng.choice(["flip", "flip", "zero", "copy", "frame"])
+            for _ in range(rng.choice([1, 1, 2, 5])):
+                at = rng.randrange(begin, end)
+                if how == "frame":  # a member's header or the beginning of its frame, where lengths are stated
+                    at = min(max(data.find(b"PK\3\4", at), begin) + rng.randrange(60), end - 1)
+                span = data[at : min(at + rng.choice([1, 2, 4, 8]), end)]
+                new = {
+                    "zero": bytes(len(span)),
+                    "copy": data[begin : begin + len(span)],
+                }.get(how, rng.randbytes(len(span)))
+                data = data[:at] + new + data[at + len(span) :]
+            return data
+
+        forged = forge(folder, info, change)
+        found = read_again(reader, forged, 0)
+        counts["refused" if found is None else "read"] += 1
+        assert found == read_again(reader, forged, 255)  # nothing uninitialised
+        (folder / info.path).write_bytes(intact[info.path])
+    return counts
+
+
+def test_forged_units_are_refused_or_read_alike(tmp_path: Path) -> None:
+    counts = fuzz_forged_units(tmp_path, FORGERIES)
+    assert sum(counts.values()) == FORGERIES and min(counts.values()) > 0.1 * FORGERIES, counts
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_forged_units(tmp_path: Path) -> None:
+    counts = fuzz_forged_units(tmp_path, 100_000)
+    assert sum(counts.values()) == 100_000, counts
+
+
+def frame(stated: int, held: bytes) -> bytes:
+    """A zstd frame of one raw block that states another content size."""
+    return b"\x28\xb5\x2f\xfd\xe0" + stated.to_bytes(8, "little") + (len(held) << 3 | 1).to_bytes(3, "little") + held
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frame(72, b"x"),
+        frame(72, b"x" * 71),
+        frame(72, b"x" * 73),
+        frame(2**62, b"x" * 72),
+        frame(0, b"") + frame(72, b"x" * 72),
+        frame(72, b"x" * 72) + frame(9, b"y" * 9),
+        b"\x28\xb5\x2f\xfd\x00\x58\x01\x00\x00",  # states no size
+        b"",
+    ],
+)
+def test_frames_that_hold_more_or_less_than_they_should(tmp_path: Path, data: bytes) -> None:
     tiny.make_tiny_cache(tmp_path)
-    manifest = json.loads((tmp_path / "zarr.json").read_bytes())
-    claimed = MANIFEST.to_json()
-    claimed["source"][0]["num_samples"] = many
-    manifest["attributes"] = {"tinymim": claimed, "tinymim_digest": digest_hex(canonical_json(claimed))}
-    (tmp_path / "zarr.json").write_bytes(canonical_json(manifest))
-    unit = tmp_path / "units" / "train-000" / "v0-1"
-    box = json.loads((unit / "box/zarr.json").read_bytes())
-    box["shape"][0] = many * 2
-    (unit / "box/zarr.json").write_bytes(json.dumps(box).encode())
-    record = json.loads((tmp_path / COMMIT_PATH).read_bytes())
-    del record["record_digest"]
-    record |= {"num_images": many, "num_records": many * 2}
-    for name, file in described({"box/zarr.json": (unit / "box/zarr.json").read_bytes()}).items():
-        record["files"][name] = file.__dict__
-    (tmp_path / COMMIT_PATH).write_bytes(canonical_json({**record, "record_digest": record_digest(record)}))
+    info = CacheReader(tmp_path).units(REL)[0]
+
+    def change(file: bytes, parts: list[Block]) -> bytes:
+        at = file.index(b"qk_index/c/0/0/0/0/0") + 20
+        header = file.rindex(b"PK\3\4", 0, at)
+        held = int.from_bytes(file[header + 18 : header + 22], "little")
+        new = file[: header + 18] + 2 * len(data).to_bytes(4, "little") + file[header + 26 : at] + data
+        parts[1] = Block(parts[1].size_bytes + len(data) - held, 0)
+        return new + file[at + held :]
+
+    forged = forge(tmp_path, info, change)
+    reader = CacheReader(tmp_path)
+    assert reader.units(REL)[0] == forged
+    with pytest.raises(CacheCorrupt, match=r"train-000\.tar v0-1 of layer rel .*view 0"):
+        reader.read_views(forged)
+    reader.read_views(forged, [1])
+
+
+def test_a_frame_that_holds_what_it_should_is_read() -> None:
+    """The frames of the test above are well-formed but for what they test."""
+    files = unzipped(encode_arrays({"a": np.zeros(72, "u1")})) | {"a/c/0": frame(72, b"x" * 72)}
+    assert _frame_size(memoryview(files["a/c/0"])) == 72
+    assert decode_arrays(files)["a"].tobytes() == b"x" * 72
+
+
+@pytest.mark.parametrize("field", ["views", "keys", "images", "head"])
+@pytest.mark.parametrize("size", [2**30, 2**40, 2**61])
+def test_records_that_claim_much_fail_before_anything_is_allocated(tmp_path: Path, field: str, size: int) -> None:
+    many = 10**11
+    tiny.make_tiny_cache(tmp_path)
+    if field == "images":  # the manifest and the layer claim it too
+        manifest = dataclasses.replace(
+            MANIFEST, source=(dataclasses.replace(MANIFEST.source[0], num_samples=many), *MANIFEST.source[1:])
+        )
+        (tmp_path / "zarr.json").write_bytes(layout.root_group(manifest))
+    info = CacheReader(tmp_path).units()[0]
+    parts = info.parts
+    assert parts.keys is not None
+    claims: dict[str, dict[str, Any]] = {
+        "views": {"views": (dataclasses.replace(parts.views[0], size_bytes=size), parts.views[1])},
+        "keys": {"keys": dataclasses.replace(parts.keys, size_bytes=size)},
+        "head": {"head": dataclasses.replace(parts.head, size_bytes=size)},
+        "images": {},
+    }
+    forged = dataclasses.replace(
+        info, parts=dataclasses.replace(parts, **claims[field]), num_images=many if field == "images" else 3
+    )
+    (tmp_path / layout.commit_file(VIEWS, UNIT)).write_bytes(encode_commit(forged))
     tracemalloc.start()
-    reader = CacheReader(tmp_path)
-    with pytest.raises(CacheCorrupt, match=r"unit train-000\.tar v0-1 .*box.* cannot come out of"):
-        reader.read_unit(reader.units()[0], ["box"])
-    assert tracemalloc.get_traced_memory()[1] < 2**24
-    tracemalloc.stop()
+    try:
+        reader = CacheReader(tmp_path)
+        for read in (reader.read_views, reader.read_keys):
+            if field == "views" and read == reader.read_keys:
+                continue
+            with pytest.raises(CacheCorrupt, match=r"unit train-000\.tar v0-1 .*(cut short|cannot come out)"):
+                read(reader.units()[0])
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
-def test_a_file_larger_than_recorded_is_not_read(tmp_path: Path) -> None:
+def test_sizes_that_no_file_has_are_refused(tmp_path: Path) -> None:
+    record = {key: value for key, value in COMMIT.items() if key != "record_digest"}
+    for size in (2**62, 2**63 - 1):
+        with pytest.raises(CacheCorrupt, match=r"its views have \d+ bytes"):
+            parsed(signed(record | {"views": record["views"] | {"size_bytes": [size, size]}}))
+    with pytest.raises(CacheCorrupt, match="it describes 1 of 2 views"):
+        parsed(signed(record | {"views": {"size_bytes": [1], "crc32c": [1]}}))
+    with pytest.raises(CacheCorrupt, match="holds the keys, and no other"):
+        parsed(signed(record | {"keys": {"size_bytes": 1, "crc32c": 1}}))
+    with pytest.raises(CacheCorrupt, match="it has 4 images of 3"):
+        parsed(signed(record | {"num_images": 4}))
+
+
+@pytest.mark.parametrize("ends", [[3, 2, 9], [1, 2, 8], [-1, 2, 9], [1, 2, 2**62], [2**63 - 1, -1, 9]])
+def test_forged_keys_are_refused(tmp_path: Path, ends: list[int]) -> None:
+    """`key_ends` that go back, or do not fit `key_bytes`."""
     tiny.make_tiny_cache(tmp_path)
-    path = tmp_path / "units/train-000/v0-1/box/c/0/0"
-    with open(path, "r+b") as file:
-        file.truncate(2**40)  # sparse
+    info = CacheReader(tmp_path).units()[0]
+    keys = {"key_bytes": np.frombuffer(b"abcdefghi", "u1"), "key_ends": np.array(ends, "<i8")}
+    rewrite_with_keys(tmp_path, info, keys)
     reader = CacheReader(tmp_path)
-    with pytest.raises(CacheCorrupt, match="has 1099511627776 bytes, expected at most"):
-        reader.read_unit(reader.units()[0])
+    with pytest.raises(CacheCorrupt, match=r"train-000\.tar v0-1 .*the keys cannot be decoded"):
+        reader.read_keys(reader.units()[0])
+
+
+@pytest.mark.parametrize("keys", [["a", "b", "a"], ["a", "b"], ["a", "b", "c", "d"]])
+def test_keys_that_are_not_one_per_image_are_refused(tmp_path: Path, keys: list[str]) -> None:
+    tiny.make_tiny_cache(tmp_path)
+    rewrite_with_keys(tmp_path, CacheReader(tmp_path).units()[0], key_arrays(keys))
+    reader = CacheReader(tmp_path)
+    with pytest.raises(CacheCorrupt, match=r"train-000\.tar v0-1 .*key"):
+        reader.read_keys(reader.units()[0])
+
+
+def rewrite_with_keys(folder: Path, info: UnitInfo, keys: dict[str, Any]) -> None:
+    """Write a unit of the view layer with other keys."""
+    arrays = CacheReader(folder).read_views(info)
+    with open(folder / info.path, "wb") as file:
+        out = UnitFileWriter(file, 3, info.unit.num_views, CacheReader(folder).arrays(VIEWS), keys)
+        for view in range(info.unit.num_views):
+            out.add({name: values[view] for name, values in arrays.items()})
+        forged = dataclasses.replace(info, parts=out.close(), key_digest=key_digest(keys))
+    (folder / layout.commit_file(VIEWS, info.unit)).write_bytes(encode_commit(forged))
 
 
 @pytest.mark.parametrize("shard", ["../../escape.tar", "/etc/passwd", "a/b.tar", "..", "con\x00.tar"])
 def test_shard_names_cannot_leave_the_cache(tmp_path: Path, shard: str) -> None:
-    sections = {name: getattr(MANIFEST, name) for name in ("teacher", "views", "codec", "environment")}
-    manifest = Manifest(source=(SourceShard(shard, 1, 3, "h"),), num_views=1, **sections)
+    manifest = Manifest((SourceShard(shard, 1, 3, "h"),), MANIFEST.views, MANIFEST.environment)
     unit = UnitId(shard, 0, 1)
-    _, arrays = tiny.make_unit(unit)
-    with CacheWriter.open(tmp_path / "cache", manifest) as writer:
-        writer.write_unit(unit, ["a", "b", "c"], arrays, {})
+    with CacheWriter.open(tmp_path / "cache", manifest, [tiny.make_layer()]) as writer:
+        tiny.write_units(writer, [unit])
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
-    assert CacheReader(tmp_path / "cache").read_unit(CacheReader(tmp_path / "cache").units()[0]).keys == ["a", "b", "c"]
+    assert CacheReader(tmp_path / "cache").keys(shard) == tiny.make_keys(shard)
 
 
 @pytest.mark.parametrize("codec", ["numcodecs.pickle", "pickle", "vlen-utf8", "gzip"])
 def test_no_codec_but_our_own_is_ever_run(codec: str) -> None:
-    files = layout.encode_array("values", np.arange(9, dtype="u1"))
+    files = unzipped(encode_arrays({"values": np.arange(9, dtype="u1")}))
     files["values/zarr.json"] = files["values/zarr.json"].replace(b'"zstd"', f'"{codec}"'.encode())
-    with pytest.raises(ValueError, match="not those of format version 1"):
-        layout.decode_array("values", files, 9)
+    with pytest.raises(ValueError, match="not what tinymim writes"):
+        decode_arrays(files)
+
+
+@EXAMPLES
+@given(st.dictionaries(st.sampled_from(["a/zarr.json", "a/c/0", "b/zarr.json", "zarr.json"]), st.binary(max_size=80)))
+def test_any_members_as_constants(files: dict[str, bytes]) -> None:
+    with suppress(ValueError, RuntimeError):
+        decode_arrays(files)
+
+
+def test_constants_that_claim_much_fail_before_anything_is_allocated() -> None:
+    files = unzipped(encode_arrays({"a": np.zeros(4, "u1")}))
+    files["a/zarr.json"] = (
+        files["a/zarr.json"]
+        .replace(b'"shape":[4]', b'"shape":[4611686018427387903]')
+        .replace(b'"chunk_shape":[4]', b'"chunk_shape":[4611686018427387903]')
+    )
+    with pytest.raises(ValueError, match="cannot come out of"):
+        decode_arrays(files)
+    assert ZSTD_LEVEL == 1  # part of the format: the metadata of every array states it

@@ -8,18 +8,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import pytest
 import zarr
-from zarr.storage import ObjectStore
+from zarr.storage import ZipStore
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
-from tinymim.storage.layout import UnitId
+from tinymim.storage.commit import holds_keys
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.leases import Leases
-from tinymim.storage.objects import connect
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import Store, TooLarge, open_store
-from tinymim.storage.writer import CacheWriter, UnitTaken
+from tinymim.storage.writer import CacheGone, CacheWriter, UnitTaken
 from tinymim.tests.s3_server import BUCKET
 from tinymim.tests.storage import tiny, workers
 
@@ -104,46 +105,80 @@ class StoreContract:
         for who, (won, _) in enumerate(results):
             assert all(found[name] == bytes([65 + who]) for name in won)
 
+    def test_ranges_are_read_and_cut_where_the_file_ends(self, store: Store) -> None:
+        store.write("a", bytes(range(100)))
+
+        def read(*ranges: tuple[int, int], path: str = "a") -> list[bytes]:
+            return [bytes(part) for part in store.read_ranges(path, ranges)]
+
+        assert read() == [] and read((3, 5)) == [b"\3\4"] and read((5, 5)) == [b""]
+        assert read((90, 92), (0, 1), (98, 100)) == [b"Z[", b"\0", b"bc"]
+        assert read((3, 5), (5, 6), (6, 6), (6, 8), (9, 10)) == [b"\3\4", b"\5", b"", b"\6\7", b"\x09"]
+        assert read((98, 2**62)) == [b"bc"]
+        assert read((100, 104)) == [b""]
+        assert read((97, 98), (98, 2**40), (2**40, 2**41)) == [b"a", b"bc", b""]
+        assert read((2**61, 2**62), (0, 2), (99, 2**40)) == [b"", b"\0\1", b"c"]
+        with pytest.raises(FileNotFoundError):
+            read((0, 1), path="b")
+
+    def test_a_draft_is_seen_whole_or_not_at_all(self, store: Store) -> None:
+        with store.draft("a/b") as draft:
+            draft.file.write(b"dropped")
+        with store.draft("a/b") as draft, store.draft("a/b") as other, store.draft("a/b") as same:
+            for each, data in ((draft, b"first"), (other, b"second"), (same, b"first")):
+                each.file.write(data)
+            assert list(store.list()) == []
+            assert draft.create() and not other.create() and same.create()
+        assert tree(store) == {"a/b": b"first"}
+
     # ---- caches
 
     def test_a_cache_is_the_same_bytes_everywhere_and_plain_zarr_reads_it(
-        self, place: Path | str, store: Store
+        self, place: Path | str, store: Store, tmp_path: Path
     ) -> None:
         tiny.make_tiny_cache(place)
-        if zarr.__version__ == tiny.MADE_WITH_ZARR:
+        if numcodecs.__version__ == tiny.MADE_WITH_NUMCODECS:
             assert tree(store) == tiny.tree(tiny.COMMITTED_CACHE)
         reader = CacheReader(place)
-        for info in reader.units():
-            keys, arrays = tiny.make_unit(info.unit)
-            records = reader.read_unit(info)
-            assert records.keys == keys
-            assert all((records.arrays[name] == values).all() for name, values in arrays.items())
-        root = zarr.open_group(self.zarr_store(place), mode="r")
-        box = root["units/train-000/v0-1/box"]
-        assert isinstance(box, zarr.Array)
-        assert np.array_equal(np.asarray(box[...]), tiny.make_unit(UnitId(A.shard, 0, 2))[1]["box"])
-
-    def zarr_store(self, place: Path | str) -> Path | ObjectStore[Any]:
-        return place if isinstance(place, Path) else ObjectStore(connect(place), read_only=True)
+        counts = {layer: len(reader.units(layer)) for layer in (VIEWS, *reader.layers)}
+        assert counts == {VIEWS: 3, tiny.REL: 3, tiny.CLS: 1}
+        assert len(tree(store)) == 2 * sum(counts.values()) + 7  # 2 objects each; 5 groups and a layer's constants
+        for info in itertools.chain(*map(reader.units, counts)):
+            keys, arrays = tiny.make_keys(info.unit.shard), tiny.make_arrays(info.layer, info.unit)
+            assert same(reader.read_views(info), arrays)
+            assert reader.keys(info.unit.shard) == keys
+            copy = tmp_path / "copy.zip"
+            copy.write_bytes(store.read(info.path, LIMIT))
+            root = zarr.open_group(ZipStore(copy, mode="r"), mode="r")
+            assert set(root) == set(arrays) | (
+                {"key_bytes", "key_ends"} if holds_keys(info.layer, info.unit) else set()
+            )
+            assert same({name: np.asarray(root[name][...]) for name in arrays}, arrays)  # type: ignore[index]
 
     def test_growth_touches_nothing_and_other_caches_are_refused(self, place: Path | str, store: Store) -> None:
-        with CacheWriter.open(place, tiny.make_manifest(1, 2)) as writer:
+        small = tiny.make_manifest(1)
+        with CacheWriter.open(place, small, [tiny.make_layer()]) as writer:
             tiny.write_units(writer, [UnitId(A.shard, 0, 2)])
         before = {path: data for path, data in tree(store).items() if path != "zarr.json"}
+        with pytest.raises(CacheMismatch, match=r"views\.seed"):
+            CacheWriter.open(place, tiny.make_manifest(1, views={"seed": 1}))
         for difference in (
             {"teacher": {"weights_sha256": "cd" * 32}},
-            {"teacher": {"block": 1}},
-            {"codec": {"parameters": {"rows": 5}}},
-            {"views": {"seed": 1}},
+            {"target": {"taps": ["qkv@1"]}},
+            {"target": {"parameters": {"rows": 5}}},
         ):
             with pytest.raises(CacheMismatch, match=f"{next(iter(difference))}\\."):
-                CacheWriter.open(place, tiny.make_manifest(1, 2, **difference))
+                CacheWriter.open(place, small, [tiny.make_layer(**difference)])
         with pytest.raises(CacheMismatch, match=r"source\.train-000\.tar\.num_samples"):
-            CacheWriter.open(place, tiny.make_manifest(1, 2, num_samples=4))
-        with CacheWriter.open(place, tiny.make_manifest(2, 3)) as writer:
+            CacheWriter.open(place, tiny.make_manifest(1, num_samples=4))
+        with CacheWriter.open(place, tiny.make_manifest(2), [tiny.make_layer()]) as writer:
             tiny.write_units(writer, [UnitId(A.shard, 2, 1), B])
+        with CacheWriter.open(place, small, [tiny.make_layer(name=tiny.CLS)]) as writer:  # another layer later
+            tiny.write_units(writer, [UnitId(A.shard, 0, 2)])
         after = tree(store)
-        assert before.items() <= after.items() and CacheReader(place).coverage().complete
+        reader = CacheReader(place)
+        assert before.items() <= after.items() and reader.coverage(tiny.REL).complete
+        assert list(reader.manifest.shards) == [A.shard, B.shard]
 
     def test_a_place_with_something_else_is_left_alone(self, place: Path | str, store: Store) -> None:
         store.write("thesis.tex", b"precious")
@@ -167,9 +202,7 @@ class StoreContract:
         done = _messages(second[1])
         second[0].join(60)
         assert second[0].exitcode == 0 and done[-1] == "done"
-        with CacheWriter.open(tmp_path / "alone", manifest) as writer:
-            tiny.write_units(writer, tiny.units_of(manifest))
-        assert tree(store) == tiny.tree(tmp_path / "alone")
+        assert tree(store) == tiny.make_whole_cache(tmp_path / "alone", manifest)
         written = [message[1] for message in done if message[0] == "written"]
         assert len(written) == len(set(written))
 
@@ -185,9 +218,7 @@ class StoreContract:
             process.join(60)
             assert process.exitcode == 0
         assert sorted(itertools.chain(*written)) == sorted(tiny.units_of(manifest))
-        with CacheWriter.open(tmp_path / "alone", manifest) as writer:
-            tiny.write_units(writer, tiny.units_of(manifest))
-        assert tree(store) == tiny.tree(tmp_path / "alone")
+        assert tree(store) == tiny.make_whole_cache(tmp_path / "alone", manifest)
 
     def test_a_killed_writer_is_resumed_to_the_same_bytes(
         self, place: Path | str, store: Store, tmp_path: Path
@@ -197,48 +228,159 @@ class StoreContract:
         assert connection.recv() == "claimed"
         assert CacheReader(place).units() == []
         with CacheWriter.open(place, manifest) as writer:
-            assert not writer.claim(A)  # the owner lives
+            assert not writer.claim(VIEWS, A)  # the owner lives
             assert [holder.pid for holder in writer.holders([A, B])] == [process.pid]
         process.kill()
         process.join()
-        with CacheWriter.open(place, manifest) as writer:
-            tiny.write_units(writer, tiny.units_of(manifest))
-        with CacheWriter.open(tmp_path / "alone", manifest) as writer:
-            tiny.write_units(writer, tiny.units_of(manifest))
-        assert tree(store) == tiny.tree(tmp_path / "alone")
+        tiny.make_whole_cache(place, manifest)
+        assert tree(store) == tiny.make_whole_cache(tmp_path / "alone", manifest)
 
     def test_a_writer_believed_dead_changes_nothing_that_its_heir_committed(
         self, place: Path | str, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        manifest = tiny.make_manifest()
-        with CacheWriter.open(place, manifest) as sleeper, CacheWriter.open(place, manifest) as heir:
-            assert sleeper.claim(A) and not heir.claim(A)
+        manifest, layers = tiny.make_manifest(), [tiny.make_layer()]
+        with CacheWriter.open(place, manifest, layers) as sleeper, CacheWriter.open(place, manifest, layers) as heir:
+            assert sleeper.claim(VIEWS, A) and not heir.claim(VIEWS, A)
             with monkeypatch.context() as patch:
                 tiny.bury_the_dead(patch)
-                assert heir.claim(A)
+                assert heir.claim(VIEWS, A)
             with pytest.raises(UnitTaken, match="another writer's"):
                 tiny.write_units(sleeper, [A])
-            tiny.write_units(heir, [A])
+            tiny.write_units(heir, [A], give_back=False)
             before = tree(store)
             # Even a writer that no longer checks its lease cannot replace a file.
             assert len(store.create_all({path: b"other" for path in before})) == len(before)
-            with pytest.raises(UnitTaken):
-                tiny.write_units(sleeper, [A])
+            with pytest.raises(UnitTaken), sleeper.begin(VIEWS, A, tiny.make_keys(A.shard)):
+                pass
             assert tree(store) == before
         assert len(CacheReader(place).units()) == 1
 
+    def test_a_writer_that_lost_its_shard_while_writing_commits_nothing(
+        self, place: Path | str, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        manifest, layers = tiny.make_manifest(), [tiny.make_layer()]
+        with CacheWriter.open(place, manifest, layers) as sleeper, CacheWriter.open(place, manifest, layers) as heir:
+            with sleeper.begin(VIEWS, A, tiny.make_keys(A.shard)) as draft:
+                draft.add(tiny.make_arrays(VIEWS, A))
+                with monkeypatch.context() as patch:
+                    tiny.bury_the_dead(patch)
+                    tiny.write_units(heir, [UnitId(A.shard, 0, 2)])  # also removes the sleeper's unfinished file
+                with pytest.raises(UnitTaken):
+                    draft.commit({})
+            tiny.write_units(heir, [UnitId(A.shard, 2, 1), B])
+        reader = CacheReader(place)
+        assert [info.unit.view_range for info in reader.units()] == ["v0-1", "v2-2", "v0-2"]
+        for info in itertools.chain(reader.units(), reader.units(tiny.REL)):
+            assert same(reader.read_views(info), tiny.make_arrays(info.layer, info.unit))
+
+    def test_one_shard_has_one_writer_whatever_the_layer_and_the_views(self, place: Path | str) -> None:
+        manifest, rel, cls = tiny.make_manifest(), tiny.make_layer(), tiny.make_layer(name=tiny.CLS)
+        with CacheWriter.open(place, manifest, [rel]) as first, CacheWriter.open(place, manifest, [cls]) as second:
+            tiny.write_units(first, [A], give_back=False)
+            for unit in (A, UnitId(A.shard, 3, 1)):
+                assert not second.claim(tiny.CLS, unit)
+                with pytest.raises(UnitTaken, match="another writer's"), second.begin(tiny.CLS, unit, []):
+                    pass
+            assert second.claim(tiny.CLS, B) and not first.claim(tiny.REL, B)
+            first.give_back(A)
+            tiny.write_units(second, [A])
+            second.give_back(B)
+            tiny.write_units(first, [B])
+        reader = CacheReader(place)
+        assert [len(reader.units(layer)) for layer in (VIEWS, tiny.REL, tiny.CLS)] == [2, 2, 1]
+
     def test_damage_is_found_and_named(self, place: Path | str, store: Store) -> None:
         tiny.make_tiny_cache(place)
-        path = "units/train-000/v0-1/qk_index/c/0/0/0/0"
-        data = bytearray(store.read(path, LIMIT))
-        data[len(data) // 2] ^= 4
-        store.write(path, bytes(data))
-        reader = CacheReader(place)
-        with pytest.raises(CacheCorrupt, match=r"unit train-000\.tar v0-1 .*qk_index/c/0/0/0/0"):
-            reader.read_unit(reader.units()[0])
-        store.remove([path])
-        with pytest.raises(CacheCorrupt, match=r"unit train-000\.tar v0-1 .*qk_index/c/0/0/0/0"):
-            reader.read_unit(reader.units()[0])
+        info = CacheReader(place).units(tiny.REL)[0]
+        places = info.parts.places()
+        for at, view in ((places[0] + 60, 0), (places[2] - 1, 1)):
+            intact = store.read(info.path, LIMIT)
+            store.write(info.path, tiny.changed(intact, at))
+            reader = CacheReader(place)
+            with pytest.raises(CacheCorrupt, match=rf"unit train-000\.tar v0-1 of layer rel of .*: view {view} "):
+                reader.read_views(info)
+            reader.read_views(info, [1 - view])
+            store.write(info.path, intact)
+        store.remove([info.path])
+        with pytest.raises(CacheCorrupt, match=r"unit train-000\.tar v0-1 of layer rel .*v0-1\.zip is missing"):
+            reader.read_views(info)
+        store.write(info.path, intact[: places[1] + 7])
+        reader.read_views(info, [0])
+        with pytest.raises(CacheCorrupt, match=r"view 1 is cut short\n  got: 7 bytes"):
+            reader.read_views(info)
+        store.write(info.path, b"")
+        with pytest.raises(CacheCorrupt, match=r"view 1 is cut short\n  got: 0 bytes"):
+            reader.read_views(info, [1])
+
+    # ---- a cache that goes away under a writer
+
+    def test_a_removed_manifest_ends_a_writer_at_its_next_step(self, place: Path | str, store: Store) -> None:
+        manifest = tiny.make_manifest(3)
+        first, second, third = tiny.units_of(manifest)
+        with CacheWriter.open(place, manifest, [tiny.make_layer(manifest)]) as writer:
+            tiny.write_units(writer, [first])
+            assert writer.claim(VIEWS, second)
+            with writer.begin(VIEWS, second, tiny.make_keys(second.shard)) as draft:
+                draft.add(tiny.make_arrays(VIEWS, second))
+                held = store.read("zarr.json", LIMIT)
+                store.remove(["zarr.json"])
+                before = set(tree(store))
+                with pytest.raises(CacheGone, match=r"is gone[\s\S]*no zarr\.json"):
+                    draft.commit({})
+            for step in (
+                lambda: writer.claim(VIEWS, third),
+                lambda: writer.refresh(VIEWS),
+                lambda: tiny.write_units(writer, [third]),
+            ):
+                with pytest.raises(CacheGone):
+                    step()
+            assert set(tree(store)) == before
+            store.write("zarr.json", held)
+            tiny.write_units(writer, [second, third])
+        assert CacheReader(place).coverage(tiny.REL).complete
+
+    def test_a_removed_layer_ends_its_writer(self, place: Path | str, store: Store) -> None:
+        with CacheWriter.open(place, tiny.make_manifest(), [tiny.make_layer()]) as writer:
+            tiny.write_units(writer, [A])
+            store.remove_tree("layers/rel")
+            with pytest.raises(CacheGone, match=r"or its layer rel[\s\S]*no layers/rel/zarr\.json"):
+                writer.claim(tiny.REL, B)
+            assert writer.claim(VIEWS, B)
+        assert not any(path.startswith("layers/rel") for path in tree(store))
+
+    # ---- what it costs
+
+    def test_claims_and_opening_cost_the_same_for_few_and_many_shards(
+        self, place: Path | str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Requests to the store, by kind; 1,000 committed shards against 10."""
+        costs = {}
+        for shards in (10, 1000):
+            manifest, here = tiny.make_manifest(shards), f"{place}-{shards}"
+            layer = tiny.make_layer(manifest)
+            with CacheWriter.open(here, manifest, [layer]) as writer:
+                records = {}
+                for unit in tiny.units_of(manifest)[1:]:  # records suffice: nothing reads their units here
+                    for name in (VIEWS, tiny.REL):
+                        records[f"{'layers/' * (name != VIEWS)}{name}/{unit.shard[:-4]}/v0-2.json"] = b"{}"
+                if isinstance(place, Path):
+                    monkeypatch.setattr("tinymim.storage.store.fsync_folder", lambda folder: None)
+                writer.store.create_all(records)
+                with monkeypatch.context() as patch:
+                    claiming = counted(patch, writer.store)
+                    assert writer.claim(tiny.REL, tiny.units_of(manifest)[0])
+            with monkeypatch.context() as patch:
+                opening = counted(patch, writer.store)
+                reader = CacheReader(here)
+            assert all(name != "list" for name, _ in opening), opening
+            with monkeypatch.context() as patch:
+                writing = counted(patch, writer.store)
+                CacheWriter.open(here, manifest, [layer]).close()
+            assert {path for name, path in writing if name in ("list", "folders")} == {"leases"}
+            assert reader.layers == {tiny.REL: layer}
+            costs[shards] = [claiming, opening, writing]
+        assert costs[10] == costs[1000]
+        assert len(costs[10][0]) <= 16, costs[10][0]
 
     # ---- leases
 
@@ -258,6 +400,30 @@ class StoreContract:
         for leases in (silent, beating, watcher):
             leases.close()
         assert watcher.names() == set()
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether both hold the same arrays."""
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and np.array_equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+def counted(patch: pytest.MonkeyPatch, store: Store) -> list[tuple[str, str]]:
+    """A list that fills with the requests to all stores of this kind: method and path."""
+    found: list[tuple[str, str]] = []
+
+    def recorded(name: str, real: Any) -> Any:
+        def method(self: Any, first: Any = "", *rest: Any) -> Any:
+            paths = [first] if isinstance(first, str) else list(first)
+            found.extend((name, path) for path in paths)
+            return real(self, first if isinstance(first, str | dict) else paths, *rest)
+
+        return method
+
+    for name in ("read", "exists", "list", "folders", "write", "create_all", "remove", "read_ranges"):
+        patch.setattr(type(store), name, recorded(name, getattr(type(store), name)))
+    return found
 
 
 def _messages(connection: Connection) -> list[Any]:

@@ -1,44 +1,35 @@
-"""Tiny deterministic caches for the storage tests, and a writer process to kill."""
+"""Tiny deterministic caches of two layers for the storage tests."""
 
 import itertools
 import json
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from tinymim.storage import atomic, leases
 from tinymim.storage.atomic import canonical_json
-from tinymim.storage.layout import UnitId
-from tinymim.storage.manifest import Manifest, SourceShard
+from tinymim.storage.blocks import Array
+from tinymim.storage.layout import VIEWS, UnitId
+from tinymim.storage.manifest import Layer, Manifest, SourceShard
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
 
-COMMITTED_CACHE = Path(__file__).parents[1] / "data" / "cache_v1"
-MADE_WITH_ZARR = "3.1.6"
+COMMITTED_CACHE = Path(__file__).parents[1] / "data" / "cache_v2"
+MADE_WITH_NUMCODECS = "0.16.6"  # another zstd may compress otherwise
+VIEWS_PER_UNIT = 3
+REL, CLS = "rel", "cls"
+ARRAYS = {
+    REL: {"qk_index": {"dtype": "uint8", "shape": [3, 4, 2]}, "qk_scale": {"dtype": "float16", "shape": [3]}},
+    CLS: {"code": {"dtype": "int32", "shape": [5]}, "sure": {"dtype": "bool", "shape": []}},
+}
 
 
-def make_manifest(num_shards: int = 2, num_views: int = 3, num_samples: int = 3, **sections: Any) -> Manifest:
+def make_manifest(num_shards: int = 2, num_samples: int = 3, **sections: Any) -> Manifest:
     """A small manifest; `sections` update the sections of that name."""
-    teacher = {
-        "name": "vit_tiny_patch16_224",
-        "arch": {"depth": 2},
-        "weights_sha256": "ab" * 32,
-        "weights_origin": "hub",
-        "license": "apache-2.0",
-        "block": 2,
-        "heads": 3,
-        "head_dim": 64,
-        "tokens": 197,
-        "prefix_tokens": 1,
-        "grid": (14, 14),
-        "precision": "fp32",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.25, 0.25, 0.25),
-    }
     views = {
         "size": 224,
         "scale": (0.2, 1.0),
@@ -47,57 +38,119 @@ def make_manifest(num_shards: int = 2, num_views: int = 3, num_samples: int = 3,
         "flip": 0.5,
         "seed": 0,
     }
-    codec = {"name": "sketch", "version": 1, "parameters": {"rows": 4, "tail_k": 2}}
-    environment = {"tinymim": "0.1.0", "zarr": MADE_WITH_ZARR, "canary": "00ff"}
+    environment = {"tinymim": "0.2.0", "zarr": "3.1.6", "canary": "00ff"}
     return Manifest(
         source=tuple(SourceShard(f"train-{i:03d}.tar", 1000 + i, num_samples, f"hash{i}") for i in range(num_shards)),
-        teacher=teacher | sections.get("teacher", {}),
         views=views | sections.get("views", {}),
-        num_views=num_views,
-        codec=codec | sections.get("codec", {}),
         environment=environment | sections.get("environment", {}),
     )
 
 
-def make_unit(unit: UnitId, num_images: int = 3) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
-    """Keys and arrays that depend only on shard, image and view, by integer arithmetic."""
-    keys = [f"{unit.shard[:-4]}/é{image}" for image in range(num_images)]
-    image = np.repeat(np.arange(num_images, dtype=np.uint64), unit.num_views)
-    view = np.tile(np.array(unit.views, dtype=np.uint64), num_images)
-    seed = np.uint64(sum(unit.shard.encode())) + image * np.uint64(7919) + view * np.uint64(104729)
+def make_layer(manifest: Manifest | None = None, name: str = REL, **sections: Any) -> Layer:
+    """A target layer of a manifest; `sections` update the sections of that name."""
+    manifest = manifest or make_manifest()
+    teacher = {
+        "name": "vit_tiny_patch16_224",
+        "arch": {"depth": 2},
+        "weights_sha256": "ab" * 32,
+        "weights_origin": "hub",
+        "license": "apache-2.0",
+        "shapes": {"heads": 3, "head_dim": 64, "tokens": 197, "prefix_tokens": 1, "grid": (14, 14)},
+        "precision": "fp32",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    target = {
+        "taps": ["qkv@2"],
+        "name": "sketch",
+        "version": 2,
+        "parameters": {"rows": 4, "tail_k": 2},
+        "arrays": ARRAYS.get(name, ARRAYS[REL]),
+    }
+    return Layer(
+        name=name,
+        cache=manifest.spec_id,
+        teacher=teacher | sections.get("teacher", {}),
+        target=target | sections.get("target", {}),
+        environment=dict(manifest.environment) | sections.get("environment", {}),
+    )
+
+
+def make_keys(shard: str, num_images: int = 3) -> list[str]:
+    """The keys of a shard."""
+    return [f"{shard[:-4]}/é{image}" for image in range(num_images)]
+
+
+def make_arrays(layer: str, unit: UnitId, num_images: int = 3) -> dict[str, Array]:
+    """Arrays [V, I, ...] that depend only on layer, shard, image and view, by integer arithmetic."""
+    image = np.arange(num_images, dtype=np.uint64)[None, :]
+    view = np.array(unit.views, dtype=np.uint64)[:, None]
+    seed = np.uint64(sum(f"{layer} {unit.shard}".encode())) + image * np.uint64(7919) + view * np.uint64(104729)
     with np.errstate(over="ignore"):
         mixed = seed * np.uint64(0x9E3779B97F4A7C15)
-        noise = (mixed[:, None] * (np.arange(1, 25, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))) >> 40
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "box": (noise[:, :4] % 100).astype(np.int32),
-        "flip": np.zeros(len(mixed), np.uint8),  # only the fill value: must still be on disk
-        "digest": mixed,
-        "qk_index": (noise % 197).astype(np.uint8).reshape(-1, 3, 4, 2),
-        "qk_scale": (noise[:, :3] / 2.0**24).astype(np.float16),
+        noise = (mixed[..., None] * (np.arange(1, 25, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))) >> 40
+    if layer == VIEWS:
+        return {"digest": (mixed >> np.uint64(32)).astype("<u4")}
+    if layer == CLS:
+        return {"code": (noise[..., :5] % 1000).astype("<i4"), "sure": np.zeros(mixed.shape, "?")}  # only fill values
+    return {
+        "qk_index": (noise % 197).astype("u1").reshape(*mixed.shape, 3, 4, 2),
+        "qk_scale": (noise[..., :3] / 2.0**24).astype("<f2"),
     }
-    return keys, arrays
 
 
-def write_units(writer: CacheWriter, units: list[UnitId], num_images: int = 3) -> None:
-    """Write those of `units` that are not committed yet."""
+def make_constants(value: float = 1.0) -> dict[str, Array]:
+    """Constants of the layer `cls`."""
+    return {
+        "bits": np.array([3, 0, 8], np.uint8),
+        "weight": value * np.arange(50, dtype=np.float32).reshape(10, 5),
+    }
+
+
+def write_units(
+    writer: CacheWriter, units: Sequence[UnitId], num_images: int = 3, views_per_part: int = 2, give_back: bool = True
+) -> None:
+    """Write those of `units` that a layer of the writer does not hold yet, a few views at a time, the views first."""
     for unit in units:
-        if unit not in writer.committed():
-            keys, arrays = make_unit(unit, num_images)
-            writer.write_unit(unit, keys, arrays, {"kept_mass": 0.25 * unit.num_views, "unreadable": 0})
+        lacking = [name for name in (VIEWS, *writer.layers) if unit not in writer.of_shard(name, unit.shard)]
+        if not lacking:
+            continue
+        keys = make_keys(unit.shard, num_images)
+        with ExitStack() as stack:
+            drafts = {name: stack.enter_context(writer.begin(name, unit, keys)) for name in lacking}
+            for name, draft in drafts.items():
+                arrays = make_arrays(name, unit, num_images)
+                for start in range(0, unit.num_views, views_per_part):
+                    draft.add({key: values[start : start + views_per_part] for key, values in arrays.items()})
+            for draft in drafts.values():
+                draft.commit({"kept_mass": 0.25 * unit.num_views, "unreadable": 0})
+        if give_back:
+            writer.give_back(unit)
 
 
-def units_of(manifest: Manifest) -> list[UnitId]:
+def units_of(manifest: Manifest, num_views: int = VIEWS_PER_UNIT) -> list[UnitId]:
     """One unit of all views for every shard."""
-    return [UnitId(shard.name, 0, manifest.num_views) for shard in manifest.source]
+    return [UnitId(shard.name, 0, num_views) for shard in manifest.source]
 
 
 def make_tiny_cache(path: Path | str) -> Manifest:
-    """The cache of `tests/data/cache_v1`: three units, the second shard partial."""
+    """The cache of `tests/data/cache_v2`: a layer of three units, one shard partial; a layer of one, with constants."""
     manifest = make_manifest()
     first, second = (shard.name for shard in manifest.source)
-    with CacheWriter.open(path, manifest) as writer:
+    with CacheWriter.open(path, manifest, [make_layer(manifest)]) as writer:
         write_units(writer, [UnitId(first, 0, 2), UnitId(second, 0, 2), UnitId(first, 2, 1)])
+    with CacheWriter.open(path, manifest, [make_layer(manifest, CLS)]) as writer:
+        with writer.exclusively_constants(CLS):
+            writer.write_constants(CLS, make_constants())
+        write_units(writer, [UnitId(first, 0, 2)])
     return manifest
+
+
+def make_whole_cache(path: Path | str, manifest: Manifest, num_images: int = 3) -> dict[str, bytes]:
+    """Write every unit of a cache with the layer `rel` in one go; the files where `path` is a folder."""
+    with CacheWriter.open(path, manifest, [make_layer(manifest)]) as writer:
+        write_units(writer, units_of(manifest), num_images)
+    return tree(path) if isinstance(path, Path) else {}
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -108,9 +161,8 @@ def tree(path: Path) -> dict[str, bytes]:
 
 def bury_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat writers that an exception ended in this process as dead processes."""
-    numbers = itertools.count()
-    monkeypatch.setattr(leases, "_started", lambda pid: str(next(numbers)))
-    monkeypatch.setattr(atomic, "process_exists", lambda pid: False)
+    for module in (atomic, leases):
+        monkeypatch.setattr(module, "process_is_dead", lambda pid, started=None: True)
 
 
 def lease_of_the_dead(cache: Path, name: str) -> Path:
@@ -125,9 +177,6 @@ def lease_of_the_dead(cache: Path, name: str) -> Path:
     return cache / path
 
 
-def write_and_be_killed(path: Path, manifest: Manifest, opened: Connection) -> None:
-    """Run a writer process: report when the cache is open, write missing units, wait for the end."""
-    with CacheWriter.open(path, manifest) as writer:
-        opened.send("open")
-        write_units(writer, units_of(manifest))
-        opened.poll(None)
+def changed(data: bytes, at: int, mask: int = 0xFF) -> bytes:
+    """`data` with one byte flipped."""
+    return b"".join(itertools.chain([data[:at], bytes([data[at] ^ mask]), data[at + 1 :]]))
