@@ -2,12 +2,13 @@
 
 Shards are permuted and dealt to lanes. Every lane cuts its shards into groups of `shuffle_units` and permutes the
 samples of a group together. A batch takes equally many samples from every lane, and a rank takes whole lanes. A rank
-thus needs the records of a few units at a time and reads each unit once per pass (I9). docs/decisions/007-order.md
-gives the reasons.
+thus needs the records of a few units at a time and reads each of them once per pass (I9). Groups are permuted when they
+are needed, so an epoch starts at once, whatever its length. docs/decisions/007-order.md gives the reasons.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,23 @@ def _permutation(length: int, *identity: object) -> npt.NDArray[np.int64]:
     return np.argsort(raw, kind="stable")
 
 
-def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, lane: int = 0) -> Items:
-    """The samples of one lane in one pass over the images, in training order.
+def epoch_groups(
+    counts: Sequence[int], order: OrderConfig, epoch: int, lane: int = 0, skip: int = 0
+) -> Iterator[Items]:
+    """The samples of one lane in one pass over the images, in training order, group by group.
 
-    Lanes are cut by samples, not by shards, so that all are equally long. Neighbouring lanes may share a shard.
+    Lanes are cut by samples, not by shards, so that all are equally long. Neighbouring lanes may share a shard. The
+    next group is permuted when it is needed; in memory are one group, and some integers per shard.
 
     Args:
         counts: samples per shard.
         order: seed, `shuffle_units` and number of lanes.
         epoch: index of the pass, from 0.
         lane: lane index, below `order.lanes`.
+        skip: samples to leave out at the beginning; groups that end before it cost nothing.
 
-    Returns:
-        int64 [n, 3] with view 0; the n of all lanes sum to sum(counts) and differ by at most one.
+    Yields:
+        int64 [n, 3] with view 0; the samples of all lanes sum to sum(counts), those of two lanes differ by at most one.
     """
     units = _permutation(len(counts), "units", order.seed, epoch)
     sizes = np.asarray(counts, dtype=np.int64)[units]
@@ -51,16 +56,27 @@ def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, lane: int
     first, end = (np.clip(edge - begins, 0, sizes) for edge in (low, high))
     kept = np.flatnonzero((end > first) | (order.lanes == 1))
     name: tuple[object, ...] = () if order.lanes == 1 else ("lane", lane)
-    groups = [np.empty((0, 3), dtype=np.int64)]
+    before = np.concatenate([[0], np.cumsum((end - first)[kept])])
     for start in range(0, len(kept), order.shuffle_units):
-        rows = np.concatenate(
-            [
-                np.stack(np.broadcast_arrays(units[u], np.arange(first[u], end[u]), 0), axis=1)
-                for u in kept[start : start + order.shuffle_units]
-            ]
-        )
-        groups.append(rows[_permutation(len(rows), "samples", order.seed, epoch, start, *name)])
-    return np.concatenate(groups).astype(np.int64)
+        group = kept[start : start + order.shuffle_units]
+        begin, stop = before[start], before[start + len(group)]
+        if stop <= skip:
+            continue
+        samples = [np.arange(first[unit], end[unit]) for unit in group]
+        shards = np.repeat(units[group], [len(each) for each in samples])
+        rows = np.stack([shards, np.concatenate(samples), np.zeros(len(shards), np.int64)], axis=1)
+        rows = rows[_permutation(len(rows), "samples", order.seed, epoch, start, *name)]
+        yield rows[max(0, skip - begin) :]
+
+
+def _runs(groups: Iterator[Items], length: int) -> Iterator[Items]:
+    """The samples of `groups` in runs of `length`, int64 [length, 3]; a shorter rest is left out."""
+    held = np.empty((0, 3), dtype=np.int64)
+    for group in groups:
+        held = np.concatenate([held, group])
+        whole = len(held) // length * length
+        yield from held[:whole].reshape(-1, length, 3)
+        held = held[whole:]
 
 
 def steps_per_epoch(counts: Sequence[int], batch_size: int) -> int:
@@ -146,11 +162,13 @@ class SampleOrder:
         per_pass = steps_per_epoch(self.counts, self.batch_size) * at_once
         while step < last_step:
             number, offset = divmod(step, per_pass)
-            lanes = [epoch_items(self.counts, self.order, number, lane) for lane in self.lanes]
-            for chunk in range(offset // at_once, per_pass // at_once):
+            count, skipped = self.batch_size // self.order.lanes, offset // at_once
+            groups = [epoch_groups(self.counts, self.order, number, lane, skipped * count) for lane in self.lanes]
+            images = zip(*(_runs(lane, count) for lane in groups), strict=False)  # lanes differ by a sample
+            for chunk, parts in enumerate(islice(images, per_pass // at_once - skipped), start=skipped):
                 done = step - number * per_pass - chunk * at_once  # above 0 if the run stopped within this chunk
                 views = range(done, min(at_once, done + last_step - step))
-                items = np.stack([self._batch(lanes, number, chunk, view) for view in views])
+                items = np.stack([self._batch(parts, number, chunk, view) for view in views])
                 numbers = np.arange(items.shape[0] * items.shape[1]) + (step - first) * items.shape[1]
                 yield np.concatenate([items, numbers.reshape(*items.shape[:2], 1)], axis=2)
                 step += len(items)
@@ -175,14 +193,18 @@ class SampleOrder:
         """The number of units that a process needs at a time, if a shard has at most `units_per_shard`."""
         return len(self.lanes) * (self.order.shuffle_units + 1) * min(units_per_shard, self.order.views_per_decode)
 
-    def _batch(self, lanes: Sequence[Items], number: int, chunk: int, view: int) -> Items:
-        """View `view` of the images of a chunk, int64 [samples of this rank, 3]."""
-        count = self.batch_size // self.order.lanes
+    @property
+    def slices_per_lane(self) -> int:
+        """The number of slices, one view of one shard each, that samples of one lane are taken from at a time."""
+        return self.order.shuffle_units * self.order.views_per_decode
+
+    def _batch(self, images: Sequence[Items], number: int, chunk: int, view: int) -> Items:
+        """View `view` of a chunk's images, given by lane; int64 [samples of this rank, 3]."""
         name = ("batch", self.order.seed, number, chunk, view)
-        parts = [items[chunk * count : (chunk + 1) * count] for items in lanes]
         if view:
-            parts = [part[_permutation(count, *name, lane)] for lane, part in zip(self.lanes, parts, strict=True)]
-        batch = np.concatenate(parts)
+            lanes = zip(self.lanes, images, strict=True)
+            images = [part[_permutation(len(part), *name, lane)] for lane, part in lanes]
+        batch = np.concatenate(images)
         index = number * self.order.views_per_decode + view
         batch[:, 2] = index if self.num_views is None else index % self.num_views
         return batch

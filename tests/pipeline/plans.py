@@ -1,9 +1,11 @@
-"""The batches of a run on one rank, as the tests of the order compare them."""
+"""The batches of a run on one rank, as the tests of the order compare them, and a whole pass of a lane."""
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from tinymim.configs.sections import OrderConfig
-from tinymim.pipeline.order import Items, SampleOrder
+from tinymim.pipeline.order import Items, SampleOrder, epoch_groups
 
 
 def training_batches(
@@ -22,3 +24,8 @@ def numbered_batches(
     samples.step = first_step
     for _, items in samples.steps(last_step):
         yield items
+
+
+def epoch_items(counts: Sequence[int], order: OrderConfig, epoch: int, lane: int = 0) -> Items:
+    """All samples of a lane in one pass, int64 [n, 3]."""
+    return np.concatenate([np.empty((0, 3), np.int64), *epoch_groups(counts, order, epoch, lane)])

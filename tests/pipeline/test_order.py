@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 
 from tinymim.configs.sections import OrderConfig
-from tinymim.pipeline.order import (
-    Items,
-    epoch_items,
-    steps_per_epoch,
-    view_batches,
-)
-from tinymim.tests.pipeline.plans import numbered_batches, training_batches
+from tinymim.pipeline.order import Items, steps_per_epoch, view_batches
+from tinymim.tests.pipeline.plans import epoch_items, numbered_batches, training_batches
 
 COUNTS = [7, 1, 12, 5, 9]
 

@@ -1,22 +1,25 @@
 """Lanes, several views of one decode, and resumed epochs: equal for any number of workers and ranks."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from pydantic import ValidationError
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
+from tinymim.pipeline import order as order_module
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.order import Items, SampleOrder, epoch_items
+from tinymim.pipeline.order import Items, SampleOrder, _permutation, epoch_groups
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.tests.pipeline.plans import training_batches
+from tinymim.tests.pipeline.plans import epoch_items, training_batches
 
 COUNTS = [7, 1, 12, 5, 9, 0, 14]  # 48
 Sample = tuple[int, int, int]
@@ -212,8 +215,103 @@ def test_an_epoch_of_half_a_decode_is_refused_by_the_schema() -> None:
         OrderConfig(views_per_decode=2)
 
 
-def test_the_units_needed_at_a_time_are_those_of_the_ranks_lanes() -> None:
-    assert SampleOrder(COUNTS, OrderConfig(), 8, 4).resident_units(units_per_shard=4) == 5
-    assert order_of(1, 0).resident_units(units_per_shard=1) == 4 * 3
-    assert order_of(4, 0).resident_units(units_per_shard=1) == 3
-    assert order_of(4, 0).resident_units(units_per_shard=4) == 6
+def test_the_slices_needed_at_a_time_are_those_of_a_group() -> None:
+    assert SampleOrder(COUNTS, OrderConfig(), 8, 4).slices_per_lane == 4
+    assert order_of(1, 0).slices_per_lane == order_of(4, 0).slices_per_lane == 2 * 2
+
+
+# ---------------------------------------------------------------- group by group, as when a pass was one array
+
+
+def whole_pass(counts: list[int], order: OrderConfig, epoch: int, lane: int) -> Items:
+    """The samples of one lane in one pass, made at once: the reference for `epoch_groups`."""
+    units = _permutation(len(counts), "units", order.seed, epoch)
+    sizes = np.asarray(counts, dtype=np.int64)[units]
+    begins = np.cumsum(sizes) - sizes
+    low, high = (int(sizes.sum()) * end // order.lanes for end in (lane, lane + 1))
+    first, end = (np.clip(edge - begins, 0, sizes) for edge in (low, high))
+    kept = np.flatnonzero((end > first) | (order.lanes == 1))
+    name: tuple[object, ...] = () if order.lanes == 1 else ("lane", lane)
+    groups = [np.empty((0, 3), dtype=np.int64)]
+    for start in range(0, len(kept), order.shuffle_units):
+        rows = np.concatenate(
+            [
+                np.stack(np.broadcast_arrays(units[u], np.arange(first[u], end[u]), 0), axis=1)
+                for u in kept[start : start + order.shuffle_units]
+            ]
+        )
+        groups.append(rows[_permutation(len(rows), "samples", order.seed, epoch, start, *name)])
+    return np.concatenate(groups).astype(np.int64)
+
+
+def whole_plan(order: SampleOrder, last_step: int) -> list[Items]:
+    """The entries of `plan`, from whole passes."""
+    entries, step, k = [], order.step, order.order.views_per_decode
+    per_pass = sum(order.counts) // order.batch_size * k
+    count = order.batch_size // order.order.lanes
+    while step < last_step:
+        number, offset = divmod(step, per_pass)
+        lanes = [whole_pass(order.counts, order.order, number, lane) for lane in order.lanes]
+        chunk, done = divmod(offset, k)
+        batches = []
+        for view in range(done, min(k, done + last_step - step)):
+            parts = [items[chunk * count : (chunk + 1) * count] for items in lanes]
+            if view:
+                name = ("batch", order.order.seed, number, chunk, view)
+                parts = [part[_permutation(count, *name, lane)] for lane, part in zip(order.lanes, parts, strict=True)]
+            batch = np.concatenate(parts)
+            batch[:, 2] = (number * k + view) % (order.num_views or 2**40)
+            running = (step - order.step + len(batches)) * len(batch) + np.arange(len(batch))
+            batches.append(np.concatenate([batch, running[:, None]], axis=1))
+        entries.append(np.stack(batches))
+        step += len(batches)
+    return entries
+
+
+SHAPES = ([3], [7, 1, 12, 5, 9, 0, 14], [0, 0, 5, 0, 4], [4] * 23, [30, 1, 1, 1, 40, 2], [1] * 31)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+@pytest.mark.parametrize("counts", SHAPES, ids=str)
+def test_groups_are_the_pass_and_what_is_skipped_changes_nothing(counts: list[int], lanes: int) -> None:
+    for shuffle_units, epoch in itertools.product((1, 2, 3, 100), (0, 7)):
+        config = OrderConfig(seed=11, shuffle_units=shuffle_units, lanes=lanes)
+        for lane in range(lanes):
+            whole = whole_pass(counts, config, epoch, lane)
+            for skip in range(len(whole) + 2):
+                groups = list(epoch_groups(counts, config, epoch, lane, skip))
+                assert all(group.dtype == np.int64 for group in groups)
+                found = np.concatenate([np.empty((0, 3), np.int64), *groups])
+                np.testing.assert_array_equal(found, whole[skip:])
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("counts", SHAPES, ids=str)
+def test_the_plan_is_that_of_whole_passes_from_every_step(counts: list[int], lanes: int) -> None:
+    for k, shuffle_units, per_lane in itertools.product((1, 2, 4), (1, 2, 5), (1, 2, 3)):
+        size = per_lane * lanes
+        if size > sum(counts):
+            continue
+        config = OrderConfig(seed=5, shuffle_units=shuffle_units, lanes=lanes, views_per_decode=k, views_per_epoch=k)
+        for ranks in {1, 2, 4} & {1, lanes}:
+            order = SampleOrder(counts, config, size, 4 if k < 4 else None, ranks - 1, ranks)
+            per_pass = order.steps_per_epoch
+            for order.step in {0, 1, per_pass // 2, per_pass - 1, per_pass, per_pass + 1}:
+                last = order.step + per_pass + 3
+                found, expected = list(order.plan(last)), whole_plan(order, last)
+                assert [entry.shape for entry in found] == [entry.shape for entry in expected]
+                assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_an_entry_permutes_only_the_groups_up_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def counted(length: int, *identity: object) -> npt.NDArray[np.int64]:
+        lengths.append(length)
+        return _permutation(length, *identity)
+
+    monkeypatch.setattr(order_module, "_permutation", counted)
+    order = SampleOrder([10] * 1000, OrderConfig(shuffle_units=4), 8, 1)
+    order.step = order.steps_per_epoch // 2 + 1  # one step behind a border of groups: 5,008 of 10,000 samples
+    next(order.plan(order.step + 1))
+    assert lengths == [1000, 40]
