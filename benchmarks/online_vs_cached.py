@@ -262,9 +262,10 @@ def measure_input(
     """Seconds per view on one core of both sides' input, in turn; their order, and one batch with its records."""
     source = join(open_shards(recipe.source), reader)
     batch_size = recipe.optim.batch_size
-    order = SampleOrder(source.counts, recipe.order, batch_size, reader.manifest.num_views)
-    resident = order.resident_units(source.units_per_shard)
-    replayed = ReplayedViews(reader, source, arrays, recipe.verify, resident)
+    order = SampleOrder(source.counts, recipe.order, batch_size, source.num_views)
+    replayed = ReplayedViews(
+        reader, reader.manifest, source, arrays, recipe.verify, len(order.lanes), order.slices_per_lane
+    )
     law = ViewConfig.model_validate(reader.manifest.views)
     drawn = ImageViews(source.shards, RandomViews(law), law.seed)
     times: dict[str, list[float]] = {"views of the cache": [], "views drawn anew": []}
@@ -279,9 +280,9 @@ def measure_input(
         if batch is None:
             batch = found.pin_memory() if args.device == "cuda" else found  # as a loader hands it over
     reads = []
-    for info in reader.units()[:4]:
+    for info in reader.units(source.layer)[:4]:
         began = time.process_time()
-        reader.read_unit(info)
+        reader.read_views(info)
         reads.append((time.process_time() - began) / info.num_records)
     assert batch is not None, "fewer photographs than one batch"
     # The first batch reads units that later ones use: means over all count reading as often as it comes.

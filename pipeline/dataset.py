@@ -13,7 +13,8 @@ from tinymim.configs.errors import SourceError
 from tinymim.pipeline.decode import decode, jpeg_size, pixel_digest, render
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard
-from tinymim.pipeline.views import DIGEST, View, ViewLaw, reduced, reduction_of, to_arrays, view_key
+from tinymim.pipeline.views import View, ViewLaw, reduced, reduction_of, view_key
+from tinymim.storage.blocks import DIGEST
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class ViewBatch:
         return torch.tensor([pixel_digest(view) for view in self.pixels], dtype=torch.int64)
 
     def stored(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays that a cache stores with any codec, first axis B: views and pixel digests."""
-        return to_arrays(self.views) | {DIGEST: self.digests().numpy().view(np.uint64)}
+        """The arrays of the view layer, first axis B: the low 32 bits of every digest."""
+        return {DIGEST: self.digests().numpy().astype(np.uint32)}
 
     def pin_memory(self) -> "ViewBatch":
         """Pin all tensors that a training step copies to the GPU; called by the DataLoader."""

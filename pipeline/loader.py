@@ -1,7 +1,7 @@
 """Run a view source over a list of batches, in worker processes or in this one."""
 
-from collections.abc import Generator, Iterable
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,22 @@ from tinymim.pipeline.dataset import ViewBatch, ViewSource
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.workers import prepare_loader, worker_context
 
+_Made = list[ViewBatch] | TinymimError  # the batches of an entry, or why there are none
 
-class _Adapter(Dataset[list[ViewBatch] | TinymimError]):
+
+class RankPart(Protocol):
+    """The part of a source that stays in the rank's own process."""
+
+    def prepared(self, plan: Iterable[Items]) -> Iterator[Items | TinymimError]:
+        """The entries of a plan as the view source takes them; an error takes the place of an entry, for its turn."""
+        ...
+
+    def completed(self, made: list[ViewBatch], pin_memory: bool) -> list[ViewBatch]:
+        """Complete the batches of the oldest entry that `prepared` gave and that is not completed."""
+        ...
+
+
+class _Adapter(Dataset[_Made]):
     """Hands whole item arrays through torch's map-style fetcher.
 
     Errors of ours come back as values: torch would rebuild them from a traceback text, without got, expected, hint.
@@ -24,9 +38,9 @@ class _Adapter(Dataset[list[ViewBatch] | TinymimError]):
     def __init__(self, source: ViewSource) -> None:
         self.source = source
 
-    def __getitems__(self, items: Items) -> list[ViewBatch] | TinymimError:
+    def __getitems__(self, items: Items | TinymimError) -> _Made:
         try:
-            return _entry_batches(self.source, items)
+            return items if isinstance(items, TinymimError) else _entry_batches(self.source, items)
         except TinymimError as error:
             return error
 
@@ -64,6 +78,7 @@ def batches(
     pin_memory: bool = False,
     batches_per_entry: int = 1,
     look_ahead: bool = True,
+    rank_part: RankPart | None = None,
 ) -> Generator[ViewBatch]:
     """Yield the batches of `plan` in its order, whatever the number of workers.
 
@@ -74,27 +89,40 @@ def batches(
         pin_memory: for batches that go to a GPU.
         batches_per_entry: the largest n of the plan.
         look_ahead: whether the plan may be read far ahead of its batches, to spool the shards that come next.
+        rank_part: the part of the source that is never in a worker; None: there is none.
     """
     with spooling(source.shards, plan, look_ahead) as (plan, done):
-        if config.workers == 0:
-            for items in plan:
-                for batch in _entry_batches(source, items):
-                    yield batch.pin_memory() if pin_memory else batch
-                done()
-            return
-        loaded: DataLoader[list[ViewBatch] | TinymimError] = DataLoader(
-            _Adapter(source),
-            batch_sampler=plan,  # type: ignore[arg-type]  # an array of items is one entry for __getitems__
-            num_workers=config.workers,
-            prefetch_factor=-(-config.prefetch // batches_per_entry),
-            collate_fn=_as_is,
-            multiprocessing_context=worker_context([type(source).__module__]),
-            worker_init_fn=prepare_loader,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
-        )
-        for entry in loaded:
-            if isinstance(entry, TinymimError):
-                raise entry
-            yield from entry
+        entries = plan if rank_part is None else rank_part.prepared(plan)
+        for made in _made(_Adapter(source), entries, config, pin_memory, batches_per_entry):
+            if isinstance(made, TinymimError):
+                raise made
+            yield from made if rank_part is None else rank_part.completed(made, pin_memory)
             done()
+
+
+def _made(
+    adapter: _Adapter,
+    entries: Iterable[Items | TinymimError],
+    config: LoaderConfig,
+    pin_memory: bool,
+    batches_per_entry: int,
+) -> Iterator[_Made]:
+    """What `adapter` makes of every entry, in their order."""
+    if config.workers == 0:
+        for made in map(adapter.__getitems__, entries):
+            if pin_memory and not isinstance(made, TinymimError):
+                yield [batch.pin_memory() for batch in made]
+            else:
+                yield made
+        return
+    yield from DataLoader(
+        adapter,
+        batch_sampler=entries,  # type: ignore[arg-type]  # an array of items is one entry for __getitems__
+        num_workers=config.workers,
+        prefetch_factor=-(-config.prefetch // batches_per_entry),
+        collate_fn=_as_is,
+        multiprocessing_context=worker_context([type(adapter.source).__module__]),
+        worker_init_fn=prepare_loader,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
+    )

@@ -146,7 +146,7 @@ class SampleOrder:
                 "the saved order of samples belongs to another recipe or cache",
                 got=state["identity"],
                 expected=self._identity(),
-                hint="resume with the source, cache, batch size and `order` of the saved run",
+                hint="resume with the source, cache, num_views, optim.batch_size and `order` of the saved run",
             )
         self.step = int(state["step"])
 
@@ -188,10 +188,6 @@ class SampleOrder:
         order = SampleOrder(self.counts, self.order, self.batch_size, self.num_views)
         order.step = step
         return next(order.plan(step + 1))[0, :, :3]
-
-    def resident_units(self, units_per_shard: int) -> int:
-        """The number of units that a process needs at a time, if a shard has at most `units_per_shard`."""
-        return len(self.lanes) * (self.order.shuffle_units + 1) * min(units_per_shard, self.order.views_per_decode)
 
     @property
     def slices_per_lane(self) -> int:

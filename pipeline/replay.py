@@ -1,30 +1,47 @@
-"""Stage two's views: rendered from the same images with the stored boxes, and checked by digest (I2, I8).
+"""Stage two's views: rendered again by the cache's view law, checked by digest, with their records (I2, I8).
 
-Records are read a whole unit at a time (I9) and kept in memory while the order needs them.
+Loader workers render pixels. The rank's own process reads records and stored digests ahead, one slice once per pass
+(`pipeline.records`), and adds them to the batches that come back.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import takewhile
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinymim.configs.errors import CacheCorrupt, CacheMismatch, SourceError, UserError, ViewMismatch
-from tinymim.configs.sections import VerifyConfig
-from tinymim.pipeline.dataset import ViewBatch, render_items
+from tinymim.configs.errors import (
+    CacheCorrupt,
+    CacheMismatch,
+    RecipeError,
+    SourceError,
+    TinymimError,
+    UserError,
+    ViewMismatch,
+)
+from tinymim.configs.sections import LoaderConfig, VerifyConfig
+from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import environment, pixel_digest
+from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items
+from tinymim.pipeline.records import Slice, SliceId, Slices, UnitReader, Units
 from tinymim.pipeline.shards import Shard, ShardSet
-from tinymim.pipeline.views import DIGEST, VIEW_ARRAYS, StoredViews
+from tinymim.pipeline.views import RandomViews, law_of
+from tinymim.storage.blocks import DIGEST
 from tinymim.storage.commit import UnitInfo
-from tinymim.storage.layout import COMMITS, shard_stem
-from tinymim.storage.reader import CacheReader
+from tinymim.storage.layout import VIEWS
+from tinymim.storage.manifest import Manifest
+from tinymim.storage.reader import CacheReader, views_from_zero
 
 _Index = npt.NDArray[np.int64]
+_AHEAD: Final = 4  # entries that are requested before they go to a worker
 
 
 @dataclass(frozen=True)
@@ -33,30 +50,30 @@ class CachedSource:
 
     Attributes:
         shards: covered shards in source order; item arrays index into this.
-        units: the committed units by shard name, ascending by view.
+        layer: the layer of the records.
+        num_views: views per image, from view 0.
+        units: the committed units of that layer and of the view layer, by layer and shard, ascending by view.
         skipped: names of source shards that the cache does not cover.
         without_record: readable images of the covered shards for which the cache holds no record.
     """
 
     shards: tuple[Shard, ...]
-    units: dict[str, tuple[UnitInfo, ...]]
-    skipped: tuple[str, ...]
+    layer: str
+    num_views: int
+    units: Units
+    skipped: tuple[str, ...] = ()
     without_record: int = 0
 
     @property
     def counts(self) -> list[int]:
         """Cached images per covered shard."""
-        return [self.units[shard.name][0].num_images for shard in self.shards]
-
-    @property
-    def units_per_shard(self) -> int:
-        """The largest number of units of one shard; each unit holds other views."""
-        return max(len(infos) for infos in self.units.values())
+        return [self.units[VIEWS][shard.name][0].num_images for shard in self.shards]
 
 
 def join(
     source: ShardSet,
     reader: CacheReader,
+    layer: str | None = None,
     num_views: int | None = None,
     on_missing: Literal["refuse", "skip"] = "refuse",
 ) -> CachedSource:
@@ -65,18 +82,48 @@ def join(
     Args:
         source: the images.
         reader: the cache.
-        num_views: wanted views per image, from view 0; None: the manifest's `num_views`.
+        layer: the layer of the records; None: the only one.
+        num_views: wanted views per image, from view 0; None: as many as all shards have, or with `skip` all shards that
+            have any.
         on_missing: whether images without a record raise an error or are left out. Images that were unreadable in
             stage one are always left out.
 
     Raises:
         CacheMismatch: a shard's bytes differ from those the teacher saw, its units hold different images, or images
             have no record and `on_missing` is refuse.
-        UserError: the cache covers no shard of this source, or not all of them and `on_missing` is refuse.
+        UserError: the cache covers no shard of this source, or not all of them and `on_missing` is refuse, or it has no
+            such layer.
+        RecipeError: no shard has as many views as `num_views`.
     """
-    known = reader.manifest.shards
+    _refuse_changed(source, reader.manifest)
+    name = reader.layer(layer).name
+    units = {each: reader.by_shard(each) for each in (VIEWS, name)}
+    views = {each: {s: views_from_zero(infos) for s, infos in by_shard.items()} for each, by_shard in units.items()}
+    held = {shard.name: min(counts.get(shard.name, 0) for counts in views.values()) for shard in source.shards}
+    present = [count for count in held.values() if count]
+    wanted = num_views or (min(present) if present else 1)
+    covered = tuple(shard for shard in source.shards if held[shard.name] >= wanted)
+    skipped = tuple(shard.name for shard in source.shards if held[shard.name] < wanted)
+    if not covered or (skipped and on_missing == "refuse"):
+        existing = "; ".join(f"layer {each}: {_existing(source, counts)}" for each, counts in views.items())
+        raise _lacking(reader.place, skipped, list(held.values()), wanted, existing)
+    in_use = {
+        each: {shard.name: _first_views(by_shard[shard.name], wanted) for shard in covered}
+        for each, by_shard in units.items()
+    }
+    without_record = 0
+    for shard in covered:
+        info = _same_images(shard.name, [info for each in in_use.values() for info in each[shard.name]])
+        without_record += (lost := _without_record(shard, info))
+        if lost and on_missing == "refuse":
+            _refuse_missing(shard, info, reader)
+    return CachedSource(covered, name, wanted, in_use, skipped, without_record)
+
+
+def _refuse_changed(source: ShardSet, manifest: Manifest) -> None:
+    """Raises CacheMismatch where a shard is not the one in the manifest."""
     for shard in source.shards:
-        stored = known.get(shard.name)
+        stored = manifest.shards.get(shard.name)
         if stored is not None and stored.content_hash != shard.content_hash:
             raise CacheMismatch(
                 f"source.{shard.name}.content_hash differs: the shard is not the one the teacher saw",
@@ -84,58 +131,76 @@ def join(
                 expected=stored.content_hash,
                 hint="restore the shard, or make a new cache of the changed images",
             )
-    units: dict[str, list[UnitInfo]] = {}
-    for info in reader.units():
-        units.setdefault(info.unit.shard, []).append(info)
-    wanted = range(num_views or reader.manifest.num_views)
-    complete: dict[str, tuple[UnitInfo, ...]] = {}
-    for name, infos in units.items():
-        useful = tuple(info for info in infos if info.unit.first_view < len(wanted))
-        if set(wanted) <= {view for info in useful for view in info.unit.views}:
-            complete[name] = useful
-    for name, useful in complete.items():
-        if len({info.key_digest for info in useful}) > 1:
-            raise CacheMismatch(
-                f"the units of shard {name} hold different images",
-                got=", ".join(f"{info.unit.view_range}: {info.num_images}" for info in useful),
-                expected="the same sample keys in every unit of a shard",
-                hint=f"another decoder may have read other images; delete {COMMITS}/{shard_stem(name)}.v*.json in the "
-                "cache and run `tinymim cache-teacher` again",
-            )
-    covered = tuple(shard for shard in source.shards if shard.name in complete)
-    if not covered:
-        raise UserError(
-            "the cache covers no shard of this source",
-            got=str(reader.coverage()),
-            hint="run `tinymim cache-teacher` to the end of at least one shard, with the same source",
+
+
+def _first_views(infos: Sequence[UnitInfo], num_views: int) -> tuple[UnitInfo, ...]:
+    """The units that hold any of the views 0 to `num_views` - 1."""
+    return tuple(takewhile(lambda info: info.unit.first_view < num_views, infos))
+
+
+def _lacking(place: object, skipped: Sequence[str], held: Sequence[int], wanted: int, existing: str) -> UserError:
+    """The error for shards without all wanted views.
+
+    Args:
+        place: the cache.
+        skipped: names of these shards.
+        held: number of views of each shard.
+        wanted: number of wanted views.
+        existing: what the cache holds.
+    """
+    present = [views for views in held if views]
+    if present and wanted > max(present):
+        return RecipeError(
+            "num_views is more than the cache holds",
+            got=wanted,
+            expected=f"at most {max(present)}; {existing}",
+            hint="`tinymim cache-teacher` with a larger num_views adds to the cache",
         )
-    skipped = tuple(shard.name for shard in source.shards if shard.name not in complete)
-    if skipped and on_missing == "refuse":
-        raise UserError(
-            f"the cache {reader.place} lacks {len(skipped)} of {len(source.shards)} shards of this source, "
-            f"the first is {skipped[0]}",
-            got=str(reader.coverage()),
-            hint="run `tinymim cache-teacher` to its end, or set on_missing: skip to train on the cached shards",
-        )
-    without_record = {shard.name: _without_record(shard, complete[shard.name][0]) for shard in covered}
-    if on_missing == "refuse":
-        for shard in covered:
-            if without_record[shard.name]:
-                _refuse_missing(shard, complete[shard.name][0], reader)
-    return CachedSource(
-        covered, {shard.name: complete[shard.name] for shard in covered}, skipped, sum(without_record.values())
+    hint = "run `tinymim cache-teacher` to its end with the same source"
+    if not present:
+        return UserError(f"the cache {place} covers no shard of this source", got=existing, hint=hint)
+    if wanted > min(present):
+        hint += f", or set num_views: {min(present)}"
+    return UserError(
+        f"the cache {place} lacks {len(skipped)} of {len(held)} shards of this source, the first is {skipped[0]}",
+        got=existing,
+        expected=f"views 0 to {wanted - 1} of every shard",
+        hint=f"{hint}, or on_missing: skip to leave these shards out",
     )
 
 
+def _existing(source: ShardSet, views: Mapping[str, int]) -> str:
+    """The number of shards by their number of views, for a message: "3 shards have 2 views, 1 shard has none"."""
+    counts = Counter(views.get(shard.name, 0) for shard in source.shards)
+    return ", ".join(
+        f"{shards:,} {'shard has' if shards == 1 else 'shards have'} "
+        + (f"{number} view{'s' if number > 1 else ''}" if number else "none")
+        for number, shards in sorted(counts.items(), reverse=True)
+    )
+
+
+def _same_images(shard: str, infos: Sequence[UnitInfo]) -> UnitInfo:
+    """The first of a shard's units. Raises CacheMismatch unless all hold the same images."""
+    if len({info.key_digest for info in infos}) > 1:
+        raise CacheMismatch(
+            f"the units of shard {shard} hold different images",
+            got=", ".join(f"{info.layer} {info.unit.view_range}: {info.num_images}" for info in infos),
+            expected="the same sample keys in every unit of a shard",
+            hint="another decoder may have read other images; remove the shard from the cache and run "
+            "`tinymim cache-teacher` again",
+        )
+    return infos[0]
+
+
 def _without_record(shard: Shard, info: UnitInfo) -> int:
-    """The number of a shard's images without a record in a unit, except those listed as unreadable."""
+    """The number of a shard's images without a record, except those listed as unreadable."""
     unreadable = info.statistics.get("unreadable", ())
     return shard.num_samples - info.num_images - (len(unreadable) if isinstance(unreadable, list) else 0)
 
 
 def _refuse_missing(shard: Shard, info: UnitInfo, reader: CacheReader) -> None:
-    """Raises CacheMismatch with the keys that a unit lacks."""
-    held = set(reader.read_unit(info, ()).keys)
+    """Raises CacheMismatch with the keys that the cache lacks."""
+    held = set(reader.keys(shard.name))
     unreadable = {str(key) for key, _ in info.statistics.get("unreadable", ())}
     lost = [key for key in shard.members().keys if key not in held | unreadable]
     raise CacheMismatch(
@@ -146,54 +211,86 @@ def _refuse_missing(shard: Shard, info: UnitInfo, reader: CacheReader) -> None:
     )
 
 
-@dataclass(frozen=True)
-class ResidentUnit:
-    """The part of a unit in memory: records of V views of all its I images, in tar order.
+class ReplayedPixels(ImageViews):
+    """The part of replayed views for loader workers: pixels by the law, and the digests of those that are due."""
 
-    Attributes:
-        views: the V view indices, ascending.
-        positions: int64 [I], the index in its tar of every cached image; records are joined by key (I8).
-        arrays: the arrays by name, first axis I * V.
-    """
+    def __init__(self, shards: tuple[Shard, ...], law: RandomViews, verify: VerifyConfig) -> None:
+        super().__init__(shards, law, law.config.seed)
+        self.verify = verify
 
-    views: tuple[int, ...]
-    positions: _Index
-    arrays: dict[str, npt.NDArray[Any]]
+    def batch(self, items: Items) -> ViewBatch:
+        """The views of `items`, int64 [B, 4]: shard, sample in the tar, view, running number since the start.
 
-    def rows(self, images: _Index, views: _Index) -> _Index:
-        """The indices, int64 [n], of the records of n (image, view) pairs."""
-        return images * len(self.views) + np.searchsorted(self.views, views)
+        Its only record is the digest, int64 [B], 0 where none is due.
+
+        Raises:
+            SourceError: an image that the cache holds is gone or unreadable.
+        """
+        batch = super().batch(items)
+        if batch.unreadable:
+            key, reason = batch.unreadable[0]
+            raise SourceError(
+                f"image '{key}' is in the cache but can no longer be read", got=reason, hint="restore its shard"
+            )
+        digests = torch.zeros(len(items), dtype=torch.int64)
+        for place in np.flatnonzero(_due(self.verify, items[:, 3])).tolist():
+            digests[place] = pixel_digest(batch.pixels[place])
+        return replace(batch, records={DIGEST: digests})
+
+
+def _due(verify: VerifyConfig, numbers: _Index) -> npt.NDArray[np.bool_]:
+    """Whether the pixels of the views with these running numbers are compared."""
+    return (numbers < verify.first) | (numbers % verify.every == 0 if verify.every else False)
+
+
+class _Entry(NamedTuple):
+    """An entry that is requested, or in flight."""
+
+    items: Items  # [n, B, 4]: shard, cached image, view, running number
+    slices: dict[SliceId, Slice]
+    positions: "dict[int, Future[_Index]]"  # by shard, the index in its tar of every cached image
 
 
 class ReplayedViews:
-    """Batches of cached views: pixels rendered from the stored views, and the codec's arrays.
+    """Batches of cached views: pixels rendered again, and the codec's arrays.
 
     Item samples number the *cached* images of a shard; unreadable ones have no record. Digests are checked for the
     first `verify.first` items after a start or resume, and then for one in `verify.every`.
 
-    Memory per process is `resident_units` x images of a shard x views in use x bytes of a record. While a unit is
-    read, all of it and a copy of its largest array come on top.
+    Memory of the rank's process is that of `records.Slices`: lanes x `per_lane` slices, and those of the entries in
+    flight. Loader workers keep nothing.
 
     Args:
         reader: the cache.
+        manifest: its manifest.
         source: the result of `join`.
         arrays: names of the codec's arrays to put into batches.
         verify: the number of pixel digests to check.
-        resident_units: largest number of units in memory per process; `SampleOrder.resident_units` avoids rereading.
+        lanes: number of equal parts of every batch that take their samples from shards of their own.
+        per_lane: slices to keep per lane; `SampleOrder.slices_per_lane` is enough to read each once per pass.
+
+    Attributes:
+        pixels: the part for loader workers; this object is the part that stays in the rank's process.
     """
 
     def __init__(
         self,
-        reader: CacheReader,
+        reader: UnitReader,
+        manifest: Manifest,
         source: CachedSource,
         arrays: Sequence[str],
         verify: VerifyConfig,
-        resident_units: int,
+        lanes: int = 1,
+        per_lane: int = 1,
     ) -> None:
-        self.reader, self.source, self.arrays, self.verify = reader, source, tuple(arrays), verify
-        self.shards = source.shards
-        self.resident_units = resident_units
-        self._resident: OrderedDict[str, ResidentUnit] = OrderedDict()
+        self.reader, self.manifest, self.source, self.verify, self.lanes = reader, manifest, source, verify, lanes
+        self.pixels = ReplayedPixels(source.shards, law_of(manifest.views), verify)
+        self._slices = Slices(reader, source.units, {VIEWS: [DIGEST], source.layer: arrays}, per_lane)
+        self._positions: OrderedDict[int, Future[_Index]] = OrderedDict()
+        self._most_positions = 2 * lanes * per_lane
+        self._in_flight: deque[_Entry] = deque()
+        # A spool holds the tars of every entry that left the plan, and may have no room for more than one entry's.
+        self._ahead = _AHEAD if all(isinstance(shard.place, Path) for shard in source.shards) else 0
 
     def batch(self, numbered: Items) -> ViewBatch:
         """The batch of `numbered` items, int64 [B, 4]: shard, cached image, view, running number since the start.
@@ -201,108 +298,121 @@ class ReplayedViews:
         Raises:
             ViewMismatch: pixels differ from those the teacher saw.
             SourceError: an image that the cache holds is gone or unreadable.
-            CacheCorrupt: a unit's bytes are damaged, or it holds a key that its shard lacks.
+            CacheCorrupt: bytes of a slice are damaged, or the cache holds a key that its shard lacks.
         """
-        tar_items, numbers = numbered[:, :3].copy(), numbered[:, 3]
-        keys = [""] * len(numbered)
-        gathered: dict[str, Tensor] = {}
-        for shard, info, at in self._by_unit(numbered):
-            positions = self._gather(shard, info, at, numbered, gathered)
-            members = self.source.shards[shard].members()
-            tar_items[at, 1] = positions
-            for place, position in zip(at.tolist(), positions.tolist(), strict=True):
-                keys[place] = members.keys[position]
-        digests = gathered.pop(DIGEST)
-        law = self.reader.manifest.views
-        stored = StoredViews(law, keys, {name: gathered.pop(name).numpy() for name in VIEW_ARRAYS})
-        batch = render_items(self.source.shards, tar_items, stored, int(law["seed"]))
-        if batch.unreadable:
-            key, reason = batch.unreadable[0]
-            raise SourceError(
-                f"image '{key}' is in the cache but can no longer be read", got=reason, hint="restore its shard"
-            )
-        self._check(batch, digests, numbers)
-        return replace(batch, records=gathered)
+        [batch] = batches(self.pixels, [numbered], LoaderConfig(workers=0), rank_part=self)
+        return batch
 
-    def _by_unit(self, numbered: Items) -> Iterator[tuple[int, UnitInfo, _Index]]:
-        """Shard, unit, and the places in the batch of all items of that unit.
+    def prepared(self, plan: Iterable[Items]) -> Iterator[Items | TinymimError]:
+        """The entries of `plan` with positions in tars for cached images; their slices are being read."""
+        self._in_flight.clear()
+        waiting: deque[_Entry] = deque()
+        for items in plan:
+            waiting.append(self._requested(items))
+            if len(waiting) > self._ahead:
+                yield self._handed_out(waiting.popleft())
+        while waiting:
+            yield self._handed_out(waiting.popleft())
 
-        Units in memory come first. Otherwise, at the border of two groups of shards, reading a new unit could evict one
-        that the same batch still needs.
+    def completed(self, made: list[ViewBatch], pin_memory: bool) -> list[ViewBatch]:
+        """The batches of the oldest entry in flight with their records, checked.
+
+        Raises:
+            ViewMismatch, CacheCorrupt: as `batch`.
         """
-        groups: list[tuple[int, UnitInfo, _Index]] = []
-        for shard in np.unique(numbered[:, 0]).tolist():
-            of_shard = np.flatnonzero(numbered[:, 0] == shard)
-            infos = self.source.units[self.source.shards[shard].name]
-            which = np.searchsorted([info.unit.first_view for info in infos], numbered[of_shard, 2], side="right") - 1
-            groups += [(shard, infos[number], of_shard[which == number]) for number in np.unique(which).tolist()]
-        yield from sorted(groups, key=lambda group: str(group[1].unit) not in self._resident)
+        entry = self._in_flight.popleft()
+        found = []
+        for batch, items in zip(made, entry.items, strict=True):
+            self._check(batch, items, entry.slices)
+            found.append(replace(batch, records=self._gathered(items, entry.slices, pin_memory)))
+        return found
 
-    def _gather(self, shard: int, info: UnitInfo, at: _Index, numbered: Items, gathered: dict[str, Tensor]) -> _Index:
-        """Copy the records of the items at places `at`, all of one unit, into the arrays [B, ...] of `gathered`.
+    def _requested(self, items: Items) -> _Entry:
+        """Request what an entry needs, for each lane in the order of first use."""
+        entry = _Entry(items.reshape(-1, *items.shape[-2:]), {}, {})
+        by_lane = np.array_split(entry.items, self.lanes, axis=1)
+        for lane, part in enumerate(by_lane):
+            rows = part.reshape(-1, 4)
+            shards, first = np.unique(rows[:, 0], return_index=True)
+            ids = []
+            for shard in shards[np.argsort(first)].tolist():
+                entry.positions[shard] = self._positions_of(shard)
+                of_shard, name = rows[rows[:, 0] == shard], self.source.shards[shard].name
+                ids += [SliceId(self.source.layer, name, view) for view in np.unique(of_shard[:, 2]).tolist()]
+                due = of_shard[_due(self.verify, of_shard[:, 3])]
+                ids += [SliceId(VIEWS, name, view) for view in np.unique(due[:, 2]).tolist()]
+            entry.slices.update(self._slices.request(lane, ids))
+        return entry
 
-        Returns:
-            int64 [len(at)], the images' indices in their tar.
-        """
-        images, views = numbered[at, 1], numbered[at, 2]
-        unit = self._unit(shard, info, np.unique(views))
-        rows = unit.rows(images, views)
-        for name, array in unit.arrays.items():
-            if name not in gathered:
-                like = torch.from_numpy(array[:0])
-                gathered[name] = torch.empty((len(numbered), *array.shape[1:]), dtype=like.dtype)
-            gathered[name].numpy()[at] = array[rows]
-        positions: _Index = unit.positions[images]
-        return positions
+    def _positions_of(self, shard: int) -> "Future[_Index]":
+        found = self._positions.get(shard)
+        if found is None:
+            found = self._positions[shard] = self._slices.pool.submit(self._in_tar, self.source.shards[shard])
+        self._positions.move_to_end(shard)
+        if len(self._positions) > self._most_positions:
+            self._positions.popitem(last=False)
+        return found
 
-    def _unit(self, shard: int, info: UnitInfo, views: _Index) -> ResidentUnit:
-        name = str(info.unit)
-        held = self._resident.get(name)
-        if held is None or not np.isin(views, held.views).all():
-            self._resident.pop(name, None)
-            del held  # frees the replaced unit before another is read
-            while len(self._resident) >= self.resident_units:
-                self._resident.popitem(last=False)
-            self._resident[name] = self._read(shard, info, views)
-        self._resident.move_to_end(name)
-        return self._resident[name]
-
-    def _read(self, shard: int, info: UnitInfo, views: _Index) -> ResidentUnit:
-        """Read a unit and keep its records of `views`."""
-        records = self.reader.read_unit(info, (*VIEW_ARRAYS, DIGEST, *self.arrays))
-        source = self.source.shards[shard]
-        places = {key: place for place, key in enumerate(source.members().keys)}
-        for key in records.keys:
+    def _in_tar(self, shard: Shard) -> _Index:
+        """int64 [I], the index in its tar of every cached image of a shard, by key (I8)."""
+        places = {key: place for place, key in enumerate(shard.members().keys)}
+        keys = self.reader.keys(shard.name)
+        for key in keys:
             if key not in places:
-                raise CacheCorrupt(f"key '{key}' of the cache is not in shard {source.name}")
-        positions = np.array([places[key] for key in records.keys], dtype=np.int64)
-        arrays = records.arrays
-        # torch cannot index uint64; `pixel_digest` returns int64, too.
-        arrays[DIGEST] = arrays[DIGEST].view(np.int64)
-        if len(views) < info.unit.num_views:
-            images = np.arange(info.num_images)
-            rows = (images[:, None] * info.unit.num_views + (views - info.unit.first_view)).reshape(-1)
-            for name in list(arrays):
-                arrays[name] = arrays[name][rows]  # frees each whole array before the next is copied
-        return ResidentUnit(tuple(views.tolist()), positions, arrays)
+                raise CacheCorrupt(f"key '{key}' of the cache is not in shard {shard.name}")
+        return np.array([places[key] for key in keys], dtype=np.int64)
 
-    def _check(self, batch: ViewBatch, digests: Tensor, numbers: _Index) -> None:
-        first, every = self.verify.first, self.verify.every
-        due = (numbers < first) | (numbers % every == 0 if every else False)
-        for place in np.flatnonzero(due).tolist():
-            found, wanted = pixel_digest(batch.pixels[place]), int(digests[place])
-            if found != wanted:
-                self._refuse(batch, place, found & (2**64 - 1), wanted & (2**64 - 1))
+    def _handed_out(self, entry: _Entry) -> Items | TinymimError:
+        self._in_flight.append(entry)
+        items = entry.items.copy()
+        try:
+            for shard, positions in entry.positions.items():
+                of_shard = items[..., 0] == shard
+                items[of_shard, 1] = positions.result()[items[of_shard, 1]]
+        except TinymimError as error:
+            return error
+        return items
 
-    def _refuse(self, batch: ViewBatch, place: int, found: int, wanted: int) -> None:
-        then, now = self.reader.manifest.environment, environment()
+    def _gathered(self, items: Items, slices: dict[SliceId, Slice], pin_memory: bool) -> dict[str, Tensor]:
+        """The records of a batch's items [B, 4], by name, first axis B."""
+        found: dict[str, Tensor] = {}
+        for shard, view, at in _by_slice(items):
+            arrays = slices[SliceId(self.source.layer, self.source.shards[shard].name, view)].arrays()
+            for name, array in arrays.items():
+                if name not in found:
+                    like = torch.from_numpy(np.empty(0, array.dtype))
+                    shape = (len(items), *array.shape[1:])
+                    found[name] = torch.empty(shape, dtype=like.dtype, pin_memory=pin_memory)
+                found[name].numpy()[at] = array[items[at, 1]]
+        return found
+
+    def _check(self, batch: ViewBatch, items: Items, slices: dict[SliceId, Slice]) -> None:
+        """Compare the digests that are due."""
+        due = np.flatnonzero(_due(self.verify, items[:, 3]))
+        digests = batch.records[DIGEST].numpy()
+        for shard, view, at in _by_slice(items[due]):
+            stored = slices[SliceId(VIEWS, self.source.shards[shard].name, view)].arrays()[DIGEST]
+            places = due[at]
+            found, wanted = digests[places].astype(stored.dtype), stored[items[places, 1]]  # the bits that are stored
+            if wrong := np.flatnonzero(found != wanted).tolist():
+                first = wrong[0]
+                self._refuse(batch.keys[places[first]], shard, view, int(found[first]), int(wanted[first]))
+
+    def _refuse(self, key: str, shard: int, view: int, found: int, wanted: int) -> None:
+        then, now = self.manifest.environment, environment()
         changed = [f"{n} {then.get(n)} -> {now.get(n)}" for n in sorted({*then, *now}) if then.get(n) != now.get(n)]
-        unit, _, view = batch.items[place].tolist()
         raise ViewMismatch(
-            f"image '{batch.keys[place]}' of shard {self.source.shards[unit].name}, view {view}: "
+            f"image '{key}' of shard {self.source.shards[shard].name}, view {view}: "
             "the pixels are not those the teacher saw",
-            got=f"digest {found:016x}",
-            expected=f"digest {wanted:016x}",
+            got=f"digest {found:08x}",
+            expected=f"digest {wanted:08x}",
             hint="libraries that changed since the cache was made: "
             + (", ".join(changed) or "none, so the image changed; restore its shard"),
         )
+
+
+def _by_slice(items: Items) -> Iterator[tuple[int, int, _Index]]:
+    """Shard, view, and the places in `items` [B, 4] of all items of that slice."""
+    slices = items[:, 0] << 32 | items[:, 2]
+    for number in np.unique(slices).tolist():
+        yield number >> 32, number & (2**32 - 1), np.flatnonzero(slices == number)

@@ -1,26 +1,20 @@
-"""The view law: the box and flip of view v of an image, and their form in a cache (I1).
+"""The view law: the box and flip of view v of an image (I1). A cache stores the law, not what it draws.
 
 The law is RandomResizedCrop as in torchvision (uniform area share, log-uniform aspect ratio, ten tries, central
 fallback). Its numbers come from blake2b instead of a library's generator, so no version, worker, rank or batch can
 change them.
-
-A law that draws more adds fields to `View`, and arrays to `VIEW_ARRAYS`, `to_arrays` and `from_arrays`. No other file
-names these arrays except storage/layout.py, which lists the arrays of every unit.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
+from pydantic import ValidationError
 
-from tinymim.configs.errors import ViewMismatch
+from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.sections import ViewConfig
 
-VIEW_ARRAYS: Final = ("box", "flip")  # the drawn values
-DIGEST: Final = "digest"  # uint64 digest of the rendered pixels of a view (I2)
 _TRIES = 10
 
 
@@ -32,20 +26,6 @@ class View(NamedTuple):
     height: int
     width: int
     flip: bool
-
-
-def to_arrays(views: Sequence[View]) -> dict[str, npt.NDArray[Any]]:
-    """The stored form of B views: `box` int32 [B, 4] (top, left, height, width) and `flip` uint8 [B]."""
-    return {
-        "box": np.array([view[:4] for view in views], dtype=np.int32).reshape(-1, 4),
-        "flip": np.array([view.flip for view in views], dtype=np.uint8),
-    }
-
-
-def from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[View]:
-    """The views from the arrays of `to_arrays`, in order."""
-    columns = (*arrays["box"].T.tolist(), arrays["flip"].astype(bool).tolist())
-    return map(View._make, zip(*columns, strict=True))
 
 
 class ViewLaw(Protocol):
@@ -133,6 +113,26 @@ def _largest_within(height: int, width: int, ratio_low: float, ratio_high: float
     return height, width
 
 
+def law_of(stored: Mapping[str, Any]) -> RandomViews:
+    """The law by which the views of a cache were drawn.
+
+    Args:
+        stored: the law in the cache's manifest.
+
+    Raises:
+        CacheMismatch: this version cannot draw its views.
+    """
+    try:
+        # Caches from before scaled decoding lack the field, and do not use it.
+        return RandomViews(ViewConfig.model_validate({"scaled_decode": False} | dict(stored)))
+    except ValidationError as error:
+        raise CacheMismatch(
+            "the views of this cache follow a law that this version of tinymim does not have",
+            got="; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()),
+            hint="use the version of tinymim that made the cache",
+        ) from error
+
+
 class CentreView:
     """The evaluation law: scale the short side to size x resize_ratio, then cut the central square.
 
@@ -149,32 +149,3 @@ class CentreView:
     def __call__(self, key: str, view: int, height: int, width: int) -> View:
         side = max(1, round(min(height, width) / self.resize_ratio))
         return View((height - side) // 2, (width - side) // 2, side, side, False)
-
-
-class StoredViews:
-    """The law of a cache, which looks views up instead of drawing them.
-
-    It must be called once per item, in the order of the items. Items of unreadable images may be skipped.
-
-    Args:
-        law: the manifest's view law.
-        keys: the sample keys of the B items.
-        arrays: the arrays of `VIEW_ARRAYS`, first axis B.
-    """
-
-    def __init__(self, law: Mapping[str, Any], keys: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        self.size: int = law["size"]
-        self.interpolation: str = law["interpolation"]
-        self.scaled_decode: bool = law.get("scaled_decode", False)  # older caches do not use it
-        self._views = zip(keys, from_arrays(arrays), strict=True)
-
-    def __call__(self, key: str, view: int, height: int, width: int) -> View:
-        stored = next(stored for name, stored in self._views if name == key)
-        if stored.top + stored.height > height or stored.left + stored.width > width:
-            raise ViewMismatch(
-                f"image '{key}', view {view}: the stored box lies outside the image",
-                got=f"{width} x {height} pixels",
-                expected=f"at least {stored.left + stored.width} x {stored.top + stored.height}",
-                hint="the image was replaced since the cache was made",
-            )
-        return stored

@@ -75,7 +75,7 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
             alike = recipe.source == cache.source or options.num_images is not None
             images = count if alike else open_shards(recipe.source).num_samples
             seconds = 0.4 * options.seconds / len(students)
-            trained.append(measured_student(name, recipe, images, reader, joined, seconds))
+            trained.append(measured_student(name, recipe, images, cache.num_views, reader, joined, seconds))
 
     # ---- forecast
     cores = available_cores()

@@ -60,10 +60,12 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     # ---- cache joined with its images
     device = set_up(recipe, ranks)
     reader = CacheReader(resolve(recipe.cache))
-    manifest = reader.manifest
-    num_views = views_in_use(recipe, manifest)
-    source = join(open_shards(recipe.source), reader, num_views, recipe.on_missing)
-    kind, shapes = opened_kind(reader, recipe.targets, device), manifest.shapes
+    manifest, layer = reader.manifest, reader.layer(recipe.layer)
+    num_views = views_in_use(recipe, ranks)
+    source = join(open_shards(recipe.source), reader, layer.name, num_views, recipe.on_missing)
+    # So that the run folder's recipe states what a resumed run continues with, although the cache may have grown.
+    recipe = recipe.model_copy(update={"num_views": source.num_views})
+    kind, shapes = opened_kind(reader, layer, recipe.targets, device), layer.shapes
     for skipped in source.skipped[:5]:
         logger.info(f"train-student: shard {skipped} is not in the cache (yet) and is skipped")
     if source.skipped or source.without_record:
@@ -72,14 +74,9 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             "images of the others that have no record in the cache (on_missing: skip)"
         )
     batch_size = recipe.optim.batch_size
-    order = SampleOrder(source.counts, recipe.order, batch_size, num_views, ranks.rank, ranks.world_size)
-    views = ReplayedViews(
-        reader,
-        source,
-        [spec.name for spec in kind.specs(shapes)],
-        recipe.verify,
-        resident_units=order.resident_units(source.units_per_shard),
-    )
+    order = SampleOrder(source.counts, recipe.order, batch_size, source.num_views, ranks.rank, ranks.world_size)
+    arrays = [spec.name for spec in kind.specs(shapes)]
+    views = ReplayedViews(reader, manifest, source, arrays, recipe.verify, len(order.lanes), order.slices_per_lane)
 
     # ---- students, optimisers
     for own in recipe.each().values():
@@ -88,27 +85,28 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     students = make_students(recipe, kind, shapes, ranks, order, trained_on(reader, source))
     learners = [student.learner for student in students]
     targets = {
-        each: cached_target(opened_kind(reader, recipe.targets, each), shapes)
+        each: cached_target(opened_kind(reader, layer, recipe.targets, each), shapes)
         for each in {learner.device: None for learner in learners}
     }
     do_step = StudentStep(recipe, students, kind, targets, torch.from_numpy(order.places), batch_size)
-    audits = StudentAudits(recipe, manifest, kind, students, ranks)
+    audits = StudentAudits(recipe, manifest, layer, kind, students, ranks)
 
     # ---- resume
     names = [shard.name for shard in source.shards]
     books = Bookkeeping(recipe, learners, ranks, order, names, "views_per_s")
     books.resume()
-    books.describe(f"{sum(source.counts):,} images x {num_views} views")
+    books.describe(f"{sum(source.counts):,} images x {source.num_views} views")
     if recipe.students and ranks.first:
         write_provenance(recipe)
 
     # ---- train
     stream = batches(
-        views,
+        views.pixels,
         order.plan(books.total_steps),
         recipe.loader,
         pin_memory=any(each.type == "cuda" for each in targets),
         batches_per_entry=recipe.order.views_per_decode,
+        rank_part=views,
     )
     with contextlib.closing(stream), books.running() as (stop, meter):  # closing ends the loader's processes
         audits.after(books.first_step, books, stop)
@@ -125,6 +123,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             "made_by": "tinymim train-student",
             "recipe": dump_recipe(learner.recipe),
             "cache_spec_id": manifest.spec_id,
+            "layer_spec_id": layer.spec_id,
             "libraries": json.dumps(environment()),
             "steps": str(books.total_steps),
         }

@@ -269,14 +269,14 @@ def test_only_the_backbone_looks_inside_a_model() -> None:
     assert wrong == [], "give models/backbone.py a function for it"
 
 
-def test_only_the_view_law_and_the_format_name_what_a_view_is_stored_as() -> None:
+def test_only_format_1_has_stored_boxes() -> None:
     named = {
         path
         for path, tree in _with_benchmarks().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value == "box"
     }
-    assert named == {Path("pipeline", "views.py"), Path("storage", "layout.py"), Path("storage", "v1.py")}
+    assert named == {Path("storage", "v1.py")}, "the view law draws boxes again, and digests prove them"
 
 
 def test_the_wheel_holds_every_module_recipe_and_weight_and_says_that_it_is_typed(tmp_path: Path) -> None:

@@ -16,15 +16,16 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.alarm import Audited
-from tinymim.stages.cache.opened import stored_constants
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.device_stream import CPU
+from tinymim.stages.units.constants import on_device
 from tinymim.storage.catalog import resolve
-from tinymim.storage.manifest import PROVENANCE_KEYS, Manifest
+from tinymim.storage.manifest import PROVENANCE_KEYS, Layer, Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import Answers, TargetKind
 from tinymim.targets.kinds import audit_kind
 
+_IGNORED = PROVENANCE_KEYS | {"precision"}  # of the teacher
 _CHUNK = 8  # views whose losses are computed at once: relation maps of a ViT-L take 20 MB a view
 
 
@@ -36,6 +37,7 @@ class AuditBatch:
     Args:
         config: the audit's section of the recipe.
         training: manifest of the cache that students are trained on.
+        layer: the layer of it.
         kind: the kind that students are trained on.
 
     Raises:
@@ -44,13 +46,13 @@ class AuditBatch:
         UserError: the audit's cache holds too few images of its source.
     """
 
-    def __init__(self, config: AuditConfig, training: Manifest, kind: TargetKind) -> None:
+    def __init__(self, config: AuditConfig, training: Manifest, layer: Layer, kind: TargetKind) -> None:
         reader = CacheReader(resolve(config.cache))
-        manifest, shapes = reader.manifest, reader.manifest.shapes
-        _require_same_teacher(training, manifest, reader.place)
-        constants = stored_constants(reader.store, manifest, CPU)
-        self._kind = audit_kind(manifest.codec, kind, shapes, constants)
-        batch = _first_views(config, reader, self._kind)
+        manifest, audited = reader.manifest, reader.layer(config.layer)
+        shapes = audited.shapes
+        _require_same_teacher(training, layer, manifest, audited, reader.place)
+        self._kind = audit_kind(audited.target, kind, shapes, on_device(reader.constants(audited.name), CPU))
+        batch = _first_views(config, reader, audited, self._kind)
         self._images = Normalise()(batch.pixels)
         self._parts = [
             self._kind.decode(
@@ -91,12 +93,13 @@ def chunks(count: int) -> list[slice]:
     return [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
 
 
-def _require_same_teacher(training: Manifest, audit: Manifest, place: object) -> None:
-    """Raises CacheMismatch where the teachers of two caches differ in anything that changes the meaning of a row."""
-    ignored = PROVENANCE_KEYS | {"precision"}
-    wanted = {f"teacher.{name}": value for name, value in training.teacher.items() if name not in ignored}
-    found = {f"teacher.{name}": value for name, value in audit.teacher.items() if name not in ignored}
-    wanted["views.size"], found["views.size"] = training.views["size"], audit.views["size"]
+def _require_same_teacher(training: Manifest, layer: Layer, audit: Manifest, audited: Layer, place: object) -> None:
+    """Raises CacheMismatch where the teachers of two layers differ in anything that changes the meaning of a row."""
+    wanted, found = (
+        {f"teacher.{name}": value for name, value in each.teacher.items() if name not in _IGNORED}
+        | {"target.taps": each.target["taps"], "views.size": manifest.views["size"]}
+        for manifest, each in ((training, layer), (audit, audited))
+    )
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise CacheMismatch(
@@ -107,9 +110,9 @@ def _require_same_teacher(training: Manifest, audit: Manifest, place: object) ->
             )
 
 
-def _first_views(config: AuditConfig, reader: CacheReader, kind: TargetKind) -> ViewBatch:
+def _first_views(config: AuditConfig, reader: CacheReader, layer: Layer, kind: TargetKind) -> ViewBatch:
     """One view of each of the cache's first images, with every pixel digest checked."""
-    source = join(open_shards(config.source), reader, 1, "skip")
+    source = join(open_shards(config.source), reader, layer.name, 1, "skip")
     if sum(source.counts) < config.num_images:
         raise UserError(
             "the audit's cache holds too few images of audit.source",
@@ -119,6 +122,6 @@ def _first_views(config: AuditConfig, reader: CacheReader, kind: TargetKind) -> 
         )
     places = [(shard, image) for shard, count in enumerate(source.counts) for image in range(count)]
     items = [(*place, 0, number) for number, place in enumerate(places[: config.num_images])]
-    arrays = [spec.name for spec in kind.specs(reader.manifest.shapes)]
-    views = ReplayedViews(reader, source, arrays, VerifyConfig(first=config.num_images), resident_units=1)
+    arrays = [spec.name for spec in kind.specs(layer.shapes)]
+    views = ReplayedViews(reader, reader.manifest, source, arrays, VerifyConfig(first=config.num_images))
     return views.batch(np.array(items, dtype=np.int64))

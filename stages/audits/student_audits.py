@@ -28,7 +28,7 @@ from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import Student
-from tinymim.storage.manifest import Manifest
+from tinymim.storage.manifest import Layer, Manifest
 from tinymim.targets.contract import TargetKind
 
 _RECENT_STEPS = 16  # about the window of the running mean of the training KL
@@ -68,6 +68,7 @@ class StudentAudits:
     Args:
         recipe: the recipe; without `audit`, nothing happens.
         training: manifest of the cache that students are trained on.
+        layer: the layer of it.
         kind: the kind that students are trained on.
         students: all students of the run.
         ranks: the ranks of the run.
@@ -80,6 +81,7 @@ class StudentAudits:
         self,
         recipe: TrainStudentRecipe,
         training: Manifest,
+        layer: Layer,
         kind: TargetKind,
         students: Sequence[Student],
         ranks: Ranks,
@@ -90,7 +92,7 @@ class StudentAudits:
         self._knn: AuditKnn | None = None
         if self._config is None or not ranks.first:
             return
-        self._batch = AuditBatch(self._config, training, kind)
+        self._batch = AuditBatch(self._config, training, layer, kind)
         if self._config.knn is not None:
             self._knn = AuditKnn(self._config.knn, int(training.views["size"]), recipe.loader)
 

@@ -31,12 +31,13 @@ def relation_examples(
 ) -> Iterator[Example]:
     """Relation rows of some cached views by teacher, sketch and students, for queries whose sketch is in the cache."""
     # ---- the views, exactly as in training
-    manifest, shapes = reader.manifest, reader.manifest.shapes
-    source = join(open_shards(cache.source), reader)
-    kind = stored_kind(manifest.codec, manifest.block)
+    layer = reader.layer()
+    source, shapes = join(open_shards(cache.source), reader), layer.shapes
+    kind = stored_kind(layer.target)
     assert isinstance(kind, RelationKind)  # the demo's recipe
     images = sorted({image % source.counts[0] for image in EXAMPLE_IMAGES})
-    views = ReplayedViews(reader, source, [spec.name for spec in kind.specs(shapes)], VerifyConfig(), resident_units=1)
+    arrays = [spec.name for spec in kind.specs(shapes)]
+    views = ReplayedViews(reader, reader.manifest, source, arrays, VerifyConfig())
     batch = views.batch(np.array([[0, image, 0, number] for number, image in enumerate(images)], dtype=np.int64))
     sketches = kind.decode(batch.records, batch.view_keys, shapes)
 

@@ -6,6 +6,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from tinymim.configs.errors import RecipeError
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import LoaderConfig
 from tinymim.pipeline.dataset import ViewBatch
@@ -20,7 +21,8 @@ from tinymim.stages.run.device import pick_device
 from tinymim.stages.training.device_stream import cached_target
 from tinymim.stages.training.optim import Part
 from tinymim.stages.training.ranks import Ranks
-from tinymim.stages.training.student_step import Student, StudentStep, check_view_size, make_students, views_in_use
+from tinymim.stages.training.student_step import Student, StudentStep, check_view_size, make_students
+from tinymim.storage.manifest import Layer
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import TargetKind
 
@@ -32,6 +34,7 @@ def measured_student(
     name: str,
     recipe: TrainStudentRecipe,
     num_images: int,
+    num_views: int,
     reader: CacheReader,
     source: CachedSource,
     seconds: float,
@@ -42,41 +45,43 @@ def measured_student(
         name: the recipe's.
         recipe: the training recipe; its cache is not opened.
         num_images: size of its source.
+        num_views: views per image of its cache.
         reader: a cache of a few images like the one that the recipe will read.
         source: that cache joined with its images.
         seconds: approximate time to spend.
 
     Raises:
-        RecipeError, CacheMismatch: a student does not fit the cache.
+        RecipeError, CacheMismatch: a student does not fit the cache, or needs more views.
         UserError: the source holds less than one batch.
     """
     # ---- students
-    manifest = reader.manifest
-    kind = opened_kind(reader, recipe.targets, pick_device(recipe.run.device))
+    manifest, layer = reader.manifest, reader.layer(source.layer)
+    kind = opened_kind(reader, layer, recipe.targets, pick_device(recipe.run.device))
     for own in recipe.each().values():
         assert own.student is not None  # by TrainStudentRecipe.each
         check_view_size(own.student, int(manifest.views["size"]))
-    whole = SampleOrder([num_images], recipe.order, recipe.optim.batch_size, views_in_use(recipe, manifest))
-    students = make_students(recipe, kind, manifest.shapes, Ranks(), whole, [])
+    if recipe.num_views is not None and recipe.num_views > num_views:
+        raise RecipeError("num_views is more than the cache is for", got=recipe.num_views, expected=num_views)
+    whole = SampleOrder([num_images], recipe.order, recipe.optim.batch_size, recipe.num_views or num_views)
+    students = make_students(recipe, kind, layer.shapes, Ranks(), whole, [])
 
     # ---- their input, with units already read
-    num_views = reader.units()[0].unit.num_views
-    together = min(recipe.order.views_per_decode, num_views)
+    together = min(recipe.order.views_per_decode, source.num_views)
     here = recipe.order.model_copy(update={"lanes": 1, "views_per_decode": together, "views_per_epoch": together})
-    order = SampleOrder(source.counts, here, min(INPUT_BATCH, sum(source.counts)), num_views)
-    arrays = [spec.name for spec in kind.specs(manifest.shapes)]
+    order = SampleOrder(source.counts, here, min(INPUT_BATCH, sum(source.counts)), source.num_views)
+    arrays = [spec.name for spec in kind.specs(layer.shapes)]
     verify = recipe.verify.model_copy(update={"first": 0})  # the share of digests in the long run
-    replayed = ReplayedViews(reader, source, arrays, verify, order.resident_units(source.units_per_shard))
+    replayed = ReplayedViews(reader, manifest, source, arrays, verify, per_lane=order.slices_per_lane)
     began, laps, loader = clocks.now_s(), Laps(), LoaderConfig(workers=0)
     with loader_threads(recipe.loader.workers):
         for number, entry in enumerate(order.plan(10**9)):
-            list(batches(replayed, [entry], loader))  # reads the units, so that reading is not in the lap
+            list(batches(replayed.pixels, [entry], loader, rank_part=replayed))  # reads, which is not to be in the lap
             with laps.lap("replay", entry.shape[0] * entry.shape[1]):
-                loaded = list(batches(replayed, [entry], loader))
+                loaded = list(batches(replayed.pixels, [entry], loader, rank_part=replayed))
             if number and clocks.now_s() - began > 0.4 * seconds:
                 break
 
-    step = _step(recipe, kind, reader, students, loaded[0], 0.6 * seconds)
+    step = _step(recipe, kind, reader, layer, students, loaded[0], 0.6 * seconds)
     return StudentCosts(
         name=name,
         num_images=num_images,
@@ -95,14 +100,14 @@ def _step(
     recipe: TrainStudentRecipe,
     kind: TargetKind,
     reader: CacheReader,
+    layer: Layer,
     students: Sequence[Student],
     batch: ViewBatch,
     seconds: float,
 ) -> Laps:
     """Steps of all students: laps "part", per view of the batch, and "update", its share of the update."""
-    shapes = reader.manifest.shapes
     targets = {
-        device: cached_target(opened_kind(reader, recipe.targets, device), shapes)
+        device: cached_target(opened_kind(reader, layer, recipe.targets, device), layer.shapes)
         for device in {learner.device: None for *_, learner in students}
     }
     share = recipe.optim.batch_size // recipe.workers

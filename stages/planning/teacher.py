@@ -91,7 +91,7 @@ def measured_teacher(
             codec_bytes={name: record_bytes + size - own for name, size in payload.items()},
         )
         reader = CacheReader(place)
-        yield costs, reader, join(ShardSet((stage.shard,)), reader, stage.unit.num_views, "skip")
+        yield costs, reader, join(ShardSet((stage.shard,)), reader, on_missing="skip")
 
 
 class _StageOne:

@@ -140,9 +140,9 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     )
     free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
     free |= {"train": True, "val": True, "weights": True}
-    # The order of samples has an identity of its own, with the images and views in use. So a cache may grow: its
-    # student then sets `num_views` to the number it started with.
-    free |= {"num_views": True, "on_missing": True}
+    # The order of samples has an identity of its own, with the images and views in use, so a cache may grow. A layer's
+    # content decides, not its name.
+    free |= {"num_views": True, "on_missing": True, "layer": True}
     free["run"] = {"folder", "device", "threads", "log_every"}
     if recipe.ema is None:
         free["ema"] = True  # keeps the identity of states that are older than the field

@@ -112,6 +112,11 @@ def _candidates(folders: Sequence[Path]) -> Iterator[list[Path]]:
             yield [paths[step] for paths in numbered]
 
 
+def has_state(folder: Path) -> bool:
+    """Whether a run folder holds a state, intact or not."""
+    return bool(_newest_first(folder))
+
+
 def newest_payloads(folders: Sequence[Path]) -> list[bytes] | None:
     """The newest intact states of one step that all `folders` have, serialised; None: there is no state.
 

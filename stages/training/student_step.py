@@ -5,12 +5,14 @@ cache.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, RecipeError
+from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
 from tinymim.configs.taps import Shapes
@@ -20,12 +22,13 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource
 from tinymim.stages.run.device import autocast
+from tinymim.stages.run.folder import RECIPE_NAME
 from tinymim.stages.training.device_stream import CPU, DeviceStream, MakeTarget, current
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import Part, parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, rank_device
+from tinymim.stages.training.states import has_state
 from tinymim.storage.constants import constants_digest
-from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import StudentTarget
 
@@ -138,23 +141,29 @@ class StudentStep:
                 learner.update(step)
 
 
-def views_in_use(recipe: TrainStudentRecipe, manifest: Manifest) -> int:
-    """Number of views per image to train on. Raises RecipeError where the cache has fewer."""
-    if recipe.num_views is not None and recipe.num_views > manifest.num_views:
-        raise RecipeError(
-            "num_views is more than the cache is for",
-            got=recipe.num_views,
-            expected=f"at most {manifest.num_views}",
-            hint="`tinymim cache-teacher` with a larger num_views adds to the cache",
-        )
-    return recipe.num_views or manifest.num_views
+def views_in_use(recipe: TrainStudentRecipe, ranks: Ranks) -> int | None:
+    """Number of views per image to train on; None: those that all shards have. All ranks must call it.
+
+    A resumed run continues with the views it began with, although the cache may have grown since.
+    """
+    if recipe.num_views is not None or not recipe.checkpoint.resume:
+        return recipe.num_views
+    num_views = None
+    folder = next(iter(recipe.each().values())).run.folder
+    if ranks.first and has_state(folder):
+        with suppress(RecipeError):  # an unreadable recipe: the identity in the state decides
+            begun = load_recipe(folder / RECIPE_NAME, recipe.stage)
+            num_views = begun.num_views if isinstance(begun, TrainStudentRecipe) else None
+    shared = ranks.from_first(None if num_views is None else str(num_views).encode())
+    return None if shared is None else int(shared)
 
 
 def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
-    """Digests of the data that a training state depends on: the cache's spec and constants, its shards of images."""
-    constants = constants_digest(reader.store, reader.manifest)
+    """Digests of the data that a training state depends on: the layer's spec and constants, its shards of images."""
+    layer = reader.layer(source.layer)
+    constants = constants_digest(reader.store, layer)
     hashes = [shard.content_hash for shard in source.shards]
-    return [reader.manifest.spec_id, *([constants] if constants else []), *hashes]
+    return [layer.spec_id, *([constants] if constants else []), *hashes]
 
 
 def check_view_size(student: ModelConfig, size: int) -> None:

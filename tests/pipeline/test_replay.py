@@ -1,75 +1,55 @@
-"""Replayed batches: every record with its view, at most `resident_units` in memory, and the due digest checks."""
+"""Replayed batches: every record with its view, the due digest checks, and what a cache must hold."""
 
-import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 
-from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError, UserError
+from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig, ViewConfig
 from tinymim.pipeline import dataset, replay
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, pixel_digest
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items, SampleOrder
-from tinymim.pipeline.replay import ReplayedViews, ResidentUnit, join
-from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.replay import ReplayedViews, join
+from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews, view_key
-from tinymim.stages import cache_teacher, make_shards
-from tinymim.storage.commit import UnitInfo
-from tinymim.storage.reader import CacheReader, UnitRecords
+from tinymim.stages import make_shards
+from tinymim.storage.layout import VIEWS, unit_file
+from tinymim.storage.reader import CacheReader
+from tinymim.tests.pipeline.cached import ARRAYS, records_of, write_cache
 
-SIZES: dict[str, Any] = {"img_size": 48, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 2}
-ARRAYS = ("qk_tail_gap", "vv_tail_gap")
-IMAGES, VIEWS = 32, 4
+IMAGES, NUM_VIEWS = 32, 4
+LAW = ViewConfig(size=48, seed=1)
 
 
-def recipe(root: Path, num_views: int) -> CacheTeacherRecipe:
-    fields: dict[str, Any] = {
-        "stage": "cache-teacher",
-        "source": {"shards": root / "shards"},
-        "views": {"size": 48},
-        "num_views": num_views,
-        "teacher": {"name": "vit_tiny_patch16_224", "block": 1, "weights": str(root / "teacher.safetensors"), **SIZES},
-        "codec": {"rows": 4, "tail_k": 2},
-        "cache": root / "cache",
-        "audit_views": 0,
-        "loader": {"workers": 0},
-        "run": {"folder": root / "run", "device": "cpu", "threads": 1},
-    }
-    return CacheTeacherRecipe.model_validate(fields)
+def source_of(root: Path) -> ShardSet:
+    return open_shards(SourceConfig(shards=root / "shards"))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 images in four shards; four views each, in units of one (v0) and three (v1-3)."""
+    """32 images in four shards; four views each, digests in one unit, records in units of one (v0) and three (v1-3)."""
     root = tmp_path_factory.mktemp("replay")
     make_shards.run("drawn", root / "shards", make_shards.Options(count=IMAGES, images_per_shard=8))
-    torch.manual_seed(0)
-    save_file(
-        timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZES).state_dict(), root / "teacher.safetensors"
-    )
-    cache_teacher.run(recipe(root, 1))
-    cache_teacher.run(recipe(root, VIEWS))
+    write_cache(root / "cache", source_of(root), LAW, {VIEWS: [(0, 4)], "layer": [(0, 1), (1, 3)]})
     return root
 
 
-def replayed(root: Path, resident_units: int = 3, **verify: int) -> ReplayedViews:
+def replayed(root: Path, per_lane: int = 3, **verify: int) -> ReplayedViews:
     reader = CacheReader(root / "cache")
-    source = join(open_shards(SourceConfig(shards=root / "shards")), reader)
-    return ReplayedViews(reader, source, ARRAYS, VerifyConfig(**verify), resident_units)
+    joined = join(source_of(root), reader)
+    return ReplayedViews(reader, reader.manifest, joined, ARRAYS, VerifyConfig(**verify), per_lane=per_lane)
 
 
 def shuffled_items(count: int) -> Items:
     """Some (shard, image, view) in any order, numbered."""
     rng = np.random.default_rng(3)
-    items = [(unit, image, view) for unit in range(4) for image in range(8) for view in range(VIEWS)]
+    items = [(unit, image, view) for unit in range(4) for image in range(8) for view in range(NUM_VIEWS)]
     picked = np.array(items, dtype=np.int64)[rng.permutation(len(items))[:count]]
     return np.concatenate([picked, np.arange(count)[:, None]], axis=1)
 
@@ -78,53 +58,14 @@ def test_every_record_stands_beside_its_view_in_any_order(made: Path) -> None:
     views = replayed(made)
     items = shuffled_items(100)
     batch = views.batch(items)  # every digest is checked
-    units = [views.reader.read_unit(info) for info in views.reader.units()]
+    law = RandomViews(LAW)
     for place, (shard, image, view, _) in enumerate(items.tolist()):
-        [unit] = [u for u in units if u.unit.shard == views.source.shards[shard].name and view in u.unit.views]
-        row = unit.unit.row(image, view)
-        for name in ARRAYS:
-            np.testing.assert_array_equal(batch.records[name][place].numpy(), unit.arrays[name][row])
-        assert list(batch.views[place][:4]) == unit.arrays["box"][row].tolist()
-        assert batch.keys[place] == unit.keys[image]
-        assert int(batch.view_keys[place]) == view_key(0, unit.keys[image], view)
-    assert set(batch.records) == set(ARRAYS) and batch.records[ARRAYS[0]].dtype == torch.uint8
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 4])
-def test_no_more_units_are_resident_than_said_and_each_is_read_once_a_pass(
-    at_once: int, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = OrderConfig(shuffle_units=2, views_per_decode=at_once, views_per_epoch="all")
-    reader = CacheReader(made / "cache")
-    source = join(open_shards(SourceConfig(shards=made / "shards")), reader)
-    order = SampleOrder(source.counts, config, 4, VIEWS)
-    assert source.units_per_shard == 2
-    allowed = order.resident_units(source.units_per_shard)
-    assert allowed == 3 * min(2, at_once)
-    views = ReplayedViews(reader, source, ARRAYS, VerifyConfig(), allowed)
-    others = {id(unit) for unit in gc.get_objects() if type(unit) is ResidentUnit}
-    alive: list[int] = []
-
-    def counting(info: UnitInfo, arrays: Any = None) -> UnitRecords:
-        # The unit about to be read counts with those still in memory.
-        alive.append(1 + sum(type(o) is ResidentUnit and id(o) not in others for o in gc.get_objects()))
-        return CacheReader.read_unit(reader, info, arrays)
-
-    monkeypatch.setattr(reader, "read_unit", counting)
-    for entry in order.plan(order.steps_per_epoch):
-        views.batch(entry.reshape(-1, 4))
-    units_of_views = {1: 4 * VIEWS, 2: 4 * 3, 4: 4 * 2}  # views 0, 1; then 2, 3, of units v0 and v1-3
-    assert max(alive) <= allowed and len(alive) <= units_of_views[at_once]
-
-
-def test_only_the_views_in_use_are_kept(made: Path) -> None:
-    views = replayed(made)
-    one_view = np.array([[0, image, 2, image] for image in range(8)], dtype=np.int64)
-    views.batch(one_view)
-    [unit] = views._resident.values()
-    assert unit.views == (2,) and {len(array) for array in unit.arrays.values()} == {8}
-    views.batch(shuffled_items(128))
-    assert {held.views for held in views._resident.values()} == {(0,), (1, 2, 3)}
+        key = views.source.shards[shard].members().keys[image]
+        for name, records in records_of([key], [view]).items():
+            np.testing.assert_array_equal(batch.records[name][place].numpy(), records[0, 0])
+        assert batch.keys[place] == key and batch.views[place] == law(key, view, 80, 80)
+        assert int(batch.view_keys[place]) == view_key(1, key, view)
+    assert set(batch.records) == set(ARRAYS) and batch.records["code"].dtype == torch.uint8
 
 
 def test_digests_are_checked_for_the_first_and_then_for_one_in_so_many(
@@ -141,7 +82,7 @@ def test_digests_are_checked_for_the_first_and_then_for_one_in_so_many(
     views.batch(shuffled_items(20))
     assert len(checked) == 5 + 3  # 0 to 4, then 8, 12, 16
     checked.clear()
-    views.verify = VerifyConfig(first=0, every=0)
+    views = replayed(made, first=0, every=0)
     views.batch(shuffled_items(20))
     assert checked == []
 
@@ -156,12 +97,12 @@ def same(a: ViewBatch, b: ViewBatch) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_batches_of_one_decode_are_those_made_one_by_one(made: Path, workers: int) -> None:
-    views = replayed(made, resident_units=8)
+    views = replayed(made, per_lane=8)
     config = OrderConfig(lanes=2, views_per_decode=4, views_per_epoch=4)
-    order = SampleOrder(views.source.counts, config, 8, VIEWS)
+    order = SampleOrder(views.source.counts, config, 8, NUM_VIEWS)
     order.step = 2
     loader = LoaderConfig(workers=workers)
-    found = list(batches(views, order.plan(12), loader, batches_per_entry=4))
+    found = list(batches(views.pixels, order.plan(12), loader, batches_per_entry=4, rank_part=views))
     expected = [views.batch(items) for _, items in order.steps(12)]
     for one, other in zip(found, expected, strict=True):
         same(one, other)
@@ -175,9 +116,10 @@ def test_one_decode_serves_all_views_of_a_chunk(made: Path, monkeypatch: pytest.
         return decode(data, *scale)
 
     monkeypatch.setattr(dataset, "decode", counted)
-    views = replayed(made, resident_units=8)
-    order = SampleOrder(views.source.counts, OrderConfig(views_per_decode=4, views_per_epoch=4), 8, VIEWS)
-    assert len(list(batches(views, order.plan(8), LoaderConfig(workers=0), batches_per_entry=4))) == 8
+    views = replayed(made, per_lane=8)
+    order = SampleOrder(views.source.counts, OrderConfig(views_per_decode=4, views_per_epoch=4), 8, NUM_VIEWS)
+    loader = LoaderConfig(workers=0)
+    assert len(list(batches(views.pixels, order.plan(8), loader, batches_per_entry=4, rank_part=views))) == 8
     assert len(calls) == 16  # two chunks of eight images, four views each
 
 
@@ -196,7 +138,7 @@ def test_an_unreadable_image_is_missing_from_every_batch_of_its_chunk(
     drawn_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_shards(SourceConfig(shards=drawn_shards))
-    views = ImageViews(source.shards, RandomViews(recipe(drawn_shards, 1).views))
+    views = ImageViews(source.shards, RandomViews(LAW))
     order = SampleOrder(source.counts, OrderConfig(views_per_decode=2, views_per_epoch=2), 20, None)
     expected = [items[:, :3] for _, items in order.steps(6)]
     broken = (2, 1)
@@ -221,3 +163,127 @@ def test_all_that_goes_to_the_device_is_pinned(made: Path, monkeypatch: pytest.M
     again = batch.pin_memory()
     assert pinned == {id(tensor) for tensor in (batch.pixels, batch.view_keys, *batch.records.values())}
     same(batch, again)
+
+
+def test_records_are_gathered_into_pinned_memory_where_it_is_asked_for(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    empty = torch.empty
+
+    def noted(*shape: Any, **options: Any) -> torch.Tensor:
+        asked.append(options.pop("pin_memory", False))  # this machine may have no device to pin for
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    monkeypatch.setattr(ViewBatch, "pin_memory", lambda batch: batch)
+    views = replayed(made)
+    for pin_memory in (False, True):
+        asked.clear()
+        list(batches(views.pixels, [shuffled_items(4)], LoaderConfig(workers=0), pin_memory, rank_part=views))
+        assert asked.count(True) == (len(ARRAYS) if pin_memory else 0)
+
+
+def test_entries_are_requested_ahead_but_not_where_a_spool_must_hold_their_tars(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = SampleOrder([8] * 4, OrderConfig(), 4, NUM_VIEWS)
+    local = replayed(made)
+    monkeypatch.setattr(replay, "Path", str)  # as if no shard were in a folder
+    for views, ahead in ((local, replay._AHEAD), (replayed(made), 0)):
+        plan = order.plan(8)
+        next(views.prepared(plan))
+        assert len(list(plan)) == 8 - 1 - ahead
+
+
+# ---------------------------------------------------------------- what a cache must hold
+
+
+def grown(root: Path, home: Path, layers: dict[str, Any], shards: slice = slice(None), **how: Any) -> CacheReader:
+    """A cache of the shards of `root`, or more units of it, in `home`."""
+    source = source_of(root)
+    write_cache(home / "cache", source, LAW, layers, source.shards[shards], **how)
+    return CacheReader(home / "cache")
+
+
+def test_training_uses_the_views_that_all_shards_have(made: Path, tmp_path: Path) -> None:
+    source = source_of(made)
+    reader = grown(made, tmp_path, {VIEWS: [(0, 2)], "a": [(0, 2)]})
+    assert join(source, reader).num_views == 2
+    reader = grown(made, tmp_path, {VIEWS: [(2, 3)], "a": [(2, 1)]}, slice(1))  # a colleague begins to add views
+    joined = join(source, reader)
+    assert joined.num_views == 2 and joined.skipped == () and joined.counts == [8] * 4
+    assert {len(infos) for each in joined.units.values() for infos in each.values()} == {1}  # only units in use
+    only = join(source, reader, num_views=3, on_missing="skip")
+    assert [shard.name for shard in only.shards] == [source.shards[0].name] and len(only.skipped) == 3
+    existing = "layer views: 1 shard has 5 views, 3 shards have 2 views; "
+    existing += "layer a: 1 shard has 3 views, 3 shards have 2 views"
+    with pytest.raises(UserError, match="lacks 3 of 4 shards") as caught:
+        join(source, reader, num_views=3)
+    assert caught.value.got == existing and "set num_views: 2" in str(caught.value.hint)
+    for on_missing in ("refuse", "skip"):
+        with pytest.raises(RecipeError, match="num_views is more than the cache holds") as caught:
+            join(source, reader, num_views=9, on_missing=on_missing)
+        assert caught.value.expected == f"at most 3; {existing}"
+
+
+def test_shards_without_any_view_are_an_error_or_skipped(made: Path, tmp_path: Path) -> None:
+    source = source_of(made)
+    reader = grown(made, tmp_path, {VIEWS: [(0, 2)], "a": [(0, 1)]}, slice(1, 4))
+    with pytest.raises(UserError, match="lacks 1 of 4 shards") as caught:
+        join(source, reader)
+    assert "layer a: 3 shards have 1 view, 1 shard has none" in str(caught.value.got)
+    joined = join(source, reader, on_missing="skip")
+    assert joined.num_views == 1 and joined.skipped == (source.shards[0].name,)
+    with pytest.raises(UserError, match="covers no shard of this source"):
+        join(ShardSet(source.shards[:1]), reader, on_missing="skip")
+
+
+def test_a_layer_is_named_where_there_are_several(made: Path, tmp_path: Path) -> None:
+    reader = grown(made, tmp_path, {VIEWS: [(0, 2)], "a": [(0, 2)], "b": [(0, 1)]})
+    source = source_of(made)
+    assert [join(source, reader, name).num_views for name in "ab"] == [2, 1]
+    with pytest.raises(UserError, match="2 target layers"):
+        join(source, reader)
+    with pytest.raises(UserError, match="no layer c"):
+        join(source, reader, "c")
+
+
+def test_images_without_a_record_are_named_or_counted(made: Path, tmp_path: Path) -> None:
+    source = source_of(made)
+    lost = source.shards[2].members().keys[3]
+    reader = grown(made, tmp_path, {VIEWS: [(0, 1)], "a": [(0, 1)]}, lost=[lost])
+    with pytest.raises(CacheMismatch, match=f"no record of '{lost}'"):
+        join(source, reader)
+    joined = join(source, reader, on_missing="skip")
+    assert joined.counts == [8, 8, 7, 8] and joined.without_record == 1
+
+
+def test_units_of_other_images_are_refused(made: Path, tmp_path: Path) -> None:
+    grown(made, tmp_path, {VIEWS: [(0, 1)], "a": [(0, 1)]})
+    source = source_of(made)
+    reader = grown(made, tmp_path, {VIEWS: [(1, 1)], "a": [(1, 1)]}, lost=[source.shards[0].members().keys[0]])
+    with pytest.raises(CacheMismatch, match=f"the units of shard {source.shards[0].name} hold different images"):
+        join(source, reader)
+    assert join(source, reader, num_views=1).counts == [8] * 4
+
+
+@pytest.mark.parametrize("layer", [VIEWS, "layer"])
+def test_a_flipped_byte_is_named_where_it_is_read_and_harmless_elsewhere(
+    layer: str, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "shards", tmp_path / "shards")
+    shutil.copytree(made / "cache", tmp_path / "cache")
+    views = replayed(tmp_path)
+    unit = next(info for info in views.reader.units(layer) if 2 in info.unit.views)  # type: ignore[attr-defined]
+    path = tmp_path / "cache" / unit_file(layer, unit.unit)
+    data = bytearray(path.read_bytes())
+    data[unit.parts.places()[2 - unit.unit.first_view] + 1] ^= 1
+    path.write_bytes(data)
+    shard = [shard.name for shard in views.source.shards].index(unit.unit.shard)
+    items = np.array([[shard, image, view, 0] for image in range(8) for view in (0, 1, 3)], dtype=np.int64)
+    assert len(views.batch(items).keys) == 24
+    with pytest.raises(CacheCorrupt) as caught:
+        views.batch(np.array([[shard, 5, 2, 0]], dtype=np.int64))
+    for named in (unit.unit.shard, unit.unit.view_range, "view 2", *([layer] if layer != VIEWS else [])):
+        assert named in caught.value.what

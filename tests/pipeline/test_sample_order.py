@@ -253,18 +253,18 @@ def whole_plan(order: SampleOrder, last_step: int) -> list[Items]:
         number, offset = divmod(step, per_pass)
         lanes = [whole_pass(order.counts, order.order, number, lane) for lane in order.lanes]
         chunk, done = divmod(offset, k)
-        batches = []
+        items: list[Items] = []
         for view in range(done, min(k, done + last_step - step)):
-            parts = [items[chunk * count : (chunk + 1) * count] for items in lanes]
+            parts = [whole[chunk * count : (chunk + 1) * count] for whole in lanes]
             if view:
                 name = ("batch", order.order.seed, number, chunk, view)
                 parts = [part[_permutation(count, *name, lane)] for lane, part in zip(order.lanes, parts, strict=True)]
             batch = np.concatenate(parts)
             batch[:, 2] = (number * k + view) % (order.num_views or 2**40)
-            running = (step - order.step + len(batches)) * len(batch) + np.arange(len(batch))
-            batches.append(np.concatenate([batch, running[:, None]], axis=1))
-        entries.append(np.stack(batches))
-        step += len(batches)
+            running = (step - order.step + len(items)) * len(batch) + np.arange(len(batch))
+            items.append(np.concatenate([batch, running[:, None]], axis=1))
+        entries.append(np.stack(items))
+        step += len(items)
     return entries
 
 
@@ -288,7 +288,7 @@ def test_groups_are_the_pass_and_what_is_skipped_changes_nothing(counts: list[in
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 @pytest.mark.parametrize("counts", SHAPES, ids=str)
 def test_the_plan_is_that_of_whole_passes_from_every_step(counts: list[int], lanes: int) -> None:
-    for k, shuffle_units, per_lane in itertools.product((1, 2, 4), (1, 2, 5), (1, 2, 3)):
+    for k, shuffle_units, per_lane in itertools.product((1, 4), (1, 3), (1, 3)):
         size = per_lane * lanes
         if size > sum(counts):
             continue
@@ -296,8 +296,8 @@ def test_the_plan_is_that_of_whole_passes_from_every_step(counts: list[int], lan
         for ranks in {1, 2, 4} & {1, lanes}:
             order = SampleOrder(counts, config, size, 4 if k < 4 else None, ranks - 1, ranks)
             per_pass = order.steps_per_epoch
-            for order.step in {0, 1, per_pass // 2, per_pass - 1, per_pass, per_pass + 1}:
-                last = order.step + per_pass + 3
+            for order.step in {0, 1, per_pass // 2, per_pass - 1, per_pass}:
+                last = max(order.step + 5, per_pass + 3)
                 found, expected = list(order.plan(last)), whole_plan(order, last)
                 assert [entry.shape for entry in found] == [entry.shape for entry in expected]
                 assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))

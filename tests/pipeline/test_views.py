@@ -1,29 +1,16 @@
 """The view law: golden boxes, torchvision's distribution, and boxes that fit into any image."""
 
 import itertools
+import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from tinymim.configs.errors import ViewMismatch
+from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.sections import ViewConfig
-from tinymim.pipeline.views import (
-    DIGEST,
-    VIEW_ARRAYS,
-    CentreView,
-    RandomViews,
-    StoredViews,
-    View,
-    ViewLaw,
-    from_arrays,
-    to_arrays,
-    view_key,
-    view_rng,
-)
-from tinymim.storage.layout import BASE_ARRAYS
+from tinymim.pipeline.views import CentreView, RandomViews, View, ViewLaw, law_of, view_key, view_rng
 
 # (seed, key, view, height, width): the boxes that every machine and version must draw.
 GOLDEN = {
@@ -144,45 +131,18 @@ def test_centre_view() -> None:
 # ---------------------------------------------------------------- what a cache stores
 
 
-def _random_views(count: int) -> list[View]:
-    rng, law = np.random.default_rng(0), RandomViews(ViewConfig(scale=(0.01, 1.0)))
-    return [law(f"image-{i}", i % 7, *rng.integers(1, 5000, 2).tolist()) for i in range(count)]
+def test_the_law_of_a_cache_draws_its_views() -> None:
+    config = ViewConfig(size=48, scale=(0.1, 0.9), flip=0.25, seed=7, scaled_decode=True)
+    stored = json.loads(json.dumps(config.identity()))
+    law = law_of(stored)
+    assert law.config == config
+    assert [law("a", view, 300, 400) for view in range(50)] == [
+        RandomViews(config)("a", view, 300, 400) for view in range(50)
+    ]
+    assert not law_of({name: value for name, value in stored.items() if name != "scaled_decode"}).scaled_decode
 
 
-@pytest.mark.parametrize("count", [0, 1, 500])
-def test_views_come_back_from_their_arrays(count: int) -> None:
-    views = _random_views(count)
-    arrays = to_arrays(views)
-    assert tuple(arrays) == VIEW_ARRAYS
-    found = list(from_arrays(arrays))
-    assert found == views
-    assert {type(value) for view in found for value in view} <= {int, bool}  # the types of drawn views
-    assert all(np.array_equal(array, to_arrays(found)[name]) for name, array in arrays.items())
-
-
-def test_the_arrays_are_those_of_the_format() -> None:
-    arrays = to_arrays(_random_views(3))
-    assert {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()} | {
-        DIGEST: (np.dtype(np.uint64), ())
-    } == dict(BASE_ARRAYS)
-
-
-def test_golden_arrays() -> None:
-    """Format 1: top, left, height, width as int32, the flip as a byte."""
-    arrays = to_arrays([View(1, 2, 3, 4, True), View(5, 6, 7, 8, False)])
-    assert arrays["box"].astype("<i4").tobytes().hex() == "".join(f"{n:02x}000000" for n in range(1, 9))
-    assert arrays["flip"].tobytes().hex() == "0100"
-
-
-def test_stored_views_pass_over_unreadable_images_and_refuse_a_smaller_image() -> None:
-    drawn = RandomViews(ViewConfig())
-    keys = ["a", "b", "b", "c"]
-    views = [drawn(key, number, 300, 400) for number, key in enumerate(keys)]
-    old = {key: value for key, value in ViewConfig().identity().items() if key != "scaled_decode"}
-    law = StoredViews(old, keys, to_arrays(views))
-    assert (law.size, law.interpolation, law.scaled_decode) == (224, "bicubic", False)
-    assert StoredViews(ViewConfig().identity(), keys, to_arrays(views)).scaled_decode
-    assert law("b", 1, 300, 400) == views[1]  # "a" was unreadable
-    assert law("b", 2, 300, 400) == views[2]
-    with pytest.raises(ViewMismatch, match="outside the image"):
-        law("c", 3, 8, 8)
+def test_a_law_of_another_version_is_refused() -> None:
+    with pytest.raises(CacheMismatch, match="a law that this version of tinymim does not have") as caught:
+        law_of(ViewConfig().identity() | {"erasing": 0.5})
+    assert "erasing" in str(caught.value.got)

@@ -10,16 +10,17 @@ import torch
 from PIL import Image
 
 from tinymim.configs.errors import CacheMismatch, ViewMismatch
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.sections import ViewConfig
 from tinymim.pipeline.decode import decode, environment, render
-from tinymim.stages import cache_teacher, make_shards, train_student
+from tinymim.stages import make_shards, train_student
+from tinymim.storage.blocks import DIGEST
+from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
-from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, write_teacher
+from tinymim.tests.stages.sketched import grow
+from tinymim.tests.stages.tiny import losses, student_recipe
 
-
-def recipe(root: Path, **changes: Any) -> CacheTeacherRecipe:
-    fields: dict[str, Any] = {"views": {"size": 32}, "codec": {"rows": 4, "tail_k": 2}}
-    return cache_recipe(root, **fields | changes)
+FULL = ViewConfig(size=32, scaled_decode=False)
+TWO_VIEWS = {VIEWS: [(0, 2)], "a": [(0, 2)]}
 
 
 def train(root: Path) -> list[float]:
@@ -29,7 +30,7 @@ def train(root: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve photographs-to-be of many sizes, 40 to 700 pixels, some progressive, some PNG; and a random teacher."""
+    """Twelve photographs-to-be of many sizes, 40 to 700 pixels, some progressive, some PNG."""
     root = tmp_path_factory.mktemp("sizes")
     source = root / "images"
     source.mkdir()
@@ -42,35 +43,38 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(buffer, format=fmt, **options)
         (source / f"{number:02d}.{fmt.lower()}").write_bytes(buffer.getvalue())
     make_shards.run(str(source), root / "shards", make_shards.Options(images_per_shard=6))
-    write_teacher(root / "teacher.safetensors")
     return root
 
 
+def digests_of(root: Path) -> list[int]:
+    reader = CacheReader(root / "cache")
+    digests = [reader.read_views(info)[DIGEST].ravel() for info in reader.units()]
+    return [int(each) for each in np.concatenate(digests)]
+
+
 def test_images_decoded_smaller_replay_to_the_same_pixels(home: Path) -> None:
-    cache_teacher.run(recipe(home))
+    grow(home, TWO_VIEWS)
     assert CacheReader(home / "cache").manifest.views["scaled_decode"] is True
     assert len(train(home)) == 4  # all digests checked
 
 
 def test_a_cache_from_before_scaled_decoding_replays_and_grows_without_it(home: Path) -> None:
-    full = {"size": 32, "scaled_decode": False}
-    cache_teacher.run(recipe(home, views=full, num_views=1))
-    manifest = CacheReader(home / "cache").manifest
-    assert "scaled_decode" not in manifest.views  # as such a cache is
+    grow(home, {VIEWS: [(0, 1)], "a": [(0, 1)]}, law=FULL)
+    assert "scaled_decode" not in CacheReader(home / "cache").manifest.views  # as such a cache is
+    more = {VIEWS: [(1, 1)], "a": [(1, 1)]}
     with pytest.raises(CacheMismatch, match=r"views\.scaled_decode"):
-        cache_teacher.run(recipe(home, num_views=2))
-    cache_teacher.run(recipe(home, views=full, num_views=2))
-    assert CacheReader(home / "cache").coverage().complete
+        grow(home, more)
+    grow(home, more, law=FULL)
+    assert CacheReader(home / "cache").coverage("a").most_views == 2
     assert len(train(home)) == 4
 
 
 def test_scaled_decoding_is_another_law(home: Path) -> None:
-    digests = []
-    for name, views in {"cache": {"size": 32}, "full": {"size": 32, "scaled_decode": False}}.items():
-        cache_teacher.run(recipe(home, views=views, cache=home / name, run={"folder": home / f"run-{name}"}))
-        reader = CacheReader(home / name)
-        digests.append(np.concatenate([reader.read_unit(unit).arrays["digest"] for unit in reader.units()]))
-    assert len(digests[0]) == 24 and 0 < int((digests[0] != digests[1]).sum()) < 24
+    grow(home, TWO_VIEWS)
+    scaled = digests_of(home)
+    (home / "cache").rename(home / "scaled")
+    grow(home, TWO_VIEWS, law=FULL)
+    assert len(scaled) == 24 and 0 < sum(a != b for a, b in zip(scaled, digests_of(home), strict=True)) < 24
 
 
 def _refused(home: Path) -> ViewMismatch:
@@ -85,7 +89,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 
 
 def test_another_decoder_is_refused_with_all_that_there_is_to_say(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_teacher.run(recipe(home))
+    grow(home, TWO_VIEWS)
 
     def another(data: bytes, *how: int) -> torch.Tensor:
         return decode(data, *how) ^ 1  # the last bit, as another inverse DCT would
@@ -95,24 +99,20 @@ def test_another_decoder_is_refused_with_all_that_there_is_to_say(home: Path, mo
     error = _refused(home)
     text = str(error)
     key = error.what.split("'")[1]
-    assert any(key in CacheReader(home / "cache").read_unit(unit).keys for unit in CacheReader(home / "cache").units())
+    reader = CacheReader(home / "cache")
+    assert any(key in reader.keys(shard) for shard in reader.manifest.shards)
     assert "view 0" in text or "view 1" in text
     got, expected = str(error.got).removeprefix("digest "), str(error.expected).removeprefix("digest ")
-    assert len(got) == len(expected) == 16 and got != expected
-    stored = {f"{d:016x}" for u in CacheReader(home / "cache").units() for d in _digests(home, u)}
+    assert len(got) == len(expected) == 8 and got != expected
+    stored = {f"{digest:08x}" for digest in digests_of(home)}
     assert expected in stored and got not in stored
     now = environment()
     assert f"simplejpeg {now['simplejpeg']} -> 99.0" in text and f"pillow {now['pillow']} -> 98.0" in text
     assert "torchvision" not in text  # only what differs
 
 
-def _digests(home: Path, unit: Any) -> list[int]:
-    digests: list[int] = CacheReader(home / "cache").read_unit(unit).arrays["digest"].tolist()
-    return digests
-
-
 def test_another_resize_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_teacher.run(recipe(home))
+    grow(home, TWO_VIEWS)
 
     def another(image: torch.Tensor, view: Any, size: int, interpolation: str) -> torch.Tensor:
         return render(image, view, size, "bilinear")
@@ -123,7 +123,7 @@ def test_another_resize_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_fallback_decoder_is_no_mismatch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_teacher.run(recipe(home))
+    grow(home, TWO_VIEWS)
     whole = train(home)
 
     def refuse(*_: Any, **__: Any) -> Any:

@@ -178,24 +178,25 @@ def test_a_signal_during_the_knn_costs_that_knn_alone(home: Path, monkeypatch: p
 def batch_of(root: Path, cache: Path, targets: TargetsConfig | None = None) -> AuditBatch:
     config = AuditConfig.model_validate(audit(root, cache=cache))
     reader = CacheReader(root / "cache")
-    return AuditBatch(config, reader.manifest, opened_kind(reader, targets or TargetsConfig(), CPU))
+    layer = reader.layer()
+    return AuditBatch(config, reader.manifest, layer, opened_kind(reader, layer, targets or TargetsConfig(), CPU))
 
 
 def test_the_kl_is_that_of_dense_rows_of_the_first_images_and_hidden_records_give_the_same(home: Path) -> None:
     torch.manual_seed(0)
     vit = build_vit(recipe(home).student)  # type: ignore[arg-type]
     reader = CacheReader(home / "cache")
-    head = opened_kind(reader, TargetsConfig(), CPU).head(shapes_of(vit), reader.manifest.shapes)
+    head = opened_kind(reader, reader.layer(), TargetsConfig(), CPU).head(shapes_of(vit), reader.layer().shapes)
     student = StudentModel(vit, head).eval()
     found = batch_of(home, home / "audit").compare(student)
 
     reader = CacheReader(home / "audit")
-    records = reader.read_unit(reader.units()[0])
+    records = reader.read_views(reader.units(reader.layer().name)[0])
     batch = batch_of(home, home / "audit")
     with torch.no_grad():
         q, k, v = student(batch._images)
     for name, (a, b) in {"qk": (q, k), "vv": (v, v)}.items():
-        teacher = torch.from_numpy(records.arrays[f"{name}_probs"][:NUM_IMAGES]).double()
+        teacher = torch.from_numpy(records[f"{name}_probs"][0, :NUM_IMAGES]).double()
         log = (a.double() @ b.double().transpose(-1, -2) / a.shape[-1] ** 0.5).log_softmax(-1)
         kl = torch.special.entr(teacher).sum(-1).neg() - (teacher * log).sum(-1)
         np.testing.assert_allclose(found[name].per_head, kl.mean((0, 2)), rtol=1e-4)
@@ -221,7 +222,7 @@ def test_the_kl_is_that_of_dense_rows_of_the_first_images_and_hidden_records_giv
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"teacher": TEACHER | {"block": 1}}, "teacher.block differs"),
+        ({"teacher": TEACHER | {"block": 1}}, "target.taps differs"),
         ({"teacher": TEACHER | {"block": 2, "mean": (0.1, 0.1, 0.1)}}, "teacher.mean differs"),
         ({"codec": {"rows": 4}}, "holds no whole targets"),
         ({"codec": {"name": "dense", "relation_heads": 4}}, "into other heads"),
@@ -248,7 +249,7 @@ def test_too_few_images_other_relations_and_training_images_are_said(
     cache_teacher.run(held_out_cache(home, cache=home / "same", source=trained(home)))
     config = AuditConfig.model_validate(audit(home, cache=home / "same", source=trained(home)))
     reader = CacheReader(home / "cache")
-    AuditBatch(config, reader.manifest, opened_kind(reader, TargetsConfig(), CPU))
+    AuditBatch(config, reader.manifest, reader.layer(), opened_kind(reader, reader.layer(), TargetsConfig(), CPU))
     assert "audit: warning: the training's cache also holds shard-000000.tar" in capsys.readouterr().err
 
 
