@@ -66,12 +66,8 @@ def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
     yield f"  online  {_run(views, training['online_per_view'], training['online_s'], ranks)}; the teacher in the loop"
     if ranks > 1:
         yield "          (each rank is assumed to have a machine like this one; gradient exchange is not measured)"
-    if training["loader_cores"] is None:
-        yield "  loading no number of workers keeps the student fed: raise order.views_per_decode, so that a unit that"
-        yield "          is read serves more of its views"
-    else:
-        fed = format_cores(training["loader_cores"]) + (" for each rank" if ranks > 1 else "")
-        yield f"  loading {fed}; the recipe has loader.workers {costs['workers']}"
+    fed = format_cores(training["loader_cores"]) + (" for each rank" if ranks > 1 else "")
+    yield f"  loading {fed}; the recipe has loader.workers {costs['workers']}"
     runs, epochs = training["break_even_runs"], training["break_even_epochs"]
     if runs is None:
         yield "  break-even: never; a run with the cache takes no less time than one with the teacher in the loop"

@@ -18,9 +18,9 @@ class TeacherCosts:
     num_units: int
     audit_views: int  # audited views of every unit
     workers: int  # loading processes; 0: the process itself loads
-    # Of one view, by phase. On one core: "decode", and "read" of its record with the unit around it. In the stage's
-    # process: "teacher" to the tapped block, "encode" to a record in host memory, "digest" of its pixels, "audit" of
-    # an audited view, "write" to the committed record.
+    # Of one view, by phase. On one core: "decode", and "read" of its record. In the stage's process: "teacher" to the
+    # tapped block, "encode" to a record in host memory, "digest" of its pixels, "audit" of an audited view, "write" to
+    # the committed record.
     phase_s: Mapping[str, float]
     cores: float  # cores that teacher and codec keep busy
     codec_bytes: Mapping[str, float]  # one view on disk by codec, keys and metadata included; the recipe's own first
@@ -71,8 +71,7 @@ class Training:
     online_per_view: Overlap
     cached_s: float  # wall time of the run with the cache
     online_s: float  # wall time of the run with the teacher in the loop
-    records_read_per_view: float  # units are read whole, by every loading process
-    loader_cores: float | None  # cores of loading that keep one rank fed; None: no number of them does
+    loader_cores: float  # cores of loading that keep one rank fed
     # The fewest such runs that, stage one included, take less device time than as many runs with the teacher in the
     # loop, and the same for a single longer run, in epochs; None: never.
     break_even_runs: int | None
@@ -123,16 +122,11 @@ def forecast_training(costs: StudentCosts, teacher: TeacherCosts, stage_one_s: f
     """
     views = costs.steps * costs.batch_size
     epochs = views / costs.num_images
-    whole_units = max(teacher.num_views / costs.views_per_decode, 1.0)
-    amplified = whole_units * max(costs.workers, 1)
-    input_s = costs.replay_s + amplified * teacher.phase_s["read"]
-    cached = overlapped(costs.step_s, costs.cores, input_s, costs.workers, cores)
+    cached = overlapped(costs.step_s, costs.cores, costs.replay_s, costs.workers, cores, teacher.phase_s["read"])
     both_s = teacher.phase_s["teacher"] + costs.step_s
     busy = (teacher.phase_s["teacher"] * teacher.cores + costs.step_s * costs.cores) / both_s
     online = overlapped(both_s, busy, costs.replay_s, costs.workers, cores)
     saved_s = views * (online.seconds - cached.seconds)
-    # W loaders keep the student fed where (replay + W x whole_units x read) / W is at most the student's step.
-    left_s = costs.step_s - whole_units * teacher.phase_s["read"]
     return Training(
         views=views,
         epochs=epochs,
@@ -140,22 +134,23 @@ def forecast_training(costs: StudentCosts, teacher: TeacherCosts, stage_one_s: f
         online_per_view=online,
         cached_s=views * cached.seconds / costs.ranks,
         online_s=views * online.seconds / costs.ranks,
-        records_read_per_view=amplified,
-        loader_cores=costs.replay_s / left_s if left_s > 0 else None,
+        loader_cores=costs.replay_s / costs.step_s,
         break_even_runs=break_even(stage_one_s, saved_s),
         break_even_epochs=break_even(stage_one_s, saved_s / epochs),
     )
 
 
-def overlapped(main_s: float, busy: float, input_s: float, workers: int, cores: int) -> Overlap:
+def overlapped(main_s: float, busy: float, input_s: float, workers: int, cores: int, read_s: float = 0.0) -> Overlap:
     """Seconds per view of a process whose models keep `busy` cores busy while `workers` processes load.
 
-    The slowest of three decides: the models; the loaders, each on a core of its own; or all cores of the machine,
-    where models and loaders together want more cores than there are. Without workers one follows the other.
+    The slowest of three decides: the models; the loaders, each on a core of its own, or the threads of the process
+    itself, which need `read_s` for reading; or all cores of the machine, where all of these want more cores than there
+    are. Without workers one follows the other.
     """
     if workers == 0:
-        return Overlap(main_s + input_s, "models" if main_s >= input_s else "loading")
-    limits = {"models": main_s, "loading": input_s / workers, "cores": (main_s * busy + input_s) / cores}
+        return Overlap(main_s + input_s + read_s, "models" if main_s >= input_s + read_s else "loading")
+    everything_s = main_s * busy + input_s + read_s
+    limits = {"models": main_s, "loading": max(input_s / workers, read_s), "cores": everything_s / cores}
     slowest = max(limits, key=lambda name: limits[name])
     return Overlap(limits[slowest], slowest)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tinymim.stages.planning.forecast import (
+    Overlap,
     StudentCosts,
     TeacherCosts,
     break_even,
@@ -74,42 +75,31 @@ def test_stage_one_counts_every_view_once_and_its_audit_and_commit() -> None:
     assert one.loader_cores == pytest.approx(0.004 / 0.0125)
 
 
-def test_a_training_run_reads_whole_units_in_every_worker() -> None:
+def test_a_training_run_reads_one_record_a_view_whatever_the_unit_and_the_workers() -> None:
     training = forecast_training(STUDENT, TEACHER, 56.0, cores=16)
-    assert training.records_read_per_view == 16  # 4 views of a unit for the one in use, by 4 workers
-    # loading: (3 ms + 16 x 0.05 ms) / 4 = 0.95 ms, less than the student's 2 ms
+    # loading: 3 ms / 4 = 0.75 ms, less than the student's 2 ms; reading beside it
     assert (training.per_view.seconds, training.per_view.limited_by) == (0.002, "models")
     assert training.views == 5000 and training.epochs == 5
     assert training.cached_s == pytest.approx(5000 * 0.002)
+    alone = forecast_training(replace(STUDENT, workers=0), TEACHER, 56.0, cores=16)
+    assert alone.per_view.seconds == pytest.approx(0.002 + 0.003 + 5e-5)
+    assert forecast_training(STUDENT, replace(TEACHER, num_views=300), 56.0, cores=16).per_view == training.per_view
+
+
+def test_reading_has_threads_of_its_own_and_takes_its_share_of_the_cores() -> None:
+    assert overlapped(1.0, 1.0, 4.0, workers=4, cores=64, read_s=3.0) == Overlap(3.0, "loading")
+    assert overlapped(1.0, 1.0, 4.0, workers=4, cores=2, read_s=3.0) == Overlap(4.0, "cores")
 
 
 def test_the_loader_cores_named_are_enough_and_fewer_are_not() -> None:
-    fast = replace(STUDENT, step_s=0.001)
+    fast = replace(STUDENT, step_s=0.0008)
     cores = forecast_training(fast, TEACHER, 56.0, cores=64).loader_cores
-    assert cores is not None and cores == pytest.approx(0.003 / (0.001 - 4 * 0.00005))  # 3.75
+    assert cores == pytest.approx(0.003 / 0.0008)  # 3.75
 
     def limited_by(workers: int) -> str:
         return forecast_training(replace(fast, workers=workers), TEACHER, 56.0, cores=64).per_view.limited_by
 
     assert limited_by(math.ceil(cores)) == "models" and limited_by(math.floor(cores)) == "loading"
-
-
-def test_no_number_of_loaders_is_enough_where_reading_alone_takes_too_long() -> None:
-    # 300 views in a unit of which one is used: 15 ms of reading per view in every worker
-    many = replace(TEACHER, num_views=300)
-    assert forecast_training(STUDENT, many, 56.0, cores=64).loader_cores is None
-    at_once = forecast_training(replace(STUDENT, views_per_decode=300), many, 56.0, cores=64).loader_cores
-    assert at_once is not None and at_once < 2
-
-
-def test_views_of_one_decode_share_the_reading() -> None:
-    def records(costs: StudentCosts) -> float:
-        return forecast_training(costs, TEACHER, 56.0, cores=16).records_read_per_view
-
-    assert records(replace(STUDENT, views_per_decode=4)) == 4
-    assert records(replace(STUDENT, workers=0)) == 4
-    # A unit with fewer views than one decode serves is read whole, and nothing else is.
-    assert records(replace(STUDENT, views_per_decode=8)) == 4
 
 
 def test_online_is_teacher_and_student_and_decoding_without_records() -> None:
@@ -142,7 +132,7 @@ def test_break_even_is_the_smallest_number_that_takes_less(once: float, saved: f
 
 
 def test_never_is_an_answer() -> None:
-    # The student waits for its loaders in both cases, and reading records makes them slower.
+    # The student waits for its loaders in both cases.
     bound = replace(STUDENT, workers=1, replay_s=0.050)
     training = forecast_training(bound, TEACHER, 56.0, cores=16)
     assert training.per_view.limited_by == "loading"
