@@ -262,6 +262,7 @@ class Cost(NamedTuple):
 
     wall_s: float
     cpu_s: float  # of all processes
+    own_cpu_s: float  # of it, of the rank's process
     bytes_read: float  # of records and digests
 
 
@@ -278,11 +279,14 @@ def by_workers(args: argparse.Namespace, caches: dict[str, Cached]) -> float:
                     cost = pass_cost(cached, views, order, workers)
                     if number:  # the first round fills the page cache
                         found.setdefault((label, whole, workers), []).append(cost)
-    print("| cache | input | workers | views/s, median | min to max | CPU ms per view | bytes read per view |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| cache | input | workers | views/s, median | min to max | CPU ms per view | of it, the rank's | bytes read |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for (label, whole, workers), costs in found.items():
         rates = [1 / cost.wall_s for cost in costs]
         cpu = f"{1e3 * statistics.median(cost.cpu_s for cost in costs):.2f}"
+        cpu += f" | {1e3 * statistics.median(cost.own_cpu_s for cost in costs):.2f}"
         size = f"{statistics.median(cost.bytes_read for cost in costs):,.0f}"
         spread = f"{min(rates):.0f} to {max(rates):.0f}"
         name = "whole input" if whole else "views alone"
@@ -305,14 +309,14 @@ def pass_cost(cached: Cached, views: ReplayedViews | None, order: SampleOrder, w
     stream = views_of(cached.source, views, order.plan(last), LoaderConfig(workers=workers))
     cached.reader.bytes_read = 0
     next(stream)
-    wall_s, cpu_s, count = time.perf_counter(), all_cpu_s(), 0
+    wall_s, cpu_s, own_s, count = time.perf_counter(), all_cpu_s(), time.process_time(), 0
     for batch in stream:
         count += len(batch.keys)
         if count == (order.steps_per_epoch - 1) * order.batch_size:
             break  # the workers are still there
-    wall_s, cpu_s = time.perf_counter() - wall_s, all_cpu_s() - cpu_s
+    wall_s, cpu_s, own_s = time.perf_counter() - wall_s, all_cpu_s() - cpu_s, time.process_time() - own_s
     stream.close()
-    return Cost(wall_s / count, cpu_s / count, cached.reader.bytes_read / (count + order.batch_size))
+    return Cost(wall_s / count, cpu_s / count, own_s / count, cached.reader.bytes_read / (count + order.batch_size))
 
 
 def all_cpu_s() -> float:

@@ -45,7 +45,7 @@ class SliceId(NamedTuple):
 class Slice:
     """A slice that has been read, or is being read by a thread together with other views of its unit."""
 
-    def __init__(self, run: "Future[Arrays]", row: int) -> None:
+    def __init__(self, run: Future[Arrays], row: int) -> None:
         self._run, self._row = run, row
 
     def arrays(self) -> Arrays:

@@ -248,7 +248,7 @@ class _Entry(NamedTuple):
 
     items: Items  # [n, B, 4]: shard, cached image, view, running number
     slices: dict[SliceId, Slice]
-    positions: "dict[int, Future[_Index]]"  # by shard, the index in its tar of every cached image
+    positions: dict[int, Future[_Index]]  # by shard, the index in its tar of every cached image
 
 
 class ReplayedViews:
@@ -344,7 +344,7 @@ class ReplayedViews:
             entry.slices.update(self._slices.request(lane, ids))
         return entry
 
-    def _positions_of(self, shard: int) -> "Future[_Index]":
+    def _positions_of(self, shard: int) -> Future[_Index]:
         found = self._positions.get(shard)
         if found is None:
             found = self._positions[shard] = self._slices.pool.submit(self._in_tar, self.source.shards[shard])
