@@ -25,13 +25,15 @@ from tinymim.storage.commit import (
     encode_commit,
     holds_keys,
     key_digest,
+    parse_commit,
     read_commits,
     signed,
 )
 from tinymim.storage.constants import constants_digest, read_constants, read_record
-from tinymim.storage.layout import VIEWS
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.manifest import Layer, Manifest
-from tinymim.storage.store import Store, open_store
+from tinymim.storage.packed import open_cache_store
+from tinymim.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class CacheReader:
     """
 
     def __init__(self, place: str | Path) -> None:
-        self.store: Store = open_store(place)
+        self.store: Store = open_cache_store(place)
         self.place = self.store.place
         self.manifest: Manifest = layout.read_manifest(self.store)
         names = layout.layer_names(self.store)
@@ -152,6 +154,19 @@ class CacheReader:
                     spec_id, constants = held.spec_id, constants_digest(self.store, held)
                 self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants)
             return list(self._units[layer])
+
+    def unit(self, layer: str, unit: UnitId) -> UnitInfo:
+        """One committed unit as it is now, also if it was committed after the others were listed.
+
+        Raises:
+            CacheMismatch, CacheCorrupt: as `parse_commit`; also where the record is missing.
+        """
+        spec_id = self.manifest.spec_id if layer == VIEWS else self.layer(layer).spec_id
+        try:
+            data = self.store.read(layout.commit_file(layer, unit), layout.COMMIT_LIMIT_BYTES)
+        except FileNotFoundError as error:
+            raise corrupt_unit(self.place, unit, f"layer {layer} holds no record of it") from error
+        return parse_commit(self.place, layer, unit, data, spec_id, self.manifest)
 
     def by_shard(self, layer: str = VIEWS) -> dict[str, list[UnitInfo]]:
         """The committed units of a layer by shard name, ascending by view."""

@@ -65,8 +65,9 @@ class Store(Protocol):
     A missing file raises FileNotFoundError. Other failures raise OSError for a folder, StoreError for an object store.
     """
 
-    # Whether answers take long, so that several requests should be made in parallel.
-    distant: ClassVar[bool]
+    @property
+    def distant(self) -> bool:
+        """Whether answers take long, so that several requests should be made in parallel."""
 
     @property
     def place(self) -> Path | str:

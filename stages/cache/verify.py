@@ -6,7 +6,7 @@ from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt
 from tinymim.stages.cache.inspection import inspect_cache
-from tinymim.stages.pages.numbers import format_bytes
+from tinymim.stages.pages.numbers import format_bytes, plural
 from tinymim.storage.catalog import resolve
 from tinymim.storage.store import open_store
 
@@ -50,10 +50,13 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = [
         f"cache     {report['path']}",
         f"spec      {report['spec_id']}",
-        f"checked   {report['units']:,} units, {report['files']:,} files, {format_bytes(report['bytes'])}: "
-        "sizes, digests, decoding, keys, commit records",
-        f"cached    {report['covered_views']:,} of {report['num_views']:,} views",
+        f"checked   {report['units']:,} units, {format_bytes(report['bytes'])}: every byte against its checksums, "
+        "decoding, keys, commit records, the layers against one another",
     ]
+    for name, layer in report["layers"].items():
+        lines.append(
+            f"  {name}: {plural(layer['units'], 'unit')}, {layer['records']:,} records, {format_bytes(layer['bytes'])}"
+        )
     for writer in report["being_written"]:
         holder = writer["holder"] or "an unknown process"
         lines.append(f"writer    {holder} holds {writer['lease']}: uncommitted files are not checked")
