@@ -207,6 +207,9 @@ class PackedStore:
         read = iter(self.tars.read_ranges(tar, [(begin, end) for begin, end in cut if end > begin]))
         return [next(read) if end > begin else b"" for begin, end in cut]
 
+    def create_all(self, files: Mapping[str, bytes]) -> list[str]:
+        self._refuse()
+
     def exists(self, path: str) -> bool:
         return path in self._members
 
@@ -228,9 +231,6 @@ class PackedStore:
         )
 
     def draft(self, path: str) -> AbstractContextManager[Draft]:
-        self._refuse()
-
-    def create_all(self, files: Mapping[str, bytes]) -> list[str]:
         self._refuse()
 
     def write(self, path: str, data: bytes) -> None:

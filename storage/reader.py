@@ -8,7 +8,7 @@ import itertools
 import math
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from tinymim.storage.blocks import VIEW_ARRAYS, ZSTD_MOST, Array, ArrayType, Blo
 from tinymim.storage.commit import (
     UnitInfo,
     corrupt_unit,
-    encode_commit,
     holds_keys,
     key_digest,
     parse_commit,
@@ -140,8 +139,12 @@ class CacheReader:
             )
         raise UserError(f"the cache {self.place} has no layer {name}", got=listing, hint="name one of these layers")
 
-    def units(self, layer: str = VIEWS) -> list[UnitInfo]:
+    def units(self, layer: str = VIEWS, paths: Iterable[str] | None = None) -> list[UnitInfo]:
         """The committed units of a layer in source order, then by view; read once.
+
+        Args:
+            layer: the view layer or a target layer.
+            paths: the paths of the cache's files, where they have been listed.
 
         Raises:
             CacheMismatch, CacheCorrupt: as `read_commits`.
@@ -152,7 +155,7 @@ class CacheReader:
                 if layer != VIEWS:
                     held = self.layer(layer)
                     spec_id, constants = held.spec_id, constants_digest(self.store, held)
-                self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants)
+                self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants, paths)
             return list(self._units[layer])
 
     def unit(self, layer: str, unit: UnitId) -> UnitInfo:
@@ -295,9 +298,10 @@ class CacheReader:
                 parts = info.parts
                 total["records"] += sum(block.size_bytes for block in parts.views)
                 total["keys"] += 0 if parts.keys is None else parts.keys.size_bytes
-                total["overhead"] += parts.head.size_bytes + parts.tail.size_bytes + len(encode_commit(info))
+                total["overhead"] += parts.head.size_bytes + parts.tail.size_bytes + info.record_bytes
             found[layer] = dict(total)
-        found[VIEWS]["overhead"] += len(layout.root_group(self.manifest)) + len(layout.plain_group())  # of `layers`
+        root = self.store.read(layout.METADATA, layout.MANIFEST_LIMIT_BYTES)
+        found[VIEWS]["overhead"] += len(root) + len(layout.plain_group())  # of `layers`
         return found
 
     def _parts(self, info: UnitInfo, ranges: list[tuple[int, int]]) -> list[Array]:

@@ -36,7 +36,10 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
         return _describe_old(OldCache(place))
     reader = CacheReader(place)
     manifest = reader.manifest
-    files = listed(reader.store.list(), manifest, reader.layers)
+    entries = list(reader.store.list())
+    files = listed(entries, manifest, reader.layers)
+    for name in (VIEWS, *reader.layers):
+        reader.units(name, (entry.path for entry in entries))
     sizes = reader.bytes_by_component()
     num_images = sum(shard.num_samples for shard in manifest.source)
     layers = []
@@ -106,7 +109,7 @@ def _unreadable(reader: CacheReader, layer: str) -> int:
 
 def _history(entries: Sequence[Entry]) -> dict[str, Any]:
     """Times and owners of commits, from the store's listing: the cache itself contains no time and no name."""
-    times = [entry.modified for entry in entries]
+    times = [entry.modified for entry in entries if entry.modified.timestamp()]  # a packed cache has none
     owners = Counter(entry.owner for entry in entries if entry.owner is not None)
     return {
         "first_commit": min(times).astimezone(UTC).isoformat(timespec="seconds") if times else None,
@@ -237,8 +240,8 @@ def _layer_lines(layer: Mapping[str, Any]) -> list[str]:
     )
     lines = [
         f"layer     {layer['name']}, spec {layer['spec_id']}",
-        f"teacher   {teacher['name']}, {', '.join(target['taps'])}, {shapes['heads']} heads, {shapes['tokens']} tokens, "
-        f"{teacher['precision']}",
+        f"teacher   {teacher['name']}, {', '.join(target['taps'])}, {shapes['heads']} heads, "
+        f"{shapes['tokens']} tokens, {teacher['precision']}",
         f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {teacher['license']}",
         f"codec     {target['name']} version {target['version']}: {parameters}",
     ]
@@ -281,18 +284,24 @@ def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
 
 
 def _size_lines(info: Mapping[str, Any]) -> list[str]:
-    lines = [f"size      {format_bytes(info['bytes'])}"]
+    """Bytes by layer and component, and the price of more views."""
+    table = [("size", "component", "a view", "all", "share")]
     for layer in info["layers"]:
         records = layer["coverage"]["num_records"]
+        shown = layer["name"]
         for name, size_bytes in layer["bytes_by_component"].items():
             if size_bytes and records:
-                shown = f"{layer['name']}: {name}"
-                per_view, share = f"{size_bytes / records:,.1f} B", size_bytes / info["bytes"]
-                lines.append(f"  {shown:<36}{per_view:>12} a view {format_bytes(size_bytes):>12} {share:>6.1%}")
+                share = size_bytes / info["bytes"]
+                table.append(
+                    (shown, name, f"{size_bytes / records:,.1f} B", format_bytes(size_bytes), f"{share:.1%}"),
+                )
+                shown = ""
+    table.append(("all", "", "", format_bytes(info["bytes"]), "100.0%"))
+    lines = plain_table(table, {2, 3, 4}).splitlines()
     further, more = info["bytes_per_further_view_of_all_images"], info["more_views"]
     if further:
         lines.append(
-            f"  N more views of every image: about N x {format_bytes(further)}; "
+            f"N more views of every image: about N x {format_bytes(further)}; "
             f"{more['views']:,} are {format_bytes(more['bytes'])}"
         )
     return lines

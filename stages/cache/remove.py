@@ -1,6 +1,7 @@
 """`tinymim cache remove`: delete a cache, or layers of one, and no other file."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from tinymim.stages.run.progress import Meter
 from tinymim.storage import layout
 from tinymim.storage.constants import constants_places
 from tinymim.storage.layout import LAYERS, LEASES, METADATA, VIEWS, is_commit, is_of_cache, layer_of
-from tinymim.storage.leases import Leases
-from tinymim.storage.store import Store, explained_write_errors, open_store
+from tinymim.storage.leases import DEFAULT_LEASE_S, Leases
+from tinymim.storage.store import REQUESTS, Store, explained_write_errors, open_store
+
+WATCH_S = 1.5 * DEFAULT_LEASE_S  # for a beat of writers on other machines
 
 
 def plan(place: Path | str, layers: Sequence[str] | None = None) -> dict[str, Any]:
@@ -117,10 +120,11 @@ def _remove_layer(store: Store, name: str) -> None:
     files = [path for path in own if not is_commit(path) and path not in (group, *constants)]
     last = [path for path in (constants[1], constants[0], group) if path in own]
     with Meter("cache remove", len(own), "files") as meter:
-        for some in (records, files, last):
-            for path in some:
-                store.remove([path])
-                meter.advance(1)
+        for some in (records, files):
+            with ThreadPoolExecutor(REQUESTS if store.distant else 1) as pool:
+                for _ in pool.map(lambda path: store.remove([path]), some):
+                    meter.advance(1)
+        store.remove(last)
     left = [entry.path for entry in store.list(folder)]
     if not left:
         store.remove_tree(folder)
@@ -137,7 +141,7 @@ def _opened(place: Path | str) -> Store:
 
 def refuse_writers(store: Store) -> None:
     """Raises UserError if a writer may be active."""
-    writers = Leases(store).living()
+    writers = Leases(store).living(WATCH_S)
     if writers:
         name, holder = sorted(writers.items(), key=str)[0]
         raise UserError(

@@ -21,7 +21,8 @@ from tinymim.storage.constants import constants_digest, encode_constants
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.manifest import Layer, Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.v1 import REQUIRED_ARRAYS, RESTORE, OldCache, OldManifest, OldUnit
+from tinymim.storage.store import open_store
+from tinymim.storage.v1 import REQUIRED_ARRAYS, RESTORE, OldCache, OldManifest, OldUnit, is_v1
 from tinymim.storage.writer import CacheWriter, UnitTaken
 
 # What a teacher's section of version 1 holds besides the shapes, which version 2 keeps apart, and the block, now a tap.
@@ -31,6 +32,11 @@ NOT_KEPT = (
     "the upper 32 bits of each digest of pixels",
     "the number of views that the manifest promised: coverage follows from what is committed",
 )
+
+
+def is_old(place: Path | str) -> bool:
+    """Whether the cache at a place has format 1."""
+    return is_v1(open_store(place))
 
 
 def run(source: Path | str, target: Path | str, name: str | None = None) -> dict[str, Any]:
@@ -91,8 +97,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['source']} (format 1, {format_bytes(report['source_bytes'])}) -> {report['target']} (format 2, "
         f"{format_bytes(report['bytes'])})",
-        f"spec {report['spec_id']}, layer {report['layer']}: {report['written']:,} of {report['units']:,} units written "
-        f"now; all {report['records']:,} records read back and equal",
+        f"spec {report['spec_id']}, layer {report['layer']}: {report['written']:,} of {report['units']:,} units "
+        f"written now; all {report['records']:,} records read back and equal",
     ]
     return "\n".join([*lines, *(f"not kept: {what}" for what in report["not_kept"])])
 

@@ -8,7 +8,7 @@ from tinymim.configs.errors import CacheCorrupt
 from tinymim.stages.cache.inspection import inspect_cache
 from tinymim.stages.pages.numbers import format_bytes, plural
 from tinymim.storage.catalog import resolve
-from tinymim.storage.store import open_store
+from tinymim.storage.packed import open_cache_store
 
 
 def run(place: Path | str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def run(place: Path | str) -> dict[str, Any]:
         CacheMismatch: the format version is unknown.
         CacheCorrupt: the manifest is damaged, so the rest cannot be checked.
     """
-    store = open_store(resolve(place))
+    store = open_cache_store(resolve(place))
     return {"path": str(store.place), **inspect_cache(store, "cache verify").to_json()}
 
 

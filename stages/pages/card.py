@@ -53,7 +53,7 @@ def card(info: Mapping[str, Any]) -> str:
             layer["teacher"]["name"],
             ", ".join(layer["target"]["taps"]),
             f"{layer['target']['name']} {layer['target']['version']}",
-            f"{coverage['views']}" + ("" if coverage["complete"] else f" to {coverage['most_views']}, partial"),
+            f"{coverage['most_views']}" + ("" if coverage["complete"] else ", partial"),
             f"{coverage['num_records']:,}",
             f"{layer['bytes_per_view']:,.1f}",
             format_bytes(layer["bytes"]),
