@@ -170,6 +170,7 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
         print_json(report)
     else:
         print_text(stage.format_report(report))
+    stage.refuse_left(report)
 
 
 @cache_app.command(name="copy", sort_key=4)

@@ -36,9 +36,9 @@ def refuse_unsound(report: Mapping[str, Any]) -> None:
     deep = report.get("deep")
     if deep is not None and not deep["passed"]:
         raise CacheCorrupt(
-            f"the records of {report['path']} differ from those of this teacher",
-            got=f"{deep['agreement']:.2%} of the sampled elements agree, {deep['wrong_views']} views and "
-            f"{deep['wrong_pixels']} digests of pixels differ, {deep['unreadable']} images are unreadable",
+            f"the records of layer {deep['layer']} of {report['path']} differ from those of this teacher",
+            got=f"{deep['agreement']:.2%} of the sampled elements agree, {deep['wrong_pixels']} digests of "
+            f"pixels differ, {deep['unreadable']} images are unreadable",
             expected=f"at least {deep['min_agreement']:.2%}, and no other difference",
             hint="another decoder gives other pixels; other hardware rounds a few draws differently, and more of them "
             "below fp32; if another teacher made the cache, remove it and run `tinymim cache-teacher` again",
@@ -74,8 +74,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 def _deep_lines(deep: Mapping[str, Any]) -> list[str]:
     count = deep["records"]
     lines = [
-        f"teacher   run again on {count:,} records of {deep['units']:,} units",
-        f"  boxes and flips      {count - deep['wrong_views']:,} of {count:,} as the view law draws them",
+        f"teacher   run again on {count:,} records of {plural(deep['units'], 'unit')} of layer {deep['layer']}",
         f"  pixels               {count - deep['wrong_pixels']:,} of {count:,} have the stored digest",
         f"  all elements         {deep['agreement']:.2%} equal, at least {deep['min_agreement']:.2%} wanted",
     ]
