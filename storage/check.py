@@ -7,7 +7,6 @@ finds stray files. `check_unit` checks every byte of a unit.
 import io
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -292,6 +291,11 @@ class _Survey:
             self.known |= {path, record_path}
             self._constants_finding(layer, record_path, _plain(error, record_path))
             return
+        if record is None and None in named:
+            for info in infos:
+                if info.constants is not None:
+                    self._about(info, "it was made with constants, and others of its layer without")
+            return
         if record is None:
             if named - {None}:
                 self.known.add(path)
@@ -316,9 +320,9 @@ class _Survey:
     def one_family(self) -> None:
         """Compare the layers: one set of images per shard, and no target of a view that the view layer lacks."""
         first: dict[str, UnitInfo] = {}
-        views: defaultdict[str, set[int]] = defaultdict(set)
+        views: dict[str, set[int]] = {}
         for unit in self.named[VIEWS]:
-            views[unit.shard].update(unit.views)
+            views.setdefault(unit.shard, set()).update(unit.views)
         for layer in (VIEWS, *self.layers):
             for info in self.units[layer]:
                 shard = info.unit.shard
@@ -326,7 +330,7 @@ class _Survey:
                 if (info.key_digest, info.num_images) != (other.key_digest, other.num_images):
                     what = f"{OTHER_KEYS} {other}: {info.num_images} images with keys {info.key_digest}"
                     self._about(info, f"{what}, expected {other.num_images} with {other.key_digest}")
-                if lacking := [view for view in info.unit.views if view not in views[shard]]:
+                if lacking := [view for view in info.unit.views if view not in views.get(shard, ())]:
                     self._about(
                         info, f"the view layer lacks {len(lacking)} of its views, from {lacking[0]} on", "views"
                     )

@@ -172,7 +172,9 @@ def _write(writer: CacheWriter, layer: Layer, old: OldUnit, keys: list[str], arr
     """Write what is missing of a unit, the views first. False: nothing was."""
     unit = _unit(old)
     parts = {VIEWS: [DIGEST], layer.name: list(layer.arrays)}
-    unreadable = {key: value for key, value in old.statistics.items() if key == "unreadable"}
+    statistics: dict[str, dict[str, Any]] = {VIEWS: {}, layer.name: {}}  # what could not be read is said of the views
+    for key, value in old.statistics.items():
+        statistics[VIEWS if key == "unreadable" else layer.name][key] = value
     missing = [name for name in parts if unit not in writer.of_shard(name, unit.shard)]
     for name in missing:
         if not writer.claim(name, unit):
@@ -182,7 +184,7 @@ def _write(writer: CacheWriter, layer: Layer, old: OldUnit, keys: list[str], arr
             )
         with writer.begin(name, unit, keys) as draft:
             draft.add({array: arrays[array] for array in parts[name]})
-            draft.commit(unreadable if name == VIEWS else old.statistics)
+            draft.commit(statistics[name])
     writer.give_back(unit)
     return bool(missing)
 
