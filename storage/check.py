@@ -188,7 +188,7 @@ def unit_blocks(store: Store, info: UnitInfo) -> Iterator[tuple[str | int, Block
     begin = 0
     for piece in _pieces(blocks):
         end = begin + sum(block.size_bytes for _, block in piece)
-        data = bytes(store.read_ranges(info.path, [(begin, end)])[0]) if end > begin else b""
+        data = b"".join(store.read_ranges(info.path, [(begin, end)])) if end > begin else b""
         at = 0
         for name, block in piece:
             yield name, block, data[at : at + block.size_bytes]

@@ -193,19 +193,18 @@ class PackedStore:
         if size_bytes > limit:
             raise TooLarge(f"{path} has {size_bytes} bytes, expected at most {limit}")
         header = tar_header(path, size_bytes)
-        [data] = self.tars.read_ranges(tar, [(at - len(header), at + size_bytes)])
-        if bytes(data[: len(header)]) != header:
+        data = b"".join(self.tars.read_ranges(tar, [(at - len(header), at + size_bytes)]))
+        if data[: len(header)] != header:
             raise CacheCorrupt(f"{self.place}/{tar} does not hold {path} where {INDEX} names it", hint=REMEDY)
-        return bytes(data[len(header) :])
+        return data[len(header) :]
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
         return {path: self.read(path, limit) for path, limit in limits.items()}
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         tar, at, size_bytes = self._member(path)
         cut = [(at + min(begin, size_bytes), at + min(end, size_bytes)) for begin, end in ranges]
-        read = iter(self.tars.read_ranges(tar, [(begin, end) for begin, end in cut if end > begin]))
-        return [next(read) if end > begin else b"" for begin, end in cut]
+        yield from self.tars.read_ranges(tar, cut)
 
     def create_all(self, files: Mapping[str, bytes]) -> list[str]:
         self._refuse()

@@ -8,7 +8,11 @@ import itertools
 import math
 import threading
 from collections import Counter
+<<<<<<< HEAD
 from collections.abc import Iterable, Sequence
+=======
+from collections.abc import Iterator, Mapping, Sequence
+>>>>>>> units
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +191,7 @@ class CacheReader:
             complete_shards=sum(held >= least > 0 for held in views.values()),
             complete_views=least,
             most_views=max(views.values(), default=0),
-            num_images=sum(infos[0].num_images for infos in units.values()),
+            num_images=sum(infos[0].num_images for infos in units.values() if infos[0].unit.first_view == 0),
             num_records=sum(info.num_records for infos in units.values() for info in infos),
         )
 
@@ -210,7 +214,7 @@ class CacheReader:
             arrays: names of the arrays to decode; None: all.
 
         Returns:
-            By name, arrays [k, I, ...]. Adjacent views are read in one request.
+            By name, arrays [k, I, ...]. Adjacent views cost one request to an object store.
 
         Raises:
             CacheCorrupt: the file is missing, or these bytes of it changed; names unit and view.
@@ -222,28 +226,23 @@ class CacheReader:
         if unknown or not set(chosen) <= set(info.unit.views):
             raise corrupt_unit(self.place, info, f"it does not hold {sorted(unknown) or chosen}", expected=list(kinds))
         wanted = {name: kinds[name] for name in (kinds if arrays is None else arrays)}
-        blocks, places, runs = info.parts.views, info.parts.places(), _runs([v - info.unit.first_view for v in chosen])
-        data = self._parts(info, [(places[run[0]], places[run[-1] + 1]) for run in runs])
-        held = []  # (number of the view in the unit, its bytes)
-        for run, part in zip(runs, data, strict=True):
-            for number in run:
-                at = places[number] - places[run[0]]
-                held.append((number, part[at : at + blocks[number].size_bytes]))  # a view: nothing is copied
-        for number, block in held:
-            self._check(info, block, blocks[number], f"view {number + info.unit.first_view}")
-        # Allocated after the bytes are here: a forged record cannot ask for more than they can hold.
-        self._refuse_impossible(info, [number for number, _ in held], kinds)
-        found = {
-            name: np.empty((len(chosen), info.num_images, *shape), dtype) for name, (dtype, shape) in wanted.items()
-        }
-        for row, (number, block) in enumerate(held):
-            rows = {name: values[row] for name, values in found.items()}
+        blocks, places, first = info.parts.views, info.parts.places(), info.unit.first_view
+        # One view's bytes are held at a time: fresh memory for all of them would cost as much as reading them.
+        parts = self._parts(info, [(places[view - first], places[view - first + 1]) for view in chosen])
+        raw = info.num_images * sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+        found: dict[str, Array] = {}
+        for row, (view, block) in enumerate(zip(chosen, parts, strict=True)):
+            self._check(info, block, blocks[view - first], f"view {view}")
+            # The sizes may be forged; the bytes are here. So no record can ask for more memory than they can fill.
+            self._refuse_more(info, raw, len(block), f"view {view}")
+            if not found:
+                found = _empty(len(chosen), info.num_images, wanted)
             try:
-                decode_view(block.data, number, info.num_images, rows, kinds)
+                rows = {name: values[row] for name, values in found.items()}
+                decode_view(block.data, view - first, info.num_images, rows, kinds)
             except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
-                what = f"view {number + info.unit.first_view} cannot be decoded: {error}"
-                raise corrupt_unit(self.place, info, what) from error
-        return found
+                raise corrupt_unit(self.place, info, f"view {view} cannot be decoded: {error}") from error
+        return found or _empty(0, info.num_images, wanted)
 
     def read_keys(self, info: UnitInfo) -> list[str]:
         """The I distinct sample keys in tar order.
@@ -304,18 +303,15 @@ class CacheReader:
         found[VIEWS]["overhead"] += len(root) + len(layout.plain_group())  # of `layers`
         return found
 
-    def _parts(self, info: UnitInfo, ranges: list[tuple[int, int]]) -> list[Array]:
-        """Ranges of a unit's file, as uint8 arrays."""
-        some = [place for place in ranges if place[1] > place[0]]  # blocks without images are empty
-        if not some:
-            return [np.empty(0, np.uint8) for _ in ranges]
+    def _parts(self, info: UnitInfo, ranges: Sequence[tuple[int, int]]) -> Iterator[Array]:
+        """Ranges of a unit's file in turn, as uint8 arrays."""
         try:
-            read = iter(self.store.read_ranges(info.path, some))
+            for part in self.store.read_ranges(info.path, ranges):
+                yield np.frombuffer(part, np.uint8)
         except FileNotFoundError as error:
             raise corrupt_unit(self.place, info, f"its file {info.path} is missing") from error
         except OSError as error:
             raise corrupt_unit(self.place, info, f"its file {info.path} cannot be read: {error}") from error
-        return [np.frombuffer(next(read) if end > begin else b"", np.uint8) for begin, end in ranges]
 
     def _check(self, info: UnitInfo, data: Array, block: Block, what: str) -> None:
         if len(data) != block.size_bytes:
@@ -324,18 +320,11 @@ class CacheReader:
         if crc32c(data) != block.crc32c:
             raise corrupt_unit(self.place, info, f"{what} does not have its committed checksum")
 
-    def _refuse_impossible(self, info: UnitInfo, numbers: list[int], kinds: dict[str, ArrayType]) -> None:
-        """Raises CacheCorrupt, before any allocation, where the records cannot come out of their bytes."""
-        raw = info.num_images * sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
-        for number in numbers:
-            self._refuse_more(info, raw, info.parts.views[number].size_bytes, f"view {number + info.unit.first_view}")
-
     def _refuse_more(self, info: UnitInfo, raw: int, held: int, what: str) -> None:
         if raw > held * ZSTD_MOST:
             raise corrupt_unit(self.place, info, f"{what}: {raw} bytes cannot come out of {held}")
 
 
-def _runs(numbers: list[int]) -> list[list[int]]:
-    """Ascending numbers as runs of adjacent ones."""
-    groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-    return [[number for _, number in group] for _, group in groups]
+def _empty(views: int, images: int, kinds: Mapping[str, ArrayType]) -> dict[str, Array]:
+    """Arrays [k, I, ...] to be filled."""
+    return {name: np.empty((views, images, *shape), dtype) for name, (dtype, shape) in kinds.items()}

@@ -79,8 +79,11 @@ class Store(Protocol):
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
         """Read several files, in parallel where that is faster; errors of `read`."""
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Read parts of a file, each from its begin to its end, exclusive. A part is short where the file ends."""
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        """Read parts of a file, each from its begin to its end, exclusive. A part is short where the file ends.
+
+        A folder's parts are read one by one, as the iterator advances; adjacent parts of an object are one request.
+        """
 
     def draft(self, path: str) -> AbstractContextManager["Draft"]:
         """A new file that is written piece by piece. Leaving the block drops it unless `Draft.create` was called."""
@@ -153,11 +156,12 @@ class LocalStore:
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
         return {path: self.read(path, limit) for path, limit in limits.items()}
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         fd = os.open(f"{self.place}/{path}", os.O_RDONLY)
         try:
             size = os.fstat(fd).st_size  # a range may come from a forged record: no memory for what is not there
-            return [_pread(fd, min(end, size) - begin, begin) if begin < size else b"" for begin, end in ranges]
+            for begin, end in ranges:
+                yield memoryview(_pread(fd, min(end, size) - begin, begin) if begin < size else b"")
         finally:
             os.close(fd)
 
@@ -284,27 +288,33 @@ class RemoteStore:
         with ThreadPoolExecutor(REQUESTS) as pool:
             return dict(zip(limits, pool.map(self.read, limits.keys(), limits.values()), strict=True))
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        runs = _merged(ranges)
         with self._explained(path):
             try:
-                return self._ranges(path, ranges)
+                parts = self._ranges(path, runs)
             except BaseError:
                 size = obstore.head(self._objects, path)["size"]
-                if all(end <= size for _, end in ranges):
+                if all(end <= size for _, end in runs):
                     raise
                 # Stores refuse a range that begins after the end of the object, and obstore one that it cannot fill.
-                held = [(min(begin, size), min(end, size)) for begin, end in ranges]
-                found = iter(self._ranges(path, [part for part in held if part[0] < part[1]]))
-                return [next(found) if begin < end else b"" for begin, end in held]
+                parts = self._ranges(path, [(min(begin, size), min(end, size)) for begin, end in runs])
+        number, last = -1, None
+        for begin, end in ranges:
+            number += begin != last
+            start, last = runs[number][0], end
+            yield parts[number][begin - start : end - start]
 
-    def _ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        if len(ranges) == 1:
-            [(begin, end)] = ranges
-            return [bytes(obstore.get_range(self._objects, path, start=begin, end=end))]
-        starts, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
-        # Without `coalesce=0` obstore reads what lies between two ranges, up to 1 MiB, and drops it.
-        parts = obstore.get_ranges(self._objects, path, starts=starts, ends=ends, coalesce=0)
-        return [bytes(part) for part in parts]
+    def _ranges(self, path: str, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
+        starts, ends = [begin for begin, end in runs if begin < end], [end for begin, end in runs if begin < end]
+        if len(starts) == 1:
+            found = iter([obstore.get_range(self._objects, path, start=starts[0], end=ends[0])])
+        else:
+            # Without `coalesce=0` obstore reads what lies between two ranges, up to 1 MiB, and drops it.
+            found = iter(
+                obstore.get_ranges(self._objects, path, starts=starts, ends=ends, coalesce=0) if starts else []
+            )
+        return [memoryview(next(found)) if begin < end else memoryview(b"") for begin, end in runs]
 
     @contextmanager
     def draft(self, path: str) -> Iterator["_RemoteDraft"]:
@@ -432,6 +442,17 @@ def _pread(fd: int, size: int, offset: int) -> bytes:
     while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
         data += more
     return data
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges with each one joined to the one before it where that ends at its begin."""
+    runs: list[tuple[int, int]] = []
+    for begin, end in ranges:
+        if runs and runs[-1][1] == begin:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((begin, end))
+    return runs
 
 
 def _holds(store: Store, path: str, data: bytes | mmap.mmap) -> bool:

@@ -331,11 +331,18 @@ class CacheWriter:
     def _require_cache(self, layer: str = VIEWS) -> None:
         for path in (layout.METADATA, f"{layout.layer_folder(layer)}/{layout.METADATA}"):
             if not self.store.exists(path):
-                raise CacheGone(
-                    f"the cache {self.place} is gone, or its layer {layer}",
-                    got=f"no {path}",
-                    hint="it was removed or renamed during this run; restore it, or run the command again",
-                )
+                raise self._gone(layer, f"no {path}")
+        if layer in self.layers:  # another job may have begun another cache in the same place
+            stored, ours = layout.read_layer(self.store, layer, self.manifest).spec_id, self.layers[layer].spec_id
+            if stored != ours:
+                raise self._gone(layer, f"a layer of spec {stored}, expected {ours}")
+
+    def _gone(self, layer: str, got: str) -> CacheGone:
+        return CacheGone(
+            f"the cache {self.place} is gone, or its layer {layer}",
+            got=got,
+            hint="it was removed or renamed during this run; restore it, or run the same command again",
+        )
 
     def _require_lease(self, unit: UnitId) -> None:
         if not self._open_leases().holds(shard_lease(unit.shard)):

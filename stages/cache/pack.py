@@ -193,7 +193,7 @@ def _require_same(reader: CacheReader, store: Store, name: str, files: Files, di
     """Compare a tar that is already there with what would be written; raises CacheMismatch."""
     at = 0
     for data in _tar(reader, files):
-        if data and bytes(store.read_ranges(name, [(at, at + len(data))])[0]) != data:
+        if data and b"".join(store.read_ranges(name, [(at, at + len(data))])) != data:
             raise CacheMismatch(f"{store.place}/{name} is a tar of something else", hint=f"remove it, or {REMEDY}")
         digest.update(data)
         at += len(data)

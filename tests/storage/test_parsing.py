@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import random
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -182,19 +183,25 @@ def test_deep_and_long_json_in_place_of_a_manifest(tmp_path: Path, text: str) ->
 # ---- forged units: every digest and checksum fits, so that only the checks of the content can refuse it
 
 
-def forge(folder: Path, info: UnitInfo, change: Callable[[bytes, list[Block]], bytes], **fields: Any) -> UnitInfo:
-    """Rewrite a unit's file by `change`, and its record so that all checksums fit."""
-    data = (folder / info.path).read_bytes()
-    parts = list(info.parts.all)
-    data = change(data, parts)
-    ends = np.cumsum([part.size_bytes for part in parts]).tolist()
+def forged(info: UnitInfo, data: bytes, sizes: list[int]) -> UnitInfo:
+    """The record of a unit's file `data` whose parts have these sizes: all checksums fit."""
+    ends = list(itertools.accumulate(sizes))
     blocks = [Block(end - start, crc32c(data[start:end])) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     keys = blocks[1] if info.parts.keys is not None else None
     views = tuple(blocks[1 + (keys is not None) : -1])
-    forged = dataclasses.replace(info, parts=UnitParts(blocks[0], keys, views, blocks[-1], digest_hex(data)), **fields)
-    (folder / info.path).write_bytes(data)
-    (folder / layout.commit_file(info.layer, info.unit)).write_bytes(encode_commit(forged))
-    return forged
+    return dataclasses.replace(info, parts=UnitParts(blocks[0], keys, views, blocks[-1], digest_hex(data)))
+
+
+class Memory(LocalStore):
+    """A store whose units lie in memory: a file system takes longer than everything that is tested."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.files: dict[str, bytes] = {}
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        for begin, end in ranges:
+            yield memoryview(self.files[path])[begin:end]
 
 
 def read_again(reader: CacheReader, info: UnitInfo, fresh: int) -> dict[str, bytes] | None:
@@ -222,34 +229,28 @@ def read_again(reader: CacheReader, info: UnitInfo, fresh: int) -> dict[str, byt
 def fuzz_forged_units(folder: Path, count: int) -> Counter[str]:
     """Damage units at random and forge their checksums; what is read must come from the bytes and nothing else."""
     tiny.make_tiny_cache(folder)
-    reader = CacheReader(folder)
+    reader, store = CacheReader(folder), Memory(folder)
     infos = [info for layer in (VIEWS, REL, CLS) for info in reader.units(layer)]
-    rng, counts = random.Random(0), Counter[str]()
     intact = {info.path: (folder / info.path).read_bytes() for info in infos}
+    reader.store = store
+    rng, counts = random.Random(0), Counter[str]()
     for _ in range(count):
         info = rng.choice(infos)
-        begin = info.parts.head.size_bytes
-        end = info.parts.places()[-1]
-
-        def change(data: bytes, parts: list[Block], begin: int = begin, end: int = end) -> bytes:
-            how = rng.choice(["flip", "flip", "zero", "copy", "frame"])
-            for _ in range(rng.choice([1, 1, 2, 5])):
-                at = rng.randrange(begin, end)
-                if how == "frame":  # a member's header or the beginning of its frame, where lengths are stated
-                    at = min(max(data.find(b"PK\3\4", at), begin) + rng.randrange(60), end - 1)
-                span = data[at : min(at + rng.choice([1, 2, 4, 8]), end)]
-                new = {
-                    "zero": bytes(len(span)),
-                    "copy": data[begin : begin + len(span)],
-                }.get(how, rng.randbytes(len(span)))
-                data = data[:at] + new + data[at + len(span) :]
-            return data
-
-        forged = forge(folder, info, change)
-        found = read_again(reader, forged, 0)
+        begin, end = info.parts.head.size_bytes, info.parts.places()[-1]
+        data = intact[info.path]
+        how = rng.choice(["flip", "flip", "zero", "copy", "frame"])
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            at = rng.randrange(begin, end)
+            if how == "frame":  # a member's header or the beginning of its frame, where lengths are stated
+                at = min(max(data.find(b"PK\3\4", at), begin) + rng.randrange(60), end - 1)
+            length = min(rng.choice([1, 2, 4, 8]), end - at)
+            new = {"zero": bytes(length), "copy": data[begin : begin + length]}.get(how, rng.randbytes(length))
+            data = data[:at] + new + data[at + length :]
+        store.files[info.path] = data
+        record = forged(info, data, [part.size_bytes for part in info.parts.all])
+        found = read_again(reader, record, 0)
         counts["refused" if found is None else "read"] += 1
-        assert found == read_again(reader, forged, 255)  # nothing uninitialised
-        (folder / info.path).write_bytes(intact[info.path])
+        assert found == read_again(reader, record, 255)  # nothing uninitialised
     return counts
 
 
@@ -286,20 +287,21 @@ def test_frames_that_hold_more_or_less_than_they_should(tmp_path: Path, data: by
     tiny.make_tiny_cache(tmp_path)
     info = CacheReader(tmp_path).units(REL)[0]
 
-    def change(file: bytes, parts: list[Block]) -> bytes:
-        at = file.index(b"qk_index/c/0/0/0/0/0") + 20
-        header = file.rindex(b"PK\3\4", 0, at)
-        held = int.from_bytes(file[header + 18 : header + 22], "little")
-        new = file[: header + 18] + 2 * len(data).to_bytes(4, "little") + file[header + 26 : at] + data
-        parts[1] = Block(parts[1].size_bytes + len(data) - held, 0)
-        return new + file[at + held :]
-
-    forged = forge(tmp_path, info, change)
+    file = (tmp_path / info.path).read_bytes()
+    at = file.index(b"qk_index/c/0/0/0/0/0") + 20
+    header = file.rindex(b"PK\3\4", 0, at)
+    held = int.from_bytes(file[header + 18 : header + 22], "little")
+    file = file[: header + 18] + 2 * len(data).to_bytes(4, "little") + file[header + 26 : at] + data + file[at + held :]
+    sizes = [part.size_bytes for part in info.parts.all]
+    sizes[1] += len(data) - held
+    record = forged(info, file, sizes)
+    (tmp_path / info.path).write_bytes(file)
+    (tmp_path / COMMIT_PATH).write_bytes(encode_commit(record))
     reader = CacheReader(tmp_path)
-    assert reader.units(REL)[0] == forged
+    assert reader.units(REL)[0] == record
     with pytest.raises(CacheCorrupt, match=r"train-000\.tar v0-1 of layer rel .*view 0"):
-        reader.read_views(forged)
-    reader.read_views(forged, [1])
+        reader.read_views(record)
+    reader.read_views(record, [1])
 
 
 def test_a_frame_that_holds_what_it_should_is_read() -> None:
@@ -322,16 +324,16 @@ def test_records_that_claim_much_fail_before_anything_is_allocated(tmp_path: Pat
     info = CacheReader(tmp_path).units()[0]
     parts = info.parts
     assert parts.keys is not None
-    large: dict[str, Any] = {
+    claims: dict[str, dict[str, Any]] = {
         "views": {"views": (dataclasses.replace(parts.views[0], size_bytes=size), parts.views[1])},
         "keys": {"keys": dataclasses.replace(parts.keys, size_bytes=size)},
         "head": {"head": dataclasses.replace(parts.head, size_bytes=size)},
         "images": {},
-    }[field]
-    forged = dataclasses.replace(
-        info, parts=dataclasses.replace(parts, **large), num_images=many if field == "images" else 3
+    }
+    record = dataclasses.replace(
+        info, parts=dataclasses.replace(parts, **claims[field]), num_images=many if field == "images" else 3
     )
-    (tmp_path / layout.commit_file(VIEWS, UNIT)).write_bytes(encode_commit(forged))
+    (tmp_path / layout.commit_file(VIEWS, UNIT)).write_bytes(encode_commit(record))
     tracemalloc.start()
     try:
         reader = CacheReader(tmp_path)
@@ -386,8 +388,8 @@ def rewrite_with_keys(folder: Path, info: UnitInfo, keys: dict[str, Any]) -> Non
         out = UnitFileWriter(file, 3, info.unit.num_views, CacheReader(folder).arrays(VIEWS), keys)
         for view in range(info.unit.num_views):
             out.add({name: values[view] for name, values in arrays.items()})
-        forged = dataclasses.replace(info, parts=out.close(), key_digest=key_digest(keys))
-    (folder / layout.commit_file(VIEWS, info.unit)).write_bytes(encode_commit(forged))
+        record = dataclasses.replace(info, parts=out.close(), key_digest=key_digest(keys))
+    (folder / layout.commit_file(VIEWS, info.unit)).write_bytes(encode_commit(record))
 
 
 @pytest.mark.parametrize("shard", ["../../escape.tar", "/etc/passwd", "a/b.tar", "..", "con\x00.tar"])

@@ -34,8 +34,13 @@ def _run(environment: dict[str, str], function: Any, *arguments: Any) -> None:
 
 
 def write_all(place: Path | str, manifest: Manifest, lease_s: float, connection: Connection) -> None:
-    """Write missing units, sending "open", each unit claimed and written, and "done"."""
-    with CacheWriter.open(place, manifest, [tiny.make_layer(manifest)], lease_s) as writer:
+    """Write missing units of the layer `rel`; messages of `write_layer`."""
+    write_layer(place, manifest, tiny.REL, lease_s, connection)
+
+
+def write_layer(place: Path | str, manifest: Manifest, name: str, lease_s: float, connection: Connection) -> None:
+    """Write missing units of a layer, sending "open", each unit claimed and written, and "done"."""
+    with CacheWriter.open(place, manifest, [tiny.make_layer(manifest, name)], lease_s) as writer:
         connection.send("open")
         while todo := lacking(writer, manifest):
             for layer, unit in todo:
