@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +44,7 @@ ZSTD_MOST = 2**17 // 4
 _ENCODE, _DECODE = Zstd(ZSTD_LEVEL), Zstd()
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Size in bytes and crc32c of one part of a unit's file."""
 
     size_bytes: int
