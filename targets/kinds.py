@@ -59,9 +59,11 @@ def stored_kind(
         CacheMismatch: another codec, or another version of it, wrote the cache.
         RecipeError: as `make_kind`.
     """
-    [tap] = map(Tap.parse, section["taps"])  # the only kind so far reads one
-    kind = make_kind(codec_config(**section["parameters"]), tap.place, targets, constants)
-    if (kind.name, kind.version, kind.taps) != (section["name"], section["version"], (tap,)):
+    taps = tuple(map(Tap.parse, section["taps"]))
+    # Kinds that read the end of the model have no block.
+    block = max(tap.place for tap in taps) or 1
+    kind = make_kind(codec_config(**section["parameters"]), block, targets, constants)
+    if (kind.name, kind.version, kind.taps) != (section["name"], section["version"], taps):
         raise CacheMismatch(
             "the layer was written by another codec",
             got=f"{section['name']} version {section['version']}",
