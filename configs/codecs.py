@@ -81,16 +81,92 @@ class DenseCodec(Section):
     relation_heads: Positive | None = Field(default=None, description=_RELATION_HEADS)
 
 
-def _codec_name(value: Any) -> str:
-    """The tag of a codec section; a section without a name is a sketch."""
-    return str(value.get("name", "sketch") if isinstance(value, dict) else getattr(value, "name", "sketch"))
+RelationCodec = SketchCodec | HiddenCodec | DenseCodec
+_KIND = "Kind of target. Default: relations."
+_TARGET = "Targets as they are, after LayerNorm without weights, or whitened by the calibration views."
+_CALIBRATION = "Views that fix the whitening, once per cache."
 
 
-# How a target becomes bytes; `name` says which.
+class _VectorCodec(Section):
+    """Fields that the kinds of vectors share."""
+
+    name: Literal["dither", "int8"] = Field(
+        default="dither",
+        description="`dither`: rotate, then 1 or 2 bits a number; `int8`: 8 bits. Both round randomly.",
+    )
+    bits: Literal[1, 2, 8] = Field(
+        default=2, description="Bits a number of `dither`, 1 or 2.", json_schema_extra={"default": "2; 8 of `int8`"}
+    )
+    target: Literal["raw", "layernorm", "whiten"] = Field(default="raw", description=_TARGET)
+    calibration_views: Positive = Field(default=256, description=_CALIBRATION)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eight_bits(cls, data: Any) -> Any:
+        return {"bits": 8, **data} if isinstance(data, dict) and data.get("name") == "int8" else data
+
+    @model_validator(mode="after")
+    def _fitting_bits(self) -> "_VectorCodec":
+        if (self.name == "int8") != (self.bits == 8):
+            raise ValueError(f"bits: dither takes 1 or 2, and int8 8; got {self.bits} with name: {self.name}")
+        return self
+
+
+class FeaturesCodec(_VectorCodec):
+    """Patch tokens of a block, without class token and registers."""
+
+    kind: Literal["features"] = Field(description=_KIND)
+    at: Literal["block", "normed", "final"] = Field(
+        default="block",
+        description="Tokens after the tapped block, those that its attention reads (after its first norm), or those "
+        "after the final norm.",
+    )
+    target: Literal["raw", "layernorm", "whiten"] = Field(default="layernorm", description=_TARGET)
+    tokens: Positive | None = Field(
+        default=16,
+        description="Patch tokens drawn per view; null: all.",
+        json_schema_extra={"default": "16; all of `int8`"},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_tokens(cls, data: Any) -> Any:
+        return {"tokens": None, **data} if isinstance(data, dict) and data.get("name") == "int8" else data
+
+
+class ClsCodec(_VectorCodec):
+    """The class embedding of a view."""
+
+    kind: Literal["cls"] = Field(description=_KIND)
+    at: Literal["final", "block", "pooled"] = Field(
+        default="final",
+        description="The class token after the final norm or the tapped block, or the embedding that the classifier "
+        "reads.",
+    )
+
+
+def _codec_tag(value: Any) -> str:
+    """The tag of a codec section: its kind; for relations its name, and a section without a name is a sketch."""
+    held = value if isinstance(value, dict) else {name: getattr(value, name, None) for name in ("kind", "name")}
+    return str(held.get("kind") or held.get("name") or "sketch")
+
+
+# How a target becomes bytes; `kind` and `name` say which.
 CodecConfig = Annotated[
-    Annotated[SketchCodec, Tag("sketch")] | Annotated[HiddenCodec, Tag("hidden")] | Annotated[DenseCodec, Tag("dense")],
-    Discriminator(_codec_name),
+    Annotated[SketchCodec, Tag("sketch")]
+    | Annotated[HiddenCodec, Tag("hidden")]
+    | Annotated[DenseCodec, Tag("dense")]
+    | Annotated[FeaturesCodec, Tag("features")]
+    | Annotated[ClsCodec, Tag("cls")],
+    Discriminator(_codec_tag),
 ]
+
+
+def codec_label(config: CodecConfig, block: int) -> str:
+    """Place, kind and name of a target in a layer's name: "b18-sketch", "b18-features-dither", "pooled-cls-int8"."""
+    place = getattr(config, "at", "block")
+    kind = getattr(config, "kind", None)
+    return "-".join([f"b{block}" if place == "block" else place, *([kind] if kind else []), config.name])
 
 
 def codec_config(**fields: Any) -> CodecConfig:
@@ -98,8 +174,11 @@ def codec_config(**fields: Any) -> CodecConfig:
     return TypeAdapter(CodecConfig).validate_python(fields)
 
 
+VectorLoss = Literal["mse", "cosine", "smooth_l1"]
+
+
 class TargetsConfig(Section):
-    """A choice among the targets that the cache holds.
+    """A choice among the targets that the cache holds, and what a student is compared by.
 
     A `hidden` cache rebuilds any relation with any number of heads and rows. A `dense` or `sketch` cache can leave
     relations out, and a `dense` one rows.
@@ -113,4 +192,12 @@ class TargetsConfig(Section):
     )
     rows: Positive | None = Field(
         default=None, description="Query rows per view, relation and head. Default: all that the cache holds."
+    )
+    loss: VectorLoss | None = Field(
+        default=None,
+        description="Loss of features and class embeddings. Default: `mse`, and `cosine` of class embeddings. "
+        "`smooth_l1` is biased with `dither`.",
+    )
+    projector: Literal["linear", "mlp"] | None = Field(
+        default=None, description="From the student's width to the teacher's, for features. Default: `linear`."
     )

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 
 Tapped = Mapping[Tap, tuple[Tensor, ...]]  # a model's tensors at its taps; first axis views
@@ -128,18 +129,26 @@ class TargetKind(ABC):
     Attributes:
         name, version: name and version of the codec; they fix its arrays, their meaning and their randomness.
         measure: prefix of the losses' metric names, such as "kl".
-        whole: whether a decoded target is complete, as audits of students need it.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     measure: ClassVar[str]
-    whole: ClassVar[bool] = False
 
     @property
     def unbiased(self) -> bool:
         """Whether a student's gradient, as a mean over view keys, is that of the exact target."""
         return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether a decoded target is complete, as audits of students need it."""
+        return False
+
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """What the target is, whatever the codec: records of one meaning can audit students of the other."""
+        return (type(self), self.taps)
 
     @property
     @abstractmethod
@@ -224,3 +233,13 @@ class TargetKind(ABC):
     def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
         """The constants of a cache, on the CPU, from batches of the teacher's tensors for the calibration views."""
         return {}
+
+
+class ChosenKind(TargetKind):
+    """A kind whose losses and head follow the `targets` section of a recipe.
+
+    Attributes:
+        targets: that section.
+    """
+
+    targets: TargetsConfig

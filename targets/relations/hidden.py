@@ -67,7 +67,11 @@ class Hidden(RelationKind):
     entropy_by_head: bool = False
     name: ClassVar[str] = "hidden"
     version: ClassVar[int] = 1
-    whole: ClassVar[bool] = True
+
+    @property
+    def whole(self) -> bool:
+        """See `TargetKind`."""
+        return True
 
     @property
     def unbiased(self) -> bool:
