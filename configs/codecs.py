@@ -145,6 +145,50 @@ class ClsCodec(_VectorCodec):
     )
 
 
+class LogitsCodec(Section):
+    """Class probabilities of a teacher with a classifier: a softmax over all its classes."""
+
+    kind: Literal["logits"] = Field(description=_KIND)
+    name: Literal["draws", "topk", "dense"] = Field(
+        default="draws",
+        description="`draws`: the largest and a sample of the rest, unbiased; `topk`: the largest, and the rest spread "
+        "evenly, biased; `dense`: all, for audits.",
+    )
+    classes: int = Field(ge=2, le=65536, description="Classes of the teacher's classifier.")
+    temperature: float = Field(default=1.0, gt=0, description="Divides the logits of teacher and student.")
+    head_k: int = Field(
+        default=4,
+        ge=0,
+        description="Largest probabilities that are stored with their values.",
+        json_schema_extra={"default": "4; 10 of `topk`"},
+    )
+    tail_k: int = Field(
+        default=6,
+        ge=0,
+        description="Systematic draws from the rest, for `draws`.",
+        json_schema_extra={"default": "6; 0 of `topk`"},
+    )
+    values: Literal["uint8", "float16"] = Field(
+        default="uint8", description="Stored probabilities: on a grid of 4.5 % steps, rounded at random, or fp16."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_draws_but_by_draws(cls, data: Any) -> Any:
+        own = {"topk": {"head_k": 10, "tail_k": 0}, "dense": {"head_k": 0, "tail_k": 0}}
+        return own.get(data.get("name", "draws"), {}) | data if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LogitsCodec":
+        if (self.name == "draws") != (self.tail_k > 0):
+            raise ValueError(f"tail_k: draws needs at least 1, the others 0; got {self.tail_k} with name: {self.name}")
+        if self.name == "topk" and not self.head_k:
+            raise ValueError("head_k: topk needs at least 1")
+        if self.head_k >= self.classes:
+            raise ValueError(f"head_k must leave a class to the rest: below {self.classes}, got {self.head_k}")
+        return self
+
+
 def _codec_tag(value: Any) -> str:
     """The tag of a codec section: its kind; for relations its name, and a section without a name is a sketch."""
     held = value if isinstance(value, dict) else {name: getattr(value, name, None) for name in ("kind", "name")}
@@ -157,15 +201,16 @@ CodecConfig = Annotated[
     | Annotated[HiddenCodec, Tag("hidden")]
     | Annotated[DenseCodec, Tag("dense")]
     | Annotated[FeaturesCodec, Tag("features")]
-    | Annotated[ClsCodec, Tag("cls")],
+    | Annotated[ClsCodec, Tag("cls")]
+    | Annotated[LogitsCodec, Tag("logits")],
     Discriminator(_codec_tag),
 ]
 
 
 def codec_label(config: CodecConfig, block: int) -> str:
     """Place, kind and name of a target in a layer's name: "b18-sketch", "b18-features-dither", "pooled-cls-int8"."""
-    place = getattr(config, "at", "block")
     kind = getattr(config, "kind", None)
+    place = getattr(config, "at", "final" if kind == "logits" else "block")
     return "-".join([f"b{block}" if place == "block" else place, *([kind] if kind else []), config.name])
 
 

@@ -11,6 +11,7 @@ from tinymim.configs.codecs import (
     DenseCodec,
     FeaturesCodec,
     HiddenCodec,
+    LogitsCodec,
     RelationCodec,
     SketchCodec,
     TargetsConfig,
@@ -21,6 +22,7 @@ from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.cls.kind import Cls
 from tinymim.targets.contract import ChosenKind, TargetKind
 from tinymim.targets.features.kind import Features
+from tinymim.targets.logits.kind import Logits
 from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations import make as relations
 from tinymim.targets.relations.kind import RelationKind
@@ -47,6 +49,7 @@ _MAKE: dict[type, Make] = {
     HiddenCodec: relations.make_relations,
     FeaturesCodec: _plain(Features, "loss", "projector"),
     ClsCodec: _plain(Cls, "loss", "projector"),
+    LogitsCodec: _plain(Logits),
 }
 # Codec settings whose sizes `tinymim plan` compares, and their names there.
 ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES
