@@ -83,6 +83,7 @@ class DenseCodec(Section):
 
 RelationCodec = SketchCodec | HiddenCodec | DenseCodec
 _KIND = "Kind of target. Default: relations."
+_AT = "Tokens after the tapped block, those that its attention reads (after its first norm), or after the final norm."
 _TARGET = "Targets as they are, after LayerNorm without weights, or whitened by the calibration views."
 _CALIBRATION = "Views that fix the whitening, once per cache."
 
@@ -116,11 +117,7 @@ class FeaturesCodec(_VectorCodec):
     """Patch tokens of a block, without class token and registers."""
 
     kind: Literal["features"] = Field(description=_KIND)
-    at: Literal["block", "normed", "final"] = Field(
-        default="block",
-        description="Tokens after the tapped block, those that its attention reads (after its first norm), or those "
-        "after the final norm.",
-    )
+    at: Literal["block", "normed", "final"] = Field(default="block", description=_AT)
     target: Literal["raw", "layernorm", "whiten"] = Field(default="layernorm", description=_TARGET)
     tokens: Positive | None = Field(
         default=16,
@@ -189,6 +186,48 @@ class LogitsCodec(Section):
         return self
 
 
+class FFCodec(Section):
+    """The relation `ff`: softmaxed cosines between the patch tokens of a block, one head."""
+
+    kind: Literal["ff"] = Field(description=_KIND)
+    name: Literal["sketch", "topk", "dense"] = Field(
+        default="sketch",
+        description="`sketch`: sampled rows, unbiased; `topk`: their largest entries, biased; `dense`: all rows.",
+    )
+    at: Literal["final", "block", "normed"] = Field(default="final", description=_AT)
+    tau: float = Field(default=0.07, gt=0, description="Temperature: a row is softmax(cosines / tau).")
+    rows: Positive = Field(default=64, description="Query patches drawn per view; at most their number.")
+    head_k: int = Field(
+        default=0,
+        ge=0,
+        description="Largest entries of a row that are stored with their values.",
+        json_schema_extra={"default": "0; 8 of `topk`"},
+    )
+    tail_k: int = Field(
+        default=8,
+        ge=0,
+        description="Systematic draws from the rest of the row, for `sketch`.",
+        json_schema_extra={"default": "8; 0 of `topk`"},
+    )
+    tail: Literal["uniform", "ghost", "renormalise"] = Field(
+        default="uniform", description="Stand-in of `topk` for the other entries of a row."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_draws_but_by_sketch(cls, data: Any) -> Any:
+        own = {"topk": {"head_k": 8, "tail_k": 0}, "dense": {"tail_k": 0}}
+        return own.get(data.get("name", "sketch"), {}) | data if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FFCodec":
+        if (self.name == "sketch") != (self.tail_k > 0):
+            raise ValueError(f"tail_k: sketch needs at least 1, others 0; got {self.tail_k} with name: {self.name}")
+        if self.name == "topk" and not self.head_k:
+            raise ValueError("head_k: topk needs at least 1")
+        return self
+
+
 def _codec_tag(value: Any) -> str:
     """The tag of a codec section: its kind; for relations its name, and a section without a name is a sketch."""
     held = value if isinstance(value, dict) else {name: getattr(value, name, None) for name in ("kind", "name")}
@@ -202,7 +241,8 @@ CodecConfig = Annotated[
     | Annotated[DenseCodec, Tag("dense")]
     | Annotated[FeaturesCodec, Tag("features")]
     | Annotated[ClsCodec, Tag("cls")]
-    | Annotated[LogitsCodec, Tag("logits")],
+    | Annotated[LogitsCodec, Tag("logits")]
+    | Annotated[FFCodec, Tag("ff")],
     Discriminator(_codec_tag),
 ]
 

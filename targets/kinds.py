@@ -10,6 +10,7 @@ from tinymim.configs.codecs import (
     CodecConfig,
     DenseCodec,
     FeaturesCodec,
+    FFCodec,
     HiddenCodec,
     LogitsCodec,
     RelationCodec,
@@ -25,6 +26,7 @@ from tinymim.targets.features.kind import Features
 from tinymim.targets.logits.kind import Logits
 from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations import make as relations
+from tinymim.targets.relations.ff import FF
 from tinymim.targets.relations.kind import RelationKind
 
 _ALL = TargetsConfig()
@@ -50,6 +52,7 @@ _MAKE: dict[type, Make] = {
     FeaturesCodec: _plain(Features, "loss", "projector"),
     ClsCodec: _plain(Cls, "loss", "projector"),
     LogitsCodec: _plain(Logits),
+    FFCodec: _plain(FF, "projector"),
 }
 # Codec settings whose sizes `tinymim plan` compares, and their names there.
 ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES

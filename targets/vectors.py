@@ -31,7 +31,7 @@ from tinymim.targets.counter import spread, uniforms
 from tinymim.targets.dither import Dither
 
 _EPS = 1e-6  # of LayerNorm
-_LEAST_NORM = 1e-3  # of a student's vector: below it the gradient of the cosine stays finite, also in fp16
+LEAST_NORM = 1e-3  # of a student's vector: below it the gradient of the cosine stays finite, also in fp16
 _SHRINK = 1e-3  # share of the mean variance that whitening adds to every direction
 _SAMPLE, _ROUNDING = 0, 1  # streams, from `Vectors.streams` on
 
@@ -244,7 +244,7 @@ class Vectors(ChosenKind):
             assert s.shape == t.shape, f"student {s.shape}, teacher {t.shape}"
             if self.loss == "cosine":
                 unit = t / length.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-                parts = -(normalize(s, dim=-1, eps=_LEAST_NORM) * unit).sum(-1).mean(1, keepdim=True)
+                parts = -(normalize(s, dim=-1, eps=LEAST_NORM) * unit).sum(-1).mean(1, keepdim=True)
                 floor = -torch.ones_like(parts[:, 0])
             elif self.loss == "mse":
                 parts = (s * (s - 2 * t)).mean((1, 2))[:, None]

@@ -81,8 +81,9 @@ class Logits(ChosenKind):
     - `draws`: the `head_k` largest probabilities, and `tail_k` systematic draws from the rest. **Unbiased**, by the
       proof of `relations.sketch.Sketch`, of which this is one row. With fp16 values the head is exact to 1/2048.
     - `topk`: the `head_k` largest, and the remaining mass spread evenly over all other classes (Wu et al., "TinyViT",
-      ECCV 2022). **Biased**: the teacher's order among the other classes is lost. Values that rounding brings above
-      a mass of one are scaled down to it. The entropy is that of the decoded record, so the loss is the KL of the published method.
+      ECCV 2022). **Biased**: the teacher's order among the other classes is lost. Values that rounding brings above a
+      mass of one are scaled down to it. The entropy is that of the decoded record, so the loss is the KL of the
+      published method.
     - `dense`: every probability in fp16, for audits.
 
     The values of the head are rounded at random to the grid of `relations.sparsify` (`uint8`), or stored in fp16. A
