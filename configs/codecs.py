@@ -228,6 +228,17 @@ class FFCodec(Section):
         return self
 
 
+class AttentionCodec(Section):
+    """Attention logits of the tapped block before the softmax."""
+
+    kind: Literal["attention"] = Field(description=_KIND)
+    name: Literal["rows", "dense"] = Field(
+        default="rows", description="`rows`: sampled query rows in 8 bits, rounded at random; `dense`: all, for audits."
+    )
+    rows: Positive = Field(default=16, description="Query rows drawn per view, the same in all heads.")
+    prefix: bool = Field(default=True, description="Whether class token and registers take part, as rows and columns.")
+
+
 def _codec_tag(value: Any) -> str:
     """The tag of a codec section: its kind; for relations its name, and a section without a name is a sketch."""
     held = value if isinstance(value, dict) else {name: getattr(value, name, None) for name in ("kind", "name")}
@@ -242,7 +253,8 @@ CodecConfig = Annotated[
     | Annotated[FeaturesCodec, Tag("features")]
     | Annotated[ClsCodec, Tag("cls")]
     | Annotated[LogitsCodec, Tag("logits")]
-    | Annotated[FFCodec, Tag("ff")],
+    | Annotated[FFCodec, Tag("ff")]
+    | Annotated[AttentionCodec, Tag("attention")],
     Discriminator(_codec_tag),
 ]
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from tinymim.configs.codecs import (
+    AttentionCodec,
     ClsCodec,
     CodecConfig,
     DenseCodec,
@@ -20,6 +21,7 @@ from tinymim.configs.codecs import (
 )
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.taps import Shapes, Tap
+from tinymim.targets.attention.kind import Attention
 from tinymim.targets.cls.kind import Cls
 from tinymim.targets.contract import ChosenKind, TargetKind
 from tinymim.targets.features.kind import Features
@@ -53,6 +55,7 @@ _MAKE: dict[type, Make] = {
     ClsCodec: _plain(Cls, "loss", "projector"),
     LogitsCodec: _plain(Logits),
     FFCodec: _plain(FF, "projector"),
+    AttentionCodec: _plain(Attention),
 }
 # Codec settings whose sizes `tinymim plan` compares, and their names there.
 ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES
