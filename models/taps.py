@@ -83,8 +83,8 @@ class CutTeacher(nn.Module):
         return backbone.attention(self.model, tap.place)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks that no tap looks into."""
-        tapped = {tap.place for tap in self.taps if tap.kind in IN_ATTENTION}
+        """Compile the blocks that are not tapped: hooks that change with every call would compile them again."""
+        tapped = {tap.place for tap in self.taps}
         for number, block in enumerate(backbone.blocks(self.model), start=1):
             if number not in tapped:
                 block.compile()

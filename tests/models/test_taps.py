@@ -90,11 +90,13 @@ def test_a_model_without_blocks_is_refused() -> None:
         CutTeacher(timm.create_model("resnet18"), [Tap("qkv", 1)])
 
 
-def test_compiled_blocks_give_the_same_relations_and_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tap", [Tap("qkv", 3), Tap("tokens", 3)], ids=str)
+def test_compiled_blocks_give_the_same_tensors_and_batches_of_any_size(
+    tap: Tap, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With dynamo and autograd's tracing, without inductor, which needs a C++ compiler and a minute."""
     compile_in_place = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_in_place(module, backend="aot_eager"))
-    tap = Tap("qkv", 3)
     eager, compiled = CutTeacher(small_vit(), [tap]), CutTeacher(small_vit(), [tap])
     compiled.compile_blocks()
     assert [block._compiled_call_impl is not None for block in compiled.model.blocks] == [True, True, False]  # type: ignore[union-attr]

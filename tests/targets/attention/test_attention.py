@@ -115,9 +115,8 @@ def test_extreme_logits_stay_finite(name: Any, dtype: torch.dtype) -> None:
         tapped = given(q.to(dtype), k.to(dtype))
         for target in (kind.decode(kind.encode(tapped, keys), keys, SHAPES), kind.exact(tapped)):
             for scale in (0.0, 1.0):
-                own = tuple((scale * side[:, :3, :, :4]).to(dtype).requires_grad_() for side in (large, turned)) + (
-                    torch.full((1, HEADS, 3), 0.1, dtype=dtype, requires_grad=True),
-                )
+                sides = [(scale * side[:, :3, :, :4]).to(dtype) for side in (large, turned)]
+                own = tuple(each.requires_grad_() for each in (*sides, torch.full((1, HEADS, 3), 0.1, dtype=dtype)))
                 with torch.autocast("cpu", dtype=dtype):
                     found = kind.losses(own, target)["attention"]
                 found.mean().backward()
