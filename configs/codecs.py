@@ -81,16 +81,189 @@ class DenseCodec(Section):
     relation_heads: Positive | None = Field(default=None, description=_RELATION_HEADS)
 
 
-def _codec_name(value: Any) -> str:
-    """The tag of a codec section; a section without a name is a sketch."""
-    return str(value.get("name", "sketch") if isinstance(value, dict) else getattr(value, "name", "sketch"))
+RelationCodec = SketchCodec | HiddenCodec | DenseCodec
+_KIND = "Kind of target. Default: relations."
+_AT = "Tokens after the tapped block, those that its attention reads (after its first norm), or after the final norm."
+_TARGET = "Targets as they are, after LayerNorm without weights, or whitened by the calibration views."
+_CALIBRATION = "Views that fix the whitening, once per cache."
 
 
-# How a target becomes bytes; `name` says which.
+class _VectorCodec(Section):
+    """Fields that the kinds of vectors share."""
+
+    name: Literal["dither", "int8"] = Field(
+        default="dither",
+        description="`dither`: rotate, then 1 or 2 bits a number; `int8`: 8 bits. Both round randomly.",
+    )
+    bits: Literal[1, 2, 8] = Field(
+        default=2, description="Bits a number of `dither`, 1 or 2.", json_schema_extra={"default": "2; 8 of `int8`"}
+    )
+    target: Literal["raw", "layernorm", "whiten"] = Field(default="raw", description=_TARGET)
+    calibration_views: Positive = Field(default=256, description=_CALIBRATION)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eight_bits(cls, data: Any) -> Any:
+        return {"bits": 8, **data} if isinstance(data, dict) and data.get("name") == "int8" else data
+
+    @model_validator(mode="after")
+    def _fitting_bits(self) -> "_VectorCodec":
+        if (self.name == "int8") != (self.bits == 8):
+            raise ValueError(f"bits: dither takes 1 or 2, and int8 8; got {self.bits} with name: {self.name}")
+        return self
+
+
+class FeaturesCodec(_VectorCodec):
+    """Patch tokens of a block, without class token and registers."""
+
+    kind: Literal["features"] = Field(description=_KIND)
+    at: Literal["block", "normed", "final"] = Field(default="block", description=_AT)
+    target: Literal["raw", "layernorm", "whiten"] = Field(default="layernorm", description=_TARGET)
+    tokens: Positive | None = Field(
+        default=16,
+        description="Patch tokens drawn per view; null: all.",
+        json_schema_extra={"default": "16; all of `int8`"},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_tokens(cls, data: Any) -> Any:
+        return {"tokens": None, **data} if isinstance(data, dict) and data.get("name") == "int8" else data
+
+
+class ClsCodec(_VectorCodec):
+    """The class embedding of a view."""
+
+    kind: Literal["cls"] = Field(description=_KIND)
+    at: Literal["final", "block", "pooled"] = Field(
+        default="final",
+        description="The class token after the final norm or the tapped block, or the embedding that the classifier "
+        "reads.",
+    )
+
+
+class LogitsCodec(Section):
+    """Class probabilities of a teacher with a classifier: a softmax over all its classes."""
+
+    kind: Literal["logits"] = Field(description=_KIND)
+    name: Literal["draws", "topk", "dense"] = Field(
+        default="draws",
+        description="`draws`: the largest and a sample of the rest, unbiased; `topk`: the largest, and the rest spread "
+        "evenly, biased; `dense`: all, for audits.",
+    )
+    classes: int = Field(ge=2, le=65536, description="Classes of the teacher's classifier.")
+    temperature: float = Field(default=1.0, gt=0, description="Divides the logits of teacher and student.")
+    head_k: int = Field(
+        default=4,
+        ge=0,
+        description="Largest probabilities that are stored with their values.",
+        json_schema_extra={"default": "4; 10 of `topk`"},
+    )
+    tail_k: int = Field(
+        default=6,
+        ge=0,
+        description="Systematic draws from the rest, for `draws`.",
+        json_schema_extra={"default": "6; 0 of `topk`"},
+    )
+    values: Literal["uint8", "float16"] = Field(
+        default="uint8", description="Stored probabilities: on a grid of 4.5 % steps, rounded at random, or fp16."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_draws_but_by_draws(cls, data: Any) -> Any:
+        own = {"topk": {"head_k": 10, "tail_k": 0}, "dense": {"head_k": 0, "tail_k": 0}}
+        return own.get(data.get("name", "draws"), {}) | data if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LogitsCodec":
+        if (self.name == "draws") != (self.tail_k > 0):
+            raise ValueError(f"tail_k: draws needs at least 1, the others 0; got {self.tail_k} with name: {self.name}")
+        if self.name == "topk" and not self.head_k:
+            raise ValueError("head_k: topk needs at least 1")
+        if self.head_k >= self.classes:
+            raise ValueError(f"head_k must leave a class to the rest: below {self.classes}, got {self.head_k}")
+        return self
+
+
+class FFCodec(Section):
+    """The relation `ff`: softmaxed cosines between the patch tokens of a block, one head."""
+
+    kind: Literal["ff"] = Field(description=_KIND)
+    name: Literal["sketch", "topk", "dense"] = Field(
+        default="sketch",
+        description="`sketch`: sampled rows, unbiased; `topk`: their largest entries, biased; `dense`: all rows.",
+    )
+    at: Literal["final", "block", "normed"] = Field(default="final", description=_AT)
+    tau: float = Field(default=0.07, gt=0, description="Temperature: a row is softmax(cosines / tau).")
+    rows: Positive = Field(default=64, description="Query patches drawn per view; at most their number.")
+    head_k: int = Field(
+        default=0,
+        ge=0,
+        description="Largest entries of a row that are stored with their values.",
+        json_schema_extra={"default": "0; 8 of `topk`"},
+    )
+    tail_k: int = Field(
+        default=8,
+        ge=0,
+        description="Systematic draws from the rest of the row, for `sketch`.",
+        json_schema_extra={"default": "8; 0 of `topk`"},
+    )
+    tail: Literal["uniform", "ghost", "renormalise"] = Field(
+        default="uniform", description="Stand-in of `topk` for the other entries of a row."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_draws_but_by_sketch(cls, data: Any) -> Any:
+        own = {"topk": {"head_k": 8, "tail_k": 0}, "dense": {"tail_k": 0}}
+        return own.get(data.get("name", "sketch"), {}) | data if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FFCodec":
+        if (self.name == "sketch") != (self.tail_k > 0):
+            raise ValueError(f"tail_k: sketch needs at least 1, others 0; got {self.tail_k} with name: {self.name}")
+        if self.name == "topk" and not self.head_k:
+            raise ValueError("head_k: topk needs at least 1")
+        return self
+
+
+class AttentionCodec(Section):
+    """Attention logits of the tapped block before the softmax."""
+
+    kind: Literal["attention"] = Field(description=_KIND)
+    name: Literal["rows", "dense"] = Field(
+        default="rows", description="`rows`: sampled query rows in 8 bits, rounded at random; `dense`: all, for audits."
+    )
+    rows: Positive = Field(default=16, description="Query rows drawn per view, the same in all heads.")
+    prefix: bool = Field(default=True, description="Whether class token and registers take part, as rows and columns.")
+
+
+def _codec_tag(value: Any) -> str:
+    """The tag of a codec section: its kind; for relations its name, and a section without a name is a sketch."""
+    held = value if isinstance(value, dict) else {name: getattr(value, name, None) for name in ("kind", "name")}
+    return str(held.get("kind") or held.get("name") or "sketch")
+
+
+# How a target becomes bytes; `kind` and `name` say which.
 CodecConfig = Annotated[
-    Annotated[SketchCodec, Tag("sketch")] | Annotated[HiddenCodec, Tag("hidden")] | Annotated[DenseCodec, Tag("dense")],
-    Discriminator(_codec_name),
+    Annotated[SketchCodec, Tag("sketch")]
+    | Annotated[HiddenCodec, Tag("hidden")]
+    | Annotated[DenseCodec, Tag("dense")]
+    | Annotated[FeaturesCodec, Tag("features")]
+    | Annotated[ClsCodec, Tag("cls")]
+    | Annotated[LogitsCodec, Tag("logits")]
+    | Annotated[FFCodec, Tag("ff")]
+    | Annotated[AttentionCodec, Tag("attention")],
+    Discriminator(_codec_tag),
 ]
+
+
+def codec_label(config: CodecConfig, block: int) -> str:
+    """Place, kind and name of a target in a layer's name: "b18-sketch", "b18-features-dither", "pooled-cls-int8"."""
+    kind = getattr(config, "kind", None)
+    place = getattr(config, "at", "final" if kind == "logits" else "block")
+    return "-".join([f"b{block}" if place == "block" else place, *([kind] if kind else []), config.name])
 
 
 def codec_config(**fields: Any) -> CodecConfig:
@@ -98,8 +271,11 @@ def codec_config(**fields: Any) -> CodecConfig:
     return TypeAdapter(CodecConfig).validate_python(fields)
 
 
+VectorLoss = Literal["mse", "cosine", "smooth_l1"]
+
+
 class TargetsConfig(Section):
-    """A choice among the targets that the cache holds.
+    """A choice among the targets that the cache holds, and what a student is compared by.
 
     A `hidden` cache rebuilds any relation with any number of heads and rows. A `dense` or `sketch` cache can leave
     relations out, and a `dense` one rows.
@@ -113,4 +289,12 @@ class TargetsConfig(Section):
     )
     rows: Positive | None = Field(
         default=None, description="Query rows per view, relation and head. Default: all that the cache holds."
+    )
+    loss: VectorLoss | None = Field(
+        default=None,
+        description="Loss of features and class embeddings. Default: `mse`, and `cosine` of class embeddings. "
+        "`smooth_l1` is biased with `dither`.",
+    )
+    projector: Literal["linear", "mlp"] | None = Field(
+        default=None, description="From the student's width to the teacher's, for features. Default: `linear`."
     )

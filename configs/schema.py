@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tinymim.configs.codecs import CodecConfig, SketchCodec, TargetsConfig
+from tinymim.configs.codecs import CodecConfig, SketchCodec, TargetsConfig, codec_label
 from tinymim.configs.sections import (
     MEAN_DESCRIPTION,
     RESIZE_RATIO_DESCRIPTION,
@@ -145,7 +145,7 @@ class CacheTeacherRecipe(Section):
     @property
     def layer_name(self) -> str:
         """The layer's name: `layer`, or one made from teacher, block and codec."""
-        made = f"{self.teacher.name}-b{self.teacher.block}-{self.codec.name}".lower()
+        made = f"{self.teacher.name}-{codec_label(self.codec, self.teacher.block)}".lower()
         return self.layer or re.sub(r"[^a-z0-9._-]", "-", made)[-64:].lstrip("._-")
 
     @property

@@ -91,7 +91,7 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(ModelConfig):
-    """The teacher: a timm ViT, its weights, and the block whose q, k, v are taken.
+    """The teacher: a timm ViT, its weights, and the block that is tapped.
 
     All fields but `compile` are part of a cache's identity. The teacher's relation heads must divide the student's
     width.
@@ -103,7 +103,9 @@ class TeacherConfig(ModelConfig):
         description="`hub` (timm's pretrained weights), `package:NAME` (shipped with tinymim), or a .safetensors or "
         ".pth file (docs/parity.md).",
     )
-    block: Positive = Field(default=18, description="Tapped block, counted from 1. The teacher stops there.")
+    block: Positive = Field(
+        default=18, description="Tapped block, counted from 1. The teacher stops there, unless the codec reads its end."
+    )
     precision: Precision = Field(default="fp32", description="Precision of the teacher's forward pass.")
     compile: bool = Field(
         default=False, description="Apply torch.compile to the blocks before the tap. Needs a C++ compiler or Triton."

@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 
 class Tap(NamedTuple):
-    """A place in a model: "qkv@18" is the queries, keys and values of block 18.
+    """A place in a model: "qkv@18" is the queries, keys and values of block 18, "cls@0" the final class token.
 
     Attributes:
-        kind: which tensors: "qkv" or "tokens" (`models/taps.py` gives their shapes).
-        place: the block, counted from 1.
+        kind: which tensors (`models/taps.py` lists them with their shapes).
+        place: the block, counted from 1; 0 is the end of the model, behind its final norm.
     """
 
     kind: str
-    place: int
+    place: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.place}"
@@ -30,7 +30,7 @@ class Shapes:
     """Sizes of a plain ViT's tensors for one view.
 
     Attributes:
-        heads, head_dim: of the tapped attention; their product is the width.
+        heads, head_dim: of the tapped attention, else of the model; their product is the width.
         tokens: patches and prefix tokens.
         prefix_tokens: class and register tokens, which come first.
         grid: rows and columns of patches.

@@ -52,6 +52,11 @@ def has_class_token(model: nn.Module) -> bool:
     return bool(getattr(model, "has_class_token", prefix_tokens(model) > 0))
 
 
+def classes(model: nn.Module) -> int:
+    """Classes of the model's classifier; 0 where it has none."""
+    return int(getattr(model, "num_classes", 0))
+
+
 def heads(model: nn.Module) -> int | None:
     """Heads of the attention layers; None where there are none, or where they differ."""
     numbers = (getattr(layer, "num_heads", None) for layer in model.modules())
@@ -153,6 +158,13 @@ def tokens_at(model: nn.Module, images: Tensor, place: int | None) -> Tensor:
         intermediates_only=True,
     )
     return torch.cat([found[1], found[0]], dim=1) if prefix_tokens(model) else found
+
+
+def classified(model: nn.Module, tokens: Tensor, logits: bool) -> Tensor:
+    """The classifier's logits [B, L] for final tokens [B, T, C], or the pooled embedding [B, C] that it reads."""
+    timm_model: Any = model
+    found: Tensor = timm_model.forward_head(tokens, pre_logits=not logits)
+    return found
 
 
 def tokens_of_patches(vit: VisionTransformer, images: Tensor, kept: Tensor) -> Tensor:

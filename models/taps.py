@@ -3,7 +3,7 @@
 The qkv tap intercepts the call of scaled dot-product attention. So it gets q and k after their norms and rotary
 embeddings, from fused, split and biased qkv layers, without a copy of any model's forward.
 
-Shapes: B view, H head, T token, D head width, C width.
+Shapes: B view, H head, T token, P prefix token, D head width, C width, L class.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,9 @@ from tinymim.configs.taps import Tap
 from tinymim.models import backbone
 
 Tapped = Mapping[Tap, tuple[Tensor, ...]]
-KINDS = ("qkv", "tokens")
+IN_ATTENTION = ("normed", "attention", "qkv")
+AT_END = ("tokens", "cls", "pooled", "logits")  # may have place 0
+KINDS = (*IN_ATTENTION, *AT_END)
 
 
 class _Done(Exception):
@@ -45,46 +47,44 @@ class _Attention(TorchFunctionMode):
 class CutTeacher(nn.Module):
     """A teacher cut right after its last tap: nothing after it is computed or kept.
 
-    A tap gives a tuple of tensors, first axis views:
+    A tap gives a tuple of tensors, first axis views. In block N:
 
-    - "qkv@N": q, k and v of block N, each [B, H, T, D], and the input [B, T, C] of their projection.
-    - "tokens@N": the tokens [B, T, C] after block N.
+    - "normed@N": the block's input after its first norm [B, T, C], and its prefix tokens [B, P, C].
+    - "attention@N": q and k of attention, each [B, H, T, D], and q of the prefix tokens [B, H, P, D].
+    - "qkv@N": q, k and v, each [B, H, T, D], and the input [B, T, C] of their projection.
+    - "tokens@N": the tokens [B, T, C] after the block, and its prefix tokens [B, P, C].
+    - "cls@N": the class token [B, C] after the block.
+
+    "tokens@0" and "cls@0" are those after the final norm. "pooled@0" is the embedding [B, C] that the classifier reads,
+    and "logits@0" is what the classifier gives, [B, L].
 
     Args:
         model: a timm ViT.
         taps: one or more taps.
 
     Raises:
-        RecipeError: the model has no such block, or an attention layer that the qkv tap does not support.
+        RecipeError: the model has no such block, class token or classifier, or an attention layer that the tap does
+            not support.
     """
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap]) -> None:
         super().__init__()
-        blocks = backbone.blocks(model)
+        self._prefix = backbone.prefix_tokens(model)
         for tap in taps:
-            assert tap.kind in KINDS, f"a plain ViT has no tap {tap.kind}"
-            if not 1 <= tap.place <= len(blocks):
-                raise RecipeError("teacher.block is outside the teacher", got=tap.place, expected=f"1..{len(blocks)}")
-            if tap.kind == "qkv":
-                attention: Any = backbone.attention(model, tap.place)
-                if not hasattr(attention, "fused_attn"):
-                    raise RecipeError(
-                        f"the qkv tap does not support the attention layer {type(attention).__name__}",
-                        hint="use a ViT whose attention calls scaled_dot_product_attention",
-                    )
-                attention.fused_attn = True  # the unfused path has no call to intercept
+            _check_tap(model, tap)
         self.model = model
-        # In the order of the forward pass: attention comes before the output of its block.
-        self.taps = tuple(sorted(set(taps), key=lambda tap: (tap.place, KINDS.index(tap.kind))))
-        del blocks[self.taps[-1].place :]
+        # In the order of the forward pass; the end of the model comes last.
+        self.taps = tuple(sorted(set(taps), key=lambda tap: (tap.place == 0, tap.place, KINDS.index(tap.kind))))
+        if self.taps[-1].place:
+            del backbone.blocks(model)[self.taps[-1].place :]
 
     def attention(self, tap: Tap) -> nn.Module:
         """The attention layer of a tap's block."""
         return backbone.attention(self.model, tap.place)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks whose attention is not tapped."""
-        tapped = {tap.place for tap in self.taps if tap.kind == "qkv"}
+        """Compile the blocks that are not tapped: hooks that change with every call would compile them again."""
+        tapped = {tap.place for tap in self.taps}
         for number, block in enumerate(backbone.blocks(self.model), start=1):
             if number not in tapped:
                 block.compile()
@@ -93,17 +93,20 @@ class CutTeacher(nn.Module):
         """The tensors of every tap for normalised images [B, 3, S, S]."""
         found: dict[Tap, tuple[Tensor, ...]] = {}
 
-        def take(tap: Tap, tensors: tuple[Tensor, ...]) -> None:
+        def take(tap: Tap, *tensors: Tensor) -> None:
             found[tap] = tensors
-            if tap == self.taps[-1]:
+            if len(found) == len(self.taps):
                 raise _Done
 
         with ExitStack() as hooks:
             for tap in self.taps:
-                for handle in self._hooked(tap, take):
+                for handle in self._hooked(tap, take) if tap.place else ():
                     hooks.callback(handle.remove)
             try:
-                self.model.forward_features(images)  # type: ignore[operator]
+                tokens = self.model.forward_features(images)  # type: ignore[operator]
+                for tap in self.taps:
+                    if not tap.place:
+                        self._take_at_end(tap, tokens, take)
             except _Done:
                 return found
         missing = next(tap for tap in self.taps if tap not in found)
@@ -113,22 +116,67 @@ class CutTeacher(nn.Module):
             expected="a plain ViT, whose blocks call scaled_dot_product_attention",
         )
 
-    def _hooked(self, tap: Tap, take: Callable[[Tap, tuple[Tensor, ...]], None]) -> list[RemovableHandle]:
-        """The hooks of a tap, for one forward pass."""
-        if tap.kind == "tokens":
+    def _hooked(self, tap: Tap, take: Callable[..., None]) -> list[RemovableHandle]:
+        """The hooks of a tap inside a block, for one forward pass."""
+        if tap.kind in AT_END:
             block = backbone.blocks(self.model)[tap.place - 1]
-            return [block.register_forward_hook(lambda _module, _args, out: take(tap, (out,)))]
+            return [block.register_forward_hook(lambda _module, _args, out: self._take_at_end(tap, out, take))]
+        attention = self.attention(tap)
+        if tap.kind == "normed":
+            return [attention.register_forward_pre_hook(lambda _module, args: self._take_at_end(tap, args[0], take))]
         armed = ExitStack()
 
         # The mode is on during this attention only, because compiled blocks do not run under a mode.
         def arm(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            armed.enter_context(_Attention(lambda q, k, v: take(tap, (q, k, v, args[0]))))
+            def found(q: Tensor, k: Tensor, v: Tensor) -> None:
+                take(tap, q, k, *((v, args[0]) if tap.kind == "qkv" else (q[:, :, : self._prefix],)))
 
-        attention = self.attention(tap)
+            armed.enter_context(_Attention(found))
+
         return [
             attention.register_forward_pre_hook(arm),
             attention.register_forward_hook(lambda *_: armed.close(), always_call=True),
         ]
+
+    def _take_at_end(self, tap: Tap, tokens: Tensor, take: Callable[..., None]) -> None:
+        """Take what a tap has from tokens [B, T, C]."""
+        if tap.kind == "cls":
+            take(tap, tokens[:, 0])
+        elif tap.kind in ("pooled", "logits"):
+            take(tap, backbone.classified(self.model, tokens, logits=tap.kind == "logits"))
+        else:
+            take(tap, tokens, tokens[:, : self._prefix])
+
+
+def _check_tap(model: nn.Module, tap: Tap) -> None:
+    """Raises RecipeError where the model lacks the place of a tap; makes its attention layer call what taps catch."""
+    assert tap.kind in KINDS, f"a plain ViT has no tap {tap.kind}"
+    depth = len(backbone.blocks(model))
+    assert not (tap.place and tap.kind in ("pooled", "logits")), f"{tap} is at the end of a model only"
+    if not (0 if tap.kind in AT_END else 1) <= tap.place <= depth:
+        raise RecipeError("teacher.block is outside the teacher", got=tap.place, expected=f"1..{depth}")
+    if tap.kind in ("attention", "qkv"):
+        attention: Any = backbone.attention(model, tap.place)
+        if not hasattr(attention, "fused_attn"):
+            raise RecipeError(
+                f"the {tap.kind} tap does not support the attention layer {type(attention).__name__}",
+                hint="use a ViT whose attention calls scaled_dot_product_attention",
+            )
+        attention.fused_attn = True  # the unfused path has no call to intercept
+    if tap.kind == "cls" and not backbone.has_class_token(model):
+        raise RecipeError(
+            "the teacher has no class token",
+            got=f"{backbone.prefix_tokens(model)} prefix tokens",
+            expected="a class token",
+            hint="set codec.at: pooled, the embedding that its classifier reads",
+        )
+    if tap.kind == "logits" and not backbone.classes(model):
+        raise RecipeError(
+            "the teacher has no classifier",
+            got="no class",
+            expected="a model with a classifier",
+            hint="set teacher.weights to a fine-tuned model",
+        )
 
 
 def finite_views(tapped: Tapped) -> Tensor:

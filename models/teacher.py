@@ -31,8 +31,10 @@ class Teacher(nn.Module):
 
     def __init__(self, config: TeacherConfig, taps: Sequence[Tap]) -> None:
         super().__init__()
-        # The final norm may be absent from the file: everything after the last tap is cut off.
-        model = build_with_weights(config, config.weights, unread=(backbone.FINAL_NORM,))
+        # The final norm may be absent from the file if everything after the last tap is cut off.
+        unread = () if any(tap.place == 0 for tap in taps) else (backbone.FINAL_NORM,)
+        classifier = any(tap.kind in ("pooled", "logits") for tap in taps)
+        model = build_with_weights(config, config.weights, unread, classifier)
         self.weights_sha256 = tensors_sha256(model.state_dict())
         mean, std, self.license = stated(model, config.weights)
         self.mean, self.std = config.mean or mean, config.std or std
@@ -69,13 +71,12 @@ class Teacher(nn.Module):
 
     def shapes(self) -> Shapes:
         """Sizes of a view's tensors, from a forward pass."""
-        tap, tensors = list(self.black().items())[-1]
-        if tap.kind == "qkv":
-            _, heads, tokens, head_dim = tensors[0].shape
-        else:
-            _, tokens, width = tensors[0].shape
-            heads = backbone.heads(self.cut.model) or 1
-            head_dim = width // heads
+        rows, columns = self.grid
+        heads, width = backbone.heads(self.cut.model) or 1, backbone.widths(self.cut.model)[-1]
+        head_dim, tokens = width // heads, rows * columns + self.prefix_tokens
+        for tap, tensors in self.black().items():
+            if tap.kind in ("qkv", "attention"):
+                _, heads, tokens, head_dim = tensors[0].shape
         return Shapes(heads, head_dim, tokens, self.prefix_tokens, self.grid)
 
     def describe(self) -> dict[str, Any]:

@@ -16,9 +16,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def build_model(
-    config: ModelConfig, pretrained: bool = False, drop_path: float = 0.0, num_classes: int = 0, **extra: Any
+    config: ModelConfig, pretrained: bool = False, drop_path: float = 0.0, num_classes: int | None = 0, **extra: Any
 ) -> nn.Module:
-    """The timm model of a recipe; it has a classifier head only with `num_classes`.
+    """The timm model of a recipe; it has a classifier head only with `num_classes`, and timm's own with None.
 
     Raises:
         RecipeError: timm has no model of this name, or refuses the sizes.

@@ -1,5 +1,6 @@
 """The `weights` of a recipe: "random", "hub" (timm's of the model's name), "package:NAME" (shipped), or a file."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, first_line
 from tinymim.configs.sections import ModelConfig
+from tinymim.models.backbone import POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_metadata, read_tensors
 from tinymim.models.files import HUB, weights_path
 from tinymim.models.heads import check_heads
@@ -53,27 +55,42 @@ def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -
     return loaded
 
 
-def build_with_weights(config: ModelConfig, weights: str, unread: tuple[str, ...] = ()) -> nn.Module:
+def build_with_weights(
+    config: ModelConfig, weights: str, unread: tuple[str, ...] = (), classifier: bool = False
+) -> nn.Module:
     """The timm model of `config` with the weights of "hub" or of a file; `unread` as in `load_weights`.
+
+    With `classifier`, the model has the classifier of its weights, if they have one.
 
     Raises:
         RecipeError: timm cannot build the model.
         CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
     """
     if weights == HUB:
-        return build_pretrained(config)
-    model = build_model(config)
+        return build_pretrained(config, num_classes=None if classifier else 0)
+    model = build_model(config, **(_classifier_of(read_weights(config, weights).tensors) if classifier else {}))
     load_weights(model, weights, unread)
     return model
 
 
-def build_pretrained(config: ModelConfig) -> nn.Module:
-    """timm's pretrained weights of `config.name`. Raises CheckpointError where they cannot be fetched."""
+def _classifier_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """timm's arguments for the classifier of a ViT's weights: classes, and pooling by where its last norm is."""
+    head = tensors.get("head.weight")
+    pooled = {"global_pool": "avg"} if f"{POOLED_NORM}weight" in tensors else {}
+    return {"num_classes": 0 if head is None else len(head), **pooled}
+
+
+def build_pretrained(config: ModelConfig, num_classes: int | None = 0) -> nn.Module:
+    """timm's pretrained weights of `config.name`; None: with timm's own classifier.
+
+    Raises:
+        CheckpointError: they cannot be fetched.
+    """
     # "name.tag" and "hf-hub:owner/name" (or "local-dir:folder") name their weights.
     if not {".", ":"} & set(config.name) and not timm.models.is_model_pretrained(config.name):
         raise CheckpointError(f"timm has no pretrained weights for '{config.name}'", hint="set weights to a file")
     try:
-        return build_model(config, pretrained=True)
+        return build_model(config, pretrained=True, num_classes=num_classes)
     except Exception as error:  # the hub client raises many kinds: no network, no such file, no space
         if isinstance(error, CheckpointError):
             raise

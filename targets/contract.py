@@ -1,7 +1,8 @@
 """The contract of every target kind: its tensors at a teacher's taps, its records, and the loss of a student.
 
 Code outside a kind uses this contract only. A new kind is one folder in `targets/`, one config section and one line in
-`targets/kinds.py`. `tests/targets/contract.py` is the test suite that every kind inherits.
+`targets/kinds.py`. `tests/targets/contract.py` is the test suite that every kind inherits. `docs/targets.md` has one
+row for each kind.
 
 Shapes: B view, P part of a loss (a head, or 1), T token, C width, N gradient coordinate.
 """
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 
 Tapped = Mapping[Tap, tuple[Tensor, ...]]  # a model's tensors at its taps; first axis views
@@ -43,8 +45,10 @@ class Loss(NamedTuple):
     """One named loss of B views.
 
     Attributes:
-        parts: float [B, P], linear in the target; only these have a gradient.
-        floor: float [B] or [B, P], the share that depends on the target alone: a cross entropy minus its floor is a KL.
+        parts: float [B, P]; only these have a gradient. Their gradient is linear in the target unless the kind says
+            that it is biased (`TargetKind.unbiased`).
+        floor: float [B] or [B, P], the share that depends on the target alone: a cross entropy minus its floor is a KL,
+            and |answer|^2 - 2 answer x target minus its floor, -|target|^2, is a squared error.
     """
 
     parts: Float[Tensor, "B P"]
@@ -91,6 +95,22 @@ class TargetHead(nn.Module, ABC):
         """
 
 
+class WholeHead(TargetHead):
+    """A head whose losses have one part, on all its weights."""
+
+    def by_part(
+        self, tokens: Float[Tensor, "1 T C"], gradients: Sequence[Tensor | None], parts: int
+    ) -> Float[Tensor, "1 N"]:
+        """See `TargetHead`: the gradient of all weight matrices."""
+        assert parts == 1, f"{parts} parts of a loss that has one"
+        with torch.enable_grad():
+            answers = self(tokens)
+        used = [(answer, grad) for answer, grad in zip(answers, gradients, strict=True) if grad is not None]
+        weights = [parameter for parameter in self.parameters() if parameter.ndim > 1]
+        found = torch.autograd.grad([a for a, _ in used], weights, [g.to(a.dtype) for a, g in used])
+        return torch.cat([grad.flatten() for grad in found])[None]
+
+
 class StudentTarget(Protocol):
     """The members of a target kind that training uses."""
 
@@ -109,15 +129,26 @@ class TargetKind(ABC):
     Attributes:
         name, version: name and version of the codec; they fix its arrays, their meaning and their randomness.
         measure: prefix of the losses' metric names, such as "kl".
-        unbiased: whether the mean target over view keys is the exact one.
-        whole: whether a decoded target is complete, as audits of students need it.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     measure: ClassVar[str]
-    unbiased: ClassVar[bool] = True
-    whole: ClassVar[bool] = False
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether a student's gradient, as a mean over view keys, is that of the exact target."""
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether a decoded target is complete, as audits of students need it."""
+        return False
+
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """What the target is, whatever the codec: records of one meaning can audit students of the other."""
+        return (type(self), self.taps)
 
     @property
     @abstractmethod
@@ -202,3 +233,13 @@ class TargetKind(ABC):
     def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
         """The constants of a cache, on the CPU, from batches of the teacher's tensors for the calibration views."""
         return {}
+
+
+class ChosenKind(TargetKind):
+    """A kind whose losses and head follow the `targets` section of a recipe.
+
+    Attributes:
+        targets: that section.
+    """
+
+    targets: TargetsConfig

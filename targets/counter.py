@@ -46,6 +46,32 @@ def uniforms(keys: Int64[Tensor, " B"], stream: int, shape: tuple[int, ...]) -> 
     return (_shift_right(bits, 11).double() * 2.0**-53).reshape(len(keys), *shape)
 
 
+def spread(
+    keys: Int64[Tensor, " B"], stream: int, shape: tuple[int, ...], tokens: int, count: int
+) -> Int64[Tensor, "B ... Q"]:
+    """Samples of `count` out of `tokens` tokens, spread over them; every token is as likely.
+
+    The T tokens, on a ring, are cut into Q runs of T/Q (rounded) and one token is drawn from each. Then the ring
+    is turned by a uniform number of tokens. A token lies in run j with probability s_j / T (s_j is the length of
+    the run, over the turns) and is then drawn with probability 1 / s_j. Each token is therefore in the sample with
+    probability sum over j of 1 / T = Q / T, exactly.
+
+    Args:
+        keys: int64 [B], one key a view.
+        stream: as in `uniforms`.
+        shape: shape of one view's samples, each drawn on its own; () for one sample.
+        tokens, count: T and Q < T.
+
+    Returns:
+        int64 [B, *shape, Q], distinct and ascending along Q.
+    """
+    uniform = uniforms(keys, stream, (*shape, count + 1))
+    edges = torch.arange(count + 1, device=keys.device) * tokens // count
+    inside = (uniform[..., :count] * edges.diff()).long()
+    turn = (uniform[..., count:] * tokens).long()
+    return ((edges[:-1] + inside + turn) % tokens).sort(dim=-1).values
+
+
 def _mix(state: Tensor) -> Tensor:
     """SplitMix64's finaliser, int64 to int64."""
     state = (state ^ _shift_right(state, 30)) * _MIX_1

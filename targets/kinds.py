@@ -5,25 +5,68 @@ from typing import Any
 
 from torch import Tensor
 
-from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, SketchCodec, TargetsConfig, codec_config
+from tinymim.configs.codecs import (
+    AttentionCodec,
+    ClsCodec,
+    CodecConfig,
+    DenseCodec,
+    FeaturesCodec,
+    FFCodec,
+    HiddenCodec,
+    LogitsCodec,
+    RelationCodec,
+    SketchCodec,
+    TargetsConfig,
+    codec_config,
+)
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.targets.contract import TargetKind
+from tinymim.targets.attention.kind import Attention
+from tinymim.targets.cls.kind import Cls
+from tinymim.targets.contract import ChosenKind, TargetKind
+from tinymim.targets.features.kind import Features
+from tinymim.targets.logits.kind import Logits
+from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations import make as relations
+from tinymim.targets.relations.ff import FF
 from tinymim.targets.relations.kind import RelationKind
 
 _ALL = TargetsConfig()
 
 Make = Callable[[Any, int, TargetsConfig, Mapping[str, Tensor]], TargetKind]
+
+
+def _plain(kind: Callable[..., TargetKind], *takes: str) -> Make:
+    """A kind made from its codec section, with the fields of `targets` that it takes."""
+
+    def make(config: Any, block: int, targets: TargetsConfig, constants: Mapping[str, Tensor]) -> TargetKind:
+        refuse_targets(targets, config.kind, takes)
+        return kind(config, targets, block, constants)
+
+    return make
+
+
 # One line per codec section.
 _MAKE: dict[type, Make] = {
     SketchCodec: relations.make_relations,
     DenseCodec: relations.make_relations,
     HiddenCodec: relations.make_relations,
+    FeaturesCodec: _plain(Features, "loss", "projector"),
+    ClsCodec: _plain(Cls, "loss", "projector"),
+    LogitsCodec: _plain(Logits),
+    FFCodec: _plain(FF, "projector"),
+    AttentionCodec: _plain(Attention),
 }
 # Codec settings whose sizes `tinymim plan` compares, and their names there.
 ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES
-describe_codec = relations.describe_codec
+
+
+def describe_codec(config: CodecConfig) -> str:
+    """A codec section in a few words."""
+    if isinstance(config, RelationCodec):
+        return relations.describe_codec(config)
+    given = config.model_dump(exclude={"kind", "name"}, exclude_defaults=True)
+    return ", ".join([f"{config.kind} {config.name}", *(f"{name} {value}" for name, value in given.items())])
 
 
 def make_kind(
@@ -59,9 +102,11 @@ def stored_kind(
         CacheMismatch: another codec, or another version of it, wrote the cache.
         RecipeError: as `make_kind`.
     """
-    [tap] = map(Tap.parse, section["taps"])  # the only kind so far reads one
-    kind = make_kind(codec_config(**section["parameters"]), tap.place, targets, constants)
-    if (kind.name, kind.version, kind.taps) != (section["name"], section["version"], (tap,)):
+    taps = tuple(map(Tap.parse, section["taps"]))
+    # Kinds that read the end of the model have no block.
+    block = max(tap.place for tap in taps) or 1
+    kind = make_kind(codec_config(**section["parameters"]), block, targets, constants)
+    if (kind.name, kind.version, kind.taps) != (section["name"], section["version"], taps):
         raise CacheMismatch(
             "the layer was written by another codec",
             got=f"{section['name']} version {section['version']}",
@@ -86,13 +131,24 @@ def audit_kind(
         CacheMismatch: the audit's records are not whole targets, or not comparable.
         RecipeError: as `make_kind`.
     """
+    config = codec_config(**section["parameters"])
     if not stored_kind(section, constants=constants).whole:
         raise CacheMismatch(
             "the audit's cache holds no whole targets",
             got=f"codec {section['name']}",
-            expected="dense, or hidden",
+            expected="dense, hidden, or int8 with all tokens",
             hint="make audit.cache with codec: {name: dense}, one view, and audit.num_images images",
         )
-    assert isinstance(training, RelationKind)  # the only kind so far
-    kind = stored_kind(section, relations.whole_targets(section["name"], training, shapes), constants)
-    return relations.for_audit(kind, training, shapes)
+    if isinstance(training, RelationKind) and isinstance(config, RelationCodec):
+        kind = stored_kind(section, relations.whole_targets(section["name"], training, shapes), constants)
+        return relations.for_audit(kind, training, shapes)
+    targets = training.targets if isinstance(training, ChosenKind) else _ALL
+    kind = stored_kind(section, targets if not isinstance(config, RelationCodec) else _ALL, constants)
+    if kind.meaning != training.meaning:
+        raise CacheMismatch(
+            "the audit's cache holds another target than the training run's",
+            got=f"{type(kind).__name__} of {', '.join(section['taps'])}",
+            expected=f"{type(training).__name__} of {', '.join(map(str, training.taps))}",
+            hint="make audit.cache with the kind, place and target of the training run's codec",
+        )
+    return kind

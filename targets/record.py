@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64, Integer
 from torch import Tensor
 
+from tinymim.configs.codecs import TargetsConfig
 from tinymim.configs.errors import RecipeError
 from tinymim.targets.contract import ArraySpec
 
@@ -28,6 +29,18 @@ def specs_of(prefixes: Sequence[str], fields: Fields) -> tuple[ArraySpec, ...]:
 def stored(fields: Mapping[str, Tensor], specs: tuple[ArraySpec, ...]) -> dict[str, Tensor]:
     """The fields in the order and dtypes of their specs."""
     return {spec.name: fields[spec.name].to(getattr(torch, spec.dtype)) for spec in specs}
+
+
+def refuse_targets(targets: TargetsConfig, kind: str, takes: Sequence[str]) -> None:
+    """Raises RecipeError, naming the field, where `targets` holds one that a kind of target does not take."""
+    for name, value in targets:
+        if value is not None and name not in takes:
+            raise RecipeError(
+                f"targets.{name} is for another kind of target",
+                got=f"targets.{name} {value}",
+                expected=f"no targets.{name} for {kind}",
+                hint=f"fields for {kind}: {', '.join(f'targets.{each}' for each in takes) or 'none'}",
+            )
 
 
 def index_dtype(tokens: int) -> str:

@@ -37,7 +37,11 @@ class Dense(StoredRelations):
     entropy_by_head: bool = False
     name: ClassVar[str] = "dense"
     version: ClassVar[int] = 1
-    whole: ClassVar[bool] = True
+
+    @property
+    def whole(self) -> bool:
+        """See `TargetKind`."""
+        return True
 
     def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
         """See `TargetKind`."""

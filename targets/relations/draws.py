@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from tinymim.configs.codecs import Relation
-from tinymim.targets.counter import uniforms
+from tinymim.targets.counter import spread
 
 Purpose = Literal["rows", "rounding", "tail"]
 
@@ -28,11 +28,8 @@ def sample_rows(
 ) -> Int64[Tensor, "B H Q"]:
     """The query rows of a record: per view and head a stratified sample, spread over the image.
 
-    The T tokens, on a ring, are cut into Q runs of T/Q (rounded) and one token is drawn from each. Then the ring
-    is turned by a uniform number of tokens. A token lies in run j with probability s_j / T (s_j is the length of
-    the run, over the turns) and is then drawn with probability 1 / s_j. Each token is therefore in the sample with
-    probability sum over j of 1 / T = Q / T, exactly, so means over the rows are unbiased. Neighbouring rows are
-    nearly equal, so a spread sample has less variance than a simple random one (docs/decisions/006-sketch.md).
+    Neighbouring rows are nearly equal, so a spread sample (`counter.spread`) has less variance than a simple random
+    one (docs/decisions/006-sketch.md). Every row is as likely, so means over the rows are unbiased.
 
     Args:
         keys: int64 [B], one key a view.
@@ -45,8 +42,4 @@ def sample_rows(
     """
     if rows >= tokens:
         return torch.arange(tokens, device=keys.device).expand(len(keys), heads, tokens)
-    uniform = uniforms(keys, stream_of("rows", relation), (heads, rows + 1))
-    edges = torch.arange(rows + 1, device=keys.device) * tokens // rows
-    inside = (uniform[..., :rows] * edges.diff()).long()
-    turn = (uniform[..., rows:] * tokens).long()
-    return ((edges[:-1] + inside + turn) % tokens).sort(dim=-1).values
+    return spread(keys, stream_of("rows", relation), (heads,), tokens, rows)

@@ -5,17 +5,18 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tinymim.configs.codecs import CodecConfig, DenseCodec, HiddenCodec, Relation, SketchCodec, TargetsConfig
+from tinymim.configs.codecs import DenseCodec, HiddenCodec, Relation, RelationCodec, SketchCodec, TargetsConfig
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import TargetKind
+from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations.dense import Dense
 from tinymim.targets.relations.hidden import Hidden
 from tinymim.targets.relations.kind import RelationKind
 from tinymim.targets.relations.sketch import Sketch, TopK
 
 # Codec settings whose sizes `tinymim plan` compares: the default, 300 views of ImageNet in 2 TB, less, all, and dense.
-ALTERNATIVES: tuple[CodecConfig, ...] = (
+ALTERNATIVES: tuple[RelationCodec, ...] = (
     SketchCodec(),
     SketchCodec(rows=26),
     SketchCodec(rows=16, tail_k=4),
@@ -25,9 +26,10 @@ ALTERNATIVES: tuple[CodecConfig, ...] = (
 
 
 def make_relations(
-    config: CodecConfig, block: int, targets: TargetsConfig, constants: Mapping[str, Tensor]
+    config: RelationCodec, block: int, targets: TargetsConfig, constants: Mapping[str, Tensor]
 ) -> RelationKind:
     """The relations of a block under one codec; arguments and errors as `targets.kinds.make_kind`."""
+    refuse_targets(targets, "relations", ("relations", "relation_heads", "rows"))
     match config:
         case SketchCodec():
             _refuse_others(targets, rows=config.rows, relation_heads=config.relation_heads)
@@ -71,7 +73,7 @@ def for_audit(kind: TargetKind, training: RelationKind, shapes: Shapes) -> Targe
     return replace(kind, entropy_by_head=True)
 
 
-def describe_codec(config: CodecConfig) -> str:
+def describe_codec(config: RelationCodec) -> str:
     """A codec section in a few words; relations are named only where they are not qk and vv."""
     match config:
         case SketchCodec():

@@ -125,7 +125,11 @@ class TopK(_Sampled):
 
     name: ClassVar[str] = "topk"
     version: ClassVar[int] = 2
-    unbiased: ClassVar[bool] = False
+
+    @property
+    def unbiased(self) -> bool:
+        """See `TargetKind`."""
+        return False
 
     def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
         """See `TargetKind`; only `renormalise` may keep whole rows, because it leaves no mass for other tokens."""

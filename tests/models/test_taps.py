@@ -90,11 +90,13 @@ def test_a_model_without_blocks_is_refused() -> None:
         CutTeacher(timm.create_model("resnet18"), [Tap("qkv", 1)])
 
 
-def test_compiled_blocks_give_the_same_relations_and_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tap", [Tap("qkv", 3), Tap("tokens", 3)], ids=str)
+def test_compiled_blocks_give_the_same_tensors_and_batches_of_any_size(
+    tap: Tap, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With dynamo and autograd's tracing, without inductor, which needs a C++ compiler and a minute."""
     compile_in_place = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_in_place(module, backend="aot_eager"))
-    tap = Tap("qkv", 3)
     eager, compiled = CutTeacher(small_vit(), [tap]), CutTeacher(small_vit(), [tap])
     compiled.compile_blocks()
     assert [block._compiled_call_impl is not None for block in compiled.model.blocks] == [True, True, False]  # type: ignore[union-attr]
@@ -118,7 +120,7 @@ def test_the_tap_leaves_no_hook_and_no_mode_behind() -> None:
 
 def test_several_taps_give_what_each_gives_alone_and_the_last_one_ends_the_pass() -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    taps = [Tap("tokens", 3), Tap("qkv", 1), Tap("qkv", 3), Tap("tokens", 1)]
+    taps = [Tap("tokens", 3), Tap("qkv", 1), Tap("qkv", 3), Tap("tokens", 1), Tap("attention", 3), Tap("normed", 2)]
     model = small_vit()
     model.norm = _Bomb()
     cut = CutTeacher(model, taps)
@@ -139,6 +141,47 @@ def test_tokens_are_those_behind_the_block() -> None:
     model.forward_features(images)
     tap = Tap("tokens", 3)
     assert torch.equal(CutTeacher(small_vit(), [tap])(images)[tap][0], caught[0])
+
+
+def test_taps_of_tokens_attention_and_norm_are_what_the_model_computes() -> None:
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, caught = small_vit(reg_tokens=2), dict[str, Tensor]()
+    layers: Any = model.blocks
+    layers[1].norm1.register_forward_hook(lambda _m, _args, out: caught.update(normed=out))
+    layers[1].register_forward_hook(lambda _m, _args, out: caught.update(tokens=out))
+    final = model.forward_features(images)
+    expected = {
+        Tap("normed", 2): (caught["normed"], caught["normed"][:, :3]),
+        Tap("tokens", 2): (caught["tokens"], caught["tokens"][:, :3]),
+        Tap("cls", 2): (caught["tokens"][:, 0],),
+        Tap("tokens"): (final, final[:, :3]),
+        Tap("cls"): (final[:, 0],),
+        Tap("pooled"): (model.forward_head(final, pre_logits=True),),
+    }
+    q, k, *_ = CutTeacher(small_vit(reg_tokens=2), [Tap("qkv", 2)])(images)[Tap("qkv", 2)]
+    expected[Tap("attention", 2)] = (q, k, q[:, :, :3])
+    together = CutTeacher(small_vit(reg_tokens=2), list(expected))(images)
+    assert together.keys() == expected.keys()
+    for tap, tensors in expected.items():
+        alone = CutTeacher(small_vit(reg_tokens=2), [tap])(images)[tap]
+        for ours, single, theirs in zip(together[tap], alone, tensors, strict=True):
+            assert torch.equal(ours, theirs) and torch.equal(single, theirs), tap
+
+
+def test_logits_are_the_classifiers() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_classes=7)
+    images = torch.randn(2, 3, 32, 32)
+    expected = model.eval()(images)
+    [found] = CutTeacher(model, [Tap("logits")])(images)[Tap("logits")]
+    assert torch.equal(found, expected) and str(Tap("logits")) == "logits@0" and Tap.parse("logits@0") == Tap("logits")
+
+
+@pytest.mark.parametrize(("tap", "message"), [("cls", "no class token"), ("logits", "no classifier")])
+def test_what_a_teacher_lacks_is_refused(tap: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        CutTeacher(small_vit(class_token=False, global_pool="avg"), [Tap(tap)])
+    assert caught.value.hint is not None
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 1e30])

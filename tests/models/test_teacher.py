@@ -103,3 +103,32 @@ def test_the_qkv_projection_makes_q_k_and_v_of_the_input(name: str, monkeypatch:
     attention.qkv = torch.nn.Identity()
     with pytest.raises(RecipeError, match="no single qkv layer"):
         teacher.projection(TAP)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_fine_tuned_file_gives_logits_pooled_embedding_and_final_tokens(tmp_path: Path, pool: str) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model("vit_tiny_patch16_224", num_classes=5, global_pool=pool, **SIZES)
+    torch.nn.init.normal_(model.head.weight)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    config = TeacherConfig(name="vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"), block=2, **SIZES)
+    taps = [Tap("logits"), Tap("pooled"), Tap("tokens", 2)]
+    teacher = Teacher(config, taps)
+    found = teacher(PIXELS)
+    with torch.no_grad():
+        features = model.eval().forward_features(teacher.normalise(PIXELS))
+        assert torch.equal(found[taps[0]][0], model.forward_head(features))
+        assert torch.equal(found[taps[1]][0], model.forward_head(features, pre_logits=True))
+    assert teacher.shapes() == Shapes(heads=3, head_dim=8, tokens=17, prefix_tokens=1, grid=(4, 4))
+
+
+def test_the_end_of_the_model_needs_its_final_norm_and_logits_a_classifier(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in small_vit().state_dict().items() if not name.startswith("norm.")}
+    save_file(tensors, tmp_path / "w.safetensors")
+    config = TeacherConfig(name="vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"), block=2, **SIZES)
+    assert Teacher(config, [Tap("tokens", 3)]).shapes().tokens == 17
+    with pytest.raises(CheckpointError, match=r"missing: norm\.bias"):
+        Teacher(config, [Tap("tokens")])
+    save_file(small_vit().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(RecipeError, match="no classifier"):
+        Teacher(config, [Tap("logits")])

@@ -13,10 +13,10 @@ from tinymim.configs.codecs import HiddenCodec, TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Tap
 from tinymim.models.taps import CutTeacher
+from tinymim.targets.packing import Packing
 from tinymim.targets.relations.draws import sample_rows
 from tinymim.targets.relations.hidden import (
     Hidden,
-    Packing,
     _logit_metric,
     _uniform_quantiser,
     allocate,

@@ -1,0 +1,1 @@
+"""Attention logits: q k^T / sqrt(d) of a block before the softmax."""

@@ -1,0 +1,1 @@
+"""The class embedding, or the pooled embedding, of a view."""

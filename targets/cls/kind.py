@@ -1,0 +1,49 @@
+"""The class embedding as a target kind.
+
+Shapes: B view, C width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tinymim.configs.codecs import ClsCodec, VectorLoss
+from tinymim.configs.taps import Shapes, Tap
+from tinymim.targets.contract import Tapped, TargetHead
+from tinymim.targets.vectors import Vectors, head_for
+
+
+@dataclass(frozen=True)
+class Cls(Vectors):
+    """One vector a view: the class token after the tapped block or the final norm, or the pooled embedding.
+
+    The student answers with its class token, or the mean over its patches where it has none.
+    """
+
+    config: ClsCodec
+    loss_name: ClassVar[str] = "cls"
+    streams: ClassVar[int] = 272
+    default_loss: ClassVar[VectorLoss] = "cosine"
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """See `TargetKind`."""
+        return ({"block": Tap("cls", self.block), "final": Tap("cls"), "pooled": Tap("pooled")}[self.config.at],)
+
+    @property
+    def sampled(self) -> None:
+        """See `Vectors`."""
+
+    def vectors(self, tapped: Tapped) -> Float[Tensor, "B 1 C"]:
+        """See `Vectors`."""
+        return tapped[self.taps[0]][0][:, None]
+
+    def count(self, shapes: Shapes) -> int:
+        """See `Vectors`."""
+        return 1
+
+    def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
+        """See `TargetKind`."""
+        return head_for(self, student, teacher, patches=False)

@@ -1,0 +1,1 @@
+"""Features: the patch tokens of a block, as vectors of few bits."""

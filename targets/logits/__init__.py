@@ -1,0 +1,1 @@
+"""Class logits: the softmax over all classes of a teacher."""

@@ -1,0 +1,327 @@
+"""What the kinds of vectors share: normalised targets, few-bit codes, losses, and a projector on the student's tokens.
+
+Shapes: B view, N vector of a view, Q sampled vector, C width, P prefix token.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+from torch.nn.functional import normalize, smooth_l1_loss
+
+from tinymim.configs.codecs import ClsCodec, FeaturesCodec, TargetsConfig, VectorLoss
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.taps import Shapes
+from tinymim.targets.contract import (
+    Answers,
+    ArraySpec,
+    ChosenKind,
+    Loss,
+    Projection,
+    Tapped,
+    TargetHead,
+    WholeHead,
+    Yardstick,
+)
+from tinymim.targets.counter import spread, uniforms
+from tinymim.targets.dither import Dither
+
+_EPS = 1e-6  # of LayerNorm
+LEAST_NORM = 1e-3  # of a student's vector: below it the gradient of the cosine stays finite, also in fp16
+_SHRINK = 1e-3  # share of the mean variance that whitening adds to every direction
+_SAMPLE, _ROUNDING = 0, 1  # streams, from `Vectors.streams` on
+
+
+@dataclass(frozen=True)
+class VectorTarget:
+    """The vectors of B views."""
+
+    index: Int64[Tensor, "B Q"] | None  # which of the N vectors; None: all in order
+    value: Float[Tensor, "B Q C"]
+    length: Float[Tensor, "B Q"]  # of the exact vectors
+
+    def pick(self, some: slice, device: torch.device | None = None) -> "VectorTarget":
+        """The target of some views."""
+        index, value, length = (
+            each if each is None else each[some] if device is None else each[some].to(device)
+            for each in (self.index, self.value, self.length)
+        )
+        assert value is not None and length is not None
+        return VectorTarget(index, value, length)
+
+
+class Projector(WholeHead):
+    """A student's vectors in the teacher's width.
+
+    Args:
+        student: the student's shapes.
+        width: the teacher's width.
+        mlp: two linear layers with a GELU between them, else one linear layer.
+        patches: answer for every patch token; else for the first prefix token (the class token), or the mean over
+            patches where there is no prefix.
+    """
+
+    def __init__(self, student: Shapes, width: int, mlp: bool, patches: bool) -> None:
+        super().__init__()
+        self.prefix, self.patches = student.prefix_tokens, patches
+        layers: list[nn.Module] = [nn.Linear(student.width, width)]
+        if mlp:
+            layers += [nn.GELU(), nn.Linear(width, width)]
+        self.projection = nn.Sequential(*layers)
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:
+        """See `TargetHead`: float [B, N, C]."""
+        return (self.projection(tokens[:, self.prefix :] if self.patches else embedding(tokens, self.prefix)),)
+
+
+def embedding(tokens: Float[Tensor, "B T C"], prefix: int) -> Float[Tensor, "B 1 C"]:
+    """A student's class token, which is the first of its prefix, or the mean over patches where it has no prefix."""
+    return tokens[:, :1] if prefix else tokens.mean(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Vectors(ChosenKind):
+    """Vectors of a teacher, stored by `targets/dither.py`, and compared by squared error, cosine or smooth L1.
+
+    The target is the teacher's vector as it is (`raw`), after a LayerNorm without weights (`layernorm`), or whitened
+    by mean and covariance of the calibration views (`whiten`).
+
+    **Unbiased** with `mse` and `cosine`. With d the decoded vector, E[d] = t (`targets/dither.py`), every vector is as
+    likely to be in the sample (`counter.spread`), and sample and rounding are independent. The gradient of |s - d|^2
+    by the student's vector s is 2 (s - d), and that of -cos = -s d / (|s| |t|) divides by the exact length |t|,
+    which is stored. Both are linear in d, so their means are those of the exact target. The floors are -|t|^2 and -1.
+
+    **Biased** with `smooth_l1`: its gradient, min(max(s - d, -1), 1), is not linear in d, so the mean over d is that
+    of a smoother loss, the convolution of smooth L1 with the distribution of the rounding error. With `int8` that
+    error is below 1/255 of a vector's largest component, and the bias as small.
+
+    Attributes:
+        config: the codec section.
+        targets: loss and projector of the student.
+        block: the teacher's block, counted from 1.
+        constants: mean and whitening matrix, on the device of the records; empty without `whiten`.
+    """
+
+    config: FeaturesCodec | ClsCodec
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    block: int = 1
+    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    measure: ClassVar[str] = "distance"
+    loss_name: ClassVar[str]
+    streams: ClassVar[int]
+    version: ClassVar[int] = 1
+    default_loss: ClassVar[VectorLoss] = "mse"
+
+    @abstractmethod
+    def vectors(self, tapped: Tapped) -> Float[Tensor, "B N C"]:
+        """The teacher's vectors."""
+
+    @abstractmethod
+    def count(self, shapes: Shapes) -> int:
+        """N."""
+
+    @property
+    @abstractmethod
+    def sampled(self) -> int | None:
+        """Number of vectors in a record, where there are more; None for all."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # of the config
+        """See `TargetKind`."""
+        return self.config.name
+
+    @property
+    def loss(self) -> VectorLoss:
+        """The loss of the student."""
+        return self.targets.loss or self.default_loss
+
+    @property
+    def unbiased(self) -> bool:
+        """See `TargetKind`."""
+        return self.loss != "smooth_l1"
+
+    @property
+    def whole(self) -> bool:
+        """See `TargetKind`."""
+        return self.config.name == "int8" and self.sampled is None
+
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """See `TargetKind`."""
+        return (self.loss_name, self.taps, self.config.target)
+
+    # ---- records
+
+    def draws(self, shapes: Shapes) -> bool:
+        """See `TargetKind`: rounding is random."""
+        return True
+
+    def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
+        """See `TargetKind`: packed codes, their step, and the exact length, of every sampled vector."""
+        count = min(self.sampled or self.count(shapes), self.count(shapes))
+        return (
+            ArraySpec("code", "uint8", (count, self._dither(shapes.width).num_bytes)),
+            ArraySpec("step", "float32", (count,)),
+            ArraySpec("length", "float32", (count,)),
+        )
+
+    @torch.no_grad()
+    def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
+        """See `TargetKind`."""
+        vectors = self.vectors(tapped)
+        _, count, width = vectors.shape
+        index = self._index(view_keys, count)
+        exact = self._target(vectors if index is None else _rows(vectors, index), torch.float64)
+        code, step = self._dither(width).encode(exact, self._uniform(view_keys, *exact.shape[1:]))
+        return {"code": code, "step": step, "length": _length(exact).float()}
+
+    @torch.no_grad()
+    def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes) -> VectorTarget:
+        """See `TargetKind`."""
+        dither, count = self._dither(shapes.width), arrays["step"].shape[1]
+        uniform = self._uniform(view_keys, count, shapes.width) if dither.rotated else None
+        value = dither.decode(arrays["code"], arrays["step"], uniform)
+        return VectorTarget(self._index(view_keys, self.count(shapes)), value, arrays["length"])
+
+    @torch.no_grad()
+    def exact(self, tapped: Tapped) -> VectorTarget:
+        """See `TargetKind`: float32 (float64 for float64 inputs) [B, N, C]."""
+        vectors = self.vectors(tapped)
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
+        value = self._target(vectors, dtype)
+        return VectorTarget(None, value, _length(value))
+
+    def pick(self, target: VectorTarget, some: slice, device: torch.device | None = None) -> VectorTarget:
+        """See `TargetKind`."""
+        return target.pick(some, device)
+
+    def _dither(self, width: int) -> Dither:
+        return Dither(width, self.config.bits, rotated=self.config.name == "dither")
+
+    def _index(self, view_keys: Tensor, count: int) -> Tensor | None:
+        if self.sampled is None or self.sampled >= count:
+            return None
+        return spread(view_keys, self.streams + _SAMPLE, (), count, self.sampled)
+
+    def _uniform(self, view_keys: Tensor, count: int, width: int) -> Tensor:
+        return uniforms(view_keys, self.streams + _ROUNDING, (count, width))
+
+    def _target(self, vectors: Float[Tensor, "B N C"], dtype: torch.dtype) -> Float[Tensor, "B N C"]:
+        x = vectors.to(dtype)
+        if self.config.target == "raw":
+            return x
+        if self.config.target == "whiten":
+            assert self.constants, "whitening needs constants"
+            return (x - self.constants["mean"].to(dtype)) @ self.constants["whiten"].to(dtype)
+        centred = x - x.mean(-1, keepdim=True)
+        # Scaled first: the square of a large fp32 number may be infinite. Constant vectors become zero.
+        size = centred.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+        scaled = centred / size
+        normed: Tensor = scaled / (scaled.square().mean(-1, keepdim=True) + (_EPS**0.5 / size) ** 2).sqrt()
+        return normed
+
+    # ---- students
+
+    def parts(self, shapes: Shapes) -> dict[str, int]:
+        """See `TargetKind`."""
+        return {self.loss_name: 1}
+
+    def losses(self, answers: Answers, target: VectorTarget) -> dict[str, Loss]:
+        """See `TargetKind`: means over vectors, and over components of squared error and smooth L1."""
+        [student] = answers
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        with torch.autocast(student.device.type, enabled=False):
+            s = student.to(dtype) if target.index is None else _rows(student.to(dtype), target.index)
+            t, length = target.value.to(dtype), target.length.to(dtype)
+            assert s.shape == t.shape, f"student {s.shape}, teacher {t.shape}"
+            if self.loss == "cosine":
+                unit = t / length.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+                parts = -(normalize(s, dim=-1, eps=LEAST_NORM) * unit).sum(-1).mean(1, keepdim=True)
+                floor = -torch.ones_like(parts[:, 0])
+            elif self.loss == "mse":
+                parts = (s * (s - 2 * t)).mean((1, 2))[:, None]
+                floor = -length.square().mean(1) / t.shape[-1]
+            else:
+                parts = smooth_l1_loss(s, t, reduction="none").mean((1, 2))[:, None]
+                floor = torch.zeros_like(parts[:, 0])
+        return {self.loss_name: Loss(parts, floor)}
+
+    # ---- audits
+
+    def yardsticks(self, targets: Sequence[VectorTarget]) -> dict[str, Yardstick]:
+        """See `TargetKind`: the loss of zeros, and of the mean over all other views."""
+        count = sum(len(each.value) for each in targets)
+        total = torch.stack([each.value.sum(0, dtype=torch.float64) for each in targets]).sum(0)
+        even = common = 0.0
+        for each in targets:
+            others = (total - each.value) / (count - 1)
+            even += float(self.losses((torch.zeros_like(others),), each)[self.loss_name].mean()) * len(others)
+            common += float(self.losses((others,), each)[self.loss_name].mean()) * len(others)
+        return {self.loss_name: Yardstick(even / count, common / count)}
+
+    def statistics(self, tapped: Tapped, target: VectorTarget) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
+        """See `TargetKind`: `rms` of the components, and `relative_error`, the squared error over the squared norm."""
+        vectors = self.vectors(tapped)
+        exact = self._target(vectors if target.index is None else _rows(vectors, target.index), torch.float64)
+        square = exact.square().mean((1, 2))
+        error = (target.value - exact).square().mean((1, 2))
+        found = {"rms": square.sqrt(), "relative_error": error / square.clamp(min=torch.finfo(torch.float32).tiny)}
+        return {self.loss_name: {name: value[:, None] for name, value in found.items()}}
+
+    # ---- constants
+
+    @property
+    def calibration_views(self) -> int:
+        """See `TargetKind`."""
+        return self.config.calibration_views if self.config.target == "whiten" else 0
+
+    def check_teacher(self, tapped: Tapped, projection: Projection) -> None:
+        """See `TargetKind`: every teacher's vectors can be whitened."""
+
+    @torch.no_grad()
+    def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
+        """See `TargetKind`: `mean` [C] and `whiten` [C, C], the inverse root of the covariance, float32.
+
+        Every direction's variance is raised by 0.001 of the mean variance, so that directions without any stay finite.
+        """
+        if not self.calibration_views:
+            return {}
+        vectors: Float64[Tensor, "P C"] = torch.cat(
+            [self.vectors(each).cpu().double().flatten(0, 1) for each in tapped]
+        )
+        variance, axes = torch.linalg.eigh(torch.cov(vectors.T))
+        variance = variance.clamp(min=0)
+        raised = (variance + _SHRINK * variance.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        return {"mean": vectors.mean(0).float(), "whiten": (axes * raised.rsqrt() @ axes.T).float()}
+
+
+def check_grid(student: Shapes, teacher: Shapes) -> None:
+    """Raises RecipeError where a student has another grid of patches than the teacher."""
+    if student.grid != teacher.grid:
+        raise RecipeError(
+            "the student's patches are not the teacher's",
+            got=f"student.img_size and student.patch_size that give a grid of {student.grid[0]} x {student.grid[1]}",
+            expected=f"{teacher.grid[0]} x {teacher.grid[1]}",
+        )
+
+
+def _rows(vectors: Float[Tensor, "B N C"], index: Int64[Tensor, "B Q"]) -> Float[Tensor, "B Q C"]:
+    return vectors.gather(1, index[..., None].expand(-1, -1, vectors.shape[-1]))
+
+
+def _length(vectors: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return length
+
+
+def head_for(kind: Vectors, student: Shapes, teacher: Shapes, patches: bool) -> TargetHead:
+    """The projector that a kind's `targets` choose."""
+    return Projector(student, teacher.width, kind.targets.projector == "mlp", patches)
