@@ -96,6 +96,7 @@ class TeacherJob:
         reference = reference_student(self.kind, recipe.views.size, shapes)
         self._probe = GradientProbe(self.kind, reference.to(device), shapes)
         self._views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
+        self._shards = source.by_name()
         self._counts = {shard.name: shard.num_samples for shard in source.shards}
         self.images_per_batch = (
             find_images_per_batch(teacher, self.kind, recipe, max(source.counts), device)
@@ -236,6 +237,7 @@ class TeacherJob:
         unit = draft.unit
         try:
             draft.refuse_too_many_unreadable(self._counts[unit.shard], self.recipe.max_unreadable)
+            self._shards[unit.shard].verify()  # stage two refuses a shard of another content, so none is committed
             info = self.writer.write_unit(unit, draft.keys(), draft.arrays(), draft.statistics())
         except UnitTaken as taken:
             logger.info(f"cache-teacher: {taken.what} now ({taken.got}); what was computed of it is dropped")
