@@ -1,9 +1,9 @@
 """Image bytes to the exact uint8 crop that both stages see, its digest, and what made it (I2). docs/views.md.
 
 JPEG is decoded by simplejpeg (libjpeg-turbo), everything else, and every JPEG that simplejpeg objects to, by Pillow:
-the bits of a JPEG are the same, at every DCT scale. The resize is torch's on uint8: bit-stable over threads and CPU features, as
-a float resize is not. EXIF orientation is ignored, as in the ImageNet pipelines of timm and torchvision; every colour
-mode becomes RGB.
+the bits of a JPEG are the same, at every DCT scale. The resize is torch's on uint8: bit-stable over threads and CPU
+features, as a float resize is not. EXIF orientation is ignored, as in the ImageNet pipelines of timm and torchvision;
+every colour mode becomes RGB.
 """
 
 import hashlib
@@ -138,13 +138,13 @@ def facts_of(data: bytes) -> Facts:
         alpha = "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa")
         names = {"L": "grey", "1": "grey", "P": "palette"}
         grey = mode.startswith(("I", "F"))
-        turned = image.getexif().get(_ORIENTATION)
+        turned: object = image.getexif().get(_ORIENTATION)
         return Facts(
             extension=EXTENSIONS.get(image.format or "", "jpg"),
             height=image.height,
             width=image.width,
             colours="alpha" if alpha else "grey" if grey else names.get(mode, mode),
-            orientation=turned if turned in range(1, 9) else 1,
+            orientation=turned if isinstance(turned, int) and 1 <= turned <= 8 else 1,
         )
 
 

@@ -68,6 +68,16 @@ def parse_index(path: str, data: bytes | None) -> Index:
     return Index() if data is None else _checked(path, _json(path, data))
 
 
+def not_as_indexed(what: str, got: object, expected: object) -> SourceError:
+    """The error for a folder that does not hold what its index describes."""
+    return SourceError(
+        what,
+        got=got,
+        expected=expected,
+        hint=f"restore the shard, or remove {INDEX_NAME} to have the folder scanned anew",
+    )
+
+
 def _json(path: str, data: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(data)
@@ -95,6 +105,9 @@ def _checked(path: str, parsed: dict[str, Any]) -> Index:
     total = sum(row.num_samples for row in index.shards)
     if index.num_samples is not None and index.num_samples != total:
         raise SourceError(
-            f"{path} contradicts itself", got=f"num_samples {index.num_samples}", expected=f"{total}, the sum", hint=_HINT
+            f"{path} contradicts itself",
+            got=f"num_samples {index.num_samples}",
+            expected=f"{total}, the sum",
+            hint=_HINT,
         )
     return index

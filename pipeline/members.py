@@ -143,7 +143,7 @@ class MembersWriter:
         self._entries: list[Entry] = []
 
     def __enter__(self) -> Self:
-        self._file = open(self._partial, "wb")  # noqa: SIM115  # closed in __exit__
+        self._file = open(self._partial, "wb")  # closed in __exit__
         return self
 
     def add(self, name: str, size_bytes: int, content_hash: str, mtime_ns: int | None, members: Members) -> None:

@@ -19,7 +19,7 @@ from tinymim.configs.errors import SourceError, UserError, first_line
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline.index import INDEX_NAME as INDEX_NAME
 from tinymim.pipeline.index import INDEX_VERSION as INDEX_VERSION
-from tinymim.pipeline.index import Index, IndexRow, parse_index
+from tinymim.pipeline.index import Index, IndexRow, not_as_indexed, parse_index
 from tinymim.pipeline.index import read_index as read_index
 from tinymim.pipeline.members import (
     MAPPED_SHARDS,
@@ -38,6 +38,7 @@ from tinymim.pipeline.tar import not_a_tar, scan_tar
 from tinymim.pipeline.tar import split_name as split_name
 
 _TAR_ENDINGS: Final = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
+_OTHER_FILE: Final = f"shard {{}} is not the file that {INDEX_NAME} describes"
 _REPORT_EVERY_S: Final = 10.0
 
 
@@ -66,12 +67,8 @@ class Shard:
         """
         members = _members(self.place, self.size_bytes, self.block)
         if len(members.keys) != self.num_samples:
-            raise SourceError(
-                f"shard {self.name} holds another number of images than its {INDEX_NAME} states",
-                got=f"{len(members.keys)} images",
-                expected=f"{self.num_samples} images",
-                hint=f"remove {INDEX_NAME} to have the folder scanned anew, or make the shards again",
-            )
+            what = f"shard {self.name} holds another number of images than its {INDEX_NAME} states"
+            raise not_as_indexed(what, f"{len(members.keys)} images", f"{self.num_samples} images")
         return members
 
     def read(self, sample: int) -> bytes:
@@ -119,7 +116,7 @@ class Shard:
         except OSError as error:
             raise not_a_tar(self.name, error) from error
         if found != self.content_hash:
-            raise _not_the_indexed(self.name, found, self.content_hash)
+            raise not_as_indexed(_OTHER_FILE.format(self.name), found, self.content_hash)
 
 
 @dataclass(frozen=True)
@@ -252,7 +249,9 @@ def _open_spooled(tar: SpooledTar, row: IndexRow | None) -> Shard:
 def _open_local(config: SourceConfig, folder: Path, index: Index) -> tuple[Shard, ...]:
     paths = _matching(config, folder)
     if config.pattern == SourceConfig.model_fields["pattern"].default and (others := _other_tars(folder, paths)):
-        _say(f"{folder}: {len(others)} files are passed over, since '{config.pattern}' does not match: {_listed(others)}")
+        _say(
+            f"{folder}: {len(others)} files are passed over, since '{config.pattern}' does not match: {_listed(others)}"
+        )
     known, tables = index.rows(), {parent: read_table(parent) for parent in {path.parent for path in paths}}
     found = [_local_shard(path, known.get(path.name), tables[path.parent]) for path in paths]
     for parent, table in tables.items():
@@ -313,7 +312,9 @@ def _write_members(folder: Path, found: Sequence[tuple[Shard, int | None]], tabl
                 if stays and (members := load_members(folder, entry.block)) is not None:
                     writer.add(name, entry.size_bytes, entry.content_hash, entry.mtime_ns, members)
     except OSError as error:
-        _say(f"{folder}: {MEMBERS_NAME} cannot be written ({first_line(error)}); every process reads the headers itself")
+        _say(
+            f"{folder}: {MEMBERS_NAME} cannot be written ({first_line(error)}); every process reads the headers itself"
+        )
         return
     if said > started:
         _say(f"{folder}: wrote {MEMBERS_NAME}, which spares later runs this")
@@ -321,16 +322,7 @@ def _write_members(folder: Path, found: Sequence[tuple[Shard, int | None]], tabl
 
 def _refuse_other_size(row: IndexRow, size_bytes: int) -> None:
     if row.size_bytes != size_bytes:
-        raise _not_the_indexed(row.name, f"{size_bytes} bytes", f"{row.size_bytes} bytes")
-
-
-def _not_the_indexed(name: str, got: str, expected: str) -> SourceError:
-    return SourceError(
-        f"shard {name} is not the file that {INDEX_NAME} describes",
-        got=got,
-        expected=expected,
-        hint=f"restore the shard, or remove {INDEX_NAME} to have the folder scanned anew",
-    )
+        raise not_as_indexed(_OTHER_FILE.format(row.name), f"{size_bytes} bytes", f"{row.size_bytes} bytes")
 
 
 def _refuse_lost_and_repeated(config: SourceConfig, shards: Sequence[Shard], index: Index) -> None:
@@ -342,11 +334,8 @@ def _refuse_lost_and_repeated(config: SourceConfig, shards: Sequence[Shard], ind
         )
     lost = [row.name for row in index.shards if row.name not in names and Path(row.name).match(config.pattern)]
     if lost:
-        raise SourceError(
-            f"{len(lost)} of the {len(index.shards)} shards of {INDEX_NAME} are missing",
-            got=_listed(lost),
-            hint=f"restore them, or remove {INDEX_NAME} to go on without them",
-        )
+        what = f"{len(lost)} of the {len(index.shards)} shards of {INDEX_NAME} are missing"
+        raise not_as_indexed(what, _listed(lost), None)
 
 
 def _say(message: str) -> None:

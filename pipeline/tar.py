@@ -194,7 +194,10 @@ def _headers(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
             raise SourceError(
-                f"shard {name} is compressed", got=kind, expected="a plain tar", hint="decompress it; images gain nothing"
+                f"shard {name} is compressed",
+                got=kind,
+                expected="a plain tar",
+                hint="decompress it; images gain nothing",
             )
     file.seek(0)
     try:

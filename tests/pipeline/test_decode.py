@@ -116,7 +116,10 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
         (encoded(SMOOTH.quantize(16), "PNG", transparency=3), ("png", "alpha", 1)),
         (encoded(SMOOTH.convert("L"), "TIFF"), ("tif", "grey", 1)),
         (encoded(SMOOTH.convert("I;16"), "PNG"), ("png", "grey", 1)),
-        (encoded(SMOOTH, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"), ("jpg", "RGB", 6)),
+        (
+            encoded(SMOOTH, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"),
+            ("jpg", "RGB", 6),
+        ),
         (encoded(SMOOTH, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01"), ("jpg", "RGB", 1)),  # damaged
     ],
 )

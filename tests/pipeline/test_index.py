@@ -25,7 +25,7 @@ def row(**changes: Any) -> str:
     return index(shards=[ROW | changes])
 
 
-MALFORMED = {
+MALFORMED: dict[str, str | bytes] = {
     "nothing": "",
     "no json": "{",
     "no text": b"\xff\xfe\x00",
@@ -133,8 +133,8 @@ def test_a_stale_index_of_equal_size_is_found_by_the_bytes(copied: Path) -> None
     sound, *_ = open_shards(SourceConfig(shards=copied)).shards
     sound.verify()
     with open(copied / "shard-000000.tar", "r+b") as file:
-        file.seek(600)
-        file.write(b"\0")
+        file.seek(5000)
+        file.write(b"\0\1\2")
     stale, *_ = open_shards(SourceConfig(shards=copied)).shards
     with pytest.raises(SourceError, match=r"shard-000000.tar is not the file that index.json describes") as caught:
         stale.verify()

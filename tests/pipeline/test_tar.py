@@ -81,7 +81,9 @@ def test_compression_is_named(magic: bytes) -> None:
 
 def test_a_name_with_dots_is_taken_where_only_one_image_can_be_meant() -> None:
     shot = "Screenshot 2024-01-01 at 10.15.30"
-    scan = survey(named(f"d.x/{shot}.jpg", f"d.x/{shot}.cls", "a.jpg", "a.mask.png", "b.left.png", "b.cls", "a.cls.txt"))
+    scan = survey(
+        named(f"d.x/{shot}.jpg", f"d.x/{shot}.cls", "a.jpg", "a.mask.png", "b.left.png", "b.cls", "a.cls.txt")
+    )
     assert list(scan.images) == [f"d.x/{shot}", "a", "b.left"]
     assert [scan.label(key) for key in scan.images] == [3, 3, 3]
     assert dict(scan.skipped) == {"further picture of a sample": 1}
@@ -146,7 +148,8 @@ def with_header(data: bytes, place: int, at: int, new: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "size", [b"\xff" * 12, b"\x80" + b"\xff" * 11, b"\x80\0\0\0" + b"\x7f" + b"\xff" * 7, b"7" * 11 + b"\0", b"-000001\0"]
+    "size",
+    [b"\xff" * 12, b"\x80" + b"\xff" * 11, b"\x80\0\0\0" + b"\x7f" + b"\xff" * 7, b"7" * 11 + b"\0", b"-000001\0"],
 )
 @pytest.mark.parametrize("kind", [b"0", b"x", b"L", b"K", b"g", b"S", b"V"])
 def test_hostile_sizes_neither_hang_nor_fill_the_memory(size: bytes, kind: bytes) -> None:
