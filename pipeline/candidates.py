@@ -128,7 +128,7 @@ def _files(folder: Path, survey: Survey) -> Iterator[tuple[tuple[str, ...], os.s
     while waiting:
         above, ancestors = waiting.pop()
         try:
-            entries = list(os.scandir(folder.joinpath(*above)))
+            entries = sorted(os.scandir(folder.joinpath(*above)), key=lambda entry: entry.name)
         except OSError:
             survey.skip("folder that cannot be read", "/".join(above) or ".")
             continue

@@ -42,7 +42,7 @@ _OTHER_FILE: Final = f"shard {{}} is not the file that {INDEX_NAME} describes"
 _REPORT_EVERY_S: Final = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # every loader worker holds all of them
 class Shard:
     """One tar and its identity."""
 

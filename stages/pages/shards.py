@@ -47,7 +47,9 @@ def format_report(index: Index, target: Path) -> str:
     first = f"make-shards: {index['num_samples']:,} images in {shards}, {len(index['unreadable'])} unreadable"
     lines = [f"  {name.ljust(width)}  {text}" for name, text in rows]
     unreadable = [f"  unreadable: {_shown(row['origin'])}: {_shown(row['reason'])}" for row in index["unreadable"][:10]]
-    return "\n".join([first, *lines, *unreadable, "next:", *(f"  {line}" for line in next_commands(index, target))])
+    return "\n".join(
+        [first, *lines, *unreadable, "next:", *(f"  {_shown(line)}" for line in next_commands(index, target))]
+    )
 
 
 def _lines(index: Index) -> Iterator[tuple[str, str]]:
@@ -131,7 +133,7 @@ def report_page(index: Index, target: Path) -> str:
         f"<p>{left_out:,} files or members were left out; the reasons are below.</p>\n" if left_out else "",
         *(f'<p class="note">{prose(_shown(note))}</p>\n' for note in [*report["notes"], _turned(report)] if note),
         "<h2>Next</h2>\n",
-        *(f'<p class="v"><code>{html.escape(_shown(line))}</code></p>\n' for line in next_commands(index, target)),
+        *(_command(line) for line in next_commands(index, target)),
         *_table("Seen, by ending", ["ending", "files or members"], _rows(report["seen"])),
         *_table("Taken, by format", ["format", "images"], _rows(report["taken_by_format"])),
         *_table(
@@ -163,10 +165,16 @@ def report_page(index: Index, target: Path) -> str:
 
 
 def _classes(report: Mapping[str, Any]) -> Iterator[str]:
-    near_empty = set(report["near_empty_classes"])
     counts = sorted(report["classes"].items(), key=lambda item: item[1])
-    rows = [[name, f"{count:,}", "near empty" if name in near_empty else ""] for name, count in counts]
-    yield from _table("Classes, the smallest first", ["class", "images", ""], rows, numbers=(1,))
+    few = set(report["near_empty_classes"])
+    rows = [[f"{count:,}", f"{name} (near empty)" if name in few else name] for name, count in counts]
+    yield from _table("Classes, the smallest first", ["images", "class"], rows, numbers=(0,))
+
+
+def _command(line: str) -> str:
+    """A command, with one line for each setting."""
+    text = html.escape(_shown(line)).replace(" --set ", " \\\n    --set ")
+    return f'<div class="wide"><pre><code>{text}</code></pre></div>\n'
 
 
 def _rows(counts: Mapping[str, int]) -> list[list[str]]:
@@ -180,6 +188,6 @@ def _table(
     if not rows:
         return
     shown = [[_shown(cell) for cell in row] for row in rows[:_LISTED]]
-    yield f'<h2>{html.escape(title)}</h2>\n<div class="v">{html_table([header, *shown], numbers)}</div>\n'
+    yield f'<h2>{html.escape(title)}</h2>\n<div class="w">{html_table([header, *shown], numbers)}</div>\n'
     if len(rows) > _LISTED:
         yield f'<p class="note">and {len(rows) - _LISTED:,} more; <code>index.json</code> has all of them.</p>\n'
