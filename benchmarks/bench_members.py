@@ -59,7 +59,8 @@ def make_source(folder: Path, shards: int, images: int) -> None:
             row["content_hash"] = f"sha256:{number:064x}"
             with open(folder / str(row["name"]), "wb") as file:
                 file.truncate(110_000_000)
-            writer.add(str(row["name"]), 110_000_000, str(row["content_hash"]), None, synthetic(number, images))
+            mtime_ns = (folder / str(row["name"])).stat().st_mtime_ns
+            writer.add(str(row["name"]), 110_000_000, str(row["content_hash"]), mtime_ns, synthetic(number, images))
             rows.append(row)
     index = {"version": INDEX_VERSION, "shards": rows, "classes": []}
     (folder / INDEX_NAME).write_text(json.dumps(index))

@@ -28,17 +28,22 @@ class Candidate:
 
     Attributes:
         parts: its path in the folder, or its key in the tar, at the slashes.
-        file: the image, or the tar.
+        root: the folder, or the tar.
         place: offset and size in the tar; None for a file.
         label: the class number that a tar gives it; -1: none.
         beside: offset and size of the other members of its sample, by ending.
     """
 
     parts: tuple[str, ...]
-    file: Path
+    root: Path
     place: tuple[int, int] | None = None
     label: int = UNLABELLED
     beside: Mapping[str, tuple[int, int]] | None = None
+
+    @property
+    def file(self) -> Path:
+        """The image, or the tar that holds it."""
+        return self.root if self.place else self.root.joinpath(*self.parts)
 
     @property
     def origin(self) -> str:
@@ -107,7 +112,7 @@ def walk(folder: Path, survey: Survey) -> Walk:
         if kind in IMAGE_EXTENSIONS or kind in _OTHER_PICTURES:
             pictures.update(parts[:-1][:1])
         if kind in IMAGE_EXTENSIONS:
-            images.append(Candidate(parts, folder.joinpath(*parts)))
+            images.append(Candidate(parts, folder))
         elif kind == "tar" and len(parts) == 1:
             tars.append(folder / name)
         elif kind in _OTHER_PICTURES:
@@ -199,7 +204,7 @@ def images_of_tars(folder: Path, tars: list[Path], survey: Survey, prefer: str, 
             elif kind in _ARCHIVES:
                 survey.skip(f"archive that is not opened (.{kind}); unpack it", tar.name, count)
         found += [
-            Candidate(tuple(key.split("/")), tar, (each.offset, each.size), scan.label(key), scan.others.get(key))
+            Candidate(tuple(key.split("/")), tar, (each.offset, each.size), scan.label(key), scan.beside(key))
             for key, each in scan.images.items()
         ]
     return found

@@ -7,7 +7,8 @@
     tail    24 bytes: start and length of the table, its crc32, the format
 
 Blocks are memory-mapped, so processes share them, and compared with their crc32 at first use. A block is used only
-for a shard of the same size and content hash. A lost, damaged or stale file costs time, nothing else.
+for a shard of the same size, content hash and modification time, because an index with the hash can be stale itself. A
+lost, damaged or stale file costs time, nothing else.
 """
 
 import itertools
@@ -113,21 +114,16 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One shard of a members file.
-
-    `mtime_ns` is the modification time of a shard whose hash was taken from an index when its members were read. It is
-    None where the hash was computed from the same bytes as the members.
-    """
+    """One shard of a members file, as it was when its members were read."""
 
     name: str
     size_bytes: int
     content_hash: str
-    mtime_ns: int | None
+    mtime_ns: int
     block: Block
 
     def describes(self, size_bytes: int, content_hash: str, mtime_ns: int) -> bool:
-        same = (self.size_bytes, self.content_hash) == (size_bytes, content_hash)
-        return same and self.mtime_ns in (None, mtime_ns)
+        return (self.size_bytes, self.content_hash, self.mtime_ns) == (size_bytes, content_hash, mtime_ns)
 
 
 class MembersWriter:
@@ -146,7 +142,7 @@ class MembersWriter:
         self._file = open(self._partial, "wb")  # closed in __exit__
         return self
 
-    def add(self, name: str, size_bytes: int, content_hash: str, mtime_ns: int | None, members: Members) -> None:
+    def add(self, name: str, size_bytes: int, content_hash: str, mtime_ns: int, members: Members) -> None:
         """Append one shard, identified as in `Entry`."""
         ends, text = members.keys.packed()
         arrays = (members.offsets, members.sizes, members.labels, ends)

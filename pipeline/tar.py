@@ -5,7 +5,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import IO, Final
 
 import numpy as np
@@ -52,7 +51,7 @@ class TarScan:
     Attributes:
         images: the images by key, in tar order.
         labels: class numbers by key, of `.cls` and `.cls.txt` members.
-        others: the members that are neither: (offset, size) by key and ending.
+        others: the members that are neither: (offset, size) by key, up to the first dot, and ending.
         endings: the number of regular members by ending.
         skipped: the number of members that were passed over, by reason.
         left_out: images that cannot be read: name and reason.
@@ -68,6 +67,13 @@ class TarScan:
     def label(self, key: str) -> int:
         """The class number of an image, -1 for none. A key with dots falls back to its part before the first dot."""
         return self.labels.get(key, self.labels.get(split_name(key)[0], UNLABELLED))
+
+    def beside(self, key: str) -> dict[str, tuple[int, int]]:
+        """The other members of an image's sample: (offset, size) by ending."""
+        first, rest = split_name(key)  # a key with dots: its companions are `KEY.json`, not `FIRST.json`
+        others = self.others.get(first, {})
+        prefix = f"{rest}." if rest else ""
+        return {kind.removeprefix(prefix): place for kind, place in others.items() if kind.startswith(prefix)}
 
     def members(self) -> Members:
         places = np.array([(image.offset, image.size) for image in self.images.values()], dtype=np.int64).reshape(-1, 2)
@@ -88,7 +94,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 def ending(name: str) -> str:
     """The part of a name after its last dot, in lower case."""
-    return PurePosixPath(name).suffix.lower().lstrip(".") or "(none)"
+    stem, _, extension = name.rpartition("/")[2].rpartition(".")
+    return extension.lower() if stem and extension else "(none)"
 
 
 def is_system(name: str) -> bool:
@@ -293,13 +300,14 @@ def _sort_members(
     scan: TarScan, places: dict[str, tuple[int, int]], file: IO[bytes], name: str, prefer: str, last_dot: bool
 ) -> None:
     """Fill `scan.images`, `labels` and `others` from the places of all members."""
-    dotted: dict[str, list[str]] = {}  # images by their last dot only, by the key before the first
+    pictures: dict[str, list[Image]] = {}  # by the key before the first dot
+    dotted: dict[str, list[Image]] = {}  # likewise, images by their last dot only
     for path, (offset, size) in places.items():
         key, extension = split_name(path)
         if extension in IMAGE_EXTENSIONS:
-            _take(scan, key, Image(path, offset, size), name, prefer)
+            pictures.setdefault(key, []).append(Image(path, offset, size))
         elif ending(path) in IMAGE_EXTENSIONS:
-            dotted.setdefault(key, []).append(path)
+            dotted.setdefault(key, []).append(Image(path, offset, size))
         elif extension in LABEL_ENDINGS:
             scan.labels[key] = _label(file, offset, size, path, name)
         elif extension.endswith(_DOTTED_LABELS):
@@ -307,38 +315,37 @@ def _sort_members(
             scan.labels[stem] = _label(file, offset, size, path, name)
         else:
             scan.others.setdefault(key, {})[extension] = (offset, size)
-    for key, paths in dotted.items():
-        if key in scan.images:  # `a.mask.png` beside `a.jpg`
-            scan.skipped[FURTHER_PICTURE] += len(paths)
+    for key, images in dotted.items():
+        if key in pictures:  # `a.mask.png` beside `a.jpg`
+            scan.skipped[FURTHER_PICTURE] += len(images)
             continue
-        if len(paths) > 1 and not last_dot:
+        if len(images) > 1 and not last_dot:
             raise SourceError(
                 f"two images of shard {name} have one key by webdataset's rule, which ends a key at the first dot",
-                got=f"'{paths[0]}' and '{paths[1]}'",
+                got=f"'{images[0].name}' and '{images[1].name}'",
                 expected="one image for each key",
                 hint="`tinymim make-shards SRC DST --last-dot` packs them as two images",
             )
-        for path in paths:
-            _take(scan, path.rpartition(".")[0], Image(path, *places[path]), name, prefer)
-    if dotted:  # in tar order
-        scan.images = dict(sorted(scan.images.items(), key=lambda item: item[1].offset))
+        for image in images:
+            pictures.setdefault(image.name.rpartition(".")[0], []).append(image)
+    chosen = {key: _chosen(key, images, name, prefer, scan) for key, images in pictures.items()}
+    in_order = sorted(chosen.items(), key=lambda item: item[1].offset) if dotted else chosen.items()
+    scan.images = dict(in_order)
 
 
-def _take(scan: TarScan, key: str, image: Image, shard: str, prefer: str) -> None:
-    held = scan.images.get(key)
-    if held is None:
-        scan.images[key] = image
-        return
-    if not prefer or ending(held.name) == ending(image.name):
+def _chosen(key: str, images: list[Image], shard: str, prefer: str, scan: TarScan) -> Image:
+    """The image of a sample."""
+    wanted = images if len(images) == 1 else [image for image in images if ending(image.name) == prefer]
+    if len(wanted) != 1:
         raise SourceError(
-            f"sample '{key}' of shard {shard} has two images",
-            got=f"'{held.name}' and '{image.name}'",
-            expected="one image",
-            hint="`tinymim make-shards SRC DST --prefer jpg` takes the one with that ending",
+            f"sample '{key}' of shard {shard} has several images",
+            got=", ".join(f"'{image.name}'" for image in images[:4]),
+            expected="one image" + (f", or one that ends in .{prefer}" if prefer else ""),
+            hint=f"`tinymim make-shards SRC DST --prefer {ending(images[0].name)}` takes the one with that ending",
         )
-    scan.skipped[FURTHER_PICTURE] += 1
-    if ending(image.name) == prefer:
-        scan.images[key] = image
+    if len(images) > 1:
+        scan.skipped[FURTHER_PICTURE] += len(images) - 1
+    return wanted[0]
 
 
 def _label(file: IO[bytes], offset: int, size: int, path: str, shard: str) -> int:

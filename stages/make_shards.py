@@ -62,8 +62,9 @@ class Options:
 
     def check(self) -> None:
         """Raises SourceError where an option is out of range."""
-        if self.images_per_shard < 1:
-            raise SourceError("images per shard must be at least 1", got=self.images_per_shard)
+        for name, value in (("images per shard", self.images_per_shard), ("count", self.count)):
+            if value < 1:
+                raise SourceError(f"{name} must be at least 1", got=value)
         if self.resize_short < 0:
             raise SourceError("resize-short must be a number of pixels", got=self.resize_short, expected="0: no resize")
         if not 1 <= self.quality <= 100:
@@ -114,9 +115,12 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
         for number, first in enumerate(readable):
             path = target / f"{options.prefix}-{number:06d}.tar"
             count = _write_shard(path, first, readable, options.images_per_shard)
-            size_bytes, content_hash = path.stat().st_size, hash_file(path)
+            status, content_hash = path.stat(), hash_file(path)
+            size_bytes = status.st_size
             with open(path, "rb") as file:
-                members.add(path.name, size_bytes, content_hash, None, scan_tar(file, path.name, size_bytes))
+                members.add(
+                    path.name, size_bytes, content_hash, status.st_mtime_ns, scan_tar(file, path.name, size_bytes)
+                )
             identity = {"size_bytes": size_bytes, "num_samples": count, "content_hash": content_hash}
             rows.append({"name": path.name, **identity})
         if not rows:

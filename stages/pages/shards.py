@@ -98,7 +98,7 @@ def _turned(report: Mapping[str, Any]) -> str:
     turned = sum(count for tag, count in report["orientations"].items() if tag != "1")
     if not turned:
         return ""
-    return f"{turned:,} images have an EXIF orientation, which every stage ignores: they are seen as they are stored"
+    return f"{plural(turned, 'image')} with an EXIF orientation, which every stage ignores: seen as stored"
 
 
 def _counted(counts: Mapping[str, int], most_first: bool = False) -> str:

@@ -98,7 +98,9 @@ def test_labels_are_in_shard_order(opened: Opened, drawn_shards: Path) -> None:
 @pytest.mark.parametrize("second", ["a.jpg", "a.png"])
 def test_duplicate_key(opened: Opened, tmp_path: Path, second: str) -> None:
     write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), (second, b"2")])
-    message = r"duplicate key 'a' in shard x.tar" if second == "a.jpg" else r"sample 'a' of shard x.tar has two images"
+    message = (
+        r"duplicate key 'a' in shard x.tar" if second == "a.jpg" else r"sample 'a' of shard x.tar has several images"
+    )
     with pytest.raises(SourceError, match=message):
         opened(tmp_path)
 

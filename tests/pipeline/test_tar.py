@@ -99,12 +99,20 @@ def test_names_with_dots_that_could_be_one_sample_are_refused_with_the_rule() ->
 
 def test_two_images_of_a_sample_are_refused_or_chosen() -> None:
     data = named("a.png", "a.jpg", "b.png")
-    error = refused(data, r"sample 'a' of shard x.tar has two images\n  got: 'a.png' and 'a.jpg'")
+    error = refused(data, r"sample 'a' of shard x.tar has several images\n  got: 'a.png', 'a.jpg'")
     assert "--prefer" in str(error.hint)
     for prefer in ("jpg", "png"):
         scan = survey(data, prefer)
         assert [image.name for image in scan.images.values()] == [f"a.{prefer}", "b.png"]
         assert dict(scan.skipped) == {"further picture of a sample": 1}
+    assert survey(named("a.png", "a.gif", "a.jpg"), "jpg").images["a"].name == "a.jpg"
+    with pytest.raises(SourceError, match=r"expected: one image, or one that ends in .jpg"):
+        survey(named("a.png", "a.gif"), "jpg")
+
+
+def test_companions_of_an_image_are_found_whatever_its_key() -> None:
+    scan = survey(named("a.jpg", "a.json", "b.1.jpg", "b.1.json", "b.2.jpg", "b.json"), last_dot=True)
+    assert [list(scan.beside(key)) for key in scan.images] == [["json"], ["json"], []]
 
 
 def test_files_of_systems_are_no_images() -> None:

@@ -224,7 +224,7 @@ def test_screenshots_in_a_tar_are_taken_or_refused(tmp_path: Path) -> None:
 def test_samples_of_two_pictures_are_a_choice(tmp_path: Path) -> None:
     files = {"a.jpg": picture(1), "a.png": picture(2, "PNG"), "a.seg.png": picture(3, "PNG"), "a.cls": b"4"}
     source = tar(tmp_path / "src" / "x.tar", files).parent
-    refused(source, "sample 'a' of shard x.tar has two images", "--prefer jpg")
+    refused(source, "sample 'a' of shard x.tar has several images", "--prefer jpg")
     index = make(source, tmp_path / "dst", prefer="png")
     assert contents(tmp_path / "dst") == {"a": (files["a.png"], 4)}
     assert left_out(index) == {"further picture of a sample": 2}

@@ -38,7 +38,7 @@ def test_turned_images_and_one_class_are_said(index: dict[str, Any]) -> None:
     index["report"]["orientations"] = {"1": 20, "6": 5, "8": 1}
     index["report"] |= {"classes": {"only": 26}, "near_empty_classes": []}
     for text in (format_report(index, Path("shards")), text_of(report_page(index, Path("shards")))):
-        assert "6 images have an EXIF orientation" in text and "all images are of one class" in text
+        assert "6 images with an EXIF orientation" in text and "all images are of one class" in text
 
 
 def test_foreign_text_is_escaped_on_screen_and_page(index: dict[str, Any]) -> None:
