@@ -26,7 +26,7 @@ from tinymim.pipeline.shards import hash_file
 from tinymim.pipeline.survey import UNREADABLE, Survey
 from tinymim.pipeline.tar import IMAGE_EXTENSIONS, UNLABELLED, scan_tar
 from tinymim.pipeline.workers import prepare_worker, worker_context
-from tinymim.stages.pages.shards import format_report, report_page
+from tinymim.stages.pages.shards import format_report, headline, report_page
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, logger
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
@@ -75,8 +75,6 @@ class Options:
             raise SourceError(
                 "prefix is no start of a file name", got=repr(self.prefix), expected="a word, as in shard"
             )
-        if self.report is not None and not self.report.absolute().parent.is_dir():
-            raise SourceError("the folder of the report does not exist", got=self.report)
         labels.check_form(self.labels)
 
 
@@ -94,6 +92,8 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SourceError("target folder is not empty", got=target, hint="give a new folder; nothing was changed")
     options.check()
+    if options.report is not None and options.report.parent != target and not options.report.absolute().parent.is_dir():
+        raise SourceError("the folder of the report does not exist", got=options.report)
 
     # ---- find the images and their labels; nothing is written before
     survey = Survey()
@@ -141,7 +141,9 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
         "report": survey.report(classes),
     }
     write_json_atomic(target / INDEX_NAME, index)
-    logger.info(format_report(index, target))
+    logger.info(headline(index))
+    if source != DRAWN:  # nothing of generated images is left out
+        logger.info(format_report(index, target))
     if options.resize_short:
         logger.info(
             f"make-shards: {len(resized):,} images resized to a short side of {options.resize_short} px and encoded "
@@ -259,12 +261,19 @@ def _find(source: str, options: Options, survey: Survey) -> labels.Labelled:
 
 def _nothing_found(source: str, survey: Survey) -> SourceError:
     seen = ", ".join(f"{count} .{kind}" for kind, count in survey.seen.most_common(8)) or "an empty folder"
-    compressed = any(first.endswith(COMPRESSED_TAR) for _, first in survey.skipped.values())
+    archives = [first for _, first in survey.skipped.values() if first.endswith((".tar", *COMPRESSED_TAR))]
+    hint = None
+    if archives and archives[0].endswith(COMPRESSED_TAR):
+        hint = "decompress the tars first; images gain nothing"
+    elif archives and "/" in archives[0]:
+        hint = f"give the folder of the tars: `tinymim make-shards {(Path(source) / archives[0]).parent} DST`"
+    elif survey.seen["tar"]:
+        hint = f"{archives[0]} holds tars: unpack it, and give the folder of the tars in it"
     return SourceError(
         f"no images found in {source}",
         got=seen,
         expected=f"files ending in {', '.join(IMAGE_EXTENSIONS)}, or tars of them",
-        hint="decompress the tars first; images gain nothing" if compressed else None,
+        hint=hint,
     )
 
 

@@ -39,17 +39,20 @@ def next_commands(index: Index, target: Path) -> list[str]:
 # ---------------------------------------------------------------- on the screen
 
 
+def headline(index: Index) -> str:
+    """The result in one line."""
+    shards = plural(len(index["shards"]), "shard")
+    return f"make-shards: {index['num_samples']:,} images in {shards}, {len(index['unreadable'])} unreadable"
+
+
 def format_report(index: Index, target: Path) -> str:
     """The report as lines for a terminal."""
     rows = [(name, _shown(text)) for name, text in _lines(index)]
     width = max(len(name) for name, _ in rows)
-    shards = plural(len(index["shards"]), "shard")
-    first = f"make-shards: {index['num_samples']:,} images in {shards}, {len(index['unreadable'])} unreadable"
     lines = [f"  {name.ljust(width)}  {text}" for name, text in rows]
     unreadable = [f"  unreadable: {_shown(row['origin'])}: {_shown(row['reason'])}" for row in index["unreadable"][:10]]
-    return "\n".join(
-        [first, *lines, *unreadable, "next:", *(f"  {_shown(line)}" for line in next_commands(index, target))]
-    )
+    commands = [f"  {_shown(line)}" for line in next_commands(index, target)]
+    return "\n".join([*lines, *unreadable, "next:", *commands])
 
 
 def _lines(index: Index) -> Iterator[tuple[str, str]]:

@@ -241,6 +241,13 @@ def test_tars_of_any_case_are_read_and_compressed_ones_named(tmp_path: Path) -> 
     refused(source, "shard z.tar is compressed", "gzip")
 
 
+def test_tars_in_a_sub_folder_or_in_a_tar_are_named(tmp_path: Path) -> None:
+    path = tar(tmp_path / "src" / "train" / "x.tar", {"a.jpg": picture(1)})
+    refused(tmp_path / "src", "no images found", "1 .tar", f"make-shards {path.parent} DST")
+    tar(tmp_path / "imagenet" / "ILSVRC2012_img_train.tar", {"n01440764.tar": path.read_bytes()})
+    refused(tmp_path / "imagenet", "no images found", "ILSVRC2012_img_train.tar holds tars: unpack it")
+
+
 def test_tars_beside_images_are_a_choice(tmp_path: Path) -> None:
     source = tar(tmp_path / "src" / "x.tar", {"a.jpg": picture(1)}).parent
     fill(source, {"b.jpg": picture(2)})
