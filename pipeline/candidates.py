@@ -135,7 +135,9 @@ def _files(folder: Path, survey: Survey) -> Iterator[tuple[tuple[str, ...], os.s
         try:
             entries = sorted(os.scandir(folder.joinpath(*above)), key=lambda entry: entry.name)
         except OSError:
-            survey.skip("folder that cannot be read", "/".join(above) or ".")
+            if not above:
+                raise
+            survey.skip("folder that cannot be read", "/".join(above))
             continue
         for entry in entries:
             parts = (*above, entry.name)

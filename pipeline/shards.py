@@ -203,7 +203,7 @@ def _matching(config: SourceConfig, folder: Path) -> list[Path]:
 
 def _no_shards(config: SourceConfig) -> SourceError:
     others = [] if isinstance(config.shards, str) else _other_tars(config.shards, [])
-    hint = None
+    hint = "pack images into tars by `tinymim make-shards FOLDER DST`"
     if others:
         upper = [name for name in others if name.lower().endswith(".tar")]
         hint = f"{_listed(others)} do not match: " + (

@@ -21,12 +21,16 @@ class Survey:
         skipped: what was passed over: count and first example, by reason.
         labels: the form in which labels were found.
         notes: sentences for the user.
+        unreadable: origin and reason of each image that cannot be read.
+        resized: the number of images that were made smaller.
     """
 
     seen: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
     labels: str = "none"
     notes: list[str] = field(default_factory=list)
+    unreadable: list[dict[str, str]] = field(default_factory=list)
+    resized: int = 0
     _colours: Counter[str] = field(default_factory=Counter)
     _orientations: Counter[int] = field(default_factory=Counter)
     _classes: Counter[int] = field(default_factory=Counter)
@@ -39,6 +43,11 @@ class Survey:
         """Count something that is passed over."""
         before, first = self.skipped.get(reason, (0, example))
         self.skipped[reason] = (before + count, first)
+
+    def fail(self, origin: str, reason: str) -> None:
+        """List an image that cannot be read."""
+        self.unreadable.append({"origin": origin, "reason": reason})
+        self.skip(UNREADABLE, origin)
 
     def take(self, facts: Facts, size_bytes: int, label: int) -> None:
         """Count an image that is written to a shard, as it was found."""

@@ -198,6 +198,9 @@ def _headers(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
         SourceError: the tar is damaged, compressed or empty.
     """
     start = file.read(8)
+    if not start:
+        hint = "copy it again if it held images, else remove it from the folder"
+        raise SourceError(f"shard {name} holds no image", got="0 bytes", expected="a tar", hint=hint)
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
             raise SourceError(

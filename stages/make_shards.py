@@ -23,7 +23,7 @@ from tinymim.pipeline.decode import decode, facts_of
 from tinymim.pipeline.index import INDEX_NAME, INDEX_VERSION, read_index
 from tinymim.pipeline.members import MembersWriter
 from tinymim.pipeline.shards import hash_file
-from tinymim.pipeline.survey import UNREADABLE, Survey
+from tinymim.pipeline.survey import Survey
 from tinymim.pipeline.tar import IMAGE_EXTENSIONS, UNLABELLED, scan_tar
 from tinymim.pipeline.workers import prepare_worker, worker_context
 from tinymim.stages.pages.shards import format_report, headline, report_page
@@ -107,28 +107,7 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
 
     # ---- write the shards
     target.mkdir(parents=True, exist_ok=True)
-    resized: list[str] = []
-    unreadable: list[dict[str, str]] = []
-    rows: list[dict[str, Any]] = []
-    with StopFlag() as stop, Meter("make-shards", total, "images") as meter, MembersWriter(target) as members:
-        readable = _readable(found, options, survey, unreadable, resized, meter, stop)
-        for number, first in enumerate(readable):
-            path = target / f"{options.prefix}-{number:06d}.tar"
-            count = _write_shard(path, first, readable, options.images_per_shard)
-            status, content_hash = path.stat(), hash_file(path)
-            size_bytes = status.st_size
-            with open(path, "rb") as file:
-                members.add(
-                    path.name, size_bytes, content_hash, status.st_mtime_ns, scan_tar(file, path.name, size_bytes)
-                )
-            identity = {"size_bytes": size_bytes, "num_samples": count, "content_hash": content_hash}
-            rows.append({"name": path.name, **identity})
-        if not rows:
-            raise SourceError(
-                "no image can be read",
-                got=f"{len(unreadable)} unreadable, the first: {unreadable[0]}",
-                expected="images",
-            )
+    rows = _write_shards(found, total, target, options, survey)
 
     # ---- report
     index = {
@@ -136,8 +115,8 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
         "shards": rows,
         "classes": classes,
         "num_samples": sum(row["num_samples"] for row in rows),
-        "unreadable": unreadable,
-        "made_by": {"source": source, **recorded(source, options, len(resized))},
+        "unreadable": survey.unreadable,
+        "made_by": {"source": source, **recorded(source, options, survey.resized)},
         "report": survey.report(classes),
     }
     write_json_atomic(target / INDEX_NAME, index)
@@ -146,7 +125,7 @@ def run(source: str, target: Path, options: Options) -> dict[str, Any]:
         logger.info(format_report(index, target))
     if options.resize_short:
         logger.info(
-            f"make-shards: {len(resized):,} images resized to a short side of {options.resize_short} px and encoded "
+            f"make-shards: {survey.resized:,} images resized to a short side of {options.resize_short} px and encoded "
             f"again; a cache made from {source} does not fit these shards"
         )
     if options.report is not None:
@@ -165,32 +144,52 @@ def recorded(source: str, options: Options, resized: int = 0) -> dict[str, Any]:
     return fields | {name: value for name, value in given.items() if value != getattr(Options, name)}
 
 
+def _write_shards(
+    found: Iterator[Found], total: int, target: Path, options: Options, survey: Survey
+) -> list[dict[str, Any]]:
+    """Write all shards and their members file. Returns the rows of the index; raises SourceError for no image."""
+    rows: list[dict[str, Any]] = []
+    with StopFlag() as stop, Meter("make-shards", total, "images") as meter, MembersWriter(target) as members:
+        readable = _readable(found, options, survey, meter, stop)
+        for number, first in enumerate(readable):
+            path = target / f"{options.prefix}-{number:06d}.tar"
+            count = _write_shard(path, first, readable, options.images_per_shard)
+            status, content_hash = path.stat(), hash_file(path)
+            size_bytes = status.st_size
+            with open(path, "rb") as file:
+                held = scan_tar(file, path.name, size_bytes)
+            members.add(path.name, size_bytes, content_hash, status.st_mtime_ns, held)
+            identity = {"size_bytes": size_bytes, "num_samples": count, "content_hash": content_hash}
+            rows.append({"name": path.name, **identity})
+        if not rows:
+            raise SourceError(
+                "no image can be read",
+                got=f"{len(survey.unreadable)} unreadable, the first: {survey.unreadable[0]}",
+                expected="images",
+            )
+    return rows
+
+
 def _readable(
-    found: Iterator[Found],
-    options: Options,
-    survey: Survey,
-    unreadable: list[dict[str, str]],
-    resized: list[str],
-    meter: Meter,
-    stop: StopFlag,
+    found: Iterator[Found], options: Options, survey: Survey, meter: Meter, stop: StopFlag
 ) -> Iterator[Image]:
-    """The readable images, resized if `options` requires it. Fills `survey`, `unreadable` and `resized`."""
+    """The readable images, resized if `options` requires it. Counts all of them in `survey`."""
     for key, data, label, origin in found:
         if stop.requested:
             raise Interrupted("no index written; remove the folder and restart")
         meter.advance(1)
+        if isinstance(data, OSError):
+            survey.fail(origin, first_line(data))
+            continue
         try:
-            if isinstance(data, OSError):
-                raise SourceError("image cannot be read", got=first_line(data))
             pixels, facts = decode(data), facts_of(data)
         except SourceError as error:
-            unreadable.append({"origin": origin, "reason": str(error.got)})
-            survey.skip(UNREADABLE, origin)
+            survey.fail(origin, str(error.got))
             continue
         survey.take(facts, len(data), label)
         image = Image(key, facts.extension, data, label)
         if 0 < options.resize_short < min(pixels.shape[1:]):
-            resized.append(key)
+            survey.resized += 1
             image = replace(image, extension="jpg", data=shrink(pixels, options.resize_short, options.quality))
         yield image
 
