@@ -15,7 +15,7 @@ from tinymim.pipeline.tar import IMAGE_EXTENSIONS, SYSTEM_FILE, UNLABELLED, endi
 
 # Pictures that no decoder here reads, or that are no photographs.
 _OTHER_PICTURES: Final = frozenset(
-    {"heic", "heif", "jxl", "raw", "cr2", "cr3", "nef", "arw", "dng", "orf", "rw2", "raf", "svg", "psd", "xcf", "mpo"}
+    {"heic", "heif", "jxl", "raw", "cr2", "cr3", "nef", "arw", "dng", "orf", "rw2", "raf", "svg", "psd", "xcf"}
     | {"ico", "icns", "tga", "pcx", "eps", "ps", "exr", "hdr", "dds", "qoi"}
 )
 _ARCHIVES: Final = frozenset({"tar", "zip", "rar", "7z", "gz", "tgz", "bz2", "tbz", "xz", "txz", "zst"})
@@ -64,13 +64,21 @@ class Candidate:
         """The bytes of the image. Raises OSError."""
         return self.file.read_bytes() if self.place is None else _read_part(self.file, *self.place)
 
+    def has_beside(self, extension: str) -> bool:
+        """Whether the image has a companion, `key.json` beside `key.jpg`."""
+        return extension in (self.beside or {}) if self.place else self._companion(extension).is_file()
+
     def read_beside(self, extension: str, most_bytes: int) -> bytes | None:
-        """A companion of the image, `key.json` beside `key.jpg`; None where there is none. Raises OSError."""
+        """A companion of the image; None where there is none. Raises OSError."""
+        if not self.has_beside(extension):
+            return None
         if self.place is None:
-            path = self.file.with_name(f"{self.file.stem}.{extension}")
-            return _read_part(path, 0, most_bytes) if path.is_file() else None
-        offset, size = (self.beside or {}).get(extension, (0, 0))
-        return _read_part(self.file, offset, min(size, most_bytes)) if size else None
+            return _read_part(self._companion(extension), 0, most_bytes)
+        offset, size = (self.beside or {})[extension]
+        return _read_part(self.file, offset, min(size, most_bytes))
+
+    def _companion(self, extension: str) -> Path:
+        return self.file.with_name(f"{self.file.stem}.{extension}")
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:

@@ -125,9 +125,7 @@ def of_tars(images: Sequence[Candidate], classes: Sequence[str], form: str, surv
 
 
 def _unlabelled(images: Sequence[Candidate], survey: Survey) -> Labelled:
-    kinds = {kind for image in images[:100] if image.beside for kind in image.beside} & {"json", "txt"}
-    if images[0].place is None:
-        kinds = {kind for kind in ("json", "txt") if images[0].file.with_suffix(f".{kind}").is_file()}
+    kinds = {kind for kind in ("json", "txt") for image in images[:100] if image.has_beside(kind)}
     if kinds:
         survey.notes.append(
             f"{' and '.join(f'.{kind}' for kind in sorted(kinds))} files lie beside the images and are not read; "

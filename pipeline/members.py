@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,14 +29,14 @@ from typing import Final, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from tinymim.storage.atomic import HOST, PARTIAL_SUFFIX, fsync_folder
+from tinymim.storage.atomic import DAY_S, HOST, PARTIAL_SUFFIX, fsync_folder
 
 MEMBERS_NAME: Final = "index.members"
 MAPPED_SHARDS: Final = 128  # shards whose members a process keeps mapped; each takes a file descriptor
 _ALIGN: Final = 4096  # a block is mapped from a page on
 _ARRAYS: Final = 4
 _TAIL: Final = struct.Struct("<qqII")
-_FORMAT: Final = 0x316D6D74  # "tmm1"
+_FORMAT: Final = 0x316D6D74  # "tmm1"; another one where another image or label would be found in a tar
 _numbers = itertools.count()
 
 
@@ -139,6 +140,10 @@ class MembersWriter:
         self._entries: list[Entry] = []
 
     def __enter__(self) -> Self:
+        for left in self._path.parent.glob(f"{MEMBERS_NAME}.*{PARTIAL_SUFFIX}"):  # of a killed process
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > DAY_S:
+                    left.unlink()
         self._file = open(self._partial, "wb")  # closed in __exit__
         return self
 

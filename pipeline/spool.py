@@ -46,7 +46,7 @@ STALE_S = 60.0  # a download ahead of need evicts only tars unused for this long
 _POLL_S = 0.05
 _TOUCH_S = 1.0
 _NAME = re.compile(r"[0-9a-f]{32}-([0-9]+)\.tar(\.partial)?")
-_MEMBERS_VERSION = 2
+_MEMBERS_VERSION = 3  # raise it where another image or label would be found in a tar
 
 
 @dataclass(frozen=True)

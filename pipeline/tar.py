@@ -15,7 +15,7 @@ from tinymim.pipeline.members import Keys, Members
 # Endings of images. A fixed list, because a shard must hold the same images on every machine.
 IMAGE_EXTENSIONS: Final = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif"),
-    *("jp2", "j2k", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm"),
+    *("jp2", "j2k", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "mpo"),
 )
 UNLABELLED: Final = -1
 LABEL_LIMIT: Final = 2**31

@@ -86,6 +86,18 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    old, new = (tmp_path / f"{MEMBERS_NAME}.abcd-{i}-0.partial" for i in range(2))
+    other = tmp_path / "download.partial"
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    with MembersWriter(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MEMBERS_NAME, new.name, other.name])
+
+
 def test_shards_of_make_shards_are_never_scanned(drawn_shards: Path, scanned: list[str]) -> None:
     source = pickle.loads(pickle.dumps(opened(drawn_shards)))
     assert [len(shard.members().keys) for shard in source.shards] == [25, 25, 10]
