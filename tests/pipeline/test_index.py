@@ -73,9 +73,10 @@ def test_a_malformed_index_is_refused_and_named(case: str, tmp_path: Path, drawn
         assert len(str(caught.value)) < 700 and caught.value.hint
 
 
-def test_mutations_end_in_our_error_or_success() -> None:
+@pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])  # 10 s
+def test_mutations_end_in_our_error_or_success(count: int) -> None:
     draw, good, accepted = random.Random(0), bytearray(index(num_samples=1).encode()), 0
-    for _ in range(3000):
+    for _ in range(count):
         data = bytearray(good)
         for _ in range(draw.choice([1, 1, 2, 5])):
             data[draw.randrange(len(data))] = draw.choice(b'{}[],:"-0189etnN\\ \x00\xff')
@@ -84,7 +85,7 @@ def test_mutations_end_in_our_error_or_success() -> None:
             accepted += 1
         except SourceError:
             pass
-    assert 0 < accepted < 3000
+    assert 0 < accepted < count
 
 
 def test_keys_of_later_versions_are_passed_over_and_none_is_an_empty_index() -> None:
@@ -127,6 +128,14 @@ def test_shards_that_an_index_lists_must_be_there(copied: Path) -> None:
     with pytest.raises(SourceError, match=r"1 of the 3 shards of index.json are missing\n  got: shard-000001.tar"):
         open_shards(SourceConfig(shards=copied))
     assert open_shards(SourceConfig(shards=copied, pattern="*[02].tar")).counts == [25, 10]
+
+
+def test_a_shard_that_was_cut_and_filled_with_zeros_is_refused_at_opening(copied: Path) -> None:
+    path = copied / "shard-000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    with pytest.raises(SourceError, match=r"shard shard-000001.tar ends in zeros"):
+        open_shards(SourceConfig(shards=copied))
 
 
 def test_a_stale_index_of_equal_size_is_found_by_the_bytes(copied: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import shutil
 import zlib
 from pathlib import Path
@@ -150,6 +151,19 @@ def test_a_flipped_byte_never_gives_a_wrong_key(copied: Path, place: int) -> Non
     data[place] ^= 1
     path.write_bytes(data)
     assert all_keys(copied) == wanted
+
+
+def test_mutations_give_the_same_members_or_none(copied: Path) -> None:
+    path, whole, draw = copied / MEMBERS_NAME, (copied / MEMBERS_NAME).read_bytes(), random.Random(0)
+    wanted = {name: list(load_members(copied, entry.block).keys) for name, entry in read_table(copied).items()}  # type: ignore[union-attr]
+    for _ in range(1000):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 2, 10])):
+            data[draw.choice([draw.randrange(len(data)), len(data) - 1 - draw.randrange(600)])] = draw.randrange(256)
+        path.write_bytes(data[: draw.choice([len(data), len(data), draw.randrange(len(data))])])
+        for name, entry in read_table(copied).items():
+            members = load_members(copied, entry.block)
+            assert members is None or list(members.keys) == wanted[name]
 
 
 @pytest.mark.parametrize("size_bytes", [0, 10, 24, 4096, 9000])

@@ -171,13 +171,14 @@ def test_a_chain_of_attributes_does_not_exhaust_the_stack() -> None:
     refused(attributes * 3000 + named("a.jpg"), "not a readable tar")
 
 
-def test_mutations_end_in_our_error_or_success() -> None:
+@pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])  # a minute
+def test_mutations_end_in_our_error_or_success(count: int) -> None:
     draw, accepted = random.Random(0), 0
     bases = [
         packed([("a.jpg", b"x" * 600), ("a.cls", b"3"), ("é" * 90 + ".png", b"y"), ("z" * 150 + ".jpg", b"q")], form)
         for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)
     ]
-    for _ in range(3000):
+    for _ in range(count):
         data = bytearray(draw.choice(bases))
         place = draw.randrange(10) * 512
         for _ in range(draw.choice([1, 1, 3])):
@@ -188,7 +189,7 @@ def test_mutations_end_in_our_error_or_success() -> None:
             accepted += 1
         except SourceError:
             pass
-    assert 0 < accepted < 3000
+    assert 0 < accepted < count
 
 
 # ---------------------------------------------------------------- files that are no tars
