@@ -165,7 +165,7 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """An image opened by Pillow. Whatever Pillow raises in the block becomes a SourceError."""
+    """An image opened by Pillow. Any error of Pillow in the block becomes a SourceError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF data and the like: the pixels are whole

@@ -12,7 +12,7 @@ from tinymim.configs.errors import SourceError, first_line
 INDEX_NAME: Final = "index.json"
 INDEX_VERSION: Final = 1
 _INDEX_BYTES: Final = 2**28
-_HINT: Final = "restore it, or remove it to have the folder scanned anew"
+_HINT: Final = "restore it, or remove it: the folder is then scanned"
 
 
 class IndexRow(BaseModel):
@@ -74,7 +74,7 @@ def not_as_indexed(what: str, got: object, expected: object) -> SourceError:
         what,
         got=got,
         expected=expected,
-        hint=f"restore the shard, or remove {INDEX_NAME} to have the folder scanned anew",
+        hint=f"restore the shard, or remove {INDEX_NAME}: the folder is then scanned",
     )
 
 

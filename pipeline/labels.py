@@ -1,7 +1,7 @@
 """Labels of images that `make-shards` packs: class folders, a tar for each class, `.cls`, `.json` or `.txt` files.
 
-Where the form is known it is read. Where it is a choice, the choice is refused with both ways out, because labels that
-are lost in silence are found only after days of training.
+A known form is read. A form that is a choice is refused with both ways out, because labels that are lost in silence are
+found only after days of training.
 """
 
 import json

@@ -259,7 +259,8 @@ def _open_local(config: SourceConfig, folder: Path, index: Index) -> tuple[Shard
     found = [_local_shard(path, known.get(path.name), tables[path.parent]) for path in paths]
     for parent, table in tables.items():
         own = [(shard, mtime_ns) for shard, mtime_ns in found if shard.path.parent == parent]
-        if not all(shard.block for shard, _ in own) and os.access(parent, os.W_OK):
+        missing = [shard for shard, _ in own if shard.block is None]
+        if os.access(parent, os.W_OK) and any(map(_is_sound, missing)):
             _write_members(parent, own, table)
             tables[parent] = read_table(parent)
     opened = [_local_shard(s.path, known.get(s.name), tables[s.path.parent], s.content_hash) for s, _ in found]
@@ -290,18 +291,23 @@ def _local_shard(
     return Shard(path.name, path, size, count, content_hash, block), status.st_mtime_ns
 
 
-def _write_members(folder: Path, found: Sequence[tuple[Shard, int]], table: dict[str, Entry]) -> None:
-    """Write the members file of a folder for these shards; entries of its other shards are kept.
+def _is_sound(shard: Shard) -> bool:
+    try:
+        shard.members()
+    except SourceError:
+        return False
+    return True
 
-    Raises:
-        SourceError: a tar is damaged.
-    """
+
+def _write_members(folder: Path, found: Sequence[tuple[Shard, int]], table: dict[str, Entry]) -> None:
+    """Write the members file of a folder for these shards; entries of its other shards are kept."""
     names = {shard.name for shard, _ in found}
     started = said = time.monotonic()
     try:
         with MembersWriter(folder) as writer:
             for number, (shard, mtime_ns) in enumerate(found):
-                writer.add(shard.name, shard.size_bytes, shard.content_hash, mtime_ns, shard.members())
+                if _is_sound(shard):  # the error of another is raised where its images are needed
+                    writer.add(shard.name, shard.size_bytes, shard.content_hash, mtime_ns, shard.members())
                 if time.monotonic() - said > _REPORT_EVERY_S:
                     said = time.monotonic()
                     _say(f"{folder}: reading the headers of all shards, once: {number + 1} of {len(found)}")

@@ -206,6 +206,15 @@ def fix_checksums(tar: Path) -> None:
     tar.write_bytes(data)
 
 
+def test_a_damaged_shard_does_not_have_the_file_written_at_every_opening(copied: Path, scanned: list[str]) -> None:
+    (copied / "shard-000001.tar").write_bytes(bytes((copied / "shard-000001.tar").stat().st_size))
+    before = (copied / MEMBERS_NAME).stat()
+    for number in (1, 2):
+        opened(copied)
+        assert scanned == ["shard-000001.tar"] * number
+    assert (copied / MEMBERS_NAME).stat().st_ino == before.st_ino
+
+
 def test_a_copy_with_other_times_is_scanned_once(copied: Path, scanned: list[str]) -> None:
     wanted = all_keys(copied)
     for tar in copied.glob("*.tar"):

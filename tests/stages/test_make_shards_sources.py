@@ -1,4 +1,4 @@
-"""Whatever goes into make-shards is taken, or counted and named: folders and tars made by people and by other tools."""
+"""All that goes into make-shards is taken, or counted and named: folders and tars of people and of other tools."""
 
 import io
 import json
