@@ -157,6 +157,7 @@ def open_shards(config: SourceConfig) -> ShardSet:
     place = config.shards
     _members.cache_clear()  # a tar may have been replaced by one of the same size
     _scan.cache_clear()
+    _hashed.cache_clear()
     if isinstance(place, str):
         index = parse_index(f"{place}/{INDEX_NAME}", read_bytes(place, INDEX_NAME))
         shards = _open_remote(config, place, index)
@@ -285,7 +286,7 @@ def _local_shard(
     if row is not None:
         _refuse_other_size(row, size)
         content_hash = row.content_hash
-    content_hash = content_hash or hash_file(path)
+    content_hash = content_hash or _hashed(path, size, status.st_mtime_ns, status.st_ino)
     block = entry.block if entry and entry.describes(size, content_hash, status.st_mtime_ns) else None
     count = row.num_samples if row else len(_members(path, size, block).keys)
     return Shard(path.name, path, size, count, content_hash, block), status.st_mtime_ns
