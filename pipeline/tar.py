@@ -32,6 +32,7 @@ FURTHER_PICTURE: Final = "further picture of a sample"
 _HEADER_BYTES: Final = 2**20  # longest name or list of attributes; tarfile reads them into memory
 _PADDING_BYTES: Final = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # longest end of an archive
 _COMPRESSED: Final = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_LINK_HOPS: Final = 40  # as in Linux
 _ASK_FOR_REPACK: Final = "make it again with `tinymim make-shards`"
 
 
@@ -237,24 +238,27 @@ def _utf8(name: str, shard: str) -> str:
 
 def _target(link: tarfile.TarInfo) -> str:
     """The member that a link points to; a symbolic link's target is relative to its own folder."""
-    if link.islnk() or link.linkname.startswith("/"):
-        return link.linkname
-    return os.path.normpath(os.path.join(os.path.dirname(link.name), link.linkname))
+    return link.linkname if link.islnk() else os.path.join(os.path.dirname(link.name), link.linkname)
 
 
 def _resolve_links(links: dict[str, str], places: dict[str, tuple[int, int]], scan: TarScan) -> None:
-    """Give links the place of the member they point to. Images whose target is not in the tar are left out."""
+    """Give links the place of the member they point to. Images whose target cannot be read are left out."""
+    known = {os.path.normpath(path): place for path, place in places.items()}
+    by_path = {os.path.normpath(path): target for path, target in links.items()}
+    sparse = {os.path.normpath(path) for path, _ in scan.left_out}
     for path, target in links.items():
-        for _ in range(len(links)):  # links to links, which may form a ring
-            if target not in links:
+        end = os.path.normpath(target)
+        for _ in range(_LINK_HOPS):  # links to links, which may form a ring
+            if end not in by_path:
                 break
-            target = links[target]
-        if target in places:
-            places[path] = places[target]
+            end = os.path.normpath(by_path[end])
+        if end in known:
+            places[path] = known[end]
             scan.endings[ending(path)] += 1
         elif ending(path) in IMAGE_EXTENSIONS:
+            why = "is stored sparse" if end in sparse else "is not in the tar"
             scan.endings[ending(path)] += 1
-            scan.left_out.append((path, f"a link to '{target}', which is not in the tar"))
+            scan.left_out.append((path, f"a link to '{target}', which {why}"))
 
 
 def _truncated(name: str, where: str, size_bytes: int, needed: int) -> SourceError:
@@ -292,7 +296,8 @@ def _refuse_bad_end(file: IO[bytes], name: str, size_bytes: int) -> None:
             f"shard {name} ends in zeros: its images stop at byte {end} of {size_bytes}",
             got=f"{size_bytes - end} zero bytes after the last member",
             expected=f"at most {_PADDING_BYTES}",
-            hint="a copy that broke off looks like this: copy the tar again, or unpack and pack it",
+            hint="a copy that broke off looks like this: copy the tar again; a tar of a large --blocking-factor must be "
+            "unpacked and packed without it",
         )
 
 

@@ -200,13 +200,14 @@ def test_links_in_a_tar_are_the_image_they_point_to(opened: Opened, tmp_path: Pa
         add_link(tar, "hard.jpg", "c.jpg", tarfile.LNKTYPE)
         add_link(tar, "hard.cls", "c.cls", tarfile.LNKTYPE)
         add_link(tar, "soft.jpg", "hard.jpg")  # a link to a link
+        add_link(tar, "./dot.jpg", "./s/../hard.jpg")
         folder = tarfile.TarInfo("b.jpg")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     shard = opened(tmp_path).shards[0]
-    assert shard.members().keys == ("c", "s/early", "hard", "soft")
-    assert [shard.read(i) for i in range(4)] == [b"7"] * 4
-    assert shard.members().labels.tolist() == [7, -1, 7, -1]
+    assert shard.members().keys == ("c", "s/early", "hard", "soft", "./dot")
+    assert [shard.read(i) for i in range(5)] == [b"7"] * 5
+    assert shard.members().labels.tolist() == [7, -1, 7, -1, -1]
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "../gone.jpg", "a.jpg"])

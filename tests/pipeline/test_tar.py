@@ -143,6 +143,14 @@ def test_a_sparse_image_is_named_as_one() -> None:
         scan_tar(io.BytesIO(data), "x.tar", len(data))
 
 
+def test_a_link_to_a_sparse_image_is_named_as_one() -> None:
+    data = bytearray(named("a.jpg", "b.jpg"))
+    data[:] = with_header(with_header(bytes(data), 0, 156, b"S"), 1024, 156, b"1")
+    data[:] = with_header(bytes(data), 1024, 157, b"./a.jpg")
+    data[:] = with_header(bytes(data), 1024, 124, b"00000000000\0")[:1536] + bytes(9000)  # a link has no data
+    assert survey(bytes(data)).left_out[1] == ("b.jpg", "a link to './a.jpg', which is stored sparse")
+
+
 # ---------------------------------------------------------------- hostile headers
 
 
