@@ -296,8 +296,8 @@ def _refuse_bad_end(file: IO[bytes], name: str, size_bytes: int) -> None:
             f"shard {name} ends in zeros: its images stop at byte {end} of {size_bytes}",
             got=f"{size_bytes - end} zero bytes after the last member",
             expected=f"at most {_PADDING_BYTES}",
-            hint="a copy that broke off looks like this: copy the tar again; a tar of a large --blocking-factor must be "
-            "unpacked and packed without it",
+            hint="a copy that broke off looks like this: copy the tar again; unpack a tar of a large --blocking-factor "
+            "and pack it without",
         )
 
 
