@@ -25,14 +25,21 @@ def make_shards(
     seed: int = 0,
     resize_short: int = 0,
     quality: int = 95,
+    labels: str = "auto",
+    prefer: str = "",
+    last_dot: bool = False,
+    report: Path | None = None,
 ) -> None:
-    """Pack images into webdataset shards with an index.
+    """Pack images into webdataset shards with an index, and report what went in.
 
     Reads SRC: a folder of images, a folder of tars, or the word `drawn` (generated
-    textures of ten classes). Class sub-folders give labels.
-    Writes DST: PREFIX-000000.tar, ..., index.json. Image bytes are kept, unless
-    --resize-short shrinks large images; the result is then another source, which
-    needs its own caches. Unreadable images are left out and listed in the index.
+    textures of ten classes). Links are followed. Class sub-folders give labels, and
+    so do .cls members and ImageNet's tar for each class.
+    Writes DST: PREFIX-000000.tar, ..., index.members, index.json. Image bytes are
+    kept, unless --resize-short shrinks large images; the result is then another
+    source, which needs its own caches.
+    Reports what was seen, taken and left out and why, classes, sizes, colours, and
+    the next commands: on stderr, in index.json, and as a page with --report.
     Prints one line of JSON: num_samples, shards, unreadable.
 
     Example: tinymim make-shards photos/train shards/train
@@ -55,10 +62,23 @@ def make_shards(
         Shrink images to this short side in pixels and encode them as JPEG. 0: keep all.
     quality
         JPEG quality of resized images, 1 to 100.
+    labels
+        `folders`: class sub-folders; `tars`: a tar for each class; `json:FIELD` or `txt`:
+        a number or name in KEY.json or KEY.txt; `none`. `auto` reads folders and .cls,
+        and stops where the choice is yours.
+    prefer
+        Ending of the image to take where a sample of a tar has several, e.g. jpg.
+    last_dot
+        End keys in tars at the last dot: a.1.jpg and a.2.jpg are then two images.
+    report
+        Also write the report as an HTML page to this file.
     """
     from tinymim.stages import make_shards as stage
 
-    index = stage.run(source, target, stage.Options(images_per_shard, prefix, count, seed, resize_short, quality))
+    options = stage.Options(
+        images_per_shard, prefix, count, seed, resize_short, quality, labels, prefer, last_dot, report
+    )
+    index = stage.run(source, target, options)
     summary = {
         "num_samples": index["num_samples"],
         "shards": len(index["shards"]),

@@ -1,15 +1,20 @@
 """Image bytes to the exact uint8 crop that both stages see, its digest, and what made it (I2). docs/views.md.
 
 JPEG is decoded by simplejpeg (libjpeg-turbo), everything else, and every JPEG that simplejpeg objects to, by Pillow:
-the bits are the same, at every DCT scale. The resize is torch's on uint8: bit-stable over threads and CPU features, as
-a float resize is not. EXIF orientation is ignored, as in the ImageNet pipelines of timm and torchvision; every colour
-mode becomes RGB.
+the bits of a JPEG are the same, at every DCT scale. The resize is torch's on uint8: bit-stable over threads and CPU
+features, as a float resize is not. EXIF orientation is ignored, as in the ImageNet pipelines of timm and torchvision;
+every colour mode becomes RGB.
 """
 
 import hashlib
 import importlib.metadata
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +27,13 @@ from torch.nn.functional import interpolate
 from tinymim.configs.errors import SourceError, first_line
 from tinymim.pipeline.views import View
 
-_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include some that run programs (EPS)
+# Pillow's names of the formats, with the ending that a shard gives them. Its others run programs (EPS), or take any
+# bytes for an image (TGA).
+EXTENSIONS: Final = {
+    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "DIB": "bmp"},
+    **{"TIFF": "tif", "AVIF": "avif", "JPEG2000": "jp2", "PPM": "ppm"},
+}
+_ORIENTATION = 0x0112  # EXIF
 _JPEG_MAGIC = b"\xff\xd8\xff"
 # Colours that simplejpeg converts as Pillow does; its CMYK differs.
 _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
@@ -53,7 +64,7 @@ def decode(data: bytes, reduction: int = 1, rows: int | None = None) -> Tensor:
     Of animated images the first frame is taken.
 
     Args:
-        data: a JPEG, PNG or WebP file.
+        data: an image file of one of the formats in `EXTENSIONS`.
         reduction: 1, 2, 4 or 8: decode at 1/reduction of the size, each side rounded up, by the scaled inverse DCT.
             Other than 1 only where `jpeg_size` knows the image.
         rows: number of rows of the full-size image that are needed; None: all. The result may end anywhere below them,
@@ -109,30 +120,71 @@ def _shortened(data: bytes, height: int, rows: int, reduction: int) -> tuple[byt
     return None
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the header of an image states."""
+
+    extension: str
+    height: int
+    width: int
+    colours: str  # "RGB", "grey", "CMYK", "palette", "alpha", or Pillow's mode
+    orientation: int  # of EXIF, 1 to 8; 1: upright or not stated
+
+
+def facts_of(data: bytes) -> Facts:
+    """Read an image's header. Raises SourceError as `decode`."""
+    with _opened(data) as image:
+        mode = image.mode
+        alpha = "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa")
+        names = {"L": "grey", "1": "grey", "P": "palette"}
+        grey = mode.startswith(("I", "F"))
+        turned: object = image.getexif().get(_ORIENTATION)
+        return Facts(
+            extension=EXTENSIONS.get(image.format or "", "jpg"),
+            height=image.height,
+            width=image.width,
+            colours="alpha" if alpha else "grey" if grey else names.get(mode, mode),
+            orientation=turned if isinstance(turned, int) and 1 <= turned <= 8 else 1,
+        )
+
+
 def _decode_by_pillow(data: bytes, reduction: int) -> npt.NDArray[np.uint8]:
     """uint8 [height, width, 3], writable."""
+    with _opened(data) as image:
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        return _to_rgb(image)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that Pillow decodes on this machine. MPO is opened as JPEG."""
+    Image.init()
+    return tuple(name for name in EXTENSIONS if name in Image.OPEN)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """An image opened by Pillow. Any error of Pillow in the block becomes a SourceError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF data and the like: the pixels are whole
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if reduction > 1:
-                    image.draft(None, (image.width // reduction, image.height // reduction))
-                return _to_rgb(image)
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                yield image
     except UnidentifiedImageError as error:  # its own message holds a memory address
-        kinds = ", ".join(_FORMATS)
         raise SourceError(
-            "image cannot be decoded", got=f"{len(data):,} bytes of no known format", expected=kinds
+            "image cannot be decoded", got=f"{len(data):,} bytes of no known format", expected=", ".join(_formats())
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Exception as error:  # its many parsers raise KeyError, struct.error and more on damaged files
         raise SourceError(
-            "image cannot be decoded", got=first_line(error), expected="a JPEG, PNG or WebP image"
+            "image cannot be decoded", got=first_line(error), expected="an image that Pillow decodes"
         ) from error
 
 
 def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     """uint8 [height, width, 3], writable."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):  # 16-bit grey, whatever Pillow's mode: its own conversion would clip at 255
         grey = (np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     return np.array(image.convert("RGB"))

@@ -68,10 +68,10 @@ def list_objects(url: str, pattern: str, known: list[str]) -> list[RemoteObject]
     ]
 
 
-def read_text(url: str, name: str) -> str | None:
-    """A small object as text, None if it is missing. Raises StoreError if the store refuses or fails."""
+def read_bytes(url: str, name: str) -> bytes | None:
+    """A small object, None if it is missing. Raises StoreError if the store refuses or fails."""
     try:
-        return bytes(obstore.get(connect(url), name).bytes()).decode("utf-8", "replace")
+        return bytes(obstore.get(connect(url), name).bytes())
     except ABSENT:
         return None
     except (BaseError, OSError) as error:

@@ -34,8 +34,9 @@ from typing import Final
 import numpy as np
 
 from tinymim.configs.errors import RecipeError, StoreError, UserError, first_line
+from tinymim.pipeline.members import Keys, Members
 from tinymim.pipeline.remote import RemoteObject, fetch_range
-from tinymim.pipeline.tar import Members, scan_tar
+from tinymim.pipeline.tar import scan_tar
 from tinymim.storage.atomic import digest_hex, fsync_folder, write_json_atomic
 
 PART_BYTES: Final = 4 * 2**20  # size of one request
@@ -45,7 +46,7 @@ STALE_S = 60.0  # a download ahead of need evicts only tars unused for this long
 _POLL_S = 0.05
 _TOUCH_S = 1.0
 _NAME = re.compile(r"[0-9a-f]{32}-([0-9]+)\.tar(\.partial)?")
-_MEMBERS_VERSION = 2
+_MEMBERS_VERSION = 3  # raise it where another image or label would be found in a tar
 
 
 @dataclass(frozen=True)
@@ -357,9 +358,9 @@ def _load_members(path: Path) -> tuple[Members, str] | None:
         if kept["version"] != _MEMBERS_VERSION:
             return None
         places = np.array(kept["places"], dtype=np.int64).reshape(len(kept["keys"]), 3)
-        members = Members(tuple(kept["keys"]), places[:, 0].copy(), places[:, 1].copy(), places[:, 2].copy())
+        members = Members(Keys.of(kept["keys"]), places[:, 0].copy(), places[:, 1].copy(), places[:, 2].copy())
         return members, str(kept["content_hash"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # the tar is scanned again
 
 
@@ -368,5 +369,5 @@ def _save_members(path: Path, members: Members, content_hash: str) -> None:
     path.parent.mkdir(exist_ok=True)
     write_json_atomic(
         path,
-        {"version": _MEMBERS_VERSION, "keys": members.keys, "places": places, "content_hash": content_hash},
+        {"version": _MEMBERS_VERSION, "keys": list(members.keys), "places": places, "content_hash": content_hash},
     )

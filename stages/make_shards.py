@@ -1,4 +1,4 @@
-"""`tinymim make-shards SRC DST`: write images to webdataset shards with an index.
+"""`tinymim make-shards SRC DST`: write images to webdataset shards with an index, and report what went in.
 
 Bytes of images are kept, unless `resize_short` shrinks large images, which makes another source.
 """
@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,23 @@ import PIL.Image
 import webdataset
 from torch import Tensor
 
-from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import SourceConfig
-from tinymim.pipeline import drawn
-from tinymim.pipeline.decode import decode
-from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, UNLABELLED, hash_file, open_shards
-from tinymim.pipeline.tar import IMAGE_EXTENSIONS
+from tinymim.configs.errors import SourceError, first_line
+from tinymim.pipeline import drawn, labels
+from tinymim.pipeline.candidates import COMPRESSED_TAR, Candidate, images_of_tars, walk
+from tinymim.pipeline.decode import decode, facts_of
+from tinymim.pipeline.index import INDEX_NAME, INDEX_VERSION, read_index
+from tinymim.pipeline.members import MembersWriter
+from tinymim.pipeline.shards import hash_file
+from tinymim.pipeline.survey import Survey
+from tinymim.pipeline.tar import IMAGE_EXTENSIONS, UNLABELLED, scan_tar
 from tinymim.pipeline.workers import prepare_worker, worker_context
+from tinymim.stages.pages.shards import format_report, headline, report_page
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, logger
-from tinymim.storage.atomic import write_json_atomic
+from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 
 DRAWN = "drawn"  # as SRC: the generated images
+Found = tuple[str, bytes | OSError, int, str]  # key, bytes or the error of reading them, class number, origin
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,11 @@ class Image:
     extension: str
     data: bytes
     label: int  # -1: none
-    origin: str  # its source, for the list of unreadable images
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command; `count` and `seed` apply to SRC = drawn only."""
+    """The options of the command; `count` and `seed` apply to SRC = drawn only, `prefer` and `last_dot` to tars."""
 
     images_per_shard: int = 1000
     prefix: str = "shard"
@@ -51,97 +55,141 @@ class Options:
     seed: int = 0
     resize_short: int = 0  # largest short side in pixels; 0 keeps the bytes of all images
     quality: int = 95  # JPEG quality of resized images
+    labels: str = "auto"  # one of labels.FORMS
+    prefer: str = ""  # ending of the image to take where a sample of a tar has several
+    last_dot: bool = False  # names in tars end at their last dot
+    report: Path | None = None  # HTML page to write
+
+    def check(self) -> None:
+        """Raises SourceError where an option is out of range."""
+        for name, value in (("images per shard", self.images_per_shard), ("count", self.count)):
+            if value < 1:
+                raise SourceError(f"{name} must be at least 1", got=value)
+        if self.resize_short < 0:
+            raise SourceError("resize-short must be a number of pixels", got=self.resize_short, expected="0: no resize")
+        if not 1 <= self.quality <= 100:
+            raise SourceError("quality is out of range", got=self.quality, expected="1 to 100")
+        if self.prefer and self.prefer not in IMAGE_EXTENSIONS:
+            raise SourceError("prefer is no ending of an image", got=self.prefer, expected=", ".join(IMAGE_EXTENSIONS))
+        if not self.prefix or "/" in self.prefix or "\0" in self.prefix:
+            raise SourceError(
+                "prefix is no start of a file name", got=repr(self.prefix), expected="a word, as in shard"
+            )
+        labels.check_form(self.labels)
 
 
 def run(source: str, target: Path, options: Options) -> dict[str, Any]:
-    """Write shards, and then `index.json`, so that a folder with an index is complete.
+    """Write shards, then `index.members`, and then `index.json`, so that a folder with an index is complete.
 
     Returns:
         The index.
 
     Raises:
-        SourceError: there are no readable images, `target` holds files, or an option is out of range.
+        SourceError: there are no readable images, what labels mean is a choice, `target` holds files, or an option is
+            out of range.
         Interrupted: a signal stopped the command; no index is written.
     """
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SourceError("target folder is not empty", got=target, hint="give a new folder; nothing was changed")
-    if options.images_per_shard < 1:
-        raise SourceError("images per shard must be at least 1", got=options.images_per_shard)
-    if options.resize_short < 0:
-        raise SourceError("resize-short must be a number of pixels", got=options.resize_short, expected="0: no resize")
-    if not 1 <= options.quality <= 100:
-        raise SourceError("quality is out of range", got=options.quality, expected="1 to 100")
-    total, classes, images = _find(source, options)
-    if total == 0:
-        raise SourceError("no images found", got=source, expected=f"files ending in {', '.join(IMAGE_EXTENSIONS)}")
+    options.check()
+    if options.report is not None and options.report.parent != target and not options.report.absolute().parent.is_dir():
+        raise SourceError("the folder of the report does not exist", got=options.report)
+
+    # ---- find the images and their labels; nothing is written before
+    survey = Survey()
+    found: Iterator[Found]
+    if source == DRAWN:
+        total, classes, found = options.count, list(drawn.CLASSES), _from_drawn(options)
+        survey.labels = "drawn classes"
+    else:
+        chosen = _find(source, options, survey)
+        total, classes, found = len(chosen.images), list(chosen.classes), _from_candidates(chosen)
+
+    # ---- write the shards
     target.mkdir(parents=True, exist_ok=True)
-    unreadable: list[dict[str, str]] = []
-    resized: list[str] = []
-    rows: list[dict[str, Any]] = []
-    with StopFlag() as stop, Meter("make-shards", total, "images") as meter:
-        readable = _readable(images, options, unreadable, resized, meter, stop)
-        for number, first in enumerate(readable):
-            path = target / f"{options.prefix}-{number:06d}.tar"
-            count = _write_shard(path, first, readable, options.images_per_shard)
-            rows.append(
-                {
-                    "name": path.name,
-                    "size_bytes": path.stat().st_size,
-                    "num_samples": count,
-                    "content_hash": hash_file(path),
-                }
-            )
-    if not rows:
-        raise SourceError(
-            "no image can be read", got=f"{len(unreadable)} unreadable, the first: {unreadable[0]}", expected="images"
-        )
+    rows = _write_shards(found, total, target, options, survey)
+
+    # ---- report
     index = {
         "version": INDEX_VERSION,
         "shards": rows,
         "classes": classes,
         "num_samples": sum(row["num_samples"] for row in rows),
-        "unreadable": unreadable,
-        "made_by": {"source": source, **recorded(source, options, len(resized))},
+        "unreadable": survey.unreadable,
+        "made_by": {"source": source, **recorded(source, options, survey.resized)},
+        "report": survey.report(classes),
     }
     write_json_atomic(target / INDEX_NAME, index)
-    logger.info(f"make-shards: {index['num_samples']:,} images in {len(rows)} shards, {len(unreadable)} unreadable")
+    logger.info(headline(index))
+    if source != DRAWN:  # nothing of generated images is left out
+        logger.info(format_report(index, target))
     if options.resize_short:
         logger.info(
-            f"make-shards: {len(resized):,} images resized to a short side of {options.resize_short} px and encoded "
+            f"make-shards: {survey.resized:,} images resized to a short side of {options.resize_short} px and encoded "
             f"again; a cache made from {source} does not fit these shards"
         )
-    for row in unreadable[:10]:
-        logger.info(f"  unreadable: {row['origin']}: {row['reason']}")
+    if options.report is not None:
+        write_bytes_atomic(options.report, report_page(index, target).encode())
+        logger.info(f"make-shards: the report as a page: {options.report}")
     return index
 
 
 def recorded(source: str, options: Options, resized: int = 0) -> dict[str, Any]:
     """The options that determine the content of the images, for the index."""
-    fields = asdict(options)
-    resize = {"resize_short": fields.pop("resize_short"), "quality": fields.pop("quality"), "resized": resized}
-    return (fields if source == DRAWN else {}) | (resize if options.resize_short else {})
+    names = ("images_per_shard", "prefix", "count", "seed") if source == DRAWN else ()
+    fields: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if options.resize_short:
+        fields |= {"resize_short": options.resize_short, "quality": options.quality, "resized": resized}
+    given = {name: getattr(options, name) for name in ("labels", "prefer", "last_dot")}
+    return fields | {name: value for name, value in given.items() if value != getattr(Options, name)}
+
+
+def _write_shards(
+    found: Iterator[Found], total: int, target: Path, options: Options, survey: Survey
+) -> list[dict[str, Any]]:
+    """Write all shards and their members file. Returns the rows of the index; raises SourceError for no image."""
+    rows: list[dict[str, Any]] = []
+    with StopFlag() as stop, Meter("make-shards", total, "images") as meter, MembersWriter(target) as members:
+        readable = _readable(found, options, survey, meter, stop)
+        for number, first in enumerate(readable):
+            path = target / f"{options.prefix}-{number:06d}.tar"
+            count = _write_shard(path, first, readable, options.images_per_shard)
+            status, content_hash = path.stat(), hash_file(path)
+            size_bytes = status.st_size
+            with open(path, "rb") as file:
+                held = scan_tar(file, path.name, size_bytes)
+            members.add(path.name, size_bytes, content_hash, status.st_mtime_ns, held)
+            identity = {"size_bytes": size_bytes, "num_samples": count, "content_hash": content_hash}
+            rows.append({"name": path.name, **identity})
+        if not rows:
+            raise SourceError(
+                "no image can be read",
+                got=f"{len(survey.unreadable)} unreadable, the first: {survey.unreadable[0]}",
+                expected="images",
+            )
+    return rows
 
 
 def _readable(
-    images: Iterator[Image],
-    options: Options,
-    unreadable: list[dict[str, str]],
-    resized: list[str],
-    meter: Meter,
-    stop: StopFlag,
+    found: Iterator[Found], options: Options, survey: Survey, meter: Meter, stop: StopFlag
 ) -> Iterator[Image]:
-    """The readable images, resized if `options` requires it. Fills the lists `unreadable` and `resized`."""
-    for image in images:
+    """The readable images, resized if `options` requires it. Counts all of them in `survey`."""
+    for key, data, label, origin in found:
         if stop.requested:
             raise Interrupted("no index written; remove the folder and restart")
         meter.advance(1)
-        try:
-            pixels = decode(image.data)
-        except SourceError as error:
-            unreadable.append({"origin": image.origin, "reason": str(error.got)})
+        if isinstance(data, OSError):
+            survey.fail(origin, first_line(data))
             continue
+        try:
+            pixels, facts = decode(data), facts_of(data)
+        except SourceError as error:
+            survey.fail(origin, str(error.got))
+            continue
+        survey.take(facts, len(data), label)
+        image = Image(key, facts.extension, data, label)
         if 0 < options.resize_short < min(pixels.shape[1:]):
-            resized.append(image.key)
+            survey.resized += 1
             image = replace(image, extension="jpg", data=shrink(pixels, options.resize_short, options.quality))
         yield image
 
@@ -184,20 +232,51 @@ def _write_shard(path: Path, first: Image, rest: Iterator[Image], most: int) -> 
     return count
 
 
-def _find(source: str, options: Options) -> tuple[int, list[str], Iterator[Image]]:
-    """The number of images, the names of the classes, and the images in a fixed order."""
-    if source == DRAWN:
-        return options.count, list(drawn.CLASSES), _from_drawn(options)
+def _find(source: str, options: Options, survey: Survey) -> labels.Labelled:
+    """The images of a folder or of its tars, with their labels. Raises SourceError as `run`."""
     folder = Path(source)
     if not folder.is_dir():
-        raise SourceError("source folder does not exist", got=source, hint=f"give a folder, or '{DRAWN}'")
-    if any(folder.glob("*.tar")):
-        shards = open_shards(SourceConfig(shards=folder))
-        return shards.num_samples, list(shards.classes), _from_tars(folder)
-    return _from_folder(folder)
+        hint = "give the folder of the tars" if folder.suffix == ".tar" else f"give a folder, or '{DRAWN}'"
+        raise SourceError("source folder does not exist", got=source, hint=hint)
+    walked = walk(folder, survey)
+    if walked.tars and walked.images:
+        raise SourceError(
+            f"{source} holds both tars and images",
+            got=f"{walked.tars[0].name} and {walked.images[0].origin}",
+            expected="a folder of tars, or a folder of images",
+            hint="move the tars, or the images, to a folder of their own",
+        )
+    if walked.tars:
+        images = images_of_tars(folder, walked.tars, survey, options.prefer, options.last_dot)
+        classes = read_index(folder).get("classes", [])
+    else:
+        images, classes = walked.images, []
+    if not images:
+        raise _nothing_found(source, survey)
+    if walked.tars:
+        return labels.of_tars(images, classes, options.labels, survey)
+    return labels.of_folder(folder, images, walked.pictures, options.labels, survey)
 
 
-def _from_drawn(options: Options, chunk: int = 100) -> Iterator[Image]:
+def _nothing_found(source: str, survey: Survey) -> SourceError:
+    seen = ", ".join(f"{count} .{kind}" for kind, count in survey.seen.most_common(8)) or "an empty folder"
+    archives = [first for _, first in survey.skipped.values() if first.endswith((".tar", *COMPRESSED_TAR))]
+    hint = None
+    if archives and archives[0].endswith(COMPRESSED_TAR):
+        hint = "decompress the tars first; images gain nothing"
+    elif archives and "/" in archives[0]:
+        hint = f"give the folder of the tars: `tinymim make-shards {(Path(source) / archives[0]).parent} DST`"
+    elif survey.seen["tar"]:
+        hint = f"{archives[0]} holds tars: unpack it, and give the folder of the tars in it"
+    return SourceError(
+        f"no images found in {source}",
+        got=seen,
+        expected=f"files ending in {', '.join(IMAGE_EXTENSIONS)}, or tars of them",
+        hint=hint,
+    )
+
+
+def _from_drawn(options: Options, chunk: int = 100) -> Iterator[Found]:
     starts = range(0, options.count, chunk)
     sizes = [min(chunk, options.count - start) for start in starts]
     seeds = [options.seed] * len(starts)
@@ -207,41 +286,19 @@ def _from_drawn(options: Options, chunk: int = 100) -> Iterator[Image]:
             pool = ProcessPoolExecutor(os.cpu_count(), mp_context=worker_context(), initializer=prepare_worker)
             run = stack.enter_context(pool).map
         for part in run(drawn.samples, seeds, starts, sizes):
-            yield from (Image(key, "jpg", data, label, key) for key, data, label in part)
+            yield from ((key, data, label, key) for key, data, label in part)
 
 
-def _from_tars(folder: Path) -> Iterator[Image]:
+def _from_candidates(chosen: labels.Labelled) -> Iterator[Found]:
     taken: set[str] = set()
-    for shard in open_shards(SourceConfig(shards=folder)).shards:
-        members = shard.members()
-        for sample, key in enumerate(members.keys):
-            data = shard.read(sample)
-            # Keys are unique only within a tar: two tars may both start at 000000.
-            yield Image(_unique(key, taken), sniff(data), data, int(members.labels[sample]), f"{shard.name}:{key}")
-
-
-def _from_folder(folder: Path) -> tuple[int, list[str], Iterator[Image]]:
-    """Read class sub-folders, labelled in order of their names, or a flat folder without labels."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and p.is_file())
-    parts = [path.relative_to(folder).parts for path in paths]
-    labelled = bool(parts) and all(len(part) > 1 for part in parts)
-    classes = sorted({part[0] for part in parts}) if labelled else []
-    number = {name: index for index, name in enumerate(classes)}
-
-    def images() -> Iterator[Image]:
-        taken: set[str] = set()
-        for path, part in zip(paths, parts, strict=True):
-            label = number[part[0]] if labelled else UNLABELLED
-            data = path.read_bytes()
-            yield Image(_unique(_key_of(part), taken), sniff(data), data, label, str(path.relative_to(folder)))
-
-    return len(paths), classes, images()
-
-
-def _key_of(parts: tuple[str, ...]) -> str:
-    """The relative path without its extension, as UTF-8. Dots are replaced, because a webdataset key ends at a dot."""
-    stem = "/".join((*parts[:-1], parts[-1].rpartition(".")[0])).replace(".", "_")
-    return stem.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    image: Candidate
+    for image, label in zip(chosen.images, chosen.labels, strict=True):
+        # Keys repeat where two files differ in their ending only, and in two tars that both start at 000000.
+        key = _unique(image.key, taken)
+        try:
+            yield key, image.read(), label, image.origin
+        except OSError as error:
+            yield key, error, label, image.origin
 
 
 def _unique(stem: str, taken: set[str]) -> str:
@@ -252,12 +309,3 @@ def _unique(stem: str, taken: set[str]) -> str:
         key = f"{stem}-{copy}"
     taken.add(key)
     return key
-
-
-def sniff(data: bytes) -> str:
-    """The extension for an image by its content, whatever the name of its file."""
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return "jpg"

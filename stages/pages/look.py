@@ -88,6 +88,7 @@ figure img { display: block; max-width: 100%; height: auto; box-sizing: border-b
 code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
 .k td, .v td { overflow-wrap: anywhere; }
 .v td { min-width: 5rem; }
+.w td { overflow-wrap: anywhere; }
 .v td:first-child { white-space: nowrap; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem 0.6rem 3rem; }

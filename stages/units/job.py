@@ -15,7 +15,7 @@ views: two parts, each of `views_per_decode` x images of a shard x (bytes of a r
 import contextlib
 import itertools
 import queue
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -27,7 +27,7 @@ from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items
-from tinymim.pipeline.shards import ShardSet
+from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.run.progress import logger
@@ -101,6 +101,7 @@ class TeacherJob:
         reference = reference_student(self.kind, recipe.views.size, shapes)
         self._probe = GradientProbe(self.kind, reference.to(device), shapes)
         self._views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
+        self._shards = source.by_name()
         self._counts = {shard.name: shard.num_samples for shard in source.shards}
         self.images_per_batch = (
             find_images_per_batch(teacher, self.kind, recipe, max(source.counts), device)
@@ -130,7 +131,7 @@ class TeacherJob:
         # those before it limit how many drafts exist.
         self._finished: queue.SimpleQueue[UnitReport] = queue.SimpleQueue()
         filling = UnitFilling(self.writer, self.recipe.layer_name, self.recipe.max_unreadable)
-        writing = _Writing(filling, watch, self._finished)
+        writing = _Writing(filling, self._shards, watch, self._finished)
         try:
             # Leaving the blocks ends "collect" before "write": what is collected can still be written.
             with (
@@ -288,8 +289,14 @@ class _Collector:
 class _Writing:
     """Writes parts in the thread "write", and reports their units."""
 
-    def __init__(self, filling: UnitFilling, watch: Stopwatch, finished: "queue.SimpleQueue[UnitReport]") -> None:
-        self._filling, self._watch, self._finished = filling, watch, finished
+    def __init__(
+        self,
+        filling: UnitFilling,
+        shards: Mapping[str, Shard],
+        watch: Stopwatch,
+        finished: "queue.SimpleQueue[UnitReport]",
+    ) -> None:
+        self._filling, self._shards, self._watch, self._finished = filling, shards, watch, finished
         self._ended: UnitReport | None = None  # of a unit that ended before its last part
 
     def add(self, part: UnitPart) -> None:
@@ -306,6 +313,8 @@ class _Writing:
     def _written(self, part: UnitPart) -> UnitReport | None:
         unit = part.unit
         try:
+            if part.ends_unit:  # stage two refuses a shard of another content, so none is committed
+                self._shards[unit.shard].verify()
             done = self._filling.add(part)
         except UnitTaken as taken:  # by another job, if it believed this one dead
             logger.info(f"cache-teacher: {taken.what} now ({taken.got}); what was computed of it is dropped")

@@ -50,7 +50,7 @@ def views_of(files: dict[str, bytes], folder: Path, num_views: int = 3, views: V
     for name, data in files.items():
         (folder / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "in" / name).write_bytes(data)
-    make_shards.run(str(folder / "in"), folder / "out", make_shards.Options())
+    make_shards.run(str(folder / "in"), folder / "out", make_shards.Options(labels="none"))
     shards = open_shards(SourceConfig(shards=folder / "out")).shards
     law = RandomViews(views or ViewConfig(size=SIZE))
     (items,) = view_batches(0, shards[0].num_samples, range(num_views), 1000)

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from tinymim.configs.errors import SourceError
-from tinymim.pipeline.decode import decode, environment, pixel_digest, render
+from tinymim.pipeline.decode import decode, environment, facts_of, pixel_digest, render
 from tinymim.pipeline.views import View
 
 HEIGHT, WIDTH = 40, 30
@@ -33,6 +33,15 @@ MODES = {
     "palette png": (encoded(SMOOTH.quantize(256), "PNG"), 6.0),
     "webp": (encoded(SMOOTH, "WEBP", quality=95), 6.0),
     "lossless alpha webp": (encoded(SMOOTH.convert("RGBA"), "WEBP", lossless=True), 0.0),
+    "gif": (encoded(SMOOTH, "GIF"), 6.0),
+    "bmp": (encoded(SMOOTH, "BMP"), 0.0),
+    "device-independent bitmap": (encoded(SMOOTH, "DIB"), 0.0),
+    "tiff": (encoded(SMOOTH, "TIFF"), 0.0),
+    "cmyk tiff": (encoded(SMOOTH.convert("CMYK"), "TIFF"), 0.0),
+    "ppm": (encoded(SMOOTH, "PPM"), 0.0),
+    "jpeg 2000": (encoded(SMOOTH, "JPEG2000"), 0.0),
+    "avif": (encoded(SMOOTH, "AVIF", quality=95), 6.0),
+    "two jpegs of a camera": (encoded(SMOOTH, "MPO", save_all=True, append_images=[SMOOTH], quality=95), 3.0),
 }
 
 
@@ -71,8 +80,10 @@ BROKEN = {
     "jpeg without its end": JPEG[:-2],
     "half a png": MODES["png"][0][: len(MODES["png"][0]) // 2],
     "half a webp": MODES["webp"][0][:100],
-    "tiff": encoded(SMOOTH, "TIFF"),
-    "gif": encoded(SMOOTH, "GIF"),
+    "half a tiff": encoded(SMOOTH, "TIFF")[:900],
+    "half a gif": encoded(SMOOTH, "GIF")[:400],
+    "half an avif": encoded(SMOOTH, "AVIF")[:200],
+    "targa": encoded(SMOOTH, "TGA"),
     "postscript": encoded(SMOOTH, "EPS"),
 }
 
@@ -92,6 +103,30 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
     for fmt in ("PNG", "WEBP"):
         data = encoded(SMOOTH, fmt, save_all=True, append_images=[SMOOTH.rotate(180)], lossless=True)
         assert torch.equal(decode(data), decode(MODES["png"][0]))
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (MODES["jpeg"][0], ("jpg", "RGB", 1)),
+        (MODES["two jpegs of a camera"][0], ("jpg", "RGB", 1)),
+        (MODES["cmyk jpeg"][0], ("jpg", "CMYK", 1)),
+        (MODES["alpha png"][0], ("png", "alpha", 1)),
+        (encoded(SMOOTH.quantize(16), "PNG"), ("png", "palette", 1)),
+        (encoded(SMOOTH.quantize(16), "PNG", transparency=3), ("png", "alpha", 1)),
+        (encoded(SMOOTH.convert("L"), "TIFF"), ("tif", "grey", 1)),
+        (encoded(SMOOTH.convert("I;16"), "PNG"), ("png", "grey", 1)),
+        (
+            encoded(SMOOTH, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"),
+            ("jpg", "RGB", 6),
+        ),
+        (encoded(SMOOTH, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01"), ("jpg", "RGB", 1)),  # damaged
+    ],
+)
+def test_facts_are_those_of_the_header(data: bytes, wanted: tuple[str, str, int]) -> None:
+    facts = facts_of(data)
+    assert (facts.extension, facts.colours, facts.orientation) == wanted
+    assert (facts.height, facts.width) == (HEIGHT, WIDTH)
 
 
 def test_damage_beside_the_pixels_is_let_pass_in_silence() -> None:

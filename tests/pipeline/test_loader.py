@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinymim.configs.errors import SourceError
+from tinymim.configs.errors import UserError
 from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
 from tinymim.pipeline import dataset
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
@@ -121,10 +121,11 @@ def test_errors_keep_their_kind_and_fields(workers: int, drawn_shards: Path, tmp
     folder = Path(shutil.copytree(drawn_shards, tmp_path / "copied"))
     views = image_views(folder)
     views.shards[0].path.unlink()
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(UserError) as caught:
         list(batches(views, tar_order(views, 50)[:1], LoaderConfig(workers=workers)))
-    assert caught.value.what == f"shard {views.shards[0].name} is not a readable tar"
-    assert caught.value.hint == "make it again with `tinymim make-shards`"
+    assert type(caught.value) is UserError
+    assert caught.value.what == f"shard {views.shards[0].name} cannot be read any more"
+    assert caught.value.hint == "restore it and run the same command again"
 
 
 def test_workers_leave_the_global_generator_alone(drawn_shards: Path) -> None:

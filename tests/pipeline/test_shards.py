@@ -98,7 +98,10 @@ def test_labels_are_in_shard_order(opened: Opened, drawn_shards: Path) -> None:
 @pytest.mark.parametrize("second", ["a.jpg", "a.png"])
 def test_duplicate_key(opened: Opened, tmp_path: Path, second: str) -> None:
     write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), (second, b"2")])
-    with pytest.raises(SourceError, match=r"duplicate key 'a' in shard x.tar"):
+    message = (
+        r"duplicate key 'a' in shard x.tar" if second == "a.jpg" else r"sample 'a' of shard x.tar has several images"
+    )
+    with pytest.raises(SourceError, match=message):
         opened(tmp_path)
 
 
@@ -160,14 +163,20 @@ def test_a_shard_shortened_after_opening(copied: Path) -> None:
     shard.members()
     with open(shard.path, "r+b") as file:
         file.truncate(4000)
-    with pytest.raises(SourceError, match="is truncated at sample"):
+    with pytest.raises(UserError, match="is truncated at sample") as caught:
         shard.read(24)
+    assert not isinstance(caught.value, SourceError), "it would count as an unreadable image"
+    shard.path.unlink()
+    with pytest.raises(UserError, match="cannot be read any more") as caught:
+        shard.read(0)
+    assert not isinstance(caught.value, SourceError)
 
 
 def test_names_that_point_out_of_the_tar_touch_no_file(opened: Opened, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "shards"
     folder.mkdir(parents=True)
     write_tar(folder / "x.tar", [("../../evil.jpg", b"E"), ("/tmp/evil.jpg", b"F"), ("../evil.cls", b"1")])
+    opened(folder)  # writes the members file
     before = sorted(tmp_path.rglob("*"))
     shard = opened(folder).shards[0]
     assert [shard.read(i) for i in range(2)] == [b"E", b"F"]
@@ -175,18 +184,41 @@ def test_names_that_point_out_of_the_tar_touch_no_file(opened: Opened, tmp_path:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_links_and_folders_in_a_tar_are_not_images(opened: Opened, tmp_path: Path) -> None:
+def add_link(tar: tarfile.TarFile, name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> None:
+    link = tarfile.TarInfo(name)
+    link.type, link.linkname = kind, target
+    tar.addfile(link)
+
+
+def test_links_in_a_tar_are_the_image_they_point_to(opened: Opened, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        link = tarfile.TarInfo("a.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
+        add_link(tar, "s/early.jpg", "../c.jpg")  # before its target
+        for name in ("c.jpg", "c.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"7"))
+        add_link(tar, "hard.jpg", "c.jpg", tarfile.LNKTYPE)
+        add_link(tar, "hard.cls", "c.cls", tarfile.LNKTYPE)
+        add_link(tar, "soft.jpg", "hard.jpg")  # a link to a link
+        add_link(tar, "./dot.jpg", "./s/../hard.jpg")
         folder = tarfile.TarInfo("b.jpg")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-        real = tarfile.TarInfo("c.jpg")
-        real.size = 1
-        tar.addfile(real, io.BytesIO(b"C"))
-    assert opened(tmp_path).shards[0].members().keys == ("c",)
+    shard = opened(tmp_path).shards[0]
+    assert shard.members().keys == ("c", "s/early", "hard", "soft", "./dot")
+    assert [shard.read(i) for i in range(5)] == [b"7"] * 5
+    assert shard.members().labels.tolist() == [7, -1, 7, -1, -1]
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../gone.jpg", "a.jpg"])
+def test_a_link_out_of_a_tar_is_no_image_and_named(opened: Opened, tmp_path: Path, target: str) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add_link(tar, "a.jpg", target)
+        info = tarfile.TarInfo("c.jpg")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"C"))
+    with pytest.raises(SourceError, match=r"image 'a.jpg' of shard x.tar cannot be read\n  got: a link to"):
+        opened(tmp_path)
 
 
 def test_index_is_what_make_shards_says(drawn_shards: Path) -> None:

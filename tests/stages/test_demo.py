@@ -125,7 +125,11 @@ def test_drawing_that_was_stopped_starts_again(tmp_path: Path) -> None:
     (left_over / "shard-000000.tar").write_bytes(b"half")
     demo.draw_images(tmp_path / "train", 4, 100, 4)
     assert not left_over.exists()
-    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["index.json", "shard-000000.tar"]
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
+        "index.json",
+        "index.members",
+        "shard-000000.tar",
+    ]
 
 
 def test_any_folder_name_comes_through_the_recipes(tmp_path: Path) -> None:

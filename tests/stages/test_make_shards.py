@@ -14,6 +14,7 @@ from PIL import Image
 from tinymim.configs.errors import SourceError
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import drawn
+from tinymim.pipeline.members import MEMBERS_NAME
 from tinymim.pipeline.shards import INDEX_NAME, UNLABELLED, Shard, hash_file, open_shards
 from tinymim.stages import make_shards
 from tinymim.stages.make_shards import Options
@@ -45,7 +46,8 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """All files but the members file, which holds modification times."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MEMBERS_NAME}
 
 
 def make(source: Path | str, target: Path, **options: Any) -> dict[str, Any]:
@@ -66,12 +68,10 @@ def test_class_folders(tmp_path: Path) -> None:
 
 
 def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    source = fill(tmp_path / "src", {"b.jpg": picture(1), "a.webp": picture(2, "WEBP"), "deep/c.jpg": picture(3)})
+    source = fill(tmp_path / "src", {"b.jpg": picture(1), "a.webp": picture(2, "WEBP")})
     index = make(source, tmp_path / "dst")
     assert index["classes"] == []
-    assert {key: label for key, (_, label) in contents(tmp_path / "dst").items()} == dict.fromkeys(
-        ("a", "b", "deep/c"), UNLABELLED
-    )
+    assert {key: label for key, (_, label) in contents(tmp_path / "dst").items()} == dict.fromkeys("ab", UNLABELLED)
 
 
 def test_existing_tars_are_packed_anew_with_bytes_labels_and_classes_kept(drawn_shards: Path, tmp_path: Path) -> None:
@@ -186,9 +186,15 @@ def test_refuses_a_target_that_holds_files(tmp_path: Path) -> None:
         ("nowhere", {}, "does not exist"),
         ("empty", {}, "no images found"),
         ("drawn", {"images_per_shard": 0}, "at least 1"),
+        ("drawn", {"count": 0}, "count must be at least 1"),
+        ("drawn", {"labels": "folder"}, r"another form\n  got: folder\n  expected: auto, none, folders"),
+        ("drawn", {"labels": "json:"}, "another form"),
+        ("drawn", {"prefer": "txt"}, "prefer is no ending of an image"),
+        ("drawn", {"prefix": "a/b"}, "prefix is no start of a file name"),
+        ("drawn", {"report": Path("/nowhere/x/page.html")}, "folder of the report does not exist"),
     ],
 )
-def test_bad_sources_write_nothing(tmp_path: Path, source: str, options: dict[str, int], message: str) -> None:
+def test_bad_sources_write_nothing(tmp_path: Path, source: str, options: dict[str, Any], message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=message):
         make(source if source == "drawn" else tmp_path / source, tmp_path / "dst", **options)
