@@ -309,32 +309,35 @@ def _shifted(pixels: Pixels, shifts: npt.NDArray[np.floating[Any]], axis: int, f
         y, x = np.arange(rows.start, rows.stop)[:, None], np.arange(width)
         if axis == 2:  # three more columns, or three more rows, hold the neighbours
             shift, weights, along, across = fixed[rows, None], taps[:, rows, None], np.arange(-1, width + 2), y * width
+            shape, pitch, step = (count, width + 3), width + 3, 1
         else:
             shift, weights, along, across = fixed, taps[:, None], np.arange(rows.start - 1, rows.stop + 2)[:, None], x
-        shape = (count, width + 3) if axis == 2 else (count + 3, width)
+            shape, pitch, step = (count + 3, width), width, width
         places, narrow = _buffer(0, np.int64, *shape), _buffer(1, np.uint8, 3, *shape)
-        source = _buffer(2, np.int32, 3, *shape)
-        total, part = (_buffer(place, np.int32, 3, count, width) for place in (3, 4))
-        read, low, high = _buffer(0, np.int64, count, width), *(_buffer(k, np.bool, count, width) for k in (5, 6))
         np.add(along, shift >> 16, out=places)
         np.clip(places, 0, size - 1, out=places)
         if axis == 1:
             places *= width
         places += across
         flat.take(places, axis=1, mode="clip", out=narrow)
-        source[:] = narrow
+        # Rows lie end to end here, so that the loops of numpy are long; what crosses an end is not read.
+        source, tap = _buffer(2, np.int32, 3, narrow[0].size), _buffer(3, np.int32, count, pitch)
+        source[:] = narrow.reshape(3, -1)
+        total, part = (_buffer(place, np.int32, 3, count * pitch) for place in (4, 5))
+        stop = source.shape[1] - 3 * step
         for k in range(4):
-            window = source[:, :, k : k + width] if axis == 2 else source[:, k : k + count]
-            np.multiply(window, weights[k], out=part if k else total)
+            tap[:] = weights[k]
+            window = source[:, k * step : k * step + stop]
+            np.multiply(window, tap.reshape(-1)[:stop], out=(part if k else total)[:, :stop])
             if k:
                 total += part
         total >>= 16
-        out[:, rows] = np.clip(total, 0, 255, out=total)
+        np.clip(total, 0, 255, out=total)
+        out[:, rows] = total.reshape(3, count, pitch)[:, :, :width]
+        read, outside = _buffer(0, np.int64, count, width), _buffer(6, np.bool, count, width)
         np.add(((x if axis == 2 else y) << 16) + 0x8000, shift, out=read)
-        np.less(read, 0, out=low)
-        np.greater_equal(read, size << 16, out=high)
-        low |= high
-        np.copyto(out[:, rows], colours, where=low)
+        np.greater_equal(read.view(np.uint64), np.uint64(size << 16), out=outside)  # negative places, too
+        np.copyto(out[:, rows], colours, where=outside)
     return out
 
 
@@ -358,6 +361,10 @@ def translate_y(pixels: Pixels, distance: float, fill: Colour) -> Pixels:
     return _shifted(pixels, np.full(pixels.shape[2], distance), 1, fill)
 
 
+# Weights of -1/8 lead beyond 0..255, by less than 255: indices below 0 count from the end.
+_CLAMPED: Final = np.concatenate([np.arange(256), np.full(384, 255), np.zeros(384)]).astype(np.uint8)
+
+
 @lru_cache(maxsize=1)
 def _cubic_table() -> npt.NDArray[np.int64]:
     return _cubic(np.arange(2048), 11)
@@ -377,28 +384,25 @@ def rotate(pixels: Pixels, degrees: float, fill: Colour) -> Pixels:
     pitch, table, colours = width + 4, _cubic_table(), np.array(fill, np.uint8)[:, None, None]
     columns = 2 * np.arange(width) + 1 - width
     out = np.empty_like(pixels)
-    for rows in _strips(height, 2 * width):  # twice as many: there are many buffers
+    for rows in _strips(height, width):
         shape = (rows.stop - rows.start, width)
         x, y, corner, place = (_buffer(2 + k, np.int64, *shape) for k in range(4))
         taken, taps_x, totals = (_buffer(6 + k, np.int64, *each, *shape) for k, each in enumerate([(4, 4), (4,), (2,)]))
         taps_y = _buffer(9, np.int64, 4, *shape)
-        outside, part = (_buffer(15 + k, np.bool, *shape) for k in range(2))
+        outside, part = (_buffer(10 + k, np.bool, *shape) for k in range(2))
         lines = (2 * np.arange(rows.start, rows.stop) + 1 - height)[:, None]
         np.subtract(columns * cosine + (width << 32), lines * sine, out=x)  # in 2^-33 pixels
         np.add(columns * sine + (height << 32), lines * cosine, out=y)
-        outside[:] = False
-        for places, size in ((x, width), (y, height)):
-            outside |= np.less(places, 0, out=part)
-            outside |= np.greater_equal(places, size << 33, out=part)
+        np.greater_equal(x.view(np.uint64), np.uint64(width << 33), out=outside)  # negative places, too
+        outside |= np.greater_equal(y.view(np.uint64), np.uint64(height << 33), out=part)
+        for places, target in ((y, corner), (x, place)):
             places -= 1 << 32
-        for places, size, target in ((y, height, corner), (x, width, place)):
             np.right_shift(places, 33, out=target)
-            np.clip(target, -1, size - 1, out=target)
-            target += 1
             places >>= 22
             places &= 2047
         corner *= pitch
         corner += place
+        corner += pitch + 1  # outside the image it may be anywhere: the fill hides what is taken there
         for places, taps in ((x, taps_x), (y, taps_y)):
             table.take(places, axis=1, mode="clip", out=taps)
         for source, total in zip((pairs, blue), totals, strict=True):
@@ -412,7 +416,7 @@ def rotate(pixels: Pixels, degrees: float, fill: Colour) -> Pixels:
         totals[0] >>= 32
         for channel, total in enumerate((x, *totals)):
             total >>= 22
-            out[channel, rows] = np.clip(total, 0, 255, out=total)
+            _CLAMPED.take(total, mode="wrap", out=out[channel, rows])
         np.copyto(out[:, rows], colours, where=outside)
     return out
 
