@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -81,12 +81,13 @@ def main() -> int:
 
 def allow_posterize_to_nothing() -> None:
     """Give timm the black image that it had before Pillow 13, which refuses 0 bits; magnitude 10 asks for them."""
-    theirs: Callable[..., Image.Image] = NAME_TO_OP["PosterizeIncreasing"]
+    theirs: Any = NAME_TO_OP["PosterizeIncreasing"]
 
     def posterize(image: Image.Image, bits: int, **rest: Any) -> Image.Image:
-        return theirs(image, bits, **rest) if bits else image.point([0] * 768)
+        result: Image.Image = theirs(image, bits, **rest) if bits else image.point([0] * 768)
+        return result
 
-    NAME_TO_OP["PosterizeIncreasing"] = posterize
+    NAME_TO_OP.update(PosterizeIncreasing=posterize)
 
 
 def ours(shards: tuple[Shard, ...], places: list[tuple[int, int]], view: int) -> Iterable[Any]:

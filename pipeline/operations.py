@@ -516,7 +516,7 @@ OPERATIONS: Final[Mapping[str, Callable[..., Pixels]]] = {
     )
 }
 
-_SEVERAL: Final[Mapping[str, Sequence[tuple[Any, ...]]]] = {
+_CANARY_ARGUMENTS: Final[Mapping[str, Sequence[tuple[Any, ...]]]] = {
     "auto_contrast": [()],
     "brightness": [(0.37,), (1.9,)],
     "color": [(0.37,), (1.9,)],
@@ -571,7 +571,7 @@ def canary_digests() -> dict[str, str]:
     pixels = picture.astype(np.uint8).reshape(3, 40, 48)
     found = {}
     for name, operation in OPERATIONS.items():
-        results = b"".join(operation(pixels, *arguments).tobytes() for arguments in _SEVERAL[name])
+        results = b"".join(operation(pixels, *arguments).tobytes() for arguments in _CANARY_ARGUMENTS[name])
         found[name] = hashlib.blake2b(results, digest_size=8).hexdigest()
     table = np.array(normal_quantiles()).astype("<f8").tobytes()
     return found | {"normal_quantiles": hashlib.blake2b(table, digest_size=8).hexdigest()}

@@ -138,7 +138,7 @@ def test_geometry_is_pillows_to_one_level(name: str) -> None:
 def test_inputs_stay_and_results_do_not_depend_on_earlier_calls() -> None:
     """Intermediate results lie in buffers that stay."""
     small, large = planes(PICTURES[1]), planes(PICTURES[0])
-    for name, (arguments, *_) in operations._SEVERAL.items():
+    for name, (arguments, *_) in operations._CANARY_ARGUMENTS.items():
         before = small.copy()
         first = OPERATIONS[name](small, *arguments)
         kept = first.copy()
@@ -148,6 +148,20 @@ def test_inputs_stay_and_results_do_not_depend_on_earlier_calls() -> None:
         np.testing.assert_array_equal(small, before)
         view = np.flip(small, axis=2)  # neither contiguous nor in order
         np.testing.assert_array_equal(OPERATIONS[name](view, *arguments), OPERATIONS[name](view.copy(), *arguments))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 9001)])
+def test_odd_shapes_keep_their_shape(shape: tuple[int, int]) -> None:
+    """The last one is wider than a strip."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
+    for name, (arguments, *_) in operations._CANARY_ARGUMENTS.items():
+        if not name.startswith("erase"):
+            assert OPERATIONS[name](pixels, *arguments).shape == pixels.shape
+    if shape[1] == 9001:
+        image = Image.fromarray(pixels.transpose(1, 2, 0))
+        np.testing.assert_array_equal(operations.color(pixels, 1.9), planes(ImageEnhance.Color(image).enhance(1.9)))
+        apart = operations.rotate(pixels, 180.0, FILL).astype(int) - planes(turned(image, 180.0, FILL))
+        assert not apart.any()
 
 
 def test_steps_are_applied_in_order() -> None:
