@@ -490,55 +490,29 @@ def erase_pixel(
 
 # ---------------------------------------------------------------- all of them, and their canaries
 
-OPERATIONS: Final[Mapping[str, Callable[..., Pixels]]] = {
-    function.__name__: function
-    for function in (
-        auto_contrast,
-        brightness,
-        color,
-        contrast,
-        equalize,
-        erase_const,
-        erase_pixel,
-        gaussian_blur,
-        grayscale,
-        hue,
-        invert,
-        posterize,
-        rotate,
-        sharpness,
-        shear_x,
-        shear_y,
-        solarize,
-        solarize_add,
-        translate_x,
-        translate_y,
-    )
+_CANARY_ARGUMENTS: Final[Mapping[Callable[..., Pixels], Sequence[tuple[Any, ...]]]] = {
+    auto_contrast: [()],
+    brightness: [(0.37,), (1.9,)],
+    color: [(0.37,), (1.9,)],
+    contrast: [(0.37,), (1.9,)],
+    equalize: [()],
+    erase_const: [(3, 5, 20, 17, (124, 116, 104))],
+    erase_pixel: [(3, 5, 20, 17, 2**53 - 1, (123.7, 116.3, 103.5), (58.4, 57.1, 57.4))],
+    gaussian_blur: [(0.1,), (1.7,), (5.0,)],
+    grayscale: [()],
+    hue: [(-0.2,), (0.07,)],
+    invert: [()],
+    posterize: [(0,), (3,)],
+    rotate: [(27.3, (124, 116, 104)), (-13.0, (0, 0, 0))],
+    sharpness: [(0.37,), (1.9,)],
+    shear_x: [(0.27, (124, 116, 104)), (-0.1, (0, 0, 0))],
+    shear_y: [(0.27, (124, 116, 104)), (-0.1, (0, 0, 0))],
+    solarize: [(100,)],
+    solarize_add: [(99,)],
+    translate_x: [(7.3, (124, 116, 104)), (-11.8, (0, 0, 0))],
+    translate_y: [(7.3, (124, 116, 104)), (-11.8, (0, 0, 0))],
 }
-
-_CANARY_ARGUMENTS: Final[Mapping[str, Sequence[tuple[Any, ...]]]] = {
-    "auto_contrast": [()],
-    "brightness": [(0.37,), (1.9,)],
-    "color": [(0.37,), (1.9,)],
-    "contrast": [(0.37,), (1.9,)],
-    "equalize": [()],
-    "erase_const": [(3, 5, 20, 17, (124, 116, 104))],
-    "erase_pixel": [(3, 5, 20, 17, 2**53 - 1, (123.7, 116.3, 103.5), (58.4, 57.1, 57.4))],
-    "gaussian_blur": [(0.1,), (1.7,), (5.0,)],
-    "grayscale": [()],
-    "hue": [(-0.2,), (0.07,)],
-    "invert": [()],
-    "posterize": [(0,), (3,)],
-    "rotate": [(27.3, (124, 116, 104)), (-13.0, (0, 0, 0))],
-    "sharpness": [(0.37,), (1.9,)],
-    "shear_x": [(0.27, (124, 116, 104)), (-0.1, (0, 0, 0))],
-    "shear_y": [(0.27, (124, 116, 104)), (-0.1, (0, 0, 0))],
-    "solarize": [(100,)],
-    "solarize_add": [(99,)],
-    "translate_x": [(7.3, (124, 116, 104)), (-11.8, (0, 0, 0))],
-    "translate_y": [(7.3, (124, 116, 104)), (-11.8, (0, 0, 0))],
-}
-
+OPERATIONS: Final[Mapping[str, Callable[..., Pixels]]] = {function.__name__: function for function in _CANARY_ARGUMENTS}
 CANARIES: Final[Mapping[str, str]] = {
     "auto_contrast": "c8d99c48ff9d2eca",
     "brightness": "bd7bb4aeb2a35a42",
@@ -570,8 +544,9 @@ def canary_digests() -> dict[str, str]:
     picture = (ramp * ramp * 31 + ramp * 17) % 251 * 4 // 5 + ramp % 48
     pixels = picture.astype(np.uint8).reshape(3, 40, 48)
     found = {}
-    for name, operation in OPERATIONS.items():
-        results = b"".join(operation(pixels, *arguments).tobytes() for arguments in _CANARY_ARGUMENTS[name])
+    for function, several in _CANARY_ARGUMENTS.items():
+        name = function.__name__
+        results = b"".join(OPERATIONS[name](pixels, *arguments).tobytes() for arguments in several)
         found[name] = hashlib.blake2b(results, digest_size=8).hexdigest()
     table = np.array(normal_quantiles()).astype("<f8").tobytes()
     return found | {"normal_quantiles": hashlib.blake2b(table, digest_size=8).hexdigest()}
