@@ -7,9 +7,10 @@ generated from it. Defaults are TinyMIM's (Ren et al., CVPR 2023) if it has one.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tinymim.configs.place import checked_place
+from tinymim.configs.rand_augment import checked_rand_augment
 
 Place = Annotated[Path | str, BeforeValidator(checked_place)]  # str: a URL, without a slash at its end
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
@@ -227,9 +228,9 @@ class JitterConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentation during fine-tuning, by timm. If mixup and CutMix are both on, each batch of a lane gets one."""
+    """Augmentation in fine-tuning, by timm's laws. If mixup and CutMix are both on, each batch of a lane gets one."""
 
-    rand_augment: str | None = Field(
+    rand_augment: Annotated[str | None, AfterValidator(checked_rand_augment)] = Field(
         default="rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation. null: none."
     )
     erasing: Fraction = Field(default=0.25, description="Share of images in which a box becomes noise.")

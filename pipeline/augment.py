@@ -1,105 +1,68 @@
-"""timm's RandAugment, random erasing, mixup and CutMix, with draws seeded by (run seed, view) or (run seed, step).
+"""Augmented views of fine-tuning, and mixup and CutMix, with draws seeded by (run seed, view) or (run seed, step).
 
-timm draws from the global generators of Python, numpy and torch. This module seeds them for every image, or for every
-lane of a step's batch, and restores them. Results thus do not depend on workers, ranks, devices or interruptions.
-Unlike a view (docs/views.md), they depend on the versions of timm, Pillow and Python, which the run folder records.
+Results do not depend on workers, ranks, devices or interruptions. The operations of a view have the same bytes on every
+machine (pipeline/operations.py). Mixing follows timm's law and numpy's legacy stream, which numpy keeps.
 
 Shapes: B view, S pixel, K class.
 """
 
-import contextlib
 import hashlib
-import random
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from PIL import Image
-from timm.data import Mixup, rand_augment_transform
-from timm.data.mixup import mixup_target
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from tinymim.configs.errors import RecipeError, SourceError
+from tinymim.configs.errors import SourceError
+from tinymim.configs.rand_augment import parse_rand_augment
 from tinymim.configs.sections import AugmentConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.pipeline.operations import apply
 from tinymim.pipeline.order import Items
+from tinymim.pipeline.policies import Constants, Policy, RandAugment, RandomErasing, operation_rng
 from tinymim.pipeline.shards import UNLABELLED
 from tinymim.pipeline.views import View, view_key
 
 
-@contextlib.contextmanager
-def global_generators() -> Iterator[Callable[..., None]]:
-    """Yields a function that seeds the CPU generators of Python, numpy and torch; restores their states at the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield _seed
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def _seed(*name: object) -> None:
-    digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8, person=b"tinymim/augment").digest()
-    number = int.from_bytes(digest, "big")
-    random.seed(number)
-    np.random.seed([number >> 32, number & 0xFFFFFFFF])
-    torch.default_generator.manual_seed(number >> 1)
-
-
-def rand_augment(config: str, size: int, mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """timm's RandAugment as in timm's training transform.
-
-    Args:
-        config: timm's notation, for example rand-m9-mstd0.5-inc1.
-        size: side of the images in pixels.
-        mean: pixel mean per channel, 0..1, which fills gaps.
-
-    Raises:
-        RecipeError: timm refuses `config`.
-    """
-    fill = tuple(min(255, round(255 * value)) for value in mean)
-    options = {"translate_const": int(size * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    try:
-        transform: Callable[[Image.Image], Image.Image] = rand_augment_transform(config, options)
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise RecipeError(
-            "timm refuses augment.rand_augment",
-            got=config,
-            expected="a policy such as rand-m9-mstd0.5-inc1, or null",
-        ) from error
-    return transform
+def policies_of(config: AugmentConfig, constants: Constants) -> tuple[Policy, ...]:
+    """The policies of fine-tuning, in their order."""
+    policies: list[Policy] = []
+    if config.rand_augment is not None:
+        policies.append(RandAugment(parse_rand_augment(config.rand_augment), constants.fill))
+    if config.erasing:
+        policies.append(RandomErasing(config.erasing, "pixel", constants))
+    return tuple(policies)
 
 
 class AugmentedViews:
-    """Views with RandAugment, always one per item.
+    """Views with the operations that policies draw, always one view per item.
 
-    A grey image without a label replaces an unreadable image, so that the other images keep their places in the batch.
+    A plain image without a label replaces an unreadable image, so that the other images keep their places in the batch.
 
     Args:
-        views: views under a law with a seed.
-        config: timm's notation; None: no augmentation.
-        mean: pixel mean per channel, 0..1.
+        views: views under a law, with the seed of the draws.
+        policies: the policies, in their order.
+        fill: colour of the replacement.
     """
 
-    def __init__(self, views: ImageViews, config: str | None, mean: Sequence[float]) -> None:
+    def __init__(self, views: ImageViews, policies: Sequence[Policy], fill: tuple[int, int, int]) -> None:
+        if views.seed is None:
+            raise ValueError("views need a seed to be augmented")
         self.shards = views.shards
-        self._views, self._grey = views, torch.tensor(mean).mul(255).round().to(torch.uint8).view(3, 1, 1)
-        self._transform = None if config is None else rand_augment(config, views.law.size, mean)
+        self._views, self._seed, self._policies = views, views.seed, tuple(policies)
+        self._fill = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
 
     def batch(self, items: Items) -> ViewBatch:
         """The B views of `items`, int64 [B, 3 or more]: shard, sample, view index."""
         batch = self._views.batch(items)
-        if self._transform is not None:
-            with global_generators() as seed:
-                for pixels, key in zip(batch.pixels, batch.view_keys.tolist(), strict=True):
-                    seed("rand-augment", key)
-                    image = self._transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-                    pixels.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        for pixels, key, view in zip(batch.pixels.numpy(), batch.keys, batch.items[:, 2].tolist(), strict=True):
+            draws = operation_rng(self._seed, key, view)
+            steps = [step for policy in self._policies for step in policy.draw(draws, *pixels.shape[1:])]
+            if steps:
+                pixels[:] = apply(pixels, steps)
         return self._filled(batch, items[:, :3]) if batch.unreadable else batch
 
     def _filled(self, batch: ViewBatch, items: Items) -> ViewBatch:
@@ -109,49 +72,18 @@ class AugmentedViews:
         rows = [found.get(tuple(row), -1) for row in items.tolist()]
         missing = torch.tensor(rows) < 0
         whole = batch.pick(np.maximum(rows, 0))
-        whole.pixels[missing] = self._grey
+        whole.pixels[missing] = self._fill
         whole.labels[missing] = UNLABELLED
         for place in missing.nonzero().flatten().tolist():
             unit, sample, view = items[place].tolist()
             whole.keys[place] = self._views.shards[unit].members().keys[sample]
             whole.views[place] = View(0, 0, 0, 0, False)
-            whole.view_keys[place] = view_key(self._views.seed or 0, whole.keys[place], view)
+            whole.view_keys[place] = view_key(self._seed, whole.keys[place], view)
         return replace(whole, items=np.ascontiguousarray(items))
 
 
-def erase(images: Float[Tensor, "B 3 S S"], view_keys: Int64[Tensor, " B"], probability: float) -> None:
-    """timm's random erasing in place: normal noise replaces a box of 2 % to 33 % of the area of some images.
-
-    Args:
-        images: standardised images on any device.
-        view_keys: identities of the views, on the CPU.
-        probability: expected share of erased images.
-    """
-    if not probability:
-        return
-    erasing = RandomErasing(probability, mode="pixel", device="cpu")  # equal noise on every device
-    with global_generators() as seed:
-        for image, key in zip(images, view_keys.tolist(), strict=True):
-            seed("erase", key)
-            erasing(_Written(image))
-
-
-class _Written:
-    """The interface of an image that `RandomErasing` uses. Writes reach a GPU without waiting for its queue."""
-
-    def __init__(self, image: Float[Tensor, "3 S S"]) -> None:
-        self._image, self.dtype = image, image.dtype
-
-    def size(self) -> torch.Size:
-        return self._image.size()
-
-    def __setitem__(self, box: Any, noise: Tensor) -> None:
-        noise = noise.pin_memory() if self._image.is_cuda else noise
-        self._image[box].copy_(noise, non_blocking=True)
-
-
 class Mixing:
-    """timm's Mixup: mixup or CutMix per lane of a batch. Image i of a lane is mixed with image i from its other end.
+    """timm's Mixup by batch: mixup or CutMix per lane. Image i of a lane is mixed with image i from its other end.
 
     timm mixes a GPU's batch. A lane lies on one rank, so mixing lanes is the same for every number of ranks.
 
@@ -162,10 +94,7 @@ class Mixing:
     """
 
     def __init__(self, config: AugmentConfig, smoothing: float, num_classes: int) -> None:
-        self._smoothing, self._num_classes = smoothing, num_classes
-        self._mixup = None
-        if config.mixes:
-            self._mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+        self._config, self._smoothing, self._num_classes = config, smoothing, num_classes
 
     def __call__(
         self, images: Float[Tensor, "B 3 S S"], labels: Int64[Tensor, " B"], lanes: Sequence[int], *name: int
@@ -182,16 +111,45 @@ class Mixing:
             The targets, each summing to one. Targets of replacements are zero and train nothing.
         """
         targets = []
-        with global_generators() as seed:
-            shares = zip(lanes, images.chunk(len(lanes)), labels.chunk(len(lanes)), strict=True)
-            for lane, mixed, own in shares:
-                # A replacement dims or covers part of its partner, so it gets the partner's label.
-                known = torch.where(own == UNLABELLED, own.flip(0), own).clamp(min=0)
-                known = known.to(images.device, non_blocking=True)
-                if self._mixup is None:
-                    targets.append(mixup_target(known, self._num_classes, 1.0, self._smoothing))
-                else:
-                    seed("mix", *name, lane)
-                    targets.append(self._mixup(mixed, known)[1])
+        for lane, mixed, own in zip(lanes, images.chunk(len(lanes)), labels.chunk(len(lanes)), strict=True):
+            # A replacement dims or covers part of its partner, so it gets the partner's label.
+            known = torch.where(own == UNLABELLED, own.flip(0), own).clamp(min=0)
+            known = known.to(images.device, non_blocking=True)
+            share = _mix(mixed, self._config, _legacy_rng("mix", *name, lane)) if self._config.mixes else 1.0
+            low = self._smoothing / self._num_classes
+            smooth = torch.full((len(own), self._num_classes), low, device=images.device)
+            smooth.scatter_(1, known[:, None], 1.0 - self._smoothing + low)
+            targets.append(smooth * share + smooth.flip(0) * (1.0 - share))
         stand_ins = (labels == UNLABELLED).to(images.device, non_blocking=True)
         return torch.cat(targets).masked_fill_(stand_ins[:, None], 0.0)
+
+
+def _legacy_rng(*name: object) -> np.random.RandomState:
+    digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8, person=b"tinymim/augment").digest()
+    number = int.from_bytes(digest, "big")
+    return np.random.RandomState([number >> 32, number & 0xFFFFFFFF])
+
+
+def _mix(images: Float[Tensor, "B 3 S S"], config: AugmentConfig, rng: np.random.RandomState) -> float:
+    """Mix each image in place with that from the other end; returns the share that it keeps. Draws in timm's order."""
+    if len(images) % 2:
+        raise ValueError(f"images are mixed in pairs, got {len(images)}")
+    rng.rand()  # timm's probability of mixing, which is 1
+    cuts = config.cutmix > 0 and (config.mixup == 0 or rng.rand() < 0.5)
+    alpha = config.cutmix if cuts else config.mixup
+    share = float(rng.beta(alpha, alpha))
+    if share == 1.0:
+        return share
+    if not cuts:
+        others = images.flip(0).mul_(1.0 - share)
+        images.mul_(share).add_(others)
+        return share
+    height, width = images.shape[-2:]
+    sides = [int(size * math.sqrt(1.0 - share)) for size in (height, width)]
+    middles = [int(rng.randint(0, size)) for size in (height, width)]
+    (top, bottom), (left, right) = (
+        (max(0, middle - side // 2), min(size, middle + (side + 1) // 2))
+        for middle, side, size in zip(middles, sides, (height, width), strict=True)
+    )
+    images[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+    return 1.0 - (bottom - top) * (right - left) / (height * width)

@@ -1,4 +1,4 @@
-"""`tinymim finetune`: train an encoder and a new head on labelled images, with timm's augmentation and loss."""
+"""`tinymim finetune`: train an encoder and a new head on labelled images, with timm's laws of augmentation."""
 
 import contextlib
 import json
@@ -20,11 +20,13 @@ from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 from tinymim.models.files import RANDOM
 from tinymim.models.vit import Normalise, count_parameters
 from tinymim.models.weights import stated
-from tinymim.pipeline.augment import AugmentedViews, Mixing, erase
+from tinymim.pipeline.augment import AugmentedViews, Mixing, policies_of
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
+from tinymim.pipeline.operations import canaries
 from tinymim.pipeline.order import SampleOrder
+from tinymim.pipeline.policies import Constants
 from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.evaluation.classes import count_classes
@@ -68,6 +70,7 @@ def run(recipe: FinetuneRecipe) -> dict[str, Any] | None:
 def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     """`run` on one of the ranks."""
     # ---- sources
+    canaries()
     device = set_up(recipe, ranks)
     require_view_size(recipe.views.size, recipe.model, "model")
     batch_size = recipe.optim.batch_size
@@ -81,7 +84,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     start = load_classifier(model, recipe.model, recipe.weights)
     mean, std, _ = stated(model, recipe.weights)
     mean, std = recipe.mean or mean, recipe.std or std
-    normalise = Normalise(mean, std).to(device)
+    normalise, constants = Normalise(mean, std).to(device), Constants.of(mean, std)
     paths = replace_drop_path(model)
     model.to(device)
     size = recipe.model.img_size
@@ -97,6 +100,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
         "libraries": json.dumps(environment()),
         "timm": json.dumps(timm_arguments(recipe.model, num_classes, recipe.pool)),
         "classes": json.dumps(source.classes),
+        "constants": json.dumps(constants._asdict()),
         "started_from_sha256": start.sha256,
     }
 
@@ -113,7 +117,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     # ---- train
     views = ImageViews(source.shards, RandomViews(recipe.views), seed=recipe.run.seed)
     stream = batches(
-        AugmentedViews(views, recipe.augment.rand_augment, mean),
+        AugmentedViews(views, policies_of(recipe.augment, constants), constants.fill),
         order.plan(books.total_steps),
         recipe.loader,
         pin_memory=device.type == "cuda",
@@ -127,7 +131,6 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
         for step, batch in enumerate(stream, start=books.first_step):
             schedule.unreadable |= dict(batch.unreadable)
             images = normalise(batch.pixels.to(device, non_blocking=True))
-            erase(images, batch.view_keys, recipe.augment.erasing)
             targets = mixing(images, batch.labels, order.lanes, recipe.run.seed, step)
             for part in parts_of(len(places), recipe.optim.accumulate):
                 # Drawn for the whole batch, so that they do not depend on the number of ranks or parts.
@@ -269,6 +272,7 @@ def _export(schedule: ValidationSchedule, start: LoadedWeights, source: ShardSet
         "model": timm_arguments(recipe.model, len(history.confusion), recipe.pool),
         "started_from": {"weights": recipe.weights, "sha256": start.sha256, "new": start.new, "unused": start.dropped},
         "recipe_digest": recipe_digest(recipe),
+        "constants": json.loads(schedule.metadata["constants"]),
         "libraries": environment(),
         "history": history.entries,
         "classes_of_best": by_class(history.confusion, source.classes or held_out.classes),

@@ -161,5 +161,4 @@ def _start_workers(recipe: RunRecipe) -> None:
         case _:
             here = True
     if here and recipe.loader.workers:
-        augment = ["tinymim.pipeline.augment"] if isinstance(recipe, FinetuneRecipe) else []
-        start_server(["tinymim.cli", *augment])  # every worker runs the script of the command, which imports it
+        start_server(["tinymim.cli"])  # every worker runs the script of the command, which imports it

@@ -1,5 +1,6 @@
-"""Augmentations are functions of (run seed, view) and (run seed, step, lane), and timm's."""
+"""Augmentations are functions of (run seed, view) and (run seed, step, lane); mixing is timm's to the bit."""
 
+import hashlib
 import pickle
 import random
 from collections.abc import Iterator
@@ -13,23 +14,31 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
-from tinymim.configs.errors import RecipeError, SourceError
+from tinymim.configs.errors import SourceError
 from tinymim.configs.sections import AugmentConfig, LoaderConfig, SourceConfig, ViewConfig
-from tinymim.models.vit import IMAGENET_MEAN
-from tinymim.pipeline.augment import AugmentedViews, Mixing, erase, global_generators, rand_augment
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from tinymim.pipeline.augment import AugmentedViews, Mixing, policies_of
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.loader import batches
+from tinymim.pipeline.operations import apply
 from tinymim.pipeline.order import Items
+from tinymim.pipeline.policies import Constants, operation_rng
 from tinymim.pipeline.shards import Shard, open_shards
 from tinymim.pipeline.views import RandomViews
 
 STRONG = "rand-m9-mstd0.5-inc1"
 CLASSES = 10
+CONSTANTS = Constants.of(IMAGENET_MEAN, IMAGENET_STD)
 
 
-def views(shards: Path, config: str | None = STRONG, seed: int = 0) -> AugmentedViews:
+def augmented(source: ImageViews, config: str | None = STRONG, erasing: float = 0.25) -> AugmentedViews:
+    policies = policies_of(AugmentConfig(rand_augment=config, erasing=erasing), CONSTANTS)
+    return AugmentedViews(source, policies, CONSTANTS.fill)
+
+
+def views(shards: Path, config: str | None = STRONG, erasing: float = 0.25, seed: int = 0) -> AugmentedViews:
     source = ImageViews(open_shards(SourceConfig(shards=shards)).shards, RandomViews(ViewConfig(size=32)), seed=seed)
-    return AugmentedViews(source, config, IMAGENET_MEAN)
+    return augmented(source, config, erasing)
 
 
 def some_items(count: int = 12) -> Items:
@@ -65,7 +74,7 @@ def test_what_a_view_becomes_depends_on_no_batch_and_no_worker(drawn_shards: Pat
 
 def test_another_seed_or_view_is_another_image_and_null_is_the_view_itself(drawn_shards: Path) -> None:
     items = some_items(25)
-    plain = views(drawn_shards, None).batch(items)
+    plain = views(drawn_shards, None, erasing=0).batch(items)
     first, other = (views(drawn_shards, seed=seed).batch(items) for seed in (0, 1))
     assert plain.views == first.views == other.views
     for a, b in ((first, other), (first, plain)):
@@ -76,10 +85,20 @@ def test_another_seed_or_view_is_another_image_and_null_is_the_view_itself(drawn
     assert not torch.equal(views(drawn_shards).batch(later).pixels, first.pixels)
 
 
-def test_what_timm_does_not_understand_is_refused() -> None:
-    for config in ("strong", "rand-m9-zz3", ""):
-        with pytest.raises(RecipeError, match="rand_augment"):
-            rand_augment(config, 32, IMAGENET_MEAN)
+def test_a_view_is_what_its_policies_draw(drawn_shards: Path) -> None:
+    items = some_items()
+    plain, strong = (views(drawn_shards, *given).batch(items) for given in ((None, 0), (STRONG, 0.25)))
+    policies = policies_of(AugmentConfig(), CONSTANTS)
+    for row, key in enumerate(plain.keys):
+        draws = operation_rng(0, key, 3)
+        steps = [step for policy in policies for step in policy.draw(draws, 32, 32)]
+        assert np.array_equal(apply(plain.pixels[row].numpy(), steps), strong.pixels[row].numpy())
+
+
+def test_views_without_a_seed_are_refused(drawn_shards: Path) -> None:
+    shards = open_shards(SourceConfig(shards=drawn_shards)).shards
+    with pytest.raises(ValueError, match="seed"):
+        augmented(ImageViews(shards, RandomViews(ViewConfig(size=32))))
 
 
 # ---------------------------------------------------------------- images that cannot be read
@@ -101,7 +120,7 @@ class Holes(ImageViews):
 def test_an_unreadable_image_leaves_all_others_where_they_are(drawn_shards: Path) -> None:
     items, whole = some_items(), views(drawn_shards).batch(some_items())
     shards: tuple[Shard, ...] = open_shards(SourceConfig(shards=drawn_shards)).shards
-    source = AugmentedViews(Holes(shards, RandomViews(ViewConfig(size=32)), seed=0), STRONG, IMAGENET_MEAN)
+    source = augmented(Holes(shards, RandomViews(ViewConfig(size=32)), seed=0))
     found = source.batch(items)
     holes = torch.zeros(len(items), dtype=torch.bool)
     holes[list(Holes.holes)] = True
@@ -113,29 +132,13 @@ def test_an_unreadable_image_leaves_all_others_where_they_are(drawn_shards: Path
         source.batch(items[[2, 5]])
 
 
-# ---------------------------------------------------------------- erasing
-
-
-def noise(count: int = 64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.full((count, 3, 32, 32), 9.0), torch.randint(2**62, (count,), generator=generator)
-
-
-def test_erasing_belongs_to_the_view() -> None:
-    images, keys = noise()
-    erase(images, keys, 0.25)
-    erased = (images != 9.0).any(dim=1)
-    share = erased.flatten(1).float().mean(dim=1)
-    assert 8 <= int((share > 0).sum()) <= 24 and float(share.max()) < 0.4
-    box = images.permute(0, 2, 3, 1)[erased]
-    assert abs(float(box.mean())) < 0.1 and float(box.std()) == pytest.approx(1.0, abs=0.1)
-    apart, _ = noise()
-    for part in (slice(40, 64), slice(0, 40)):
-        erase(apart[part], keys[part], 0.25)
-    assert torch.equal(apart, images)
-    none, _ = noise()
-    erase(none, keys, 0.0)
-    assert bool((none == 9.0).all())
+def test_erasing_belongs_to_the_view(drawn_shards: Path) -> None:
+    items = np.concatenate([some_items(16) + np.array([0, 0, number]) for number in range(8)])
+    plain, erased = (views(drawn_shards, None, share).batch(items) for share in (0.0, 0.25))
+    share = (plain.pixels != erased.pixels).any(dim=1).flatten(1).float().mean(dim=1)
+    assert 20 <= int((share > 0).sum()) <= 44 and float(share.max()) < 0.4
+    apart = [views(drawn_shards, None).batch(items[part]).pixels for part in (slice(40, 128), slice(0, 40))]
+    assert torch.equal(torch.cat(apart[::-1]), erased.pixels)
 
 
 # ---------------------------------------------------------------- mixup and CutMix
@@ -161,13 +164,25 @@ def test_a_lane_is_mixed_alike_on_one_rank_and_on_many(config: dict[str, Any]) -
     assert len(shares) >= 2  # every lane draws for itself
 
 
-def test_one_lane_is_timms_mixup() -> None:
-    images, targets = mixed([0])
+@pytest.mark.parametrize("config", [{}, {"cutmix": 0}, {"mixup": 0}, {"mixup": 0.3, "cutmix": 0.4}], ids=str)
+def test_one_lane_is_timms_mixup(config: dict[str, Any]) -> None:
+    """To the bit, if timm's generator is seeded as that of the lane."""
     original, _ = mixed([0], mixup=0, cutmix=0)
-    with global_generators() as seed:
-        seed("mix", 0, 7, 0)
-        wanted = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)(original, torch.arange(16) % CLASSES)
-    assert torch.equal(images, wanted[0]) and torch.equal(targets, wanted[1])
+    theirs = Mixup(config.get("mixup", 0.8), config.get("cutmix", 1.0), label_smoothing=0.1, num_classes=CLASSES)
+    state = np.random.get_state()
+    for lane in range(12):
+        images, targets = mixed([lane], **config)
+        name = f"mix/0/7/{lane}".encode()
+        number = int.from_bytes(hashlib.blake2b(name, digest_size=8, person=b"tinymim/augment").digest(), "big")
+        np.random.seed([number >> 32, number & 0xFFFFFFFF])
+        wanted = theirs(original.clone(), torch.arange(16) % CLASSES)
+        assert torch.equal(images, wanted[0]) and torch.equal(targets, wanted[1])
+    np.random.set_state(state)
+
+
+def test_an_odd_lane_is_refused() -> None:
+    with pytest.raises(ValueError, match="in pairs, got 3"):
+        mixed([0], slice(0, 3))
 
 
 def test_without_mixing_the_loss_is_that_of_smoothed_labels() -> None:

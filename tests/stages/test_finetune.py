@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
+from tinymim.configs.errors import CheckpointError, RecipeError, SourceError, ViewMismatch
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier
 from tinymim.models.vit import Normalise, build_vit
+from tinymim.pipeline import operations
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import open_shards
@@ -68,12 +69,23 @@ def test_the_files_load_into_timm_and_are_what_the_report_says(whole: tuple[Path
         with safe_open(folder / name, framework="pt") as file:
             metadata = file.metadata()
         assert metadata["made_by"] == "tinymim finetune" and len(json.loads(metadata["classes"])) == 10
+        assert json.loads(metadata["constants"]) == report["constants"]
         assert json.loads(metadata["validation"])["step"] == about["step"]
         model = timm.create_model(**json.loads(metadata["timm"]))
         model.load_state_dict(state, strict=True)
         assert timm.create_model(**report["model"]).load_state_dict(state) and model.num_classes == 10
     assert set(report["weights"]) == {"last.safetensors", "best.safetensors", "last-ema.safetensors"}
     assert report["recipe_digest"] == recipe_digest(recipe(shards, folder))
+    assert report["constants"]["fill"] == [124, 116, 104]
+    assert report["constants"]["deviation"] == pytest.approx([58.395, 57.12, 57.375])
+
+
+def test_a_machine_that_makes_other_pixels_is_refused(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "CANARIES", {**operations.CANARIES, "rotate": "0" * 16})
+    with pytest.raises(ViewMismatch, match="other pixels here: rotate"):
+        finetune.run(recipe(shards, tmp_path))
 
 
 def test_every_epoch_is_validated_and_the_best_is_the_averages(whole: tuple[Path, Report]) -> None:
@@ -298,8 +310,8 @@ def test_a_step_moves_a_layer_by_its_share_of_the_rate(shards: Path, tmp_path: P
 def test_what_does_not_fit_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"views\.size is not model\.img_size"):
         finetune.run(recipe(shards, tmp_path, views={"size": 64}))
-    with pytest.raises(RecipeError, match="rand_augment"):
-        finetune.run(recipe(shards, tmp_path, augment={"rand_augment": "much"}))
+    with pytest.raises(ValueError, match=r"augment\.rand_augment\n.*got 'much'"):
+        recipe(shards, tmp_path, augment={"rand_augment": "much"})
     with pytest.raises(SourceError, match="no shards match"):
         finetune.run(recipe(shards, tmp_path, val={"shards": shards, "pattern": "val-*.tar"}))
     with pytest.raises(ValueError, match=r"multiple of 2 x order\.lanes; got 6 and 2 lanes"):
