@@ -8,11 +8,7 @@ import itertools
 import math
 import threading
 from collections import Counter
-<<<<<<< HEAD
-from collections.abc import Iterable, Sequence
-=======
-from collections.abc import Iterator, Mapping, Sequence
->>>>>>> units
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
