@@ -53,7 +53,7 @@ from tinymim.stages import cache_teacher
 from tinymim.stages.training.optim import parts_of
 from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import Student, StudentStep, make_students
-from tinymim.storage.layout import encode_array
+from tinymim.storage.blocks import encode_arrays
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import Answers, Loss, StudentTarget, Target, TargetKind
 from tinymim.targets.kinds import make_kind
@@ -297,8 +297,7 @@ def stage_one_s(setting: Setting) -> float:
     for _ in range(3):
         began = now_s(setting.device)
         records = setting.kind.encode(setting.teacher(pixels), keys)
-        for name, array in records.items():
-            encode_array(name, array.cpu().numpy())
+        encode_arrays({name: array.cpu().numpy() for name, array in records.items()})
         walls.append((now_s(setting.device) - began) / len(pixels))
     return statistics.median(walls[1:])
 

@@ -11,12 +11,10 @@ for a shard of the same size, content hash and modification time, because an ind
 lost, damaged or stale file costs time, nothing else.
 """
 
-import itertools
 import json
 import mmap
 import os
 import struct
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -29,7 +27,7 @@ from typing import Final, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from tinymim.storage.atomic import DAY_S, HOST, PARTIAL_SUFFIX, fsync_folder
+from tinymim.storage.atomic import fsync_folder, partial_path, remove_partials
 
 MEMBERS_NAME: Final = "index.members"
 MAPPED_SHARDS: Final = 128  # shards whose members a process keeps mapped; each takes a file descriptor
@@ -37,7 +35,6 @@ _ALIGN: Final = 4096  # a block is mapped from a page on
 _ARRAYS: Final = 4
 _TAIL: Final = struct.Struct("<qqII")
 _FORMAT: Final = 0x316D6D74  # "tmm1"; another one where another image or label would be found in a tar
-_numbers = itertools.count()
 
 
 class Keys(Sequence[str]):
@@ -136,14 +133,12 @@ class MembersWriter:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / MEMBERS_NAME
-        self._partial = folder / f"{MEMBERS_NAME}.{HOST}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}"
+        self._partial = partial_path(self._path)
         self._entries: list[Entry] = []
 
     def __enter__(self) -> Self:
-        for left in self._path.parent.glob(f"{MEMBERS_NAME}.*{PARTIAL_SUFFIX}"):  # of a killed process
-            with suppress(OSError):
-                if time.time() - left.stat().st_mtime > DAY_S:
-                    left.unlink()
+        with suppress(OSError):
+            remove_partials([self._path.parent])  # of killed processes
         self._file = open(self._partial, "wb")  # closed in __exit__
         return self
 

@@ -100,7 +100,7 @@ def link_partial(temp: Path, path: Path) -> bool:
 @contextmanager
 def partial_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """A temporary file in the folder of `path`, open for writing; it is removed when the block is left."""
-    temp = _partial_of(path)
+    temp = partial_path(path)
     try:
         with open(temp, "wb") as file:
             yield temp, file
@@ -185,7 +185,7 @@ def _machine_digest() -> str:
 
 def _write_partial(path: Path, data: bytes) -> Path:
     """Write `data` to a durable temporary file in the folder of `path`; its name holds the writer's machine and pid."""
-    temp = _partial_of(path)
+    temp = partial_path(path)
     try:
         with open(temp, "wb") as file:
             file.write(data)
@@ -198,5 +198,6 @@ def _write_partial(path: Path, data: bytes) -> Path:
     return temp
 
 
-def _partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
+    """A new name for a temporary file of `path`, in its folder; it says which process of which machine writes it."""
     return path.with_name(f"{path.name}.{_machine_digest()}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_page_reads_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    records = {
+    records: dict[str, np.ndarray[Any, Any]] = {
         "code": np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5),
         "scale": np.arange(12, dtype=np.float16).reshape(3, 4),
     }

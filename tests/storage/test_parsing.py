@@ -325,9 +325,9 @@ def test_records_that_claim_much_fail_before_anything_is_allocated(tmp_path: Pat
     parts = info.parts
     assert parts.keys is not None
     claims: dict[str, dict[str, Any]] = {
-        "views": {"views": (dataclasses.replace(parts.views[0], size_bytes=size), parts.views[1])},
-        "keys": {"keys": dataclasses.replace(parts.keys, size_bytes=size)},
-        "head": {"head": dataclasses.replace(parts.head, size_bytes=size)},
+        "views": {"views": (parts.views[0]._replace(size_bytes=size), parts.views[1])},
+        "keys": {"keys": parts.keys._replace(size_bytes=size)},
+        "head": {"head": parts.head._replace(size_bytes=size)},
         "images": {},
     }
     record = dataclasses.replace(
