@@ -122,7 +122,7 @@ def test_without_an_identity_of_the_machine_nothing_is_proved(
     write_lease(store, machine=None, pid=NO_PROCESS, lease_s=1e9)
     watcher = Leases(store)
     assert not watcher.claim("a") and list(watcher.living()) == ["a"]
-    partial = atomic._partial_of(tmp_path / "x")
+    partial = atomic.partial_path(tmp_path / "x")
     partial.write_bytes(b"")
     monkeypatch.setattr(atomic, "_NOWHERE", "another process")
     remove_partials([tmp_path])
