@@ -86,14 +86,14 @@ class CacheBoard:
         )
 
 
-def raise_failures(ledger: Ledger, place: object) -> None:
-    """Raises UnitsFailed if units were given up; it names the first `LISTED` of them."""
+def raise_failures(ledger: Ledger, owner: str) -> None:
+    """Raises UnitsFailed if units of `owner` were given up; it names the first `LISTED` of them."""
     if not ledger.failures:
         return
     lines = [f"\n  {unit}: {reason}" for unit, reason in sorted(ledger.failures.items())]
     more = f"\n  and {len(lines) - LISTED} more, listed above when they failed" if len(lines) > LISTED else ""
     raise UnitsFailed(
-        f"{len(lines)} unit(s) of {place} could not be made; all the others are committed:"
+        f"{len(lines)} unit(s) of {owner} could not be made; all the others are committed:"
         + "".join(lines[:LISTED])
         + more,
         hint="repair these shards and run the same command again, or train on the rest with on_missing: skip",

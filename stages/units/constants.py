@@ -36,7 +36,7 @@ def require_rebuildable(kind: TargetKind, teacher: Teacher) -> None:
 def settle_constants(
     writer: CacheWriter, recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher
 ) -> dict[str, Tensor] | None:
-    """The constants of the recipe's codec, on the teacher's device; calibrated and written if the cache has none.
+    """The constants of the recipe's codec, on the teacher's device; calibrated and written if its layer has none.
 
     Returns:
         None for a codec without constants.
@@ -51,17 +51,18 @@ def settle_constants(
     if not kind.calibration_views:
         return None
     device = teacher.normalise.mean.device
-    stored = on_device(writer.constants(), device)
+    layer = recipe.layer_name
+    stored = on_device(writer.constants(layer), device)
     if stored is not None:
         return stored
-    with writer.exclusively_constants():
+    with writer.exclusively_constants(layer):
         # Read again: another job may have calibrated while this one waited for the lease.
-        stored = on_device(writer.constants(), device)
+        stored = on_device(writer.constants(layer), device)
         if stored is not None:
             return stored
         _require_same_order(writer, source)
         constants = calibrated(kind, recipe.views, recipe.given_batch_size, source, teacher)
-        writer.write_constants({name: array.numpy() for name, array in constants.items()})
+        writer.write_constants(layer, {name: array.numpy() for name, array in constants.items()})
     return {name: array.to(device) for name, array in constants.items()}
 
 

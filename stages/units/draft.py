@@ -1,4 +1,4 @@
-"""A unit while it is filled, batch by batch in tar order: keys, views, digests, encoded arrays, audit."""
+"""Batches behind the teacher, and the part of a unit that they fill: keys, digests, records, audit."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from tinymim.stages.run.progress import logger
 from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.timing import Marks
+from tinymim.storage.blocks import DIGEST
 from tinymim.storage.layout import UnitId
 from tinymim.targets.contract import TargetKind
 
@@ -106,58 +107,86 @@ def _picked(array: Tensor, rows: Tensor) -> Tensor:
     return array[rows]
 
 
-class Draft:
-    """A unit's records so far. The thread "collect" makes and fills it, then hands it to the thread "write"."""
+class UnitPart:
+    """The records of all images of a unit for some of its views. "collect" fills it, then hands it to "write".
 
-    def __init__(self, unit: UnitId, audit: UnitAudit) -> None:
-        self.unit, self.audit = unit, audit
+    Args:
+        unit: the unit.
+        views: k adjacent views of it.
+        num_images: images of the shard.
+        audit: the unit's audit, which its parts share.
+
+    Attributes:
+        keys: one key per readable image, I of them.
+        unreadable: (key, reason) of the others.
+    """
+
+    def __init__(self, unit: UnitId, views: range, num_images: int, audit: UnitAudit) -> None:
+        self.unit, self.views, self.audit = unit, views, audit
+        self.keys: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
-        self._keys: list[str] = []
-        self._parts: list[dict[str, npt.NDArray[Any]]] = []
+        self._num_images = num_images
+        self._arrays: dict[str, npt.NDArray[Any]] = {}  # [k, images of the shard, ...]
+
+    @property
+    def begins_unit(self) -> bool:
+        """Whether it is the unit's first part."""
+        return self.views.start == self.unit.first_view
+
+    @property
+    def ends_unit(self) -> bool:
+        """Whether it is the unit's last part."""
+        return self.views.stop == self.unit.views.stop
 
     def add(self, encoded: EncodedBatch) -> None:
-        """Append a batch, after `marks.wait()`."""
-        batch = encoded.batch
+        """Add a batch, after `marks.wait()`."""
+        batch, num_views = encoded.batch, len(self.views)
         self.unreadable += batch.unreadable
         if not batch.keys:
             return
-        self._keys += batch.keys
-        # Copied out of pinned memory: a whole unit of it is too much, and torch never returns it to the system.
-        parts = {name: array.clone() if array.is_pinned() else array for name, array in encoded.arrays.items()}
-        self._parts.append(batch.stored() | {name: part.numpy() for name, part in parts.items()})
+        begin, keys = len(self.keys), batch.keys[::num_views]
+        self.keys += keys
+        arrays = {DIGEST: low_digests(batch)} | {name: array.numpy() for name, array in encoded.arrays.items()}
+        for name, values in arrays.items():
+            shape = values.shape[1:]
+            if name not in self._arrays:
+                self._arrays[name] = np.empty((num_views, self._num_images, *shape), values.dtype)
+            # Batches hold the views of an image next to each other, units the images of a view. The copy also frees
+            # pinned memory: a whole part of it is too much, and torch never returns it to the system.
+            by_view = values.reshape(len(keys), num_views, *shape).swapaxes(0, 1)
+            self._arrays[name][:, begin : len(self.keys)] = by_view
 
     def compare(self, views: AuditedViews) -> None:
         """Add views to the unit audit (I5)."""
         self.audit.add(views.tapped, views.pixels, views.records, views.view_keys)
 
-    def keys(self) -> list[str]:
-        """One key per readable image."""
-        return self._keys[:: self.unit.num_views]
+    def records(self) -> dict[str, npt.NDArray[Any]]:
+        """The codec's arrays, [k, I, ...]; empty without readable images."""
+        return {name: values[:, : len(self.keys)] for name, values in self._arrays.items() if name != DIGEST}
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """All arrays of the unit, first axis records; empty without records."""
-        if not self._parts:
-            return {}
-        return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+    def digests(self) -> npt.NDArray[Any]:
+        """uint32 [k, I]: the digests that the view layer holds."""
+        return self._arrays[DIGEST][:, : len(self.keys)]
 
-    def statistics(self) -> dict[str, Any]:
-        """The commit record's statistics: fidelity (I5) and unreadable images."""
-        return {"fidelity": self.audit.summary(), "unreadable": [list(row) for row in self.unreadable]}
-
-    def refuse_too_many_unreadable(self, count: int, max_share: float) -> None:
-        """Print how many of the shard's `count` images are unreadable.
+    def refuse_too_many_unreadable(self, max_share: float) -> None:
+        """Print how many of the shard's images are unreadable.
 
         Raises:
             SourceError: all are, or more than the share `max_share`.
         """
-        if self.unreadable:
-            missing = f"{len(self.unreadable)} of {count} images of {self.unit.shard}"
-            logger.info(f"cache-teacher: {missing} are unreadable and skipped")
-        if len(self.unreadable) > max_share * count or len(self.unreadable) == count:
+        lost, count = len(self.unreadable), self._num_images
+        if lost:
+            logger.info(f"cache-teacher: {lost} of {count} images of {self.unit.shard} are unreadable and skipped")
+        if lost > max_share * count or lost == count:
             key, reason = self.unreadable[0]
             raise SourceError(
                 f"too many unreadable images in shard {self.unit.shard}, the first is '{key}' ({reason})",
-                got=f"{len(self.unreadable)} of {count}",
+                got=f"{lost} of {count}",
                 expected=f"at most {max_share:.1%}",
                 hint="repair the shard, or raise max_unreadable",
             )
+
+
+def low_digests(batch: ViewBatch) -> npt.NDArray[np.uint32]:
+    """uint32 [B]: the low 32 bits of the digest of every view's pixels (I2)."""
+    return batch.digests().numpy().astype(np.uint32)

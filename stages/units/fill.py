@@ -13,7 +13,7 @@ from tinymim.stages.units.board import CacheBoard, raise_failures
 from tinymim.stages.units.job import TeacherJob
 from tinymim.stages.units.ledger import LOOK_AGAIN_S, Ledger, UnitReport, missing_units
 from tinymim.stages.units.prepare import Prepared, cache_place
-from tinymim.storage.layout import UnitId
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.writer import CacheWriter
 
 
@@ -22,36 +22,41 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
 
     Args:
         recipe: the cache recipe to run.
-        parts: the recipe's source, teacher and manifest, from `prepare`.
-        cut_like: former units; their missing views become the same units again, not parts of longer ones.
+        parts: the recipe's source, teacher, manifest and layer, from `prepare`.
+        cut_like: former units of the layer; their missing views become the same units again, not parts of longer ones.
 
     Raises:
         CacheMismatch: the existing cache was made from another recipe or other data.
         UnitsFailed: some units could not be made; the others are committed.
         Interrupted: stopped by a signal; committed units are safe.
     """
-    source, manifest = parts.source, parts.manifest
+    source, manifest, layer = parts.source, parts.manifest, parts.layer
 
     # ---- join the jobs that write this cache
-    place = cache_place(recipe, manifest)
+    place = cache_place(recipe, layer)
     with (
         _cluster(recipe),
-        CacheWriter.open(place, manifest, recipe.lease_s) as writer,
+        CacheWriter.open(place, manifest, [layer], recipe.lease_s) as writer,
         RunFolder(recipe, None) as log,  # a metric line per committed unit, of every job
         StopFlag() as stop,
     ):
         for difference in writer.environment_differences:
             logger.info(f"cache-teacher: warning: {difference}")
-        specs = parts.kind.specs(manifest.shapes)
-        record_bytes = sum(spec.size_bytes for spec in specs)
+        record_bytes = sum(spec.size_bytes for spec in parts.kind.specs(layer.shapes))
         logger.info(
             f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB "
             f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
-            f"spec {manifest.spec_id}"
+            f"layer {layer.name}, spec {layer.spec_id}"
         )
-        ledger = Ledger(lambda: missing_units(source, writer.refresh(), recipe.num_views, cut_like), recipe.retries)
+
+        def missing() -> list[UnitId]:
+            held, view_units = writer.refresh(layer.name), writer.refresh(VIEWS)
+            return missing_units(source, held, view_units, recipe.num_views, recipe.views_per_unit, cut_like)
+
+        ledger = Ledger(missing, recipe.retries)
+        complete = f"layer {layer.name} of {place} is complete: {recipe.num_views} views of every image"
         if not ledger.left():
-            logger.info(f"cache-teacher: nothing to do, {place} is complete")
+            logger.info(f"cache-teacher: nothing to do, {complete}")
             return
 
         # ---- teacher over every batch; a unit is written when its last batch is encoded
@@ -63,8 +68,8 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
                 _work_here(job, ledger, board, stop)
             else:
                 _work_on_cluster(recipe, source, ledger, board, stop)
-    raise_failures(ledger, place)
-    logger.info(f"cache-teacher: {place} is complete; `tinymim cache info {place}` describes it")
+    raise_failures(ledger, f"layer {layer.name} of {place}")
+    logger.info(f"cache-teacher: {complete}; `tinymim cache info {place}` describes it")
 
 
 # ---------------------------------------------------------------- in this process

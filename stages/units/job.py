@@ -3,9 +3,13 @@
     loader processes     read, decode, crop                     ahead by loader.prefetch batches each
     this thread          claim units; teacher and codec on the device
     thread "collect"     copies to the CPU, digests, audit      two batches behind
-    thread "write"       compress, write, sync, commit          one unit behind
+    thread "write"       compress, write, sync, commit          one part of a unit behind
 
 All queues are short, so the slowest stage throttles those before it.
+
+A unit is made in parts of at most `views_per_decode` views of all its images. Memory does not depend on the number of
+views: two parts, each of `views_per_decode` x images of a shard x (bytes of a record + 4); up to six batches of
+`batch_size` images with `views_per_decode` views each; the loader's own batches. An object store adds a unit's file.
 """
 
 import contextlib
@@ -31,16 +35,17 @@ from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.background import Background
 from tinymim.stages.units.batch_size import find_images_per_batch
 from tinymim.stages.units.constants import settle_constants
-from tinymim.stages.units.draft import AuditedViews, Draft, EncodedBatch, encode
+from tinymim.stages.units.draft import AuditedViews, EncodedBatch, UnitPart, encode
+from tinymim.stages.units.filling import UnitFilling
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.ledger import Piece, UnitBatches, UnitReport
 from tinymim.stages.units.timing import Stopwatch
-from tinymim.storage.layout import UnitId
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.writer import CacheWriter, UnitTaken
 from tinymim.targets.kinds import make_kind
 
 COLLECT_DEPTH = 2  # batches
-WRITE_DEPTH = 1  # units
+WRITE_DEPTH = 1  # parts of a unit; `_Collector` gives the next one when the one before is written
 
 
 class Units(Protocol):
@@ -68,7 +73,7 @@ class Stop(Protocol):
 
 
 class TeacherJob:
-    """A teacher, its codec and the writer of their cache.
+    """A teacher, its codec and the writer of their layer.
 
     Args:
         recipe: the cache recipe.
@@ -92,7 +97,7 @@ class TeacherJob:
         self.recipe, self.device, self.source, self.teacher, self.writer = recipe, device, source, teacher, writer
         constants = settle_constants(writer, recipe, source, teacher)
         self.kind = make_kind(recipe.codec, recipe.teacher.block, constants=constants)
-        shapes = writer.manifest.shapes
+        shapes = writer.layers[recipe.layer_name].shapes
         reference = reference_student(self.kind, recipe.views.size, shapes)
         self._probe = GradientProbe(self.kind, reference.to(device), shapes)
         self._views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
@@ -124,16 +129,20 @@ class TeacherJob:
         # Reports go from "write" back to this thread, the only one that may call `units`. The queue needs no bound:
         # those before it limit how many drafts exist.
         self._finished: queue.SimpleQueue[UnitReport] = queue.SimpleQueue()
+        filling = UnitFilling(self.writer, self.recipe.layer_name, self.recipe.max_unreadable)
+        writing = _Writing(filling, watch, self._finished)
         try:
             # Leaving the blocks ends "collect" before "write": what is collected can still be written.
-            with Background[Draft]("write", lambda draft: self._write(draft, watch), WRITE_DEPTH) as write:
-                collector = _Collector(self, watch, write)
-                with Background("collect", collector.add, COLLECT_DEPTH) as collect:
-                    while not self._round(units, stop, watch, collect):
-                        pass
-                    with watch.during("waited_behind"):
-                        collect.drain()
-                        write.drain()
+            with (
+                contextlib.closing(filling),
+                Background("write", writing.add, WRITE_DEPTH) as write,
+                Background("collect", _Collector(self, watch, write).add, COLLECT_DEPTH) as collect,
+            ):
+                while not self._round(units, stop, watch, collect):
+                    pass
+                with watch.during("waited_behind"):
+                    collect.drain()
+                    write.drain()
         except Interrupted:
             self._settle_finished(units, watch)  # the units that were written while the blocks were left
             raise
@@ -141,7 +150,12 @@ class TeacherJob:
 
     def _round(self, units: Units, stop: Stop, watch: Stopwatch, collect: Background[EncodedBatch]) -> bool:
         """Run one loader to its end. False: an unreadable shard ended it, and other units may be left."""
-        pieces = UnitBatches(self.source, self.images_per_batch, lambda wait: self._claimed(units, wait, watch))
+        pieces = UnitBatches(
+            self.source,
+            self.images_per_batch,
+            self.recipe.views_per_decode,
+            lambda wait: self._claimed(units, wait, watch),
+        )
         plan = pieces.plan()
         # Starting a loader's processes takes seconds, so the first unit is claimed before.
         first = next(plan, None)
@@ -167,8 +181,10 @@ class TeacherJob:
                     return True
                 piece = pieces.next_piece()
                 if piece is not None:
-                    # The audit's views are counted here, because "collect" is two batches behind.
-                    audit_views = self.recipe.audit_views if piece.first else audit_views
+                    # The audit's views are counted here, because "collect" is two batches behind. They are of a unit's
+                    # first part: further views of the same images are too alike.
+                    if piece.first:
+                        audit_views = self.recipe.audit_views if piece.begins_unit else 0
                     encoded = encode(self.teacher, self.kind, batch, piece, audit_views, self.device)
                     audit_views -= 0 if encoded.audited is None else len(encoded.audited.view_keys)
                     with watch.during("waited_behind"):
@@ -191,9 +207,16 @@ class TeacherJob:
                 if may_wait and units.more_may_come:
                     continue
                 return None
-            if self.writer.claim(unit):
-                return unit
+            if self.writer.claim(self.recipe.layer_name, unit):
+                if self._fits_views(unit):
+                    return unit
+                self.writer.give_back(unit)
             units.settle(UnitReport(unit, "elsewhere"))
+
+    def _fits_views(self, unit: UnitId) -> bool:
+        """Whether a unit lies within a unit of the view layer or outside all; another job may have added views."""
+        shared = [other for other in self.writer.of_shard(VIEWS, unit.shard) if other.overlaps(unit)]
+        return all(set(unit.views) <= set(other.views) for other in shared)
 
     def _settle_finished(self, units: Units, watch: Stopwatch) -> None:
         with contextlib.suppress(queue.Empty):
@@ -211,53 +234,39 @@ class TeacherJob:
 
     # ---- in the thread "collect"
 
-    def new_draft(self, unit: UnitId) -> Draft:
-        """An empty draft of a unit."""
-        return Draft(unit, UnitAudit(self._probe, self.recipe.audit_views))
+    def new_audit(self) -> UnitAudit:
+        """An empty audit of a unit."""
+        return UnitAudit(self._probe, self.recipe.audit_views)
 
-    def compare(self, draft: Draft, views: AuditedViews) -> None:
-        """Add views to a draft's audit; on a GPU this overlaps with the teacher."""
+    def num_images(self, unit: UnitId) -> int:
+        """Images of the unit's shard."""
+        return self._counts[unit.shard]
+
+    def compare(self, part: UnitPart, views: AuditedViews) -> None:
+        """Add views to the audit of a part's unit; on a GPU this overlaps with the teacher."""
         if self._audit_stream is None:
-            draft.compare(views)
+            part.compare(views)
             return
         with torch.cuda.stream(self._audit_stream):
-            draft.compare(views)
+            part.compare(views)
         # The views' memory belongs to the teacher's stream, which may reuse it as soon as they are freed.
         self._audit_stream.synchronize()
 
-    # ---- in the thread "write"
-
-    def _write(self, draft: Draft, watch: Stopwatch) -> None:
-        with watch.during("write"):
-            self._finished.put(self._written(draft))
-
-    def _written(self, draft: Draft) -> UnitReport:
-        """Commit a unit. Another job may have done it, if it believed this one dead."""
-        unit = draft.unit
-        try:
-            draft.refuse_too_many_unreadable(self._counts[unit.shard], self.recipe.max_unreadable)
-            info = self.writer.write_unit(unit, draft.keys(), draft.arrays(), draft.statistics())
-        except UnitTaken as taken:
-            logger.info(f"cache-teacher: {taken.what} now ({taken.got}); what was computed of it is dropped")
-            return UnitReport(unit, "elsewhere")
-        except SourceError as error:
-            return UnitReport(unit, "failed", in_one_line(error))
-        stored_bytes = sum(file.size_bytes for file in info.files.values())
-        return UnitReport(unit, "committed", "", info.num_images, info.num_records, stored_bytes)
-
 
 class _Collector:
-    """Fills drafts with batches from the device, and gives whole ones to the thread "write"."""
+    """Fills parts of units with batches from the device, and gives whole ones to the thread "write"."""
 
-    def __init__(self, job: TeacherJob, watch: Stopwatch, write: Background[Draft]) -> None:
+    def __init__(self, job: TeacherJob, watch: Stopwatch, write: Background[UnitPart]) -> None:
         self._job, self._watch, self._write = job, watch, write
-        self._draft: Draft | None = None
+        self._part: UnitPart | None = None
 
     def add(self, encoded: EncodedBatch) -> None:
-        """Add the next batch; batches come in tar order, unit after unit."""
+        """Add the next batch; batches come in tar order, part after part, unit after unit."""
         piece: Piece = encoded.piece
-        if piece.first or self._draft is None:  # drops the draft of a unit that ended half-way, with its loader
-            self._draft = self._job.new_draft(piece.unit)
+        if piece.begins_unit:
+            self._audit = self._job.new_audit()
+        if piece.first or self._part is None:  # drops the part of a unit that ended half-way, with its loader
+            self._part = UnitPart(piece.unit, piece.views, self._job.num_images(piece.unit), self._audit)
         if encoded.marks is not None:
             # The wait for the GPU is here, up to two batches behind, so that the launching thread never waits for it.
             encoded.marks.wait()
@@ -268,8 +277,45 @@ class _Collector:
             require_finite(encoded.finite)
         if encoded.audited is not None:
             with self._watch.during("audit"):
-                self._job.compare(self._draft, encoded.audited)
-        self._draft.add(encoded)
+                self._job.compare(self._part, encoded.audited)
+        self._part.add(encoded)
         if piece.last:
-            self._write.give(self._draft)
-            self._draft = None
+            self._write.drain()  # so that one part is written while one is collected, and no third one exists
+            self._write.give(self._part)
+            self._part = None
+
+
+class _Writing:
+    """Writes parts in the thread "write", and reports their units."""
+
+    def __init__(self, filling: UnitFilling, watch: Stopwatch, finished: "queue.SimpleQueue[UnitReport]") -> None:
+        self._filling, self._watch, self._finished = filling, watch, finished
+        self._ended: UnitReport | None = None  # of a unit that ended before its last part
+
+    def add(self, part: UnitPart) -> None:
+        """Write a part. A unit is reported after its last one, when no more of it can come."""
+        with self._watch.during("write"):
+            if part.begins_unit:
+                self._ended = None
+            report = self._ended or self._written(part)
+        if part.ends_unit and report is not None:
+            self._finished.put(report)
+        else:
+            self._ended = report
+
+    def _written(self, part: UnitPart) -> UnitReport | None:
+        unit = part.unit
+        try:
+            done = self._filling.add(part)
+        except UnitTaken as taken:  # by another job, if it believed this one dead
+            logger.info(f"cache-teacher: {taken.what} now ({taken.got}); what was computed of it is dropped")
+            report = UnitReport(unit, "elsewhere")
+        except SourceError as error:
+            report = UnitReport(unit, "failed", in_one_line(error))
+        else:
+            if not done:
+                return None
+            stored_bytes = sum(info.size_bytes for info in done)
+            return UnitReport(unit, "committed", "", done[-1].num_images, done[-1].num_records, stored_bytes)
+        self._filling.close()
+        return report

@@ -1,7 +1,7 @@
 """The ledger of units: which are left, how often each was tried; and the batches of a unit for the loader."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -113,26 +113,53 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Piece:
-    """One batch of a unit."""
+    """One batch of a part of a unit: some images with all views of the part.
+
+    Attributes:
+        unit: the unit.
+        views: the views of the part.
+        first, last: whether it is the first and the last batch of the part.
+    """
 
     unit: UnitId
-    first: bool  # batch of its unit
+    views: range
+    first: bool
     last: bool
+
+    @property
+    def begins_unit(self) -> bool:
+        """Whether it is the unit's first batch."""
+        return self.first and self.views.start == self.unit.first_view
+
+    @property
+    def ends_unit(self) -> bool:
+        """Whether it is the unit's last batch."""
+        return self.last and self.views.stop == self.unit.views.stop
 
 
 class UnitBatches:
     """The batches of units, for a loader that reads ahead of the teacher.
 
+    A unit is made in parts: all images with the first views, then all images with the next ones. So memory does not
+    depend on the number of views. Each part decodes the images again.
+
     Args:
         source: the shards.
-        images_per_batch: images in one batch; each comes with all views of its unit.
+        images_per_batch: images in one batch; each comes with all views of a part.
+        views_per_part: the largest number of views of a part.
         take: returns the next unit, or None where there is none now. Its argument is whether it may wait, which is so
             when no batch is on its way through the loader.
     """
 
-    def __init__(self, source: ShardSet, images_per_batch: int, take: Callable[[bool], UnitId | None]) -> None:
+    def __init__(
+        self,
+        source: ShardSet,
+        images_per_batch: int,
+        views_per_part: int,
+        take: Callable[[bool], UnitId | None],
+    ) -> None:
         self._counts = {shard.name: (number, shard.num_samples) for number, shard in enumerate(source.shards)}
-        self._images_per_batch, self._take = images_per_batch, take
+        self._images_per_batch, self._views_per_part, self._take = images_per_batch, views_per_part, take
         self._loading: deque[Piece | None] = deque()  # the loader keeps the order of batches
 
     def plan(self) -> Iterator[Items]:
@@ -141,10 +168,11 @@ class UnitBatches:
             unit = self._take(not any(self._loading))
             if unit is not None:
                 number, count = self._counts[unit.shard]
-                batches = list(view_batches(number, count, unit.views, self._images_per_batch))
-                for place, items in enumerate(batches):
-                    self._loading.append(Piece(unit, place == 0, place == len(batches) - 1))
-                    yield items
+                for views in parts_of(unit, self._views_per_part):
+                    batches = list(view_batches(number, count, views, self._images_per_batch))
+                    for place, items in enumerate(batches):
+                        self._loading.append(Piece(unit, views, place == 0, place == len(batches) - 1))
+                        yield items
             elif any(self._loading):
                 # The loader reads a further entry of the plan before it returns a batch. An empty batch lets it
                 # return those that are ready while the next unit is still to come.
@@ -162,29 +190,45 @@ class UnitBatches:
         return list(dict.fromkeys(piece.unit for piece in self._loading if piece is not None))
 
 
+def parts_of(unit: UnitId, views_per_part: int) -> list[range]:
+    """The views of a unit in runs of `views_per_part`; the last one may be shorter."""
+    views = unit.views
+    return [views[start : start + views_per_part] for start in range(0, len(views), views_per_part)]
+
+
 def missing_units(
-    source: ShardSet, committed: Iterable[UnitId], num_views: int, cut_like: Collection[UnitId] = ()
+    source: ShardSet,
+    committed: Iterable[UnitId],
+    view_units: Iterable[UnitId],
+    num_views: int,
+    views_per_unit: int,
+    cut_like: Iterable[UnitId] = (),
 ) -> list[UnitId]:
-    """The units to compute: per shard with images, every maximal run of views that no committed unit holds.
+    """The units that a layer lacks: per shard with images, the runs of views that no committed unit holds.
+
+    Runs are cut at multiples of `views_per_unit`, whoever cuts them. They are also cut at the borders of the view
+    layer's units, so that a unit lies inside one of them or outside all.
 
     Args:
         source: the shards.
-        committed: the committed units.
-        num_views: number of views per image that the cache is to hold.
+        committed: the committed units of the layer.
+        view_units: the committed units of the view layer.
+        num_views: number of views per image that the layer is to hold.
+        views_per_unit: the largest number of views of a unit.
         cut_like: former units; a run is cut where one of them began or ended.
     """
-    present = list(committed)
-    held: dict[str, set[int]] = {shard.name: set() for shard in source.shards if shard.num_samples}
-    cuts: dict[str, set[int]] = {name: {0, num_views} for name in held}
+    regular = {*range(0, num_views, views_per_unit), num_views}
+    held: dict[str, list[UnitId]] = {shard.name: [] for shard in source.shards if shard.num_samples}
+    cuts: dict[str, set[int]] = {}
+    present = [unit for unit in committed if unit.shard in held]
     for unit in present:
-        if unit.shard in held:
-            held[unit.shard].update(unit.views)
-    for unit in (*present, *cut_like):
-        if unit.shard in cuts:
-            cuts[unit.shard] |= {unit.first_view, unit.first_view + unit.num_views}
+        held[unit.shard].append(unit)
+    for unit in (*present, *view_units, *cut_like):
+        cuts.setdefault(unit.shard, set()).update((unit.first_view, unit.first_view + unit.num_views))
     todo = []
-    for shard, views in held.items():
-        for first, end in pairwise(sorted(cut for cut in cuts[shard] if cut <= num_views)):
-            if first not in views:
+    for shard, units in held.items():
+        borders = sorted(cut for cut in regular | cuts.get(shard, set()) if cut <= num_views)
+        for first, end in pairwise(borders):
+            if not any(first in unit.views for unit in units):
                 todo.append(UnitId(shard, first, end - first))
     return todo

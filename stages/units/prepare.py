@@ -1,4 +1,4 @@
-"""Open the source and load the teacher of a cache-teacher recipe; make the manifest of its cache."""
+"""Open the source and load the teacher of a cache-teacher recipe; make the manifest of its cache and its layer."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +12,12 @@ from tinymim.models.teacher import Teacher
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.stages.run.device import pick_device, require_view_size
-from tinymim.storage.manifest import Manifest, SourceShard
+from tinymim.storage.manifest import Layer, Manifest, SourceShard
 from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
+
+# Libraries that change no number of a teacher: they read images and write files.
+_OF_IMAGES = frozenset({"torchvision", "pillow", "simplejpeg", "zarr"})
 
 
 class Prepared(NamedTuple):
@@ -25,10 +28,11 @@ class Prepared(NamedTuple):
     kind: TargetKind  # without constants
     teacher: Teacher
     manifest: Manifest
+    layer: Layer
 
 
 def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepared:
-    """Open the source, load the teacher and make the manifest; writes nothing.
+    """Open the source, load the teacher and make manifest and layer; writes nothing.
 
     Args:
         recipe: the cache recipe.
@@ -46,32 +50,41 @@ def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepa
     source = open_shards(recipe.source) if source is None else source
     kind = make_kind(recipe.codec, recipe.teacher.block)
     teacher = Teacher(recipe.teacher, kind.taps).to(device)
-    manifest = make_manifest(recipe, source, teacher, kind)
-    kind.specs(manifest.shapes)  # raises where the codec does not fit the teacher
-    return Prepared(device, source, kind, teacher, manifest)
+    manifest = make_manifest(recipe, source)
+    return Prepared(device, source, kind, teacher, manifest, make_layer(recipe, manifest, teacher, kind))
 
 
-def cache_place(recipe: CacheTeacherRecipe, manifest: Manifest) -> Path | str:
-    """The place of the recipe's cache: `cache`, or the spec's id in `cache_root`."""
+def cache_place(recipe: CacheTeacherRecipe, layer: Layer) -> Path | str:
+    """The place of the recipe's cache: `cache`, or the id of the layer's spec in `cache_root`."""
     if recipe.cache is not None:
         return recipe.cache
     assert recipe.cache_root is not None  # the schema requires exactly one of the two
-    return joined(recipe.cache_root, manifest.spec_id)
+    return joined(recipe.cache_root, layer.spec_id)
 
 
-def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher, kind: TargetKind) -> Manifest:
-    """The manifest of the cache that this recipe makes, which is its identity (I6)."""
-    views = recipe.views
+def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet) -> Manifest:
+    """The manifest of the cache that this recipe writes to, which is its identity (I6)."""
     shards = tuple(SourceShard(s.name, s.size_bytes, s.num_samples, s.content_hash) for s in source.shards)
-    return Manifest(
-        source=shards,
-        teacher={
-            **teacher.describe(),
-            **asdict(teacher.shapes()),
-            "block": recipe.teacher.block,
+    return Manifest(source=shards, views=recipe.views.identity(), environment=environment())
+
+
+def make_layer(recipe: CacheTeacherRecipe, manifest: Manifest, teacher: Teacher, kind: TargetKind) -> Layer:
+    """The layer that this recipe writes.
+
+    Raises:
+        RecipeError: the codec does not fit the teacher.
+    """
+    shapes = teacher.shapes()
+    return Layer(
+        name=recipe.layer_name,
+        cache=manifest.spec_id,
+        teacher={**teacher.describe(), "shapes": asdict(shapes)},
+        target={
+            "taps": [str(tap) for tap in kind.taps],
+            "name": kind.name,
+            "version": kind.version,
+            "parameters": recipe.codec.model_dump(mode="json"),
+            "arrays": {spec.name: {"dtype": spec.dtype, "shape": list(spec.shape)} for spec in kind.specs(shapes)},
         },
-        views=views.identity(),
-        num_views=recipe.num_views,
-        codec={"name": kind.name, "version": kind.version, "parameters": recipe.codec.model_dump(mode="json")},
-        environment=environment(),
+        environment={name: value for name, value in environment().items() if name not in _OF_IMAGES},
     )
