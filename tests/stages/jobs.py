@@ -37,20 +37,21 @@ def said(connection: Connection, to_the_end: bool = False) -> list[Any]:
 
 def _run(environment: dict[str, str], fields: dict[str, Any], connection: Connection) -> None:
     os.environ.update(environment)
-    claim, put_unit = CacheWriter.claim, CacheWriter.put_unit
+    recipe = CacheTeacherRecipe.model_validate(fields)
+    claim, commit = CacheWriter.claim, CacheWriter.commit
 
-    def claimed(self: CacheWriter, unit: UnitId) -> bool:
+    def claimed(self: CacheWriter, layer: str, unit: UnitId) -> bool:
         new = unit not in self._claimed
-        done = claim(self, unit)
+        done = claim(self, layer, unit)
         if done and new:
             connection.send(("claimed", unit))
         return done
 
-    def committed(self: CacheWriter, info: Any, parts: Any) -> Any:
-        result = put_unit(self, info, parts)
-        connection.send(("committed", info.unit))
-        return result
+    def committed(self: CacheWriter, info: Any, file: Any) -> None:
+        commit(self, info, file)
+        if info.layer == recipe.layer_name:
+            connection.send(("committed", info.unit))
 
-    CacheWriter.claim, CacheWriter.put_unit = claimed, committed  # type: ignore[method-assign]
+    CacheWriter.claim, CacheWriter.commit = claimed, committed  # type: ignore[method-assign]
     connection.send("open")
-    cache_teacher.run(CacheTeacherRecipe.model_validate(fields))
+    cache_teacher.run(recipe)

@@ -15,6 +15,8 @@ from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.stages import make_shards
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training.optim import seeded
+from tinymim.storage.layout import VIEWS
+from tinymim.storage.reader import CacheReader
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
 TEACHER: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, **SIZES}
@@ -100,5 +102,11 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def stored(root: Path) -> dict[str, bytes]:
-    """All of a cache but the manifest, which says in which folder the weights were found."""
-    return {name: data for name, data in tree(root / "cache").items() if name != "zarr.json"}
+    """All of a cache but its descriptions, which hold library versions and the folder of the weights."""
+    return {name: data for name, data in tree(root / "cache").items() if not name.endswith("zarr.json")}
+
+
+def unit_names(place: Path) -> dict[str, list[str]]:
+    """The units of every layer of a cache, as text."""
+    reader = CacheReader(place)
+    return {layer: [str(info.unit) for info in reader.units(layer)] for layer in (VIEWS, *reader.layers)}

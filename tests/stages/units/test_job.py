@@ -22,9 +22,9 @@ from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.units import batch_size, draft
 from tinymim.stages.units.fill import fill
 from tinymim.stages.units.prepare import prepare
-from tinymim.storage.layout import UnitId
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.writer import CacheWriter, UnitTaken
+from tinymim.storage.writer import UnitDraft, UnitTaken
 from tinymim.tests.stages.tiny import cache_recipe, tree, write_set
 
 SHARDS, IMAGES = 5, 7
@@ -60,6 +60,7 @@ def broken(made: Path, folder: Path, *numbers: int) -> dict[str, Any]:
         {"batch_size": 3},
         {"batch_size": "auto"},
         {"batch_size": 3, "loader": {"workers": 2, "prefetch": 2}},
+        {"views_per_decode": 1},
     ],
 )
 def test_neither_batches_nor_loaders_change_a_byte(made: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -114,17 +115,17 @@ def test_a_teacher_that_overflows_is_refused_behind_the_device_and_nothing_is_co
     teacher = recipe(made, tmp_path).teacher.model_copy(update={"weights": str(tmp_path / "broken.safetensors")})
     with pytest.raises(RecipeError, match="the teacher's tensors are not finite"):
         cache_teacher.run(recipe(made, tmp_path, teacher=teacher))
-    assert not list((tmp_path / "cache" / "commits").glob("*.json"))
+    assert CacheReader(tmp_path / "cache").units() == []
 
 
 def test_a_full_disk_ends_the_run_at_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
 
-    def full(self: CacheWriter, unit: object, *_: Any) -> None:
-        calls.append(unit)
+    def full(self: UnitDraft, *_: Any) -> None:
+        calls.append(self.unit)
         raise UserError("cannot write the cache: no space left on device")
 
-    monkeypatch.setattr(CacheWriter, "write_unit", full)
+    monkeypatch.setattr(UnitDraft, "add", full)
     with pytest.raises(UserError, match="no space left"):
         cache_teacher.run(recipe(made, tmp_path, batch_size=2))
     assert len(calls) == 1
@@ -173,7 +174,8 @@ def test_progress_says_units_rates_gib_and_what_limits(
     lines = read_metrics(tmp_path / "run")
     assert [line["units_left"] for line in lines] == [4, 3, 2, 1, 0]
     assert sum(line["records"] for line in lines) == 2 * SHARDS * IMAGES
-    stored = sum(f.size_bytes for info in CacheReader(tmp_path / "cache").units() for f in info.files.values())
+    reader = CacheReader(tmp_path / "cache")
+    stored = sum(info.size_bytes for layer in (VIEWS, *reader.layers) for info in reader.units(layer))
     assert lines[-1]["gib_written"] == pytest.approx(stored / 2**30)
     phases = ("start", "decode", "teacher", "encode", "audit", "write")
     assert 0.1 < sum(lines[-1][f"{phase}_share"] for phase in phases) <= 1.01
@@ -232,20 +234,20 @@ def test_what_is_taken_over_is_dropped_and_not_tried_again(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another job commits a unit while this one computes it."""
-    write = CacheWriter.write_unit
+    add = UnitDraft.add
     taken: list[UnitId] = []
 
-    def late(self: CacheWriter, unit: UnitId, *args: Any) -> Any:
+    def late(self: UnitDraft, arrays: Any) -> None:
         if not taken:
-            taken.append(unit)
-            for part in ("units", "commits"):
+            taken.append(self.unit)
+            for part in ("views", "layers"):
                 places = made / "cache" / part, tmp_path / "cache" / part
-                shutil.copytree(*places, dirs_exist_ok=True, ignore=others(unit))
-            raise UnitTaken(f"unit {unit} is another writer's")
-        return write(self, unit, *args)
+                shutil.copytree(*places, dirs_exist_ok=True, ignore=others(self.unit))
+            raise UnitTaken(f"unit {self.unit} is another writer's")
+        add(self, arrays)
 
-    monkeypatch.setattr(CacheWriter, "write_unit", late)
-    cache_teacher.run(recipe(made, tmp_path))
+    monkeypatch.setattr(UnitDraft, "add", late)
+    cache_teacher.run(recipe(made, tmp_path, views_per_decode=1))
     assert "what was computed of it is dropped" in capsys.readouterr().err
     assert tree(tmp_path / "cache") == tree(made / "cache")
     assert len(read_metrics(tmp_path / "run")) == SHARDS - 1

@@ -6,7 +6,7 @@ import pytest
 
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline.shards import ShardSet, open_shards
-from tinymim.stages.units.ledger import NO_ITEMS, Ledger, UnitBatches, UnitReport
+from tinymim.stages.units.ledger import NO_ITEMS, Ledger, UnitBatches, UnitReport, missing_units
 from tinymim.storage.layout import UnitId
 
 A, B, C = (UnitId(f"{name}.tar", 0, 2) for name in "abc")
@@ -69,7 +69,7 @@ def unit(number: int) -> UnitId:
 
 def test_batches_know_their_units_and_the_end_is_the_end(source: ShardSet) -> None:
     given = iter([unit(0), unit(2), None])
-    batches = UnitBatches(source, 10, lambda _: next(given))
+    batches = UnitBatches(source, 10, 8, lambda _: next(given))
     plan = batches.plan()
     sizes, pieces = [], []
     for items in plan:
@@ -98,7 +98,7 @@ def test_a_unit_that_comes_late_does_not_stop_those_in_progress(source: ShardSet
         asked.append(may_wait)
         return next(given)
 
-    batches = UnitBatches(source, 25, take)
+    batches = UnitBatches(source, 25, 8, take)
     plan = batches.plan()
     ahead = [next(plan) for _ in range(4)]  # a loader asks before it has answered
     assert [len(items) for items in ahead] == [20, 0, 0, 50] and ahead[1] is NO_ITEMS
@@ -106,3 +106,45 @@ def test_a_unit_that_comes_late_does_not_stop_those_in_progress(source: ShardSet
     assert batches.next_piece() is not None and batches.next_piece() is None and batches.next_piece() is None
     assert batches.in_progress() == [unit(1)] and batches.next_piece() is not None
     assert next(plan, None) is None and asked[-1]
+
+
+def test_a_unit_is_made_in_parts_of_all_images(source: ShardSet) -> None:
+    given = iter([UnitId("shard-000000.tar", 3, 5), None])
+    batches = UnitBatches(source, 20, 2, lambda _: next(given))
+    found = []
+    for items in batches.plan():
+        piece = batches.next_piece()
+        assert piece is not None and set(items[:, 2]) == set(piece.views)
+        found.append((piece.views, len(items), piece.first, piece.last, piece.begins_unit, piece.ends_unit))
+    assert found == [
+        (range(3, 5), 40, True, False, True, False),
+        (range(3, 5), 10, False, True, False, False),
+        (range(5, 7), 40, True, False, False, False),
+        (range(5, 7), 10, False, True, False, False),
+        (range(7, 8), 20, True, False, False, False),
+        (range(7, 8), 5, False, True, False, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("held", "views", "num_views", "cut_like", "wanted"),
+    [
+        ([], [], 7, [], ["v0-2", "v3-5", "v6-6"]),
+        (["v0-1"], ["v0-1"], 7, [], ["v2-2", "v3-5", "v6-6"]),  # cut where a new cache would be
+        (["v3-5"], ["v3-5"], 7, [], ["v0-2", "v6-6"]),
+        ([], ["v0-1", "v2-3"], 6, [], ["v0-1", "v2-2", "v3-3", "v4-5"]),  # inside one of them, or outside all
+        (["v0-0"], ["v0-8"], 5, [], ["v1-2", "v3-4"]),
+        (["v0-0"], ["v0-0"], 3, ["v1-1", "v2-2"], ["v1-1", "v2-2"]),
+        (["v0-9"], ["v0-9"], 5, [], []),
+    ],
+)
+def test_missing_views_are_cut_into_units_that_fit_the_view_layer(
+    source: ShardSet, held: list[str], views: list[str], num_views: int, cut_like: list[str], wanted: list[str]
+) -> None:
+    def units(ranges: list[str]) -> list[UnitId]:
+        ends = [tuple(map(int, each[1:].split("-"))) for each in ranges]
+        return [UnitId("shard-000001.tar", first, last - first + 1) for first, last in ends]
+
+    one = ShardSet(source.shards[1:2])
+    found = missing_units(one, units(held), units(views), num_views, 3, units(cut_like))
+    assert [unit.view_range for unit in found] == wanted
