@@ -82,4 +82,5 @@ class Background(Generic[T]):
             except BaseException as error:  # the producer's next call raises it
                 self._error = error
             finally:
+                item = None  # freed before `drain` returns, not when the next one comes
                 self._items.task_done()

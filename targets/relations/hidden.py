@@ -138,10 +138,8 @@ class Hidden(RelationKind):
         return calibrate(self.config, torch.cat(inputs), *projection(self.taps[0]), heads)
 
     def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
-        """See `TargetKind`: the bits of a token's codes end to end, in whole bytes; no array before calibration."""
-        if not self.constants:
-            return ()
-        return (ArraySpec("code", "uint8", (shapes.tokens, self._packing.num_bytes)),)
+        """See `TargetKind`: the bits of a token's codes end to end, in whole bytes. Calibration divides the same sum."""
+        return (ArraySpec("code", "uint8", (shapes.tokens, -(-total_bits(self.config, shapes.width) // 8))),)
 
     def relation_heads(self, heads: int) -> int:
         """See `RelationKind`. Raises RecipeError where `targets.relation_heads` does not divide the teacher's width."""
@@ -240,7 +238,7 @@ def calibrate(
     else:
         encode, decode, variance = _principal_components(tokens, weight, bias, heads)
         mean = tokens.mean(0)
-        bits = allocate(variance, max(1, round(config.bits * width)))
+        bits = allocate(variance, total_bits(config, width))
         kept = bits > 0
         bits, encode, decode = bits[kept], encode[kept], decode[:, kept]
         step, low = _uniform_quantiser((tokens - mean) @ encode.T, bits)
@@ -301,6 +299,11 @@ def quantised(x: Float[Tensor, "*tokens C"], constants: Mapping[str, Tensor]) ->
 
 
 # ---- calibration
+
+
+def total_bits(config: HiddenCodec, width: int) -> int:
+    """Bits of a token."""
+    return max(1, round(config.bits * width))
 
 
 def allocate(variance: Float64[Tensor, " M"], total: int) -> Int64[Tensor, " M"]:

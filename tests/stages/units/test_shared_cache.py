@@ -3,16 +3,15 @@
 import random
 import shutil
 import time
-from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 
-from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, UserError
+from tinymim.configs.errors import CacheMismatch, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.stages import cache_teacher, train_student
-from tinymim.storage.layout import UnitId
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.tests.s3_server import BUCKET
@@ -20,19 +19,31 @@ from tinymim.tests.stages import jobs
 from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe, write_set, write_teacher
 
 SHARDS = 8
+LAYER = cache_recipe(Path()).layer_name
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards, a teacher, the cache that one job made of them without interruption, and a student's losses from it."""
+    """Shards, a teacher, the cache that one job after the other made of them without interruption: `cache` holds one
+    layer, `both` two. And a student's losses from the first layer."""
     root = write_set(tmp_path_factory.mktemp("shared"), 6 * SHARDS, 6)
     cache_teacher.run(recipe(root))
+    shutil.copytree(root / "cache", root / "both")
+    cache_teacher.run(recipe(root, cache=root / "both", **SECOND))
     train_student.run(student_recipe(root))
     return root
 
 
+SECOND: dict[str, object] = {"layer": "second", "codec": {"name": "dense", "relations": ["vv"]}}
+
+
 def recipe(root: Path, **changes: object) -> CacheTeacherRecipe:
-    return cache_recipe(root, **{"lease_s": 2.0, **changes})
+    """Two units of each shard: views 0 to 2 in two parts, and 3 and 4 in one."""
+    parts = {"num_views": 5, "views_per_unit": 3, "views_per_decode": 2}
+    return cache_recipe(root, **{"lease_s": 2.0, **parts, **changes})
+
+
+UNITS = 2 * SHARDS
 
 
 def tree(place: Path | str) -> dict[str, bytes]:
@@ -65,7 +76,7 @@ def test_two_jobs_share_a_cache_one_is_killed_and_students_read_the_same(
     there = [unit for what, unit in jobs.said(second[1], to_the_end=True) if what == "committed"]
     second[0].join(300)
     assert second[0].exitcode == 0
-    assert len(there) == len(set(there)) and done.isdisjoint(there) and len(done) + len(there) == SHARDS
+    assert len(there) == len(set(there)) and done.isdisjoint(there) and len(done) + len(there) == UNITS
     assert tree(place) == tree(made / "cache")
     shutil.copytree(made / "shards", tmp_path / "shards")
     train_student.run(student_recipe(tmp_path, cache=place))
@@ -77,29 +88,37 @@ def run(folder: Path, name: str) -> dict[str, object]:
 
 
 def kill_and_resume(made: Path, tmp_path: Path, kills: int, longest_s: float) -> None:
-    """Kill the job at random moments until a cache is whole, and begin the next one, `kills` times in all."""
+    """Kill jobs at random moments until both layers of a cache are whole, and begin the next cache, `kills` times."""
     rng, done, number = random.Random(1), 0, 0
-    committed: set[UnitId] = set()
+    committed: dict[str, set[UnitId]] = {}
     while done < kills:
-        process, connection = jobs.start(recipe(made, cache=tmp_path / f"cache-{number}", run=run(tmp_path, "k")))
+        cache = tmp_path / f"cache-{number}"
+        second = len(committed.get(LAYER, ())) == UNITS
+        job = recipe(made, cache=cache, run=run(tmp_path, "k"), **(SECOND if second else {}))
+        process, connection = jobs.start(job)
         time.sleep(rng.uniform(0.0, longest_s))
         process.kill()
         process.join()
         done += process.exitcode == -9
-        messages = [message for message in jobs.said(connection) if message != "open"]
-        assert not committed & {unit for what, unit in messages if what == "claimed"}, "computed again"
-        cache = tmp_path / f"cache-{number}"
+        claimed = {message[1] for message in jobs.said(connection) if message[0] == "claimed"}
+        assert not committed.get(job.layer_name, set()) & claimed, "computed again"
         if (cache / "zarr.json").exists():
             reader = CacheReader(cache)
-            for info in reader.units():
-                reader.read_unit(info, verify=True)
-            committed = {info.unit for info in reader.units()}
-            if len(committed) == SHARDS:
-                cache_teacher.run(recipe(made, cache=cache, run=run(tmp_path, "k")))
-                assert tree(cache) == tree(made / "cache")
-                number, committed = number + 1, set()
-    cache_teacher.run(recipe(made, cache=tmp_path / f"cache-{number}", run=run(tmp_path, "k")))
-    assert tree(tmp_path / f"cache-{number}") == tree(made / "cache")
+            for layer in (VIEWS, *reader.layers):
+                for info in reader.units(layer):
+                    reader.read_views(info)
+            committed = {layer: {info.unit for info in reader.units(layer)} for layer in reader.layers}
+            if len(committed.get("second", ())) == UNITS:
+                whole(made, tmp_path, cache)
+                number, committed = number + 1, {}
+    whole(made, tmp_path, tmp_path / f"cache-{number}")
+
+
+def whole(made: Path, tmp_path: Path, cache: Path) -> None:
+    """Complete both layers, and compare every byte."""
+    cache_teacher.run(recipe(made, cache=cache, run=run(tmp_path, "k")))
+    cache_teacher.run(recipe(made, cache=cache, run=run(tmp_path, "k"), **SECOND))
+    assert tree(cache) == tree(made / "both")
 
 
 def test_a_killed_job_continues_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
@@ -111,6 +130,19 @@ def test_a_job_killed_at_50_random_moments_continues_to_the_same_bytes(made: Pat
     kill_and_resume(made, tmp_path, 50, 1.5)
 
 
+def test_two_jobs_add_two_layers_at_once(made: Path, tmp_path: Path, place: Path | str) -> None:
+    layers = ({}, SECOND)
+    both = [
+        jobs.start(recipe(made, cache=place, run=run(tmp_path, f"job-{number}"), **layers[number])) for number in (0, 1)
+    ]
+    said = [jobs.said(connection, to_the_end=True) for _, connection in both]
+    for process, _ in both:
+        process.join(300)
+        assert process.exitcode == 0
+    assert [sum(message[0] == "committed" for message in messages) for messages in said] == [UNITS, UNITS]
+    assert tree(place) == tree(made / "both")
+
+
 def test_a_root_finds_the_cache_of_the_same_spec(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,69 +150,18 @@ def test_a_root_finds_the_cache_of_the_same_spec(
     shared = recipe(made, cache=None, cache_root=root, run=run(tmp_path, "a"))
     cache_teacher.run(shared)
     [folder] = root.iterdir()
-    assert tree(folder) == tree(made / "cache") and folder.name == CacheReader(folder).manifest.spec_id
+    assert tree(folder) == tree(made / "cache") and folder.name == CacheReader(folder).layer().spec_id
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json") if "leases" not in path.parts}
     capsys.readouterr()
     cache_teacher.run(recipe(made, cache=None, cache_root=root, run=run(tmp_path, "b")))
     assert "nothing to do" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json") if "leases" not in path.parts}
-    cache_teacher.run(recipe(made, cache=None, cache_root=root, num_views=3, run=run(tmp_path, "c")))
+    cache_teacher.run(recipe(made, cache=None, cache_root=root, num_views=6, run=run(tmp_path, "c")))
     cache_teacher.run(recipe(made, cache=None, cache_root=root, codec={"rows": 4}, run=run(tmp_path, "d")))
     assert len(list(root.iterdir())) == 2
-    assert CacheReader(folder).manifest.num_views == 3
+    assert CacheReader(folder).coverage(LAYER).complete_views == 6
     with pytest.raises(ValueError, match="give cache or cache_root"):
         recipe(made, cache_root=root)
-
-
-def test_a_student_uses_the_views_it_names_while_the_cache_grows(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made / "cache", tmp_path / "cache")
-    shutil.copytree(made / "shards", tmp_path / "shards")
-    cache_teacher.run(recipe(made, cache=tmp_path / "cache", num_views=3, run=run(tmp_path, "a")))
-    train_student.run(student_recipe(tmp_path, num_views=2))
-    assert losses(tmp_path) == losses(made)
-    # One that began before the cache grew goes on when it is told what it began with.
-    shutil.copytree(made / "run-student", tmp_path / "begun")
-    began = {"run": {"folder": tmp_path / "begun", "device": "cpu", "threads": 1}}
-    with pytest.raises(CheckpointError, match="order of samples"):
-        train_student.run(student_recipe(tmp_path, **began))
-    train_student.run(student_recipe(tmp_path, num_views=2, **began))
-    with pytest.raises(RecipeError, match="num_views is more than the cache is for"):
-        train_student.run(student_recipe(tmp_path, num_views=4))
-
-
-def test_missing_records_are_refused_by_key_or_left_out_and_counted(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], unit_without: Callable[[Path, int], str]
-) -> None:
-    shutil.copytree(made / "shards", tmp_path / "shards")
-    key = unit_without(tmp_path / "cache", 2)
-    with pytest.raises(CacheMismatch, match=r"no record of 1 image\(s\) of shard shard-000000\.tar") as caught:
-        train_student.run(student_recipe(tmp_path))
-    assert key in str(caught.value.got)
-    train_student.run(student_recipe(tmp_path, on_missing="skip"))
-    assert "1 images of the others" in capsys.readouterr().err
-
-
-@pytest.fixture
-def unit_without(made: Path) -> Callable[[Path, int], str]:
-    """Writes the cache of `made` anew, the first unit without one of its images; says its key."""
-    from tinymim.storage.writer import CacheWriter
-
-    def write(place: Path, image: int) -> str:
-        reader = CacheReader(made / "cache")
-        lost = ""
-        with CacheWriter.open(place, reader.manifest) as writer:
-            for number, info in enumerate(reader.units()):
-                records = reader.read_unit(info)
-                keys, arrays = records.keys, records.arrays
-                if number == 0:
-                    lost = keys[image]
-                    rows = [row for row in range(info.num_records) if row // info.unit.num_views != image]
-                    keys = [key for key in keys if key != lost]
-                    arrays = {name: values[rows] for name, values in arrays.items()}
-                writer.write_unit(info.unit, keys, arrays, info.statistics)
-        return lost
-
-    return write
 
 
 def test_changed_shards_and_other_teachers_are_refused_before_anything_is_written(made: Path, tmp_path: Path) -> None:
@@ -192,7 +173,7 @@ def test_changed_shards_and_other_teachers_are_refused_before_anything_is_writte
     again = {"cache": tmp_path / "cache", "run": run(tmp_path, "a")}
     for changes, field in (
         ({"teacher": other}, r"teacher\.weights_sha256"),
-        ({"codec": {"rows": 5}}, r"codec\.parameters"),
+        ({"codec": {"rows": 5}}, r"target\.arrays"),
         ({"views": {"size": 32, "scaled_decode": False, "seed": 3}}, r"views\.seed"),
     ):
         with pytest.raises(CacheMismatch, match=field):

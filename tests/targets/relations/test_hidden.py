@@ -172,6 +172,7 @@ def test_folding_the_dequantiser_into_the_projection_changes_nothing(fields: dic
 def test_arrays_are_as_specified_and_of_the_stated_size(fields: dict[str, Any]) -> None:
     codec = made(fields)
     (spec,) = codec.specs(SHAPES)
+    assert codec.specs(SHAPES) == Hidden(codec.config, codec.targets, 1).specs(SHAPES), "calibration changes nothing"
     assert (spec.name, spec.dtype) == ("code", "uint8")
     assert spec.shape == (TOKENS, -(-round(config_of(fields).bits * WIDTH) // 8))
     (array,) = codec.encode(tapped(block(VIEWS)), KEYS).values()
