@@ -149,6 +149,11 @@ class CacheTeacherRecipe(Section):
         return self.layer or re.sub(r"[^a-z0-9._-]", "-", made)[-64:].lstrip("._-")
 
     @property
+    def views_per_batch(self) -> int:
+        """The largest number of views of an image in one batch."""
+        return min(self.num_views, self.views_per_decode, self.views_per_unit)
+
+    @property
     def given_batch_size(self) -> int:
         """`batch_size`, or 64 for `auto`: used by calibration and checks, where speed does not matter."""
         return 64 if self.batch_size == "auto" else self.batch_size

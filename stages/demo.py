@@ -21,13 +21,13 @@ from tinymim.models.vit import count_parameters
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import INDEX_NAME, read_index
 from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student
-from tinymim.stages.cache.info import bytes_by_component
 from tinymim.stages.evaluation.encode import load_encoder
 from tinymim.stages.evaluation.examples import relation_examples
 from tinymim.stages.pages.demo import Arm, Report, text_table, write_report
 from tinymim.stages.run.folder import ENCODER_NAME, EVALUATION_NAME, STUDENT_NAME, read_metrics
 from tinymim.stages.run.progress import logger
 from tinymim.storage.atomic import write_json_atomic
+from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.kinds import make_kind
 
@@ -286,10 +286,12 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
     """The content of the page, read from the cache and the run folders."""
     assert recipes.cache.cache is not None  # `load_recipes` sets it
     reader = CacheReader(recipes.cache.cache)
-    manifest, codec = reader.manifest, recipes.cache.codec
+    layer, codec = reader.layer(), recipes.cache.codec
     assert isinstance(codec, SketchCodec)
-    num_records = reader.coverage().num_records
-    dense = make_kind(DenseCodec(name="dense", relations=codec.relations), manifest.block)
+    num_records = reader.coverage(layer.name).num_records
+    by_layer = reader.bytes_by_component()
+    views, target = by_layer[VIEWS], by_layer[layer.name]
+    dense = make_kind(DenseCodec(name="dense", relations=codec.relations), recipes.cache.teacher.block)
     one_error = 100 * 0.5 / size.val_images**0.5
     student = recipes.students[STUDENTS[0]]
     lesson = (
@@ -312,14 +314,19 @@ def make_report(recipes: Recipes, arms: Sequence[Arm], seed: int, size: DemoSize
         student_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.students.items()},
         mae_curves={f"{name} student": read_metrics(r.run.folder) for name, r in recipes.autoencoders.items()},
         examples=list(relation_examples(recipes.cache, recipes.students, reader)),
-        bytes_per_view={name: count / num_records for name, count in bytes_by_component(reader).items()},
-        dense_bytes=sum(spec.size_bytes for spec in dense.specs(manifest.shapes) if spec.dtype == "float16"),
+        bytes_per_view={
+            "sketches": target["records"] / num_records,
+            "digests": views["records"] / num_records,
+            "keys": views["keys"] / num_records,
+            "overhead": (views["overhead"] + target["overhead"]) / num_records,
+        },
+        dense_bytes=sum(spec.size_bytes for spec in dense.specs(layer.shapes) if spec.dtype == "float16"),
         head_k=codec.head_k,
         tail_k=codec.tail_k,
         provenance={
-            "cache (spec id)": manifest.spec_id,
-            "teacher weights (sha256)": str(manifest.teacher["weights_sha256"]),
-            "codec": f"{manifest.codec['name']} {manifest.codec['version']}: {codec.rows} rows per head, "
+            "layer (spec id)": layer.spec_id,
+            "teacher weights (sha256)": str(layer.teacher["weights_sha256"]),
+            "codec": f"{layer.target['name']} {layer.target['version']}: {codec.rows} rows per head, "
             f"{codec.head_k} exact + {codec.tail_k} drawn entries, relations {', '.join(codec.relations)}",
             "seed of views, sketches, weights, orders": str(seed),
             "seeds of the drawn images": f"{TRAIN_IMAGE_SEED} (training), {VAL_IMAGE_SEED} (validation)",

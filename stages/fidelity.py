@@ -33,7 +33,7 @@ from tinymim.stages.training.states import read_state
 from tinymim.stages.units.constants import calibrated
 from tinymim.stages.units.gradients import CodecMoments, GradientProbe
 from tinymim.storage.atomic import write_json_atomic
-from tinymim.storage.layout import stored_bytes
+from tinymim.storage.blocks import stored_bytes
 from tinymim.targets.contract import Target, TargetKind
 from tinymim.targets.fidelity import StatisticMoments, merged, rounded
 from tinymim.targets.kinds import make_kind

@@ -84,6 +84,12 @@ def images_per_chunk(kind: ArrayType, images: int) -> int:
     return max(1, min(images, CHUNK_BYTES // max(math.prod(shape) * dtype.itemsize, 1)))
 
 
+def stored_bytes(values: Array) -> int:
+    """Size in bytes of an array [I, ...] in the block of a view, without the names of its chunks."""
+    step = images_per_chunk((values.dtype, values.shape[1:]), len(values))
+    return sum(len(_encoded(_padded(values[at : at + step], step))) for at in range(0, len(values), step))
+
+
 class UnitFileWriter:
     """Writes a unit's file from front to back, with one block in memory.
 

@@ -269,9 +269,7 @@ def _kept(report: Report) -> str:
 
 
 _COMPONENTS = {
-    "indices": "the patches on which the draws fell",
-    "values": "the entropy of each row",
-    "boxes": "crop box and flip",
+    "sketches": "drawn patches of each row, and its entropy",
     "digests": "digest of the pixels",
     "keys": "key of the image",
     "overhead": "metadata and commit records",

@@ -26,12 +26,13 @@ from tinymim.stages.planning import clocks
 from tinymim.stages.planning.clocks import Laps, loader_threads
 from tinymim.stages.planning.forecast import TeacherCosts
 from tinymim.stages.units.audit import UnitAudit
-from tinymim.stages.units.draft import Draft, encode
+from tinymim.stages.units.draft import UnitPart, encode
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.prepare import Prepared
-from tinymim.storage.commit import encode_commit
-from tinymim.storage.layout import UnitId, stored_bytes
+from tinymim.storage.blocks import DIGEST, stored_bytes
+from tinymim.storage.commit import UnitInfo, encode_commit
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
@@ -67,14 +68,17 @@ def measured_teacher(
     began, laps = clocks.now_s(), Laps([prepared.device])
     stage = _StageOne(recipe, prepared, filled[len(filled) // 2], laps)
     view_s = (clocks.now_s() - began) / len(stage.first.keys)
-    records_per_unit = prepared.source.num_samples * recipe.num_views / len(filled)
-    with _temporary_place(recipe) as place, CacheWriter.open(place, prepared.manifest, recipe.lease_s) as writer:
+    images_per_shard, layer = prepared.source.num_samples / len(filled), prepared.layer
+    with (
+        _temporary_place(recipe) as place,
+        CacheWriter.open(place, prepared.manifest, [layer], recipe.lease_s) as writer,
+    ):
         if stage.constants:
-            writer.write_constants({name: array.cpu().numpy() for name, array in stage.constants.items()})
+            writer.write_constants(layer.name, {name: array.cpu().numpy() for name, array in stage.constants.items()})
         units = 0
         while units < 2 or clocks.now_s() - began < seconds * (1 - 1 / UNITS):
-            draft = stage.draft(int(seconds / UNITS / view_s))
-            record_bytes = _write_and_read(writer, draft, records_per_unit, laps)
+            part = stage.part(int(seconds / UNITS / view_s))
+            record_bytes = _write_and_read(writer, layer.name, part, images_per_shard, laps)
             # The first views may have been slow, because kernels were loaded: each unit is sized by the one before.
             view_s = sum(map(laps.latest_s, ("decode", "models", "digest")))
             units += 1
@@ -83,7 +87,8 @@ def measured_teacher(
         costs = TeacherCosts(
             num_images=num_images,
             num_views=recipe.num_views,
-            num_units=math.ceil(len(filled) * num_images / prepared.source.num_samples),
+            num_units=math.ceil(len(filled) * num_images / prepared.source.num_samples)
+            * math.ceil(recipe.num_views / recipe.views_per_unit),
             audit_views=recipe.audit_views,
             workers=recipe.loader.workers,
             phase_s={name: seconds for name, seconds in laps.medians_s().items() if name != "models"},
@@ -107,7 +112,7 @@ class _StageOne:
     def __init__(self, recipe: CacheTeacherRecipe, prepared: Prepared, number: int, laps: Laps) -> None:
         self.recipe, self.prepared, self.number, self.laps = recipe, prepared, number, laps
         self.shard = prepared.source.shards[number]
-        self.unit = UnitId(self.shard.name, 0, min(recipe.num_views, MOST_VIEWS[prepared.device.type]))
+        self.unit = UnitId(self.shard.name, 0, min(recipe.views_per_batch, MOST_VIEWS[prepared.device.type]))
         self.views = ImageViews(prepared.source.shards, RandomViews(recipe.views), recipe.views.seed)
         self._begin = 0
         self.first = self.views.batch(self.items(FIRST_IMAGES, 1))
@@ -116,7 +121,7 @@ class _StageOne:
         self._begin = int(self.first.items[0, 1])  # a readable image: no unit is empty
         self.tapped = prepared.teacher(self.first.pixels.to(prepared.device))
         self.kind, self.constants = self._kind(recipe.codec)
-        shapes = prepared.manifest.shapes
+        shapes = prepared.layer.shapes
         reference = reference_student(self.kind, recipe.views.size, shapes)
         self._probe = GradientProbe(self.kind, reference.to(prepared.device), shapes)
 
@@ -133,33 +138,35 @@ class _StageOne:
         constants = {name: array.to(self.prepared.device) for name, array in made.items()}
         return make_kind(config, block, constants=constants), constants
 
-    def draft(self, most_records: int) -> Draft:
+    def part(self, most_records: int) -> UnitPart:
         """A unit of as many images as `most_records` allows, in batches like the recipe's."""
         recipe, device, num_views = self.recipe, self.prepared.device, self.unit.num_views
         images = min(most_records, MOST_RECORDS[device.type]) // num_views
         items = self.items(max(images, 2), num_views)
-        rows = max(recipe.given_batch_size * recipe.num_views // num_views, 1) * num_views
-        draft = Draft(self.unit, UnitAudit(self._probe, recipe.audit_views))
+        rows = max(recipe.given_batch_size * recipe.views_per_batch // num_views, 1) * num_views
+        audit = UnitAudit(self._probe, recipe.audit_views)
+        unit_part = UnitPart(self.unit, self.unit.views, len(items) // num_views, audit)
         for start in range(0, len(items), rows):
-            part = items[start : start + rows]
-            with loader_threads(recipe.loader.workers), self.laps.lap("decode", len(part)):
-                batch = self.views.batch(part)
+            some = items[start : start + rows]
+            with loader_threads(recipe.loader.workers), self.laps.lap("decode", len(some)):
+                batch = self.views.batch(some)
             if not batch.keys:
                 continue
             batch = batch.pin_memory() if device.type == "cuda" else batch
-            audited = min(1, recipe.audit_views - draft.audit.views)
-            with self.laps.lap("models", len(part)):
-                encoded = encode(self.prepared.teacher, self.kind, batch, Piece(self.unit, True, True), audited, device)
+            audited = min(1, recipe.audit_views - audit.views)
+            with self.laps.lap("models", len(some)):
+                piece = Piece(self.unit, self.unit.views, True, True)
+                encoded = encode(self.prepared.teacher, self.kind, batch, piece, audited, device)
             assert encoded.marks is not None  # of a batch that is not empty
             teacher_s, codec_s, copy_s = encoded.marks.between_s()
             self.laps.add("teacher", teacher_s / len(batch.keys))
             self.laps.add("encode", (codec_s + copy_s) / len(batch.keys))
             if encoded.audited is not None:
                 with self.laps.lap("audit", len(encoded.audited.view_keys)):
-                    draft.compare(encoded.audited)
-            with self.laps.lap("digest", len(part)):
-                draft.add(encoded)
-        return draft
+                    unit_part.compare(encoded.audited)
+            with self.laps.lap("digest", len(some)):
+                unit_part.add(encoded)
+        return unit_part
 
     def payload_bytes(self) -> dict[str, float]:
         """Bytes that the codec's arrays of a view take on disk, by codec; the recipe's own comes first."""
@@ -176,30 +183,43 @@ class _StageOne:
 # ---------------------------------------------------------------- the disk or store
 
 
-def _write_and_read(writer: CacheWriter, draft: Draft, records_per_unit: float, laps: Laps) -> float:
+def _write_and_read(writer: CacheWriter, layer: str, part: UnitPart, images_per_shard: float, laps: Laps) -> float:
     """Write a unit and read it back, and return its bytes per record; laps "write" and "read".
 
-    A unit of one image and the whole one tell what each unit costs from what each record costs. The result is for
-    units of the real size.
+    A unit of one image and the whole one tell what each view of a unit costs from what each record costs. The result is
+    for shards of the real size.
     """
-    unit, keys, arrays, timed, found = draft.unit, draft.keys(), draft.arrays(), Laps(), []
-    for count in (1, len(keys)):
-        if unit in writer.committed():
-            writer.drop_unit(unit)
-        some = {name: array[: count * unit.num_views] for name, array in arrays.items()}
+    num_views, timed, found = part.unit.num_views, Laps(), []
+    for count in (1, len(part.keys)):
+        for each in (VIEWS, layer):
+            if part.unit in writer.committed(each):
+                writer.drop_unit(each, part.unit)
         with timed.lap("write", 1):
-            info = writer.write_unit(unit, keys[:count], some, draft.statistics())
+            infos = _written(writer, layer, part, count)
         reader = CacheReader(writer.place)
         with timed.lap("read", 1):
-            reader.read_unit(info)
-        size_bytes = sum(file.size_bytes for file in info.files.values()) + len(encode_commit(info))
-        found.append(np.array([timed.latest_s("write"), timed.latest_s("read"), size_bytes]))
-    (small, whole), few, more = found, unit.num_views, (len(keys) - 1) * unit.num_views
-    each = np.maximum(whole - small, 0) / more if more else whole / few
-    write_s, read_s, record_bytes = (each + np.maximum(small - few * each, 0) / records_per_unit).tolist()
+            for info in infos:
+                reader.read_views(info)
+        size_bytes = sum(info.size_bytes + len(encode_commit(info)) for info in infos)
+        found.append(np.array([timed.latest_s("write"), timed.latest_s("read"), size_bytes]) / num_views)
+    (small, whole), more = found, len(part.keys) - 1
+    each_record = np.maximum(whole - small, 0) / more if more else whole
+    total = each_record + np.maximum(small - each_record, 0) / images_per_shard
+    write_s, read_s, record_bytes = total.tolist()
     laps.add("write", write_s)
     laps.add("read", read_s)
     return float(record_bytes)
+
+
+def _written(writer: CacheWriter, layer: str, part: UnitPart, count: int) -> list[UnitInfo]:
+    """Commit the first `count` images of a unit to the view layer and the target layer."""
+    unit, keys = part.unit, part.keys[:count]
+    with writer.begin(VIEWS, unit, keys) as views, writer.begin(layer, unit, keys) as target:
+        views.add({DIGEST: part.digests()[:, :count]})
+        target.add({name: values[:, :count] for name, values in part.records().items()})
+        infos = [views.commit({"unreadable": []}), target.commit({"fidelity": part.audit.summary()})]
+    writer.give_back(unit)
+    return infos
 
 
 @contextlib.contextmanager

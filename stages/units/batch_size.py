@@ -31,8 +31,7 @@ def find_images_per_batch(
         largest_shard: images of the largest shard.
         device: the device that runs teacher and codec.
     """
-    size, loader = recipe.views.size, recipe.loader
-    views = min(recipe.num_views, recipe.views_per_decode, recipe.views_per_unit)  # of an image, in a batch
+    views, size, loader = recipe.views_per_batch, recipe.views.size, recipe.loader
     ready_batches = max(1, loader.workers * loader.prefetch) + 2  # 2 more are on their way to the teacher
     host_images = HOST_SHARE * _free_host_bytes() / (ready_batches * views * 3 * size * size)
     on_cpu = device.type == "cpu"

@@ -138,7 +138,7 @@ class Hidden(RelationKind):
         return calibrate(self.config, torch.cat(inputs), *projection(self.taps[0]), heads)
 
     def specs(self, shapes: Shapes) -> tuple[ArraySpec, ...]:
-        """See `TargetKind`: the bits of a token's codes end to end, in whole bytes. Calibration divides the same sum."""
+        """See `TargetKind`: the bits of a token's codes end to end, in whole bytes; calibration only divides them."""
         return (ArraySpec("code", "uint8", (shapes.tokens, -(-total_bits(self.config, shapes.width) // 8))),)
 
     def relation_heads(self, heads: int) -> int:

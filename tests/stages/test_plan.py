@@ -23,7 +23,7 @@ from tinymim.stages.planning import student as student_of_plan
 from tinymim.stages.planning import teacher as teacher_of_plan
 from tinymim.stages.run.preflight import preflight_plan
 from tinymim.stages.units import timing
-from tinymim.stages.units.draft import Draft
+from tinymim.stages.units.draft import UnitPart
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_teacher
@@ -39,6 +39,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_shards.run("drawn", root / "shards", make_shards.Options(count=24, images_per_shard=8, seed=5))
     write_teacher(root / "teacher.safetensors")
     return root
+
+
+def unit_bytes(cache: Path) -> int:
+    """Bytes of the units of all layers, without the descriptions of cache and layers."""
+    return sum(path.stat().st_size for path in cache.rglob("v*-*.*"))
 
 
 def test_cache_and_student_give_the_whole_answer_and_nothing_stays(root: Path) -> None:
@@ -70,8 +75,8 @@ def test_stage_one_and_students_are_measured_by_their_own_parts(root: Path, monk
 
     for name, owner in (
         ("encode", teacher_of_plan),
-        ("add", Draft),
-        ("compare", Draft),
+        ("add", UnitPart),
+        ("compare", UnitPart),
         ("StudentStep", student_of_plan),
     ):
         monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
@@ -83,9 +88,9 @@ def test_a_slow_start_does_not_make_units_small(root: Path, monkeypatch: pytest.
     real = teacher_of_plan._write_and_read
     sizes: list[int] = []
 
-    def sized(writer: CacheWriter, draft: Draft, *rest: Any) -> float:
-        sizes.append(len(draft.keys()))
-        return real(writer, draft, *rest)
+    def sized(writer: CacheWriter, layer: str, part: UnitPart, *rest: Any) -> float:
+        sizes.append(len(part.keys))
+        return real(writer, layer, part, *rest)
 
     slow = iter([0.0, *[1000.0] * 10**6])  # the first reading of the clock, and all later ones
     monkeypatch.setattr(teacher_of_plan, "_write_and_read", sized)
@@ -100,7 +105,7 @@ def test_the_size_of_the_cache_is_that_of_the_cache_that_is_then_made(root: Path
     found = plan.run(recipe, {}, QUICK)
     own = next(iter(found["forecast"]["stage_one"]["codec_bytes"].values()))
     cache_teacher.run(recipe)
-    assert own == pytest.approx(sum(CacheReader(cache).bytes_by_component().values()), rel=0.15)
+    assert own == pytest.approx(unit_bytes(cache), rel=0.15)
 
 
 def test_without_a_student_the_verdict_is_open(root: Path) -> None:
@@ -262,5 +267,5 @@ def test_the_forecast_of_the_demo_is_what_it_takes(tmp_path: Path, monkeypatch: 
         around = [(before[stage] + after[stage]) / 2 for before, after in pairwise(forecasts)]
         ratios = [forecast / actual[stage] for forecast, actual in zip(around, actuals, strict=True)]
         assert statistics.median(ratios) == pytest.approx(1, abs=0.25), (stage, forecasts, actuals)
-    size = sum(CacheReader(tmp_path / "1" / "cache").bytes_by_component().values())
+    size = unit_bytes(tmp_path / "1" / "cache")
     assert forecasts[0][2] == pytest.approx(size, rel=0.05)

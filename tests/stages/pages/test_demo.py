@@ -36,7 +36,7 @@ def report(**changes: object) -> Report:
         "student_curves": {"wide student": curve},
         "mae_curves": {"wide student": [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 1.0}]},
         "examples": [example],
-        "bytes_per_view": {"indices": 750.0, "overhead": 250.0},
+        "bytes_per_view": {"sketches": 750.0, "overhead": 250.0},
         "dense_bytes": 67_600,
         "head_k": 0,
         "tail_k": 8,
