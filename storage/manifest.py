@@ -359,7 +359,9 @@ def check_same_layer(stored: Layer, wanted: Layer) -> list[str]:
         CacheMismatch: fields differ; names the first one with both values, and the number of differing fields.
     """
     hint = "change the recipe back, or name a new layer of this cache with `layer`"
-    _refuse(list(_differences(stored._spec(), wanted._spec())), f"layer {stored.name} of the cache", hint)
+    # The arrays follow from the parameters, so these are named first.
+    found = sorted(_differences(stored._spec(), wanted._spec()), key=lambda each: each[0].startswith("target.arrays"))
+    _refuse(found, f"layer {stored.name} of the cache", hint)
     return _environments(stored, wanted)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import timm
 import torch
@@ -20,12 +21,16 @@ from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, UnitsFailed, UserError, ViewMismatch
 from tinymim.pipeline import drawn
+from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode, environment
+from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step
 from tinymim.stages.units import draft
+from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import (
     STUDENT,
@@ -66,15 +71,25 @@ def test_golden_losses_of_twenty_steps(made: Path) -> None:
 def test_golden_records(made: Path) -> None:
     """Boxes, flips and digests are fixed by (seed, key, view) for all time; the teacher's numbers to rounding."""
     reader = CacheReader(made / "cache")
-    records = reader.read_unit(reader.units()[0])
+    info = reader.units(reader.layer().name)[0]
     golden = json.loads((Path(__file__).parent.parent / "data" / "golden_records.json").read_text())
-    assert records.keys[:4] == golden["keys"]
-    assert records.arrays["box"][:8].tolist() == golden["box"]
-    assert records.arrays["flip"][:8].tolist() == golden["flip"]
+    assert reader.keys(info.unit.shard)[:4] == golden["keys"]
+    recipe = cache_recipe(made)
+    items = np.array([[0, image, view] for image in range(4) for view in range(2)])
+    views = ImageViews(open_shards(recipe.source).shards, RandomViews(recipe.views)).batch(items).views
+    assert [list(view[:4]) for view in views] == golden["box"]
+    assert [int(view.flip) for view in views] == golden["flip"]
+    records = {name: by_image(values) for name, values in reader.read_views(info).items()}
     for name in ("qk_entropy", "vv_entropy"):
-        np.testing.assert_allclose(records.arrays[name][:20], golden[name], rtol=1e-4)
+        np.testing.assert_allclose(records[name][:20], golden[name], rtol=1e-4)
     if reader.manifest.environment["canary"] == golden["canary"]:
-        assert [f"{d:016x}" for d in records.arrays["digest"][:8].tolist()] == golden["digest"]
+        digests = by_image(reader.read_views(reader.units()[0])["digest"])
+        assert [f"{digest:08x}" for digest in digests[:8].tolist()] == [digest[8:] for digest in golden["digest"]]
+
+
+def by_image(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[V, I, ...] as [I x V, ...], the order of the golden records."""
+    return values.swapaxes(0, 1).reshape(-1, *values.shape[2:])
 
 
 # ---------------------------------------------------------------- differences are refused
@@ -211,11 +226,11 @@ def _odd(home: Path) -> Path:
 
 
 def test_a_flipped_byte_in_the_cache_is_named(home: Path) -> None:
-    payload = next(p for p in (home / "cache" / "units").rglob("qk_tail_gap/c/**/*") if p.is_file())
+    payload = next((home / "cache" / "layers").rglob("v0-1.zip"))
     data = bytearray(payload.read_bytes())
     data[len(data) // 2] ^= 0x10
     payload.write_bytes(data)
-    with pytest.raises(CacheCorrupt, match="qk_tail_gap"):
+    with pytest.raises(CacheCorrupt, match=r"view [01] does not have its committed checksum"):
         train_student.run(student_recipe(home))
 
 
@@ -250,11 +265,12 @@ def test_a_cache_grows_by_views_and_by_shards_and_a_partial_one_trains(
     shutil.rmtree(home / "cache")
     first = {"shards": home / "shards", "pattern": "shard-00000[01].tar"}
     cache_teacher.run(cache_recipe(home, source=first, num_views=1))
-    before = tree(home / "cache" / "units")
+    before = stored(home)
     cache_teacher.run(cache_recipe(home, num_views=3))
-    after = tree(home / "cache" / "units")
-    assert before.items() <= after.items()
-    assert CacheReader(home / "cache").coverage().complete
+    assert before.items() <= stored(home).items()
+    reader = CacheReader(home / "cache")
+    assert {reader.coverage(layer).complete_views for layer in (VIEWS, *reader.layers)} == {3}
+    assert reader.coverage().complete
     shutil.rmtree(home / "cache")
     cache_teacher.run(cache_recipe(home, source=first))
     few = {"batch_size": 8, "steps": 4}

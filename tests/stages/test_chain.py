@@ -64,7 +64,7 @@ def test_the_student_of_a_chain_teaches_the_next_and_nothing_is_done_twice(
         f"chain {n}/4: {stage} {home / f'{n}.yaml'}"
         for n, stage in enumerate(("cache-teacher", "train-student") * 2, start=1)
     ]
-    taught_by = CacheReader(home / "next").manifest.teacher
+    taught_by = CacheReader(home / "next").layer().teacher
     assert taught_by["weights_origin"] == str(home / "run-first" / "student.safetensors")
     assert (home / "run-second" / "student.safetensors").exists()
     before = {name: tree(home / name) for name in ("cache", "next")}

@@ -28,5 +28,6 @@ def test_every_codec_teaches(home: Path, codec: dict[str, Any]) -> None:
     train_student.run(student_recipe(home, cache=place))
     found = losses(home)
     assert np.mean(found[-4:]) < 0.9 * np.mean(found[:4])
-    fidelity = CacheReader(place).units()[0].statistics["fidelity"]
+    reader = CacheReader(place)
+    fidelity = reader.units(reader.layer().name)[0].statistics["fidelity"]
     assert set(fidelity) == {"views", "all", *codec.get("relations", ["qk", "vv"])}

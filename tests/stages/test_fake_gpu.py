@@ -115,7 +115,7 @@ def test_views_of_more_than_256_tokens_are_picked_for_the_audit(tmp_path: Path) 
         views=[View(0, 0, 68, 68, False)] * 4,
         view_keys=torch.arange(4),
     )
-    piece = Piece(UnitId("shard-000000.tar", 0, 2), True, True)
+    piece = Piece(UnitId("shard-000000.tar", 0, 2), range(2), True, True)
     with LikeCuda():  # type: ignore[no-untyped-call]  # torch's
         encoded = encode(Teacher(config, kind.taps), kind, batch, piece, 16, torch.device("cpu"))
     assert encoded.audited is not None and encoded.arrays["qk_tail_gap"].dtype == torch.uint16

@@ -130,7 +130,7 @@ def cache(root: Path, **changes: Any) -> CacheTeacherRecipe:
 def test_every_unit_carries_its_fidelity(root: Path) -> None:
     cache_teacher.run(cache(root, cache=root / "audited"))
     reader = CacheReader(root / "audited")
-    for info in reader.units():
+    for info in reader.units(reader.layer().name):
         found = info.statistics["fidelity"]
         assert found["views"] == min(12, info.num_images)  # one view an image
         assert 0 < found["all"]["noise_ratio"][0] < 10
@@ -141,4 +141,5 @@ def test_an_audit_may_be_left_out_and_few_views_say_nothing(root: Path) -> None:
     for views, wanted in ((0, {"views": 0}), (3, {"views": 3})):
         recipe = cache(root, cache=root / f"few-{views}", audit_views=views)
         cache_teacher.run(recipe)
-        assert all(unit.statistics["fidelity"] == wanted for unit in CacheReader(root / f"few-{views}").units())
+        units = CacheReader(root / f"few-{views}").units(recipe.layer_name)
+        assert all(unit.statistics["fidelity"] == wanted for unit in units)

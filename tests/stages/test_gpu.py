@@ -13,6 +13,7 @@ from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.stages import cache_teacher, finetune, make_shards, train_student
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training.learner import LossWatch
+from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.finetunes import losses, recipe
 from tinymim.tests.stages.tiny import STUDENT, student_recipe
@@ -53,7 +54,11 @@ def test_a_cache_from_the_gpu_equals_one_from_the_cpu_and_trains(tmp_path: Path,
     for device in ("cpu", "cuda"):
         cache_teacher.run(cache_recipe(tmp_path, device))
         reader = CacheReader(tmp_path / f"cache-{device}")
-        records[device] = reader.read_unit(reader.units()[0]).arrays
+        records[device] = {
+            name: values
+            for layer in (VIEWS, reader.layer().name)
+            for name, values in reader.read_views(reader.units(layer)[0]).items()
+        }
     assert np.array_equal(records["cpu"]["digest"], records["cuda"]["digest"])
     for name in ("qk_probs", "vv_probs"):
         cpu, gpu = records["cpu"][name].astype(np.float32), records["cuda"][name].astype(np.float32)

@@ -18,14 +18,13 @@ from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, Sou
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages import cache_teacher, train_student
-from tinymim.stages.cache.opened import stored_constants
+from tinymim.stages.cache.opened import opened_kind
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.units import draft
-from tinymim.storage.layout import root_group
+from tinymim.storage.layout import commit_file, root_group
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
-from tinymim.targets.kinds import stored_kind
 from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.tests.stages.tiny import (
     TEACHER,
@@ -39,6 +38,7 @@ from tinymim.tests.stages.tiny import (
 
 INT8 = {"name": "hidden", "calibration_views": 20}
 PCA = {"name": "hidden", "basis": "pca", "bits": 3.3, "calibration_views": 20}
+LAYER = cache_recipe(Path(), codec=INT8).layer_name
 CPU = torch.device("cpu")
 
 
@@ -62,18 +62,17 @@ def short(root: Path, **changes: Any) -> TrainStudentRecipe:
 
 def test_decoded_records_are_the_teachers_relations(made: Path) -> None:
     reader = CacheReader(made / "cache")
-    constants = stored_constants(reader.store, reader.manifest, CPU)
-    manifest = reader.manifest
-    kind = stored_kind(manifest.codec, manifest.block, TargetsConfig(relations=("qk", "kk")), constants)
+    layer = reader.layer()
+    kind = opened_kind(reader, layer, TargetsConfig(relations=("qk", "kk")), CPU)
     recipe = hidden_recipe(made)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tapped = Teacher(recipe.teacher, kind.taps)(pixels)
     exact = QKV(*tapped[kind.taps[0]])
     keys = torch.tensor([1, 2])
-    target = kind.decode(kind.encode(tapped, keys), keys, manifest.shapes)
+    target = kind.decode(kind.encode(tapped, keys), keys, layer.shapes)
     for relation, rows in target.items():
         torch.testing.assert_close(rows.dense(), relation_probs(exact, relation), rtol=0, atol=5e-3)
-    fidelity = [unit.statistics["fidelity"] for unit in reader.units()]
+    fidelity = [unit.statistics["fidelity"] for unit in reader.units(layer.name)]
     assert all(statistics["views"] for statistics in fidelity)
 
 
@@ -85,9 +84,9 @@ def test_a_resumed_cache_has_the_same_bytes_and_the_same_constants(
         shutil.rmtree(home / "cache")
         cache_teacher.run(hidden_recipe(home, codec=codec, audit_views=4))
     whole = stored(home)
-    last = CacheReader(home / "cache").units()[-1]
-    shutil.rmtree(home / "cache" / "units" / last.unit.shard.removesuffix(".tar"))
-    (home / "cache" / "commits" / f"{last.unit.shard.removesuffix('.tar')}.v0-1.json").unlink()
+    last = CacheReader(home / "cache").units(LAYER)[-1]
+    for path in (last.path, commit_file(LAYER, last.unit)):
+        (home / "cache" / path).unlink()
     # A resumed run does not calibrate: those who changed images since then would get other constants.
     monkeypatch.setattr("tinymim.targets.relations.hidden.calibrate", None)
     cache_teacher.run(hidden_recipe(home, codec=codec, audit_views=4))
@@ -106,7 +105,8 @@ def test_a_cache_stopped_before_its_first_unit_is_calibrated_once(home: Path, mo
     monkeypatch.setattr("tinymim.stages.units.job.encode", interrupt)
     with pytest.raises(Interrupted):
         cache_teacher.run(hidden_recipe(home))
-    assert CacheReader(home / "cache").units() == [] and (home / "cache" / "constants.json").exists()
+    assert CacheReader(home / "cache").units() == []
+    assert (home / "cache" / "layers" / LAYER / "constants.json").exists()
     monkeypatch.setattr("tinymim.stages.units.job.encode", encode)
     monkeypatch.setattr("tinymim.targets.relations.hidden.calibrate", None)
     cache_teacher.run(hidden_recipe(home, audit_views=4))
@@ -117,8 +117,9 @@ def test_growing_leaves_constants_and_units_as_they_are(home: Path) -> None:
     before = tree(home / "cache")
     cache_teacher.run(hidden_recipe(home, num_views=3))
     after = tree(home / "cache")
-    grown = {name for name in before if before[name] != after[name]}
-    assert grown <= {"zarr.json"} and len({info.constants for info in CacheReader(home / "cache").units()}) == 1
+    assert {name: data for name, data in after.items() if name in before} == before
+    units = CacheReader(home / "cache").units(LAYER)
+    assert len(units) == 6 and len({info.constants for info in units}) == 1
 
 
 def test_students_train_on_any_relation_heads_and_rows_with_any_number_of_workers(made: Path, home: Path) -> None:
@@ -142,13 +143,13 @@ def test_the_student_sees_what_a_student_of_the_dense_cache_sees(made: Path, hom
 
 
 def test_a_flipped_byte_in_the_constants_is_named(home: Path) -> None:
-    path = home / "cache" / "constants" / "qkv_weight" / "c" / "0" / "0"
+    path = home / "cache" / "layers" / LAYER / "constants.zip"
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 0x10
     path.write_bytes(data)
-    with pytest.raises(CacheCorrupt, match="array qkv_weight"):
+    with pytest.raises(CacheCorrupt, match=r"constants\.zip is damaged"):
         train_student.run(short(home))
-    with pytest.raises(CacheCorrupt, match="array qkv_weight"):
+    with pytest.raises(CacheCorrupt, match=r"constants\.zip is damaged"):
         cache_teacher.run(hidden_recipe(home, num_views=3))
 
 

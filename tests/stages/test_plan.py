@@ -24,7 +24,6 @@ from tinymim.stages.planning import teacher as teacher_of_plan
 from tinymim.stages.run.preflight import preflight_plan
 from tinymim.stages.units import timing
 from tinymim.stages.units.draft import UnitPart
-from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_teacher
 

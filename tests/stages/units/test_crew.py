@@ -68,7 +68,8 @@ def recipe(made: Path, folder: Path, **changes: Any) -> CacheTeacherRecipe:
 
 
 def committed(folder: Path) -> int:
-    return len(list((folder / "cache" / "commits").glob("*.json")))
+    """Units of the target layer."""
+    return len(list((folder / "cache" / "layers").glob("*/*/v*.json")))
 
 
 def until(true: Callable[[], bool], within_s: float = 300.0) -> None:

@@ -173,7 +173,7 @@ def test_changed_shards_and_other_teachers_are_refused_before_anything_is_writte
     again = {"cache": tmp_path / "cache", "run": run(tmp_path, "a")}
     for changes, field in (
         ({"teacher": other}, r"teacher\.weights_sha256"),
-        ({"codec": {"rows": 5}}, r"target\.arrays"),
+        ({"codec": {"rows": 5}}, r"target\.parameters"),
         ({"views": {"size": 32, "scaled_decode": False, "seed": 3}}, r"views\.seed"),
     ):
         with pytest.raises(CacheMismatch, match=field):
