@@ -179,7 +179,7 @@ def test_another_version_of_a_library_is_named(home: Path, monkeypatch: pytest.M
     [
         ({"views": {"size": 32, "seed": 1}}, "views.seed"),
         ({"views": {"size": 32, "scale": (0.5, 1.0)}}, "views.scale"),
-        ({"codec": {"rows": 6, "head_k": 1, "tail_k": 4}}, "codec.parameters.tail_k"),
+        ({"codec": {"rows": 6, "head_k": 1, "tail_k": 4}}, "target.parameters.tail_k"),
     ],
 )
 def test_another_recipe_on_the_same_cache_is_refused(home: Path, changes: Overrides, field: str) -> None:
