@@ -68,7 +68,7 @@ def make_codec(
 
 def stored_codec(section: Mapping[str, Any]) -> Plain:
     """`stored_kind` for relations."""
-    kind = stored_kind(section, 1)
+    kind = stored_kind(section)
     assert isinstance(kind, RelationKind)
     return Plain(kind)
 
