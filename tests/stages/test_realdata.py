@@ -32,7 +32,7 @@ def test_imagenet_photographs_through_a_real_teacher_into_a_student(data_root: P
     cache_teacher.run(cache_recipe)
     reader = CacheReader(tmp_path / "cache")
     assert reader.layer().shapes.tokens == 197
-    assert reader.coverage(reader.layer().name).complete and reader.coverage(reader.layer().name).num_records == 70
+    assert reader.coverage().complete and reader.coverage(reader.layer().name).num_records == 70
     student_recipe = load_recipe(
         Path("imagenet-sample-student"),
         "train-student",

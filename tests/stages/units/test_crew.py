@@ -81,7 +81,7 @@ def until(true: Callable[[], bool], within_s: float = 300.0) -> None:
 def owners(folder: Path) -> set[int]:
     """The processes that hold leases on shards: the workers that are at work."""
     found = set()
-    for path in (folder / "cache" / "leases" / "units").glob("*.json"):
+    for path in (folder / "cache" / "leases" / "shards").glob("*.json"):
         with suppress(FileNotFoundError, ValueError):
             found.add(int(json.loads(path.read_text())["pid"]))
     return found

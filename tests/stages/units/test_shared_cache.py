@@ -131,7 +131,7 @@ def test_a_job_killed_at_50_random_moments_continues_to_the_same_bytes(made: Pat
 
 
 def test_two_jobs_add_two_layers_at_once(made: Path, tmp_path: Path, place: Path | str) -> None:
-    layers = ({}, SECOND)
+    layers: tuple[dict[str, object], ...] = ({}, SECOND)
     both = [
         jobs.start(recipe(made, cache=place, run=run(tmp_path, f"job-{number}"), **layers[number])) for number in (0, 1)
     ]

@@ -293,7 +293,7 @@ def test_q_and_k_that_are_no_linear_layer_of_the_input_are_refused(changed: dict
 
 def test_another_version_is_refused() -> None:
     parameters = codec_config(name="hidden", basis="pca", bits=1).model_dump(mode="json")
-    section = {"name": "hidden", "version": 1, "parameters": parameters}
+    section = {"name": "hidden", "version": 1, "taps": ["qkv@1"], "parameters": parameters}
     assert stored_codec(section) == make_codec(codec_config(**parameters))
     with pytest.raises(CacheMismatch, match="another codec"):
         stored_codec(section | {"version": 2})
