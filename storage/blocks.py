@@ -44,7 +44,7 @@ ZSTD_MOST = 2**17 // 4
 _ENCODE, _DECODE = Zstd(ZSTD_LEVEL), Zstd()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """Size in bytes and crc32c of one part of a unit's file."""
 

@@ -1,9 +1,11 @@
 """The commit record: the one small file that makes a unit visible and holds the checksums a reader trusts (I7)."""
 
+import gc
 import itertools
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -87,6 +89,7 @@ class UnitInfo:
         parts: sizes and checksums of the unit's file.
         statistics: JSON values from the writer (fidelity, counts, ...).
         constants: digest of the constants that made the records; None if the codec has none.
+        record_bytes: size of the commit record, where it was read.
     """
 
     layer: str
@@ -98,6 +101,7 @@ class UnitInfo:
     parts: UnitParts
     statistics: Mapping[str, Any]
     constants: str | None = None
+    record_bytes: int = field(default=0, compare=False)
 
     @property
     def num_records(self) -> int:
@@ -160,15 +164,36 @@ def holds_keys(layer: str, unit: UnitId) -> bool:
     return layer == layout.VIEWS and unit.first_view == 0
 
 
-def list_units(store: Store, layer: str, manifest: Manifest) -> list[UnitId]:
-    """The committed units of a layer in source order, then by view, from names alone."""
+def list_units(store: Store, layer: str, manifest: Manifest, paths: Iterable[str] | None = None) -> list[UnitId]:
+    """The committed units of a layer in source order, then by view, from names alone; `paths` as `read_commits`."""
     shards = {layout.shard_stem(name): name for name in manifest.shards}
-    paths = (entry.path for entry in store.list(layout.layer_folder(layer)))
-    found = (layout.parse_commit_file(layer, path, shards) for path in paths)
+    folder = f"{layout.layer_folder(layer)}/"
+    if paths is None:
+        paths = (entry.path for entry in store.list(layout.layer_folder(layer)))
+    found = (layout.parse_commit_file(layer, path, shards) for path in paths if path.startswith(folder))
     return in_source_order((unit for unit in found if unit is not None), manifest)
 
 
-def read_commits(store: Store, layer: str, spec_id: str, manifest: Manifest, constants: str | None) -> list[UnitInfo]:
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Keep the cycle collector off: it would search a million new objects again and again, and none is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def read_commits(
+    store: Store,
+    layer: str,
+    spec_id: str,
+    manifest: Manifest,
+    constants: str | None,
+    paths: Iterable[str] | None = None,
+) -> list[UnitInfo]:
     """All committed units of a layer, in source order, then by view.
 
     Args:
@@ -177,16 +202,18 @@ def read_commits(store: Store, layer: str, spec_id: str, manifest: Manifest, con
         spec_id: its spec_id.
         manifest: the cache's manifest.
         constants: digest of the layer's constants, None if there are none.
+        paths: the paths of the cache's files, where they have been listed.
 
     Raises:
         CacheMismatch: a record has an unknown format version.
         CacheCorrupt: a record is damaged or belongs to another cache; two units share views; a unit was made with
             other constants than the layer's.
     """
-    names = list_units(store, layer, manifest)
-    paths = {layout.commit_file(layer, unit): unit for unit in names}
-    found = store.read_all(dict.fromkeys(paths, layout.COMMIT_LIMIT_BYTES))
-    units = [parse_commit(store.place, layer, paths[path], data, spec_id, manifest) for path, data in found.items()]
+    names = list_units(store, layer, manifest, paths)
+    named = {layout.commit_file(layer, unit): unit for unit in names}
+    with _no_collector():
+        found = store.read_all(dict.fromkeys(named, layout.COMMIT_LIMIT_BYTES))
+        units = [parse_commit(store.place, layer, named[path], data, spec_id, manifest) for path, data in found.items()]
     for info in units:
         if info.constants != constants:
             raise CacheCorrupt(
@@ -260,6 +287,7 @@ def parse_commit(
         parts=UnitParts(head, keys, views, tail, record.blake2b),
         statistics=record.statistics,
         constants=record.constants,
+        record_bytes=len(data),
     )
 
 

@@ -25,6 +25,15 @@ ATTRIBUTE, DIGEST_ATTRIBUTE = "tinymim", "tinymim_digest"
 MANIFEST_LIMIT_BYTES = 2**28
 COMMIT_LIMIT_BYTES = 2**26
 _GROUP_FIELDS = {"node_type": "group", "zarr_format": 3}
+_NAME = LAYER_NAME.strip("^$")
+_FOLDER = rf"({VIEWS}|{LAYERS}/(?P<layer>{_NAME}))"
+# Paths of all files of a cache, in any state: of units, of groups below the root, and others.
+UNIT_FILE = re.compile(rf"{_FOLDER}/(?P<stem>[A-Za-z0-9_-]+)/v[0-9]{{1,9}}-[0-9]{{1,9}}\.(?P<kind>zip|json)")
+GROUP_FILE = re.compile(rf"({_FOLDER}|{LAYERS})/{re.escape(METADATA)}")
+_OTHER_FILE = re.compile(
+    rf"{re.escape(METADATA)}|{LEASES}/.+\.g[0-9]{{1,9}}\.json"
+    rf"|{LAYERS}/{_NAME}/({re.escape(CONSTANTS)}|{re.escape(CONSTANTS_RECORD)})"
+)
 _COMMIT_NAME = re.compile(r"(?P<stem>[A-Za-z0-9_-]+)/v(?P<first>[0-9]{1,9})-(?P<last>[0-9]{1,9})\.json")
 
 
@@ -111,6 +120,23 @@ def parse_commit_file(layer: str, path: str, shards: Mapping[str, str]) -> UnitI
     first, last = int(match["first"]), int(match["last"])
     unit = UnitId(shards[match["stem"]], first, last - first + 1) if last >= first else None
     return unit if unit is not None and path == commit_file(layer, unit) else None
+
+
+def is_of_cache(path: str) -> bool:
+    """Whether tinymim gives its files such a path, relative to the cache."""
+    return any(form.fullmatch(path) for form in (UNIT_FILE, GROUP_FILE, _OTHER_FILE))
+
+
+def is_commit(path: str) -> bool:
+    """Whether commit records have such a path."""
+    found = UNIT_FILE.fullmatch(path)
+    return found is not None and found["kind"] == "json"
+
+
+def layer_of(path: str) -> str | None:
+    """The layer in whose folder a file lies; None: in none."""
+    first, _, rest = path.partition("/")
+    return VIEWS if first == VIEWS else rest.partition("/")[0] if first == LAYERS and "/" in rest else None
 
 
 # ---- groups, whose attributes hold the manifest of the cache and of each layer

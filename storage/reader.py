@@ -8,7 +8,7 @@ import itertools
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ from tinymim.storage.blocks import VIEW_ARRAYS, ZSTD_MOST, Array, ArrayType, Blo
 from tinymim.storage.commit import (
     UnitInfo,
     corrupt_unit,
-    encode_commit,
     holds_keys,
     key_digest,
+    parse_commit,
     read_commits,
     signed,
 )
 from tinymim.storage.constants import constants_digest, read_constants, read_record
-from tinymim.storage.layout import VIEWS
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.manifest import Layer, Manifest
-from tinymim.storage.store import Store, open_store
+from tinymim.storage.packed import open_cache_store
+from tinymim.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class CacheReader:
     """
 
     def __init__(self, place: str | Path) -> None:
-        self.store: Store = open_store(place)
+        self.store: Store = open_cache_store(place)
         self.place = self.store.place
         self.manifest: Manifest = layout.read_manifest(self.store)
         names = layout.layer_names(self.store)
@@ -138,8 +139,12 @@ class CacheReader:
             )
         raise UserError(f"the cache {self.place} has no layer {name}", got=listing, hint="name one of these layers")
 
-    def units(self, layer: str = VIEWS) -> list[UnitInfo]:
+    def units(self, layer: str = VIEWS, paths: Iterable[str] | None = None) -> list[UnitInfo]:
         """The committed units of a layer in source order, then by view; read once.
+
+        Args:
+            layer: the view layer or a target layer.
+            paths: the paths of the cache's files, where they have been listed.
 
         Raises:
             CacheMismatch, CacheCorrupt: as `read_commits`.
@@ -150,8 +155,21 @@ class CacheReader:
                 if layer != VIEWS:
                     held = self.layer(layer)
                     spec_id, constants = held.spec_id, constants_digest(self.store, held)
-                self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants)
+                self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants, paths)
             return list(self._units[layer])
+
+    def unit(self, layer: str, unit: UnitId) -> UnitInfo:
+        """One committed unit as it is now, also if it was committed after the others were listed.
+
+        Raises:
+            CacheMismatch, CacheCorrupt: as `parse_commit`; also where the record is missing.
+        """
+        spec_id = self.manifest.spec_id if layer == VIEWS else self.layer(layer).spec_id
+        try:
+            data = self.store.read(layout.commit_file(layer, unit), layout.COMMIT_LIMIT_BYTES)
+        except FileNotFoundError as error:
+            raise corrupt_unit(self.place, unit, f"layer {layer} holds no record of it") from error
+        return parse_commit(self.place, layer, unit, data, spec_id, self.manifest)
 
     def by_shard(self, layer: str = VIEWS) -> dict[str, list[UnitInfo]]:
         """The committed units of a layer by shard name, ascending by view."""
@@ -275,9 +293,10 @@ class CacheReader:
                 parts = info.parts
                 total["records"] += sum(block.size_bytes for block in parts.views)
                 total["keys"] += 0 if parts.keys is None else parts.keys.size_bytes
-                total["overhead"] += parts.head.size_bytes + parts.tail.size_bytes + len(encode_commit(info))
+                total["overhead"] += parts.head.size_bytes + parts.tail.size_bytes + info.record_bytes
             found[layer] = dict(total)
-        found[VIEWS]["overhead"] += len(layout.root_group(self.manifest)) + len(layout.plain_group())  # of `layers`
+        root = self.store.read(layout.METADATA, layout.MANIFEST_LIMIT_BYTES)
+        found[VIEWS]["overhead"] += len(root) + len(layout.plain_group())  # of `layers`
         return found
 
     def _parts(self, info: UnitInfo, ranges: Sequence[tuple[int, int]]) -> Iterator[Array]:

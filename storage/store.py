@@ -65,8 +65,9 @@ class Store(Protocol):
     A missing file raises FileNotFoundError. Other failures raise OSError for a folder, StoreError for an object store.
     """
 
-    # Whether answers take long, so that several requests should be made in parallel.
-    distant: ClassVar[bool]
+    @property
+    def distant(self) -> bool:
+        """Whether answers take long, so that several requests should be made in parallel."""
 
     @property
     def place(self) -> Path | str:
@@ -148,7 +149,7 @@ class LocalStore:
         self._was_there = False
 
     def read(self, path: str, limit: int) -> bytes:
-        with open(self.place / path, "rb") as file:
+        with open(f"{self.place}/{path}", "rb") as file:  # joining paths would take as long as reading a record
             _refuse_large(path, os.fstat(file.fileno()).st_size, limit)
             return file.read()
 
@@ -156,7 +157,7 @@ class LocalStore:
         return {path: self.read(path, limit) for path, limit in limits.items()}
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
-        fd = os.open(self.place / path, os.O_RDONLY)
+        fd = os.open(f"{self.place}/{path}", os.O_RDONLY)
         try:
             size = os.fstat(fd).st_size  # a range may come from a forged record: no memory for what is not there
             for begin, end in ranges:
@@ -195,17 +196,25 @@ class LocalStore:
         return (self.place / path).is_file()
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        for folder, _, names in os.walk(self.place / prefix):
-            for name in names:
-                full = Path(folder, name)
-                if name.endswith(PARTIAL_SUFFIX):
+        folders = [prefix]
+        while folders:
+            folder = folders.pop()
+            start = f"{folder}/" if folder else ""
+            try:
+                found = list(os.scandir(self.place / folder))
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # removed since it was listed, or never there
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{start}{entry.name}")
+                if entry.name.endswith(PARTIAL_SUFFIX) or entry.is_dir():
                     continue
                 try:
-                    stat = full.stat()
+                    stat = entry.stat()
                 except FileNotFoundError:
                     continue  # removed since it was listed
                 modified = datetime.fromtimestamp(stat.st_mtime, UTC)
-                yield Entry(full.relative_to(self.place).as_posix(), stat.st_size, modified, _user(stat.st_uid))
+                yield Entry(f"{start}{entry.name}", stat.st_size, modified, _user(stat.st_uid))
 
     def folders(self, prefix: str = "") -> set[str]:
         try:
