@@ -1,7 +1,7 @@
 """The commands of `tinymim cache`: flags and help, no logic. Each command imports its stage when it runs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 cache_app = App(
     name="cache",
-    help="""List, describe, verify, repair, copy and remove caches.
+    help="""List, describe, verify, repair, copy, pack and remove caches.
 
 Caches lie in folders or in object stores (s3://bucket/prefix; credentials come
-from the environment). PATH is a cache, or a root that holds exactly one.""",
+from the environment). PATH is a cache, or a root that holds exactly one. A
+packed cache is read like any other. A cache has one layer per target.""",
     sort_key=9,
 )
 
@@ -43,10 +44,11 @@ def cache_list(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """List the caches below a root, one line each.
+    """List the caches below a root, a line per layer.
 
-    Reads the manifests and commit records of the caches directly in ROOT, or of
-    ROOT itself; writes nothing. A damaged cache is listed with its problem.
+    Reads the manifests and the names of files of the caches directly in ROOT, or of
+    ROOT itself; writes nothing. A cache that cannot be read is listed with its
+    problem.
 
     Example: tinymim cache list s3://bucket/caches
     """
@@ -62,9 +64,10 @@ def cache_list(
 
 @cache_app.command(name="info", sort_key=1)
 def cache_info(path: PathArgument, /, *, more_views: int = 10, as_json: JsonOption = False) -> None:
-    """Describe a cache: identity, coverage, size, fidelity, authors.
+    """Describe a cache: identity, layers, coverage, size, fidelity, authors.
 
-    Reads the manifest, the commit records and their dates; writes nothing.
+    Reads the manifest, the commit records and their dates; writes nothing. Of a
+    cache in format 1 it prints a summary and the line that upgrades it.
 
     Example: tinymim cache info caches/imagenet-sample --more-views 100
 
@@ -99,10 +102,10 @@ def cache_verify(
     """Check every byte of a cache; with --deep also against the teacher.
 
     Reads all files of the cache: sizes, digests, decoding, keys, commit records,
-    groups, constants, and files that belong to nothing. --deep also reads the
-    images and the teacher: it draws, renders and encodes a sample of views again.
-    Box, flip and pixels must equal the stored ones, and at least --min-agreement
-    of the codec's elements.
+    groups, constants, files that belong to nothing, and the layers against one
+    another. --deep also reads the images and the teacher: it draws, renders and
+    encodes a sample of views of the recipe's layer again. The digests of the pixels
+    must equal the stored ones, and at least --min-agreement of the codec's elements.
     Writes nothing. Prints all findings. Exit code 0 without findings, else 2.
 
     Example: tinymim cache verify caches/mine --deep cache.yaml --sample 256
@@ -149,9 +152,10 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
 
     Reads all files of the recipe's cache, the images and the teacher. A recipe that
     did not make the cache is refused before anything is touched.
-    Writes damaged metadata, manifest and constants again, removes stray files and
-    damaged units, then runs cache-teacher for the missing units. The repaired cache
-    has its original bytes.
+    Writes damaged metadata, manifest, the description of the recipe's layer and its
+    constants again, removes stray files and damaged units, then runs cache-teacher
+    for the missing units of the view layer and the recipe's layer. They get their
+    original bytes. Other layers need their own recipes.
 
     Example: tinymim cache repair cache.yaml --set cache=caches/mine
     """
@@ -166,6 +170,7 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
         print_json(report)
     else:
         print_text(stage.format_report(report))
+    stage.refuse_left(report)
 
 
 @cache_app.command(name="copy", sort_key=4)
@@ -174,14 +179,19 @@ def cache_copy(
     target: Annotated[str, Parameter(name="DST")],
     /,
     *,
+    layers: Annotated[list[str] | None, Parameter(name="--layer", negative="")] = None,
+    to_format: Annotated[Literal[2] | None, Parameter(name="--format")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Copy a cache to a folder or an object store, checking every byte.
 
-    Reads the committed units of SRC and compares every file with its digest.
+    Reads the committed units of SRC and compares every file with its digest. SRC
+    may be a packed cache, which is unpacked.
     Writes DST unit by unit. A stopped copy resumes. Several copies at once share
     the work. Existing units stay. The copy has the same bytes. A DST that holds
     another cache is refused.
+    --format 2 upgrades a cache in format 1: records, keys and statistics stay equal,
+    and every unit is read back and compared.
 
     Example: tinymim cache copy caches/mine s3://bucket/caches/mine
 
@@ -191,42 +201,85 @@ def cache_copy(
         Folder or URL of a cache, or of a root that holds exactly one.
     target
         Folder or URL of the copy itself (not of a root), new or unfinished.
+    layers
+        Copy this target layer with the view layer, not all of them. May be repeated. An upgraded layer gets this name.
+    to_format
+        Write this format; needed for a SRC in format 1.
     """
     from tinymim.stages.cache import copy as stage
+    from tinymim.stages.cache import upgrade
 
-    report = stage.run(parse_place(source), parse_place(target))
+    if to_format is not None and upgrade.is_old(parse_place(source)):
+        if layers and len(layers) > 1:
+            raise RecipeError("a cache in format 1 becomes one layer", got=f"--layer {' --layer '.join(layers)}")
+        upgraded = upgrade.run(parse_place(source), parse_place(target), layers[0] if layers else None)
+        if as_json:
+            print_json(upgraded)
+        else:
+            print_text(upgrade.format_report(upgraded))
+        return
+    report = stage.run(parse_place(source), parse_place(target), layers)
     if as_json:
         print_json(report)
     else:
         print_text(stage.format_report(report))
 
 
-@cache_app.command(name="remove", sort_key=5)
+@cache_app.command(name="pack", sort_key=5)
+def cache_pack(
+    path: PathArgument,
+    target: Annotated[str, Parameter(name="DST", help="Folder or URL of the packed cache, new or unfinished.")],
+    /,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Pack a cache into a few large tars and a card, as for a model hub.
+
+    Reads the committed units and compares every byte with its checksum.
+    Writes tars of at most 4 GiB (one file may be larger), their index cache.json and
+    the card README.md. Equal caches give equal tars. A stopped pack resumes.
+    `cache copy DST elsewhere` unpacks it.
+
+    Example: tinymim cache pack caches/mine packed/mine
+    """
+    from tinymim.stages.cache import pack as stage
+
+    report = stage.run(parse_place(path), parse_place(target))
+    if as_json:
+        print_json(report)
+    else:
+        print_text(stage.format_report(report))
+
+
+@cache_app.command(name="remove", sort_key=6)
 def cache_remove(
     path: Annotated[str, Parameter(name="PATH", help="Folder or URL of the cache itself, not of a root.")],
     /,
     *,
+    layers: Annotated[list[str] | None, Parameter(name="--layer", negative="")] = None,
     yes: Annotated[bool, Parameter(name="--yes", negative="")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove a cache, and only files that belong to it.
+    """Remove a cache or layers of one, and only files that belong to it.
 
     Reads the manifest at PATH and lists its files. Without --yes it prints them and
     exits with code 2. Refuses folders that are no tinymim cache, and caches with an
     active writer.
-    Writes nothing. Removes commit records first and the manifest last, so a
+    Writes nothing. Removes commit records first and what describes them last, so a
     stopped removal can be run again. Foreign files are named and left.
 
-    Example: tinymim cache remove caches/mine --yes
+    Example: tinymim cache remove caches/mine --layer vit_base-b10-sketch --yes
 
     Parameters
     ----------
+    layers
+        Remove this target layer, not the cache. May be repeated.
     yes
         Remove the files.
     """
     from tinymim.stages.cache import remove as stage
 
-    report = stage.run(parse_place(path), yes)
+    report = stage.run(parse_place(path), yes, layers)
     if as_json:
         print_json(report)
     else:

@@ -1,25 +1,25 @@
-"""`tinymim cache info PATH`: identity, coverage, size, fidelity and authors of a cache."""
+"""`tinymim cache info PATH`: identity, coverage, size, fidelity and authors of a cache, layer by layer."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from tinymim.pipeline.views import DIGEST, VIEW_ARRAYS
-from tinymim.stages.pages.numbers import format_bytes, format_value
+from tinymim.stages.pages.numbers import format_bytes, format_value, plural
 from tinymim.stages.pages.tables import plain_table
-from tinymim.storage.catalog import resolve
-from tinymim.storage.layout import COMMITS, KEY_ARRAYS
+from tinymim.storage.catalog import listed, resolve
+from tinymim.storage.commit import UnitInfo
+from tinymim.storage.layout import VIEWS
 from tinymim.storage.leases import Leases
-from tinymim.storage.reader import CacheReader
-from tinymim.storage.store import Store
-
-COMPONENTS = ("indices", "values", "boxes", "digests", "keys", "overhead")  # and "constants" if the cache has any
+from tinymim.storage.packed import open_cache_store
+from tinymim.storage.reader import CacheReader, views_from_zero
+from tinymim.storage.store import Entry
+from tinymim.storage.v1 import UPGRADE_HINT, OldCache, is_v1
 
 
 def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
-    """Everything that the manifest and the commit records contain, as JSON values. Reads no record.
+    """Everything that manifest, layers and commit records contain, as JSON values. Reads no record.
 
     Args:
         place: a cache, or a root that holds exactly one.
@@ -29,83 +29,96 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
         UserError: `place` holds no cache, or several.
         StoreError: the object store refuses or fails.
         CacheMismatch: the format version is unknown.
-        CacheCorrupt: the manifest or a commit record is damaged, or a file of a unit is missing.
+        CacheCorrupt: the manifest, the description of a layer or a commit record is damaged.
     """
-    reader = CacheReader(resolve(place))
-    manifest, coverage = reader.manifest, reader.coverage()
-    total = bytes_by_component(reader)
-    total_bytes, records = sum(total.values()), coverage.num_records
+    place = resolve(place)
+    if is_v1(open_cache_store(place)):
+        return _describe_old(OldCache(place))
+    reader = CacheReader(place)
+    manifest = reader.manifest
+    entries = list(reader.store.list())
+    files = listed(entries, manifest, reader.layers)
+    for name in (VIEWS, *reader.layers):
+        reader.units(name, (entry.path for entry in entries))
+    sizes = reader.bytes_by_component()
     num_images = sum(shard.num_samples for shard in manifest.source)
-    # Constants are stored once, so further views do not add to them.
-    further_view = (total_bytes - total.get("constants", 0)) / records if records else 0.0
+    layers = []
+    for name in (VIEWS, *reader.layers):
+        coverage, units = reader.coverage(name), reader.units(name)
+        size_bytes = sum(sizes[name].values())
+        layer: dict[str, Any] = {
+            "name": name,
+            "coverage": {
+                "complete": coverage.complete,
+                "begun_shards": coverage.begun_shards,
+                "complete_shards": sum(
+                    held >= coverage.most_views > 0 for held in _views_by_shard(reader, name).values()
+                ),
+                "views": coverage.complete_views,
+                "most_views": coverage.most_views,
+                "num_images": coverage.num_images,
+                "num_records": coverage.num_records,
+                "unreadable_images": _unreadable(reader, name),
+            },
+            "units": len(units),
+            "bytes": size_bytes,
+            "bytes_by_component": sizes[name],
+            # Constants are stored once, so further views do not add to them.
+            "bytes_per_view": (size_bytes - sizes[name].get("constants", 0)) / max(1, coverage.num_records),
+            "fidelity": _means(units),
+            "history": _history(files[name].entries),
+        }
+        if name != VIEWS:
+            described = reader.layers[name]
+            layer |= {
+                "spec_id": described.spec_id,
+                "teacher": dict(described.teacher),
+                "target": dict(described.target),
+                "environment": dict(described.environment),
+            }
+        layers.append(layer)
+    further_view = sum(layer["bytes_per_view"] for layer in layers)
     return {
         "path": str(reader.place),
         "format_version": manifest.format_version,
         "spec_id": manifest.spec_id,
-        "teacher": dict(manifest.teacher),
-        "codec": dict(manifest.codec),
         "views": dict(manifest.views),
+        "num_shards": len(manifest.shards),
         "num_images": num_images,
-        "num_views_per_image": manifest.num_views,
-        "coverage": {
-            "complete": coverage.complete,
-            "num_shards": coverage.num_shards,
-            "complete_shards": coverage.complete_shards,
-            "num_views": coverage.num_views,
-            "covered_views": coverage.covered_views,
-            "num_records": records,
-            "unreadable_views": coverage.covered_views - records,
-        },
-        "total_bytes": total_bytes,
-        "bytes_by_component": total,
-        "bytes_per_view": total_bytes / records if records else 0.0,
-        "bytes_to_complete": round(further_view * (coverage.num_views - coverage.covered_views)),
+        "layers": layers,
+        "bytes": sum(layer["bytes"] for layer in layers),
         "bytes_per_further_view_of_all_images": round(further_view * num_images),
         "more_views": {"views": more_views, "bytes": round(further_view * num_images * more_views)},
-        "history": _history(reader.store),
         "writers": [
             {"lease": name, "holder": str(holder) if holder else None}
             for name, holder in sorted(Leases(reader.store).living().items())
         ],
-        "fidelity": _fidelity(reader),
         "environment": dict(manifest.environment),
     }
 
 
-def bytes_by_component(reader: CacheReader) -> dict[str, int]:
-    """Bytes on disk of each of COMPONENTS, over all committed units."""
-    total = dict.fromkeys(COMPONENTS, 0)
-    for array, size_bytes in reader.bytes_by_component().items():
-        total[component_of(array)] = total.get(component_of(array), 0) + size_bytes
-    return total
+def _views_by_shard(reader: CacheReader, layer: str) -> dict[str, int]:
+    return {shard: views_from_zero(infos) for shard, infos in reader.by_shard(layer).items()}
 
 
-def _history(store: Store) -> dict[str, Any]:
+def _unreadable(reader: CacheReader, layer: str) -> int:
+    """Images of the begun shards that no unit holds a record of."""
+    shards = reader.manifest.shards
+    return sum(shards[shard].num_samples - infos[0].num_images for shard, infos in reader.by_shard(layer).items())
+
+
+def _history(entries: Sequence[Entry]) -> dict[str, Any]:
     """Times and owners of commits, from the store's listing: the cache itself contains no time and no name."""
-    entries = list(store.list(COMMITS))
-    times = sorted(entry.modified.astimezone(UTC).isoformat(timespec="seconds") for entry in entries)
+    times = [entry.modified for entry in entries if entry.modified.timestamp()]  # a packed cache has none
     owners = Counter(entry.owner for entry in entries if entry.owner is not None)
     return {
-        "first_commit": times[0] if times else None,
-        "last_commit": times[-1] if times else None,
+        "first_commit": min(times).astimezone(UTC).isoformat(timespec="seconds") if times else None,
+        "last_commit": max(times).astimezone(UTC).isoformat(timespec="seconds") if times else None,
         "units_by_owner": dict(owners.most_common()),
     }
 
 
-def component_of(array: str) -> str:
-    """The component of the size table that counts an array of a unit; `overhead` and `constants` are their own."""
-    if array in KEY_ARRAYS:
-        return "keys"
-    if array in VIEW_ARRAYS:
-        return "boxes"
-    if array == DIGEST:
-        return "digests"
-    if array in ("overhead", "constants"):
-        return array
-    return "indices" if array.endswith(("_gap", "_index")) else "values"
-
-
-def _fidelity(reader: CacheReader) -> dict[str, float]:
+def _means(units: Sequence[UnitInfo]) -> dict[str, float]:
     """Means of the statistics in the commit records, by dotted name, over heads and over units (weighted by records).
 
     `fidelity.views`, the number of audited views, is summed. `unreadable` is left out, as the coverage counts it.
@@ -113,7 +126,7 @@ def _fidelity(reader: CacheReader) -> dict[str, float]:
     sums: defaultdict[str, float] = defaultdict(float)
     weights: defaultdict[str, int] = defaultdict(int)
     audited = 0.0
-    for info in reader.units():
+    for info in units:
         for name, value in _numbers(info.statistics):
             if name == "fidelity.views":
                 audited += value
@@ -139,48 +152,111 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _describe_old(old: OldCache) -> dict[str, Any]:
+    """The summary of a format-1 cache."""
+    manifest = old.manifest
+    sizes = old.bytes_by_component()
+    return {
+        "path": str(old.place),
+        "format_version": manifest.format_version,
+        "spec_id": manifest.spec_id,
+        "teacher": dict(manifest.teacher),
+        "codec": dict(manifest.codec),
+        "views": dict(manifest.views),
+        "num_images": sum(shard.num_samples for shard in manifest.source),
+        "num_views_per_image": manifest.num_views,
+        "coverage": old.coverage(),
+        "bytes": sum(sizes.values()),
+        "bytes_by_component": sizes,
+        "upgrade": UPGRADE_HINT,
+    }
+
+
 # ---- as text
 
 
 def format_info(info: Mapping[str, Any]) -> str:
     """The report of `describe` as text for a terminal, with the arithmetic of the size."""
-    teacher, codec, coverage = info["teacher"], info["codec"], info["coverage"]
-    views, fidelity = info["views"], info["fidelity"]
-    parameters = ", ".join(
-        f"{name} {format_value(value)}" for name, value in codec["parameters"].items() if name != "name"
-    )
-    state = "complete" if coverage["complete"] else "PARTIAL: a student trains on the views that are cached"
+    if "layers" not in info:
+        return _format_old(info)
+    layers = info["layers"]
     lines = [
         f"cache     {info['path']}",
         f"spec      {info['spec_id']}, format version {info['format_version']}",
-        f"teacher   {teacher['name']}, block {teacher['block']}, {teacher['heads']} heads, {teacher['tokens']} tokens, "
-        f"{teacher['precision']}",
-        f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {teacher['license']}",
-        f"codec     {codec['name']} version {codec['version']}: {parameters}",
-        f"views     {views['size']} px, scale {format_value(views['scale'])}, ratio {format_value(views['ratio'])}, "
-        f"{views['interpolation']}, flip {format_value(views['flip'])}, seed {views['seed']}",
+        f"views     {view_law(info['views'])}",
+        f"source    {plural(info['num_shards'], 'shard')}, {info['num_images']:,} images",
         "",
-        f"coverage  {state}",
-        f"  shards  {coverage['complete_shards']:,} of {coverage['num_shards']:,} with all views",
-        f"  views   {coverage['covered_views']:,} of {coverage['num_views']:,} "
-        f"({info['num_images']:,} images x {info['num_views_per_image']} views)",
-        f"  records {coverage['num_records']:,} ({coverage['unreadable_views']:,} views of unreadable images left out)",
+        *_layer_table(info),
         "",
         *_size_lines(info),
     ]
-    if fidelity:
-        lines += ["", *_fidelity_lines(fidelity)]
+    for layer in layers[1:]:
+        lines += ["", *_layer_lines(layer)]
     return "\n".join([*lines, "", *_maker_lines(info)])
+
+
+def view_law(views: Mapping[str, Any]) -> str:
+    """The view law in one line."""
+    return (
+        f"{views['size']} px, scale {format_value(views['scale'])}, ratio {format_value(views['ratio'])}, "
+        f"{views['interpolation']}, flip {format_value(views['flip'])}, seed {views['seed']}"
+    )
+
+
+def format_views(coverage: Mapping[str, Any]) -> str:
+    """`10`, or `3 to 10` where some shards have more views than others."""
+    least, most = coverage["views"], coverage["most_views"]
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def _layer_table(info: Mapping[str, Any]) -> list[str]:
+    table: list[Sequence[str]] = [("layer", "shards", "views", "records", "bytes a view", "size", "complete")]
+    for layer in info["layers"]:
+        coverage = layer["coverage"]
+        table.append(
+            (
+                layer["name"],
+                f"{coverage['complete_shards']:,} of {info['num_shards']:,}",
+                format_views(coverage),
+                f"{coverage['num_records']:,}",
+                f"{layer['bytes_per_view']:,.1f}",
+                format_bytes(layer["bytes"]),
+                "yes" if coverage["complete"] else "PARTIAL",
+            )
+        )
+    lines = plain_table(table, {1, 2, 3, 4, 5}).splitlines()
+    unreadable = info["layers"][0]["coverage"]["unreadable_images"]
+    if unreadable:
+        lines.append(f"{plural(unreadable, 'image')} of these shards cannot be read and have no records")
+    if any(not layer["coverage"]["complete"] for layer in info["layers"]):
+        lines.append("`shards` counts those with all views; a student trains on the views that its shards have")
+    return lines
+
+
+def _layer_lines(layer: Mapping[str, Any]) -> list[str]:
+    teacher, target, shapes = layer["teacher"], layer["target"], layer["teacher"]["shapes"]
+    parameters = ", ".join(
+        f"{name} {format_value(value)}" for name, value in target["parameters"].items() if name != "name"
+    )
+    lines = [
+        f"layer     {layer['name']}, spec {layer['spec_id']}",
+        f"teacher   {teacher['name']}, {', '.join(target['taps'])}, {shapes['heads']} heads, "
+        f"{shapes['tokens']} tokens, {teacher['precision']}",
+        f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {teacher['license']}",
+        f"codec     {target['name']} version {target['version']}: {parameters}",
+    ]
+    return lines + (_fidelity_lines(layer["fidelity"]) if layer["fidelity"] else [])
 
 
 def _maker_lines(info: Mapping[str, Any]) -> list[str]:
     """Commits, library versions and active writers."""
-    history = info["history"]
     lines = []
-    if history["first_commit"]:
-        owners = ", ".join(f"{name} ({count:,} units)" for name, count in history["units_by_owner"].items())
-        by = f" by {owners}" if owners else ""
-        lines.append(f"committed {history['first_commit']} to {history['last_commit']}{by}")
+    for layer in info["layers"]:
+        history = layer["history"]
+        if history["first_commit"]:
+            owners = ", ".join(f"{name} ({plural(n, 'unit')})" for name, n in history["units_by_owner"].items())
+            by = f" by {owners}" if owners else ""
+            lines.append(f"committed {layer['name']}: {history['first_commit']} to {history['last_commit']}{by}")
     lines.append(f"made with {', '.join(f'{name} {value}' for name, value in info['environment'].items())}")
     for writer in info["writers"]:
         lines.append(f"writer    {writer['holder'] or 'an unknown process'} holds {writer['lease']}")
@@ -208,25 +284,41 @@ def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
 
 
 def _size_lines(info: Mapping[str, Any]) -> list[str]:
-    records = info["coverage"]["num_records"]
-    if not records:
-        return ["size      no records yet"]
-    complete = records == info["num_images"] * info["num_views_per_image"]
-    count = (
-        f"{info['num_images']:,} images x {info['num_views_per_image']} views" if complete else f"{records:,} records"
-    )
-    lines = [f"size      {count} x {format_bytes(info['bytes_per_view'])} = {format_bytes(info['total_bytes'])}"]
-    for name, size_bytes in info["bytes_by_component"].items():
-        share = size_bytes / info["total_bytes"]
+    """Bytes by layer and component, and the price of more views."""
+    table = [("size", "component", "a view", "all", "share")]
+    for layer in info["layers"]:
+        records = layer["coverage"]["num_records"]
+        shown = layer["name"]
+        for name, size_bytes in layer["bytes_by_component"].items():
+            if size_bytes and records:
+                share = size_bytes / info["bytes"]
+                table.append(
+                    (shown, name, f"{size_bytes / records:,.1f} B", format_bytes(size_bytes), f"{share:.1%}"),
+                )
+                shown = ""
+    table.append(("all", "", "", format_bytes(info["bytes"]), "100.0%"))
+    lines = plain_table(table, {2, 3, 4}).splitlines()
+    further, more = info["bytes_per_further_view_of_all_images"], info["more_views"]
+    if further:
         lines.append(
-            f"  {name:<10}{format_bytes(size_bytes / records):>12} a view {format_bytes(size_bytes):>12} {share:>6.1%}"
+            f"N more views of every image: about N x {format_bytes(further)}; "
+            f"{more['views']:,} are {format_bytes(more['bytes'])}"
         )
-    if info["bytes_to_complete"]:
-        lines.append(f"  to complete it: about {format_bytes(info['bytes_to_complete'])}")
-    further = info["bytes_per_further_view_of_all_images"]
-    more = info["more_views"]
-    lines.append(
-        f"  N more views of every image: about N x {format_bytes(further)}; "
-        f"{more['views']:,} are {format_bytes(more['bytes'])}"
-    )
     return lines
+
+
+def _format_old(info: Mapping[str, Any]) -> str:
+    teacher, codec, coverage = info["teacher"], info["codec"], info["coverage"]
+    return "\n".join(
+        [
+            f"cache     {info['path']}",
+            f"spec      {info['spec_id']}, format version 1, which is only read to be upgraded",
+            f"teacher   {teacher['name']}, block {teacher['block']}, license {teacher['license']}",
+            f"codec     {codec['name']} version {codec['version']}",
+            f"views     {view_law(info['views'])}",
+            f"coverage  {coverage['complete_shards']:,} of {coverage['num_shards']:,} shards with all "
+            f"{info['num_views_per_image']} views, {coverage['num_records']:,} records",
+            f"size      {format_bytes(info['bytes'])}",
+            f"upgrade   {info['upgrade']}",
+        ]
+    )

@@ -1,22 +1,28 @@
-"""`tinymim cache list ROOT`: one line for each cache below a shared root."""
+"""`tinymim cache list ROOT`: the caches below a shared root and their layers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
+from tinymim.configs.errors import CacheCorrupt, StoreError, UserError
+from tinymim.stages.cache.info import format_views
 from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.pages.tables import plain_table
-from tinymim.storage.catalog import FoundCache, caches_below
-from tinymim.storage.reader import CacheReader
+from tinymim.storage.catalog import FoundCache, Listed, caches_below, listed
+from tinymim.storage.layout import VIEWS
+from tinymim.storage.manifest import Layer
+from tinymim.storage.packed import open_cache_store
 
 
 def run(root: Path | str) -> list[dict[str, Any]]:
-    """Describe every cache directly below `root`, or `root` itself if it is one; a damaged cache has a `problem`.
+    """Describe every cache directly below `root`, or `root` itself if it is one.
+
+    Reads manifests, descriptions of layers and the names and sizes of files. A cache that cannot be read has a
+    `problem`.
 
     Raises:
         UserError: there is no such folder.
-        StoreError: the object store refuses or fails.
+        StoreError: the root cannot be listed.
     """
     if isinstance(root, Path) and not root.is_dir():
         raise UserError(
@@ -26,47 +32,67 @@ def run(root: Path | str) -> list[dict[str, Any]]:
 
 
 def _described(found: FoundCache) -> dict[str, Any]:
+    path = str(found.place)
     if found.manifest is None:
-        return {"path": str(found.place), "problem": found.problem.what if found.problem else None}
-    manifest = found.manifest
-    row: dict[str, Any] = {
-        "path": str(found.place),
-        "spec_id": manifest.spec_id,
-        "teacher": manifest.teacher["name"],
-        "block": manifest.block,
-        "codec": manifest.codec["name"],
-        "num_views_per_image": manifest.num_views,
-        "num_images": sum(shard.num_samples for shard in manifest.source),
-    }
+        problem = found.problem
+        hint = f"; {problem.hint}" if problem is not None and problem.hint and "upgrade" in problem.hint else ""
+        return {"path": path, "problem": f"{problem.what}{hint}" if problem else "unknown"}
     try:
-        reader = CacheReader(found.place)
-    except (CacheCorrupt, CacheMismatch) as error:
-        return row | {"problem": error.what}
-    coverage = reader.coverage()
-    share = coverage.covered_views / coverage.num_views if coverage.num_views else 1.0
-    total_bytes = sum(reader.bytes_by_component().values())
-    return row | {"covered_share": share, "complete": coverage.complete, "total_bytes": total_bytes}
+        layers = listed(open_cache_store(found.place).list(), found.manifest, found.layers)
+    except (StoreError, CacheCorrupt, OSError) as error:
+        return {"path": path, "problem": str(error).splitlines()[0]}
+    num_shards = len(found.manifest.shards)
+    return {
+        "path": path,
+        "spec_id": found.manifest.spec_id,
+        "num_shards": num_shards,
+        "num_images": sum(shard.num_samples for shard in found.manifest.source),
+        "bytes": sum(layer.size_bytes for layer in layers.values()),
+        "layers": [_layer(name, layer, found.layers.get(name), num_shards) for name, layer in layers.items()],
+    }
+
+
+def _layer(name: str, layer: Listed, described: Layer | None, num_shards: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": name,
+        "begun_shards": layer.begun_shards,
+        "views": layer.least_views,
+        "most_views": layer.most_views,
+        "complete": layer.begun_shards == num_shards and layer.least_views == layer.most_views,
+        "bytes": layer.size_bytes,
+    }
+    if described is not None:
+        row |= {
+            "teacher": described.teacher["name"],
+            "taps": list(described.target["taps"]),
+            "codec": described.target["name"],
+        }
+    return row
 
 
 def format_list(rows: Sequence[Mapping[str, Any]], root: Path | str) -> str:
-    """The rows as a table for a terminal."""
+    """The rows as a table for a terminal, a line per layer."""
     if not rows:
         return f"there is no cache directly below {root}"
-    table: list[tuple[str, ...]] = [("spec", "teacher", "codec", "images x views", "cached", "size", "path")]
+    table: list[tuple[str, ...]] = [("spec", "layer", "codec", "images x views", "shards", "size", "path")]
     for row in rows:
-        if "spec_id" not in row:
-            table.append(("?", "", "", "", "damaged", "", f"{row['path']}: {row['problem']}"))
+        if "problem" in row:
+            table.append(("?", "", "", "", "unreadable", "", f"{row['path']}: {row['problem']}"))
             continue
-        damaged = "problem" in row
-        table.append(
-            (
-                row["spec_id"],
-                f"{row['teacher']} block {row['block']}",
-                row["codec"],
-                f"{row['num_images']:,} x {row['num_views_per_image']}",
-                "damaged" if damaged else f"{row['covered_share']:.1%}",
-                "" if damaged else format_bytes(row["total_bytes"]),
-                f"{row['path']}: {row['problem']}" if damaged else row["path"],
+        first = True
+        for layer in row["layers"]:
+            if layer["name"] == VIEWS and len(row["layers"]) > 1:
+                continue  # small, and as complete as the layers on it
+            table.append(
+                (
+                    row["spec_id"] if first else "",
+                    layer["name"],
+                    layer.get("codec", ""),
+                    f"{row['num_images']:,} x {format_views(layer)}",
+                    f"{layer['begun_shards']:,} of {row['num_shards']:,}",
+                    format_bytes(layer["bytes"]),
+                    row["path"] if first else "",
+                )
             )
-        )
+            first = False
     return plain_table(table, {3, 4, 5})

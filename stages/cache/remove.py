@@ -1,49 +1,66 @@
-"""`tinymim cache remove`: delete a cache and no other file."""
+"""`tinymim cache remove`: delete a cache, or layers of one, and no other file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import UserError
-from tinymim.stages.pages.numbers import format_bytes
+from tinymim.stages.pages.numbers import format_bytes, plural
 from tinymim.stages.run.progress import Meter
 from tinymim.storage import layout
-from tinymim.storage.check import COMMIT_FILE, OTHER_FILES, is_of_cache
-from tinymim.storage.layout import COMMITS, CONSTANTS, CONSTANTS_RECORD, LEASES, METADATA, UNITS
-from tinymim.storage.leases import Leases
-from tinymim.storage.store import Store, explained_write_errors, open_store
+from tinymim.storage.constants import constants_places
+from tinymim.storage.layout import LAYERS, LEASES, METADATA, VIEWS, is_commit, is_of_cache, layer_of
+from tinymim.storage.leases import DEFAULT_LEASE_S, Leases
+from tinymim.storage.store import REQUESTS, Store, explained_write_errors, open_store
+
+WATCH_S = 1.5 * DEFAULT_LEASE_S  # for a beat of writers on other machines
 
 
-def plan(place: Path | str) -> dict[str, Any]:
+def plan(place: Path | str, layers: Sequence[str] | None = None) -> dict[str, Any]:
     """The files that `run` would remove, counted, and the `foreign` files that it would leave; as JSON values.
 
     Raises:
-        UserError: `place` is no cache; a root of caches is none.
+        UserError: `place` is no cache, or has no such layer; a root of caches is none.
         StoreError: the object store refuses or fails.
         CacheMismatch, CacheCorrupt: the manifest cannot be read, so it is unknown whether this is a cache.
     """
     store = _opened(place)
     manifest = layout.read_manifest(store)
     sizes = {entry.path: entry.size_bytes for entry in store.list()}
-    own = [path for path in sizes if is_of_cache(path)]
+    held = sorted({name for path in sizes if is_of_cache(path) and (name := layer_of(path)) not in (None, VIEWS)})
+    if unknown := [name for name in layers or () if name not in held]:
+        what = "the view layer goes with the whole cache only" if VIEWS in unknown else f"no layer {unknown[0]}"
+        raise UserError(
+            f"{store.place}: {what}",
+            got=unknown[0],
+            expected=f"one of {', '.join(held)}" if held else "a cache with target layers",
+            hint="`tinymim cache info` shows the layers",
+        )
+    chosen = held if layers is None else list(dict.fromkeys(layers))
+    inside = [path for path in sizes if layers is None or layer_of(path) in chosen]
+    own = [path for path in inside if is_of_cache(path)]
     return {
         "path": str(store.place),
         "spec_id": manifest.spec_id,
-        "units": sum(1 for path in own if COMMIT_FILE.fullmatch(path)),
+        "layers": chosen,
+        "whole": layers is None,
+        "units": sum(map(is_commit, own)),
         "files": len(own),
         "bytes": sum(sizes[path] for path in own),
-        "foreign": sorted(sizes.keys() - set(own)),
+        "foreign": sorted(set(inside) - set(own)),
     }
 
 
-def run(place: Path | str, confirmed: bool) -> dict[str, Any]:
-    """Remove the cache at `place`: commit records first and the manifest last.
+def run(place: Path | str, confirmed: bool, layers: Sequence[str] | None = None) -> dict[str, Any]:
+    """Remove the cache at `place`, or target layers of it: commit records first, what describes them last.
 
     If it is stopped, a smaller cache remains, which the same command removes.
 
     Args:
         place: the cache itself, not a root.
         confirmed: whether the user confirmed the removal; False raises UserError.
+        layers: the target layers to remove; None: the whole cache.
 
     Returns:
         The report of `plan`, with the `foreign` files that were left alone.
@@ -51,36 +68,26 @@ def run(place: Path | str, confirmed: bool) -> dict[str, Any]:
     Raises:
         UserError: not confirmed; a writer is at work; or the errors of `plan`.
     """
-    planned = plan(place)
+    planned = plan(place, layers)
     if not confirmed:
         raise UserError(
-            f"this removes the cache {planned['path']}",
-            got=f"spec {planned['spec_id']}: {planned['units']:,} units, {planned['files']:,} files, "
-            f"{format_bytes(planned['bytes'])}",
+            f"this removes {_subject(planned)}",
+            got=_amount(planned),
             hint="add --yes to do it",
         )
     store = _opened(place)
-    _refuse_writers(store)
+    refuse_writers(store)
     with explained_write_errors(store):
-        paths = [entry.path for entry in store.list()]
-        # A record goes before the data that it describes, so that no record ever points at missing data.
-        records = [*sorted(path for path in paths if COMMIT_FILE.fullmatch(path)), CONSTANTS_RECORD]
-        folders = _whole_folders(paths)
-        files = [path for path in paths if OTHER_FILES.fullmatch(path) and _unit_folder(path) not in folders]
-        with Meter("cache remove", len(records) + len(folders) + len(files), "files and folders") as meter:
-            for path in records:
-                store.remove([path])
-                meter.advance(1)
-            for folder in sorted(folders):
-                store.remove_tree(folder)
-                meter.advance(1)
-            for path in files:
-                store.remove([path])
-                meter.advance(1)
-        _refuse_writers(store)  # a writer that started meanwhile keeps its manifest
-        store.remove([METADATA])
+        for name in (*planned["layers"], *([VIEWS] if layers is None else [])):  # targets first: they rest on the views
+            _remove_layer(store, name)
+        if layers is not None:
+            left = [entry.path for name in planned["layers"] for entry in store.list(layout.layer_folder(name))]
+            return planned | {"foreign": sorted(left)}
+        refuse_writers(store)  # a writer that started meanwhile keeps its manifest
+        rest = sorted(entry.path for entry in store.list() if is_of_cache(entry.path) and entry.path != METADATA)
+        store.remove([*rest, METADATA])
         left = sorted(entry.path for entry in store.list())
-        for folder in (UNITS, COMMITS, CONSTANTS, LEASES):
+        for folder in (VIEWS, LAYERS, LEASES):
             if not any(path.startswith(f"{folder}/") for path in left):
                 store.remove_tree(folder)  # holds unfinished writes at most
         if not left:
@@ -90,11 +97,41 @@ def run(place: Path | str, confirmed: bool) -> dict[str, Any]:
 
 def format_report(report: Mapping[str, Any]) -> str:
     """The report of `run` as text for a terminal."""
-    lines = [
-        f"removed     {report['path']}, spec {report['spec_id']}: {report['units']:,} units, "
-        f"{report['files']:,} files, {format_bytes(report['bytes'])}"
-    ]
+    lines = [f"removed     {_subject(report)}: {_amount(report)}"]
     return "\n".join([*lines, *(f"left alone  {path}: not part of a cache" for path in report["foreign"])])
+
+
+def _subject(report: Mapping[str, Any]) -> str:
+    if report["whole"]:
+        return f"the cache {report['path']}, spec {report['spec_id']}"
+    return f"{plural(len(report['layers']), 'layer')} of {report['path']}: {', '.join(report['layers'])}"
+
+
+def _amount(report: Mapping[str, Any]) -> str:
+    return f"{report['units']:,} units, {report['files']:,} files, {format_bytes(report['bytes'])}"
+
+
+def _remove_layer(store: Store, name: str) -> None:
+    """Remove the files of a layer. A record goes before the data that it describes; the layer's group goes last."""
+    folder = layout.layer_folder(name)
+    own = sorted(entry.path for entry in store.list(folder) if is_of_cache(entry.path))
+    group, constants = f"{folder}/{METADATA}", constants_places(name)
+    records = [path for path in own if is_commit(path)]
+    files = [path for path in own if not is_commit(path) and path not in (group, *constants)]
+    last = [path for path in (constants[1], constants[0], group) if path in own]
+    with Meter("cache remove", len(own), "files") as meter:
+        for some in (records, files):
+            with ThreadPoolExecutor(REQUESTS if store.distant else 1) as pool:
+                for _ in pool.map(lambda path: store.remove([path]), some):
+                    meter.advance(1)
+        store.remove(last)
+    left = [entry.path for entry in store.list(folder)]
+    if not left:
+        store.remove_tree(folder)
+    else:
+        kept = {path.removeprefix(f"{folder}/").partition("/")[0] for path in left}
+        for shard in {path.removeprefix(f"{folder}/").partition("/")[0] for path in records} - kept:
+            store.remove_tree(f"{folder}/{shard}")
 
 
 def _opened(place: Path | str) -> Store:
@@ -102,25 +139,14 @@ def _opened(place: Path | str) -> Store:
     return open_store(place.resolve() if isinstance(place, Path) else place)
 
 
-def _unit_folder(path: str) -> str | None:
-    """The folder of the unit that contains a file."""
-    parts = path.split("/")
-    return "/".join(parts[:3]) if parts[0] == UNITS and len(parts) > 3 else None
-
-
-def _whole_folders(paths: list[str]) -> set[str]:
-    """Folders of units without foreign files; each can be removed with one request or one fsync."""
-    folders = {folder for path in paths if (folder := _unit_folder(path)) is not None}
-    return folders - {_unit_folder(path) for path in paths if not is_of_cache(path)}
-
-
-def _refuse_writers(store: Store) -> None:
-    writers = Leases(store).living()
+def refuse_writers(store: Store) -> None:
+    """Raises UserError if a writer may be active."""
+    writers = Leases(store).living(WATCH_S)
     if writers:
         name, holder = sorted(writers.items(), key=str)[0]
         raise UserError(
             f"a writer is active in {store.place}",
             got=f"{holder or 'an unknown process'} holds {name}",
             hint="stop it first; if it died on another machine, run `tinymim cache-teacher` on this cache, which takes "
-            "over its units, or wait: its claim expires after a day",
+            "over its work",
         )

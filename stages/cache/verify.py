@@ -6,9 +6,9 @@ from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt
 from tinymim.stages.cache.inspection import inspect_cache
-from tinymim.stages.pages.numbers import format_bytes
+from tinymim.stages.pages.numbers import format_bytes, plural
 from tinymim.storage.catalog import resolve
-from tinymim.storage.store import open_store
+from tinymim.storage.packed import open_cache_store
 
 
 def run(place: Path | str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def run(place: Path | str) -> dict[str, Any]:
         CacheMismatch: the format version is unknown.
         CacheCorrupt: the manifest is damaged, so the rest cannot be checked.
     """
-    store = open_store(resolve(place))
+    store = open_cache_store(resolve(place))
     return {"path": str(store.place), **inspect_cache(store, "cache verify").to_json()}
 
 
@@ -36,9 +36,9 @@ def refuse_unsound(report: Mapping[str, Any]) -> None:
     deep = report.get("deep")
     if deep is not None and not deep["passed"]:
         raise CacheCorrupt(
-            f"the records of {report['path']} differ from those of this teacher",
-            got=f"{deep['agreement']:.2%} of the sampled elements agree, {deep['wrong_views']} views and "
-            f"{deep['wrong_pixels']} digests of pixels differ, {deep['unreadable']} images are unreadable",
+            f"the records of layer {deep['layer']} of {report['path']} differ from those of this teacher",
+            got=f"{deep['agreement']:.2%} of the sampled elements agree, {deep['wrong_pixels']} digests of "
+            f"pixels differ, {deep['unreadable']} images are unreadable",
             expected=f"at least {deep['min_agreement']:.2%}, and no other difference",
             hint="another decoder gives other pixels; other hardware rounds a few draws differently, and more of them "
             "below fp32; if another teacher made the cache, remove it and run `tinymim cache-teacher` again",
@@ -50,10 +50,13 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = [
         f"cache     {report['path']}",
         f"spec      {report['spec_id']}",
-        f"checked   {report['units']:,} units, {report['files']:,} files, {format_bytes(report['bytes'])}: "
-        "sizes, digests, decoding, keys, commit records",
-        f"cached    {report['covered_views']:,} of {report['num_views']:,} views",
+        f"checked   {report['units']:,} units, {format_bytes(report['bytes'])}: every byte against its checksums, "
+        "decoding, keys, commit records, the layers against one another",
     ]
+    for name, layer in report["layers"].items():
+        lines.append(
+            f"  {name}: {plural(layer['units'], 'unit')}, {layer['records']:,} records, {format_bytes(layer['bytes'])}"
+        )
     for writer in report["being_written"]:
         holder = writer["holder"] or "an unknown process"
         lines.append(f"writer    {holder} holds {writer['lease']}: uncommitted files are not checked")
@@ -71,8 +74,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 def _deep_lines(deep: Mapping[str, Any]) -> list[str]:
     count = deep["records"]
     lines = [
-        f"teacher   run again on {count:,} records of {deep['units']:,} units",
-        f"  boxes and flips      {count - deep['wrong_views']:,} of {count:,} as the view law draws them",
+        f"teacher   run again on {count:,} records of {plural(deep['units'], 'unit')} of layer {deep['layer']}",
         f"  pixels               {count - deep['wrong_pixels']:,} of {count:,} have the stored digest",
         f"  all elements         {deep['agreement']:.2%} equal, at least {deep['min_agreement']:.2%} wanted",
     ]

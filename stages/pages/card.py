@@ -1,0 +1,116 @@
+"""The card of a packed cache: a page for a model hub, with the front matter that hubs read."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tinymim.stages.pages.numbers import format_bytes, format_value
+from tinymim.stages.pages.tables import markdown_table
+
+# Names that hubs know, by what teachers call their licences.
+_LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "bsd-3-clause"}
+
+
+def card(info: Mapping[str, Any]) -> str:
+    """The card in Markdown.
+
+    Args:
+        info: the description of the cache (`stages/cache/info.py`).
+    """
+    targets = info["layers"][1:]
+    licenses = sorted({str(layer["teacher"]["license"]) for layer in targets})
+    known = licenses[0] if len(licenses) == 1 and licenses[0].lower() in _LICENSES else "other"
+    teachers = sorted({layer["teacher"]["name"] for layer in targets})
+    front = [
+        "---",
+        f"license: {known.lower()}",
+        *([f"license_name: {_quoted('; '.join(licenses))}"] if known == "other" and licenses else []),
+        "task_categories:",
+        "- image-feature-extraction",
+        "tags:",
+        "- tinymim",
+        "- distillation",
+        *(f"- {_quoted(name)}" for name in teachers),
+        "---",
+    ]
+    views = info["layers"][0]["coverage"]
+    lines = [
+        *front,
+        "",
+        f"# Targets of {', '.join(teachers) or 'no teacher yet'} for distillation",
+        "",
+        f"What a large vision teacher says about {views['most_views']} random views of each of "
+        f"{info['num_images']:,} images, in {format_bytes(info['bytes'])}. tinymim trains small students on it without "
+        "the teacher. It holds no images: you need the same source shards, which every view is checked against.",
+        "",
+        "| layer | teacher | taps | codec | views | records | bytes a view | size |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for layer in targets:
+        coverage = layer["coverage"]
+        cells = [
+            layer["name"],
+            layer["teacher"]["name"],
+            ", ".join(layer["target"]["taps"]),
+            f"{layer['target']['name']} {layer['target']['version']}",
+            f"{coverage['most_views']}" + ("" if coverage["complete"] else ", partial"),
+            f"{coverage['num_records']:,}",
+            f"{layer['bytes_per_view']:,.1f}",
+            format_bytes(layer["bytes"]),
+        ]
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    law = info["views"]
+    lines += [
+        "",
+        f"Views: {law['size']} px, scale {format_value(law['scale'])}, ratio {format_value(law['ratio'])}, "
+        f"{law['interpolation']}, flip {format_value(law['flip'])}, seed {law['seed']}. Cache {info['spec_id']}, "
+        f"format {info['format_version']}, {info['num_shards']:,} shards.",
+        "",
+        "## Teachers and licences",
+        "",
+    ]
+    for layer in targets:
+        teacher = layer["teacher"]
+        lines.append(
+            f"- `{layer['name']}`: {_cell(teacher['name'])}, weights {_cell(teacher['weights_origin'])} "
+            f"(sha256 {teacher['weights_sha256'][:16]}), licence **{_cell(teacher['license'])}**, "
+            f"{teacher['precision']}"
+        )
+    lines += ["", "The licence of a teacher's weights may bind what is made from them, this cache included.", ""]
+    lines += _fidelity(targets)
+    name = targets[0]["name"] if targets else "LAYER"
+    lines += [
+        "## Train from it",
+        "",
+        "    tinymim cache verify THIS_FOLDER          # every byte",
+        "    tinymim cache copy THIS_FOLDER cache      # unpack; resumes where it stopped",
+        f"    tinymim train-student RECIPE --set cache=cache --set layer={name}",
+        "",
+        "Plain `tar` unpacks it as well: `for f in cache-*.tar; do tar -xf $f -C cache; done`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _fidelity(layers: list[Mapping[str, Any]]) -> list[str]:
+    measured = [layer for layer in layers if layer["fidelity"]]
+    if not measured:
+        return []
+    lines = ["## Fidelity", "", "Against dense maps; means over heads and units, as `tinymim cache info` prints them."]
+    for layer in measured:
+        rows = [[_cell(name), format_value(value)] for name, value in layer["fidelity"].items()]
+        lines += ["", *markdown_table(["measure", _cell(layer["name"])], rows)]
+    return [*lines, ""]
+
+
+def _cell(value: object) -> str:
+    """Foreign text inside Markdown: one line, without the signs of a table, of HTML or of a link."""
+    text = "".join(char if char.isprintable() else " " for char in str(value))
+    for sign in "\\|<>[]`*":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def _quoted(text: str) -> str:
+    """A YAML string."""
+    return json.dumps(text)
