@@ -46,7 +46,7 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
     for name in (VIEWS, *reader.layers):
         coverage, units = reader.coverage(name), reader.units(name)
         size_bytes = sum(sizes[name].values())
-        layer = {
+        layer: dict[str, Any] = {
             "name": name,
             "coverage": {
                 "complete": coverage.complete,

@@ -86,7 +86,7 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     new = parts.manifest.shards.keys() - manifest.shards.keys()
     if new:
         logger.info(f"cache repair: {len(new)} shards of the source are new to the cache and are computed as well")
-    own = [unit for name, unit in (*good, *former) if name == layer.name]
+    own = [unit for name, unit in (*good, *done.dropped) if name == layer.name]
     num_views = max((unit.first_view + unit.num_views for unit in own), default=recipe.num_views)
     require_rebuildable(parts.kind, parts.teacher)
     cut_like = [unit for name, unit in former if name in (VIEWS, layer.name)]

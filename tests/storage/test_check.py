@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,49 +71,99 @@ def test_a_whole_cache_is_sound_so_is_one_without_units(cache: Path, tmp_path: P
 # (damage, kind, path of the finding, part of its text, whether repair drops the unit)
 DAMAGES: dict[str, tuple[Damage, str, str, str, bool]] = {
     "a byte of a block": (
-        lambda c: flip(c / f"layers/rel/{FIRST}/v0-1.zip", 1100), "unit", f"layers/rel/{FIRST}/v0-1.zip", "view", True,
+        lambda c: flip(c / f"layers/rel/{FIRST}/v0-1.zip", 1100),
+        "unit",
+        f"layers/rel/{FIRST}/v0-1.zip",
+        "view",
+        True,
     ),
-    "the first byte": (lambda c: flip(c / f"views/{FIRST}/v0-1.zip", 0), "unit", f"views/{FIRST}/v0-1.zip", "its head", True),
-    "the last byte": (lambda c: flip(c / f"views/{FIRST}/v2-2.zip"), "unit", f"views/{FIRST}/v2-2.zip", "its tail", True),
+    "the first byte": (
+        lambda c: flip(c / f"views/{FIRST}/v0-1.zip", 0),
+        "unit",
+        f"views/{FIRST}/v0-1.zip",
+        "its head",
+        True,
+    ),
+    "the last byte": (
+        lambda c: flip(c / f"views/{FIRST}/v2-2.zip"),
+        "unit",
+        f"views/{FIRST}/v2-2.zip",
+        "its tail",
+        True,
+    ),
     "a file cut short": (
         lambda c: (c / f"layers/cls/{FIRST}/v0-1.zip").write_bytes(b"PK"),
-        "unit", f"layers/cls/{FIRST}/v0-1.zip", "it has 2 bytes", True,
+        "unit",
+        f"layers/cls/{FIRST}/v0-1.zip",
+        "it has 2 bytes",
+        True,
     ),
     "a file that is gone": (
-        lambda c: (c / f"layers/rel/{SECOND}/v0-1.zip").unlink(), "unit", f"layers/rel/{SECOND}/v0-1.zip", "missing", True,
+        lambda c: (c / f"layers/rel/{SECOND}/v0-1.zip").unlink(),
+        "unit",
+        f"layers/rel/{SECOND}/v0-1.zip",
+        "missing",
+        True,
     ),
     "a record": (
-        lambda c: flip(c / f"layers/rel/{FIRST}/v2-2.json", 80), "commit", f"layers/rel/{FIRST}/v2-2.json", "is damaged", True,
+        lambda c: flip(c / f"layers/rel/{FIRST}/v2-2.json", 80),
+        "commit",
+        f"layers/rel/{FIRST}/v2-2.json",
+        "is damaged",
+        True,
     ),
     "a record of another layer": (
         lambda c: shutil.copy(c / f"layers/rel/{FIRST}/v0-1.json", c / f"layers/cls/{FIRST}/v0-1.json"),
-        "commit", f"layers/cls/{FIRST}/v0-1.json", "does not belong", True,
+        "commit",
+        f"layers/cls/{FIRST}/v0-1.json",
+        "does not belong",
+        True,
     ),
     "other keys": (
         lambda c: rewrite(c / f"layers/rel/{FIRST}/v2-2.json", key_digest="0" * 32),
-        "commit", f"layers/rel/{FIRST}/v2-2.json", "its images are not those", True,
+        "commit",
+        f"layers/rel/{FIRST}/v2-2.json",
+        "its images are not those",
+        True,
     ),
     "a digest that fits no bytes": (
         lambda c: rewrite(c / f"layers/rel/{FIRST}/v2-2.json", blake2b="0" * 32),
-        "unit", f"layers/rel/{FIRST}/v2-2.zip", "committed digest", True,
+        "unit",
+        f"layers/rel/{FIRST}/v2-2.zip",
+        "committed digest",
+        True,
     ),
     "other constants": (
         lambda c: rewrite(c / f"layers/rel/{FIRST}/v2-2.json", constants="0" * 32),
-        "commit", f"layers/rel/{FIRST}/v2-2.json", "made with constants", True,
+        "commit",
+        f"layers/rel/{FIRST}/v2-2.json",
+        "made with constants",
+        True,
     ),
     "an uncommitted file": (
         lambda c: shutil.copy(c / f"views/{FIRST}/v0-1.zip", c / f"views/{FIRST}/v7-8.zip"),
-        "stray", f"views/{FIRST}/v7-8.zip", "never committed", False,
+        "stray",
+        f"views/{FIRST}/v7-8.zip",
+        "never committed",
+        False,
     ),
     "a shard that is not in the source": (
-        lambda c: shutil.copytree(c / f"views/{FIRST}", c / "views/train-009"), "stray", "views/train-009/v0-1.json", "nothing", False,
+        lambda c: shutil.copytree(c / f"views/{FIRST}", c / "views/train-009"),
+        "stray",
+        "views/train-009/v0-1.json",
+        "nothing",
+        False,
     ),
     "a group": (lambda c: (c / "views/zarr.json").write_text("{}"), "group", "views/zarr.json", "not what", False),
     "a lost group": (lambda c: (c / "layers/zarr.json").unlink(), "group", "layers/zarr.json", "missing", False),
     "a group with another form": (
-        lambda c: (c / METADATA).write_text(json.dumps(json.loads((c / METADATA).read_text()))), "group", METADATA, "not what", False,
+        lambda c: (c / METADATA).write_text(json.dumps(json.loads((c / METADATA).read_text()))),
+        "group",
+        METADATA,
+        "not what",
+        False,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -282,7 +332,7 @@ def test_a_unit_is_read_in_bounded_pieces(cache: Path, monkeypatch: pytest.Monke
     reads: list[int] = []
     read = LocalStore.read_ranges
 
-    def counted(self: LocalStore, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def counted(self: LocalStore, path: str, ranges: list[tuple[int, int]]) -> Iterator[memoryview]:
         reads.append(sum(end - begin for begin, end in ranges))
         return read(self, path, ranges)
 

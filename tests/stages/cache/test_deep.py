@@ -21,12 +21,12 @@ from tinymim.tests.stages.tiny import write_teacher
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize(("name", "of"), [("cache", recipe), ("hidden", hidden)])
-def test_the_teacher_gives_the_stored_records_again(home: Path, made: Path, name: str, of: Any) -> None:
-    report = deep.run(of(made), home / name, sample=20)
+@pytest.mark.parametrize("of", [recipe, hidden])
+def test_the_teacher_gives_the_stored_records_again(home: Path, made: Path, of: Any) -> None:
+    report = deep.run(of(made), home / "cache", sample=20)
     assert report["passed"] and report["agreement"] > 0.999 and report["records"] == 20
     assert report["units"] >= 3 and min(report["agreement_by_array"].values()) > 0.99
-    assert report["wrong_views"] == report["wrong_pixels"] == report["unreadable"] == 0
+    assert report["wrong_pixels"] == report["unreadable"] == 0
 
 
 def test_all_records_are_sampled_where_there_are_fewer(home: Path, made: Path) -> None:
@@ -43,27 +43,27 @@ def test_the_sample_is_spread_and_a_function_of_its_seed() -> None:
         assert sorted(set(rows.tolist())) == rows.tolist() and all(0 <= row < count for row in rows)
 
 
-@pytest.mark.parametrize(("name", "of"), [("cache", recipe), ("hidden", hidden)])
+@pytest.mark.parametrize("of", [recipe, hidden])
 def test_a_cache_of_another_teacher_under_the_same_manifest_fails(
-    home: Path, made: Path, name: str, of: Any, monkeypatch: pytest.MonkeyPatch, run: Run
+    home: Path, made: Path, of: Any, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
-    shutil.rmtree(home / name)
+    shutil.rmtree(home / "cache")
     write_teacher(home / "other.safetensors", seed=1)
     whole = Teacher(of(made).teacher, [Tap("qkv", 2)]).describe()
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "describe", lambda self: whole)
         teacher = of(made).teacher.model_copy(update={"weights": str(home / "other.safetensors")})
         cache_teacher.run(
-            of(made, cache=home / name, run={"folder": home / "run"}).model_copy(update={"teacher": teacher})
+            of(made, cache=home / "cache", run={"folder": home / "run"}).model_copy(update={"teacher": teacher})
         )
     yaml = home / "recipe.yaml"
     yaml.write_text(dump_recipe(of(made)))
-    assert run("cache", "verify", home / name)[0] == 0  # every byte is as it was written
-    code, out, err = run("cache", "verify", home / name, "--deep", yaml, "--json", "--sample", "24")
+    assert run("cache", "verify", home / "cache")[0] == 0  # every byte is as it was written
+    code, out, err = run("cache", "verify", home / "cache", "--deep", yaml, "--json", "--sample", "24")
     report = json.loads(out)["deep"]
     assert code == 2 and "differ from those of this teacher" in err
-    assert report["agreement"] < 0.9 and report["wrong_views"] == report["wrong_pixels"] == 0
-    line = ["cache", "verify", home / name, "--deep", yaml, "--sample", "24"]
+    assert report["agreement"] < 0.9 and report["wrong_pixels"] == 0
+    line = ["cache", "verify", home / "cache", "--deep", yaml, "--sample", "24"]
     assert run(*line, "--min-agreement", f"{report['agreement'] - 1e-6}")[0] == 0
     assert run(*line, "--min-agreement", f"{report['agreement'] + 1e-6}")[0] == 2
 
@@ -78,8 +78,8 @@ def test_boxes_that_the_law_does_not_draw_and_other_pixels_fail(
 
     monkeypatch.setattr(RandomViews, "__call__", mirrored)
     report = deep.run(recipe(made), home / "cache", sample=6)
-    assert not report["passed"] and report["wrong_views"] == report["wrong_pixels"] == 6
-    assert "stored is View(top=" in report["examples"][0]
+    assert not report["passed"] and report["wrong_pixels"] == 6
+    assert "stored is " in report["examples"][0]
 
 
 def test_a_deep_check_by_another_recipe_is_refused(home: Path, made: Path, run: Run) -> None:

@@ -1,46 +1,72 @@
-"""`tinymim cache list`: a line per cache, damaged or not; a root of one cache stands for it."""
+"""`tinymim cache list`: a line per layer; a cache that cannot be read does not stop the list."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tinymim.stages import train_student
-from tinymim.stages.cache import list as cache_list
+import pytest
+
 from tinymim.stages.cache.info import describe
 from tinymim.storage.layout import METADATA
-from tinymim.tests.stages.cache.caches import flip
-from tinymim.tests.stages.tiny import student_recipe
+from tinymim.storage.store import LocalStore
+from tinymim.storage.writer import CacheWriter
+from tinymim.tests.storage import tiny
+from tinymim.tests.storage.tiny import tree
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_list_shows_a_line_per_cache_and_what_is_damaged(home: Path, made: Path, run: Run) -> None:
-    code, text, _ = run("cache", "list", home)
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A cache of two layers, and one without units."""
+    tiny.make_tiny_cache(tmp_path / "one")
+    with CacheWriter.open(tmp_path / "two", tiny.make_manifest(views={"seed": 1})):
+        pass
+    return tmp_path
+
+
+def test_a_line_per_layer(root: Path, run: Run) -> None:
+    code, text, _ = run("cache", "list", root)
     assert code == 0
-    head, _, first, second = text.splitlines()
-    assert head.split()[:3] == ["spec", "teacher", "codec"]
-    assert all(word in first for word in ("vit_tiny_patch16_224 block 2", "sketch", "24 x 3", "100.0%", "cache"))
-    assert "hidden" in second and "24 x 2" in second
-    rows = json.loads(run("cache", "list", home, "--json")[1])
-    assert [row["total_bytes"] for row in rows] == [
-        describe(home / name)["total_bytes"] for name in ("cache", "hidden")
-    ]
-    assert rows[0]["covered_share"] == 1.0 and rows[0]["complete"]
-    flip(next((home / "hidden" / "commits").iterdir()), 80)
-    (home / "cache" / METADATA).write_text("{")
-    code, text, _ = run("cache", "list", home)
-    assert code == 0 and text.count("damaged") >= 2
-    assert all("problem" in row for row in cache_list.run(home))
-    assert run("cache", "list", made / "shards")[1].startswith("there is no cache")
-    assert run("cache", "list", made / "nowhere")[0] == 2
+    head, _, first, second, third = text.splitlines()
+    assert head.split()[:3] == ["spec", "layer", "codec"]
+    assert all(word in first for word in ("cls", "sketch", "6 x 2", "1 of 2", str(root / "one")))
+    assert all(word in second for word in ("rel", "6 x 2 to 3", "2 of 2")) and str(root) not in second
+    assert "views" in third and "0 of 2" in third and str(root / "two") in third
+    rows = json.loads(run("cache", "list", root, "--json")[1])
+    for row in rows:
+        info = describe(row["path"])
+        assert [layer["bytes"] for layer in row["layers"]] == [
+            sum(len(data) for path, data in tree(Path(row["path"])).items() if path.startswith(folder))
+            for folder in ("views/", *(f"layers/{layer['name']}/" for layer in info["layers"][1:]))
+        ]
+    assert run("cache", "list", root / "one" / "views")[1].startswith("there is no cache")
+    assert run("cache", "list", root / "nowhere")[0] == 2
 
 
-def test_a_root_of_one_cache_stands_for_it_and_a_root_of_two_is_refused(home: Path, made: Path, run: Run) -> None:
-    code, out, err = run("cache", "info", home)
-    assert (code, out) == (2, "") and "holds 2 caches" in err and "sketch" in err
-    shutil.rmtree(home / "hidden")
-    assert run("cache", "info", home)[0] == 0
-    short = {"optim": {"batch_size": 8, "steps": 1}, "run": {"folder": home / "run", "device": "cpu", "threads": 1}}
-    train_student.run(student_recipe(made, cache=home, **short))
-    assert (home / "run" / "student.safetensors").exists()
+def test_what_cannot_be_read_does_not_stop_the_list(root: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    for name in ("bad-json", "bad-layer", "not-mine", "stale"):
+        shutil.copytree(root / "one", root / name)
+    (root / "bad-json" / METADATA).write_text("{")
+    (root / "bad-layer" / "layers" / "rel" / METADATA).write_text("{")
+    os.mkfifo(root / "fifo")
+    (root / "dangling").symlink_to(root / "nowhere")
+    read, listing = LocalStore.read, LocalStore.list
+
+    def refused(self: LocalStore, path: str, limit: int) -> bytes:
+        if self.place.name == "not-mine":
+            raise PermissionError(13, "Permission denied", str(self.place))
+        return read(self, path, limit)
+
+    def gone(self: LocalStore, prefix: str = "") -> object:
+        if self.place.name == "stale":
+            raise OSError(116, "Stale file handle", str(self.place))
+        return listing(self, prefix)
+
+    monkeypatch.setattr(LocalStore, "read", refused)
+    monkeypatch.setattr(LocalStore, "list", gone)
+    code, text, _ = run("cache", "list", root)
+    assert code == 0 and text.count("unreadable") == 4 and str(root / "one") in text
+    assert "Permission denied" in text and "Stale file handle" in text
