@@ -223,7 +223,7 @@ def test_no_more_than_two_parts_are_held(made: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("tinymim.stages.units.job.UnitPart", Counted)
     cache_teacher.run(recipe(made, cache=tmp_path, num_views=40, views_per_unit=20))
-    assert len(held) == 40 and max(held) == 2 * 2
+    assert len(held) == 40 and max(held) <= 2 * 2
     assert CacheReader(tmp_path).coverage(LAYER).complete_views == 40
 
 
