@@ -35,6 +35,8 @@ from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig, ViewConfig
+from tinymim.models.timm_folder import Pixels
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline.dataset import ImageViews, ViewSource
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
@@ -47,6 +49,7 @@ from tinymim.targets.kinds import stored_kind
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 NUM_VIEWS, TOKENS, HEADS = 4, 197, 16
+STATED = Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()
 TEACHER: dict[str, Any] = {
     "name": "vit_tiny_patch16_224",
     "img_size": 196,
@@ -113,7 +116,9 @@ def repacked(photographs: SourceConfig, target: Path, images_per_shard: int) -> 
 def make_cache(root: Path, source: SourceConfig, views_per_unit: int) -> CacheTeacherRecipe:
     torch.manual_seed(0)
     sizes = {name: value for name, value in TEACHER.items() if name != "name"}
-    save_file(timm.create_model(TEACHER["name"], num_classes=0, **sizes).state_dict(), root / "teacher.safetensors")
+    save_file(
+        timm.create_model(TEACHER["name"], num_classes=0, **sizes).state_dict(), root / "teacher.safetensors", STATED
+    )
     fields: dict[str, Any] = {
         "stage": "cache-teacher",
         "source": source,

@@ -18,7 +18,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Cluster = Literal["local", "ray"]
 MEAN_DESCRIPTION = (
-    "Mean per RGB channel, for pixels in 0..1. Default: timm's value for hub weights, ImageNet's for a file."
+    "Mean per RGB channel, for pixels in 0..1. Default: what the weights state (timm's value for `hub` and for a name "
+    "with a tag, the value in a file of tinymim); required where they state none (docs/parity.md)."
 )
 STD_DESCRIPTION = "Standard deviation per RGB channel. Default: as for `mean`."
 RESIZE_RATIO_DESCRIPTION = "The short side is resized to input size x ratio, then the centre is cropped (256/224)."

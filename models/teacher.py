@@ -34,8 +34,7 @@ class Teacher(nn.Module):
         # The final norm may be absent from the file: everything after the last tap is cut off.
         model = build_with_weights(config, config.weights, unread=(backbone.FINAL_NORM,))
         self.weights_sha256 = tensors_sha256(model.state_dict())
-        mean, std, self.license = stated(model, config.weights)
-        self.mean, self.std = config.mean or mean, config.std or std
+        self.mean, self.std, _, self.license = stated(model, config, config.weights, config.mean, config.std)
         self.grid, self.prefix_tokens = backbone.grid(model), backbone.prefix_tokens(model)
         self.normalise = Normalise(self.mean, self.std)
         self.cut = CutTeacher(model, taps).to(_DTYPES[config.precision])

@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 
 from tinymim.configs.errors import CheckpointError
 from tinymim.configs.sections import MaeConfig, ModelConfig
-from tinymim.models.checkpoints import read_metadata, read_tensors, tensors_sha256, to_safetensors
+from tinymim.models.checkpoints import read_checkpoint, read_metadata, tensors_sha256, to_safetensors
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
 from tinymim.models.weights import load_weights
@@ -189,19 +189,19 @@ def test_files_that_are_no_checkpoint_or_cut_short_are_refused(
         content = whole.read_bytes()[:-500]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
-        read_tensors(tmp_path / name)
+        read_checkpoint(tmp_path / name)
 
 
 def test_an_empty_pth_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pth").touch()
     with pytest.raises(CheckpointError, match=r"w\.pth"):
-        read_tensors(tmp_path / "w.pth")
+        read_checkpoint(tmp_path / "w.pth")
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="no state dict"):
-        read_tensors(tmp_path / "w.pth")
+        read_checkpoint(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(("weights", "words"), [("nowhere.pth", "hub"), ("package:nothing", "shipped weights")])

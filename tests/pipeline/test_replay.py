@@ -24,6 +24,7 @@ from tinymim.pipeline.views import RandomViews, view_key
 from tinymim.stages import cache_teacher, make_shards
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.reader import CacheReader, UnitRecords
+from tinymim.tests.stages.tiny import STATED
 
 SIZES: dict[str, Any] = {"img_size": 48, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 2}
 ARRAYS = ("qk_tail_gap", "vv_tail_gap")
@@ -53,7 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_shards.run("drawn", root / "shards", make_shards.Options(count=IMAGES, images_per_shard=8))
     torch.manual_seed(0)
     save_file(
-        timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZES).state_dict(), root / "teacher.safetensors"
+        timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZES).state_dict(),
+        root / "teacher.safetensors",
+        STATED,
     )
     cache_teacher.run(recipe(root, 1))
     cache_teacher.run(recipe(root, VIEWS))
