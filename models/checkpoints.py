@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -113,8 +114,10 @@ def _not_safetensors(path: Path, error: BaseException) -> CheckpointError:
 
 def _read_pytorch(path: Path, under: str | None) -> Contents:
     try:
-        with torch.serialization.safe_globals(_PLAIN):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # An open file, because torch.load chooses a format by the suffix of a path.
+        with open(path, "rb") as file, torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused later
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here, with the same meaning for the user
         raise CheckpointError(
             f"{path} cannot be loaded as plain tensors",
@@ -131,7 +134,9 @@ def _read_pytorch(path: Path, under: str | None) -> Contents:
         best = next((name for name in ("teacher", "model_ema", "ema") if name in models), models[0] if models else "")
         raise CheckpointError(
             f"{path} holds no tensors by name {where}",
-            got=f"keys {_some([_described(key, value) for key, value in top.items()], 12)}" if top else type(loaded),
+            got=f"keys {_some([_described(key, value) for key, value in top.items()], 12)}"
+            if top
+            else f"a {type(loaded).__name__}",
             hint=f"name one of them after #: weights={path}#{best}" if models else "give a file with a model's weights",
         )
     strings = top["metadata"].items() if isinstance(top.get("metadata"), dict) else ()

@@ -92,7 +92,7 @@ def test_a_file_that_does_not_fit_is_refused_with_its_keys(encoder: tuple[nn.Mod
     ):
         load_classifier(classifier(embed_dim=24), CONFIG, encoder[1])
     stranger = save(tmp_path / "stranger.safetensors", encoder[0], surprise=torch.zeros(1))
-    with pytest.raises(CheckpointError, match="missing: none; unexpected: surprise; other shape: none"):
+    with pytest.raises(CheckpointError, match="missing: none; unexpected: surprise; other shape or type: none"):
         load_classifier(classifier(), CONFIG, stranger)
     pooled = save(tmp_path / "pooled.safetensors", classifier())
     with pytest.raises(CheckpointError, match=r"missing: norm\.bias, norm\.weight; unexpected: none") as caught:
