@@ -89,10 +89,10 @@ def train_student(recipe: "TrainStudentRecipe") -> None:
 
     Reads `cache` and the shards of `source`.
     Writes run.folder, or one folder per student: student.safetensors, the folder
-    student (timm loads it as local-dir:RUN/student), trained.json (names of trained tensors), metrics.jsonl,
-    TensorBoard, the resolved recipe, versions, audit.jsonl if `audit` is set, and
-    state-STEP.pt for resume. The same command resumes. --set workers=N trains on N
-    GPUs.
+    student (timm loads it as local-dir:RUN/student), trained.json (names of trained
+    tensors), metrics.jsonl, TensorBoard, the resolved recipe, versions, audit.jsonl
+    if `audit` is set, and state-STEP.pt for resume. The same command resumes.
+    --set workers=N trains on N GPUs.
 
     Example: tinymim train-student imagenet-sample-student --set optim.steps=600
     """
@@ -139,9 +139,10 @@ def finetune(recipe: "FinetuneRecipe") -> None:
     `package:NAME`, or `random` to train from scratch. If weights do not fit, the
     error lists missing and unexpected keys.
     Writes run.folder: last.safetensors and best.safetensors (by top-1 on `val`),
-    both also as folders that timm loads by local-dir:; finetuned.json (top-1, top-5, confusion),
-    metrics.jsonl, TensorBoard, the resolved recipe, versions, and state-STEP.pt for
-    resume. The same command resumes. --set workers=N trains on N GPUs.
+    both also as folders that timm loads by local-dir:; finetuned.json (top-1,
+    top-5, confusion), metrics.jsonl, TensorBoard, the resolved recipe, versions,
+    and state-STEP.pt for resume. The same command resumes. --set workers=N trains
+    on N GPUs.
     Prints finetuned.json without history and classes.
 
     Example: tinymim finetune tinyimagenet40-finetune --set optim.epochs=2

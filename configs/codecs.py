@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from tinymim.configs.sections import Positive, Section
+from tinymim.configs.sections import Positive, Section, Whole
 
 Relation = Literal["qk", "vv", "qq", "kk"]
 
@@ -30,8 +30,8 @@ class SketchCodec(Section):
     rows: Positive = Field(
         default=64, description="Query rows drawn per view, relation and head; at most the number of tokens."
     )
-    head_k: int = Field(default=0, ge=0, description="Largest entries of a row that are stored with their values.")
-    tail_k: int = Field(default=8, ge=0, description="Systematic draws from the rest of the row.")
+    head_k: Whole = Field(default=0, description="Largest entries of a row that are stored with their values.")
+    tail_k: Whole = Field(default=8, description="Systematic draws from the rest of the row.")
     tail: Literal["sampled", "uniform", "ghost", "renormalise"] = Field(
         default="sampled",
         description="Stand-in for the other entries of a row. All but `sampled` are published top-k tails and biased.",
