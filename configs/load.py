@@ -259,9 +259,8 @@ def _value(text: str, keys: Sequence[str], override: str, recipe: "type[Section]
         if only_text and "\0" not in text:
             return text
         raise
-    if not only_text or isinstance(value, str) or (value is None and NoneType in kinds):
-        return value
-    return text.strip()
+    null = value is None and not text.lstrip().startswith("#")
+    return value if not only_text or isinstance(value, str) or null else text.strip()
 
 
 def _fields_at(section: "type[Section]", keys: Sequence[str]) -> Iterator[Any]:

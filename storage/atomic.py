@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from tinymim.configs.errors import naming
+
 PARTIAL_SUFFIX = ".partial"
 HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 DAY_S = 86_400
@@ -125,7 +127,7 @@ def _write_partial(path: Path, data: bytes) -> Path:
     """Write `data` to a durable temporary file in the folder of `path`; its name holds the writer's host and pid."""
     temp = path.with_name(f"{path.name}.{HOST}-{os.getpid()}-{next(_numbers)}{PARTIAL_SUFFIX}")
     try:
-        with open(temp, "wb") as file:
+        with naming(path), open(temp, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from tinymim.configs.errors import first_line
+from tinymim.configs.errors import first_line, naming
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
@@ -85,8 +85,9 @@ class RunFolder:
 
     def log(self, step: int, **values: float) -> None:
         """Append a line {"step": step, ...} to the metrics, and the same scalars to TensorBoard."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
+        with naming(self.path / METRICS_NAME):
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
         self.session.tick()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -333,6 +333,7 @@ def test_an_endless_file_is_refused(tmp_path: Path) -> None:
         ("source.pattern=[ab]*.tar", "source.pattern", "[ab]*.tar"),
         ("source.pattern=2024", "source.pattern", "2024"),
         ("source.pattern=yes", "source.pattern", "yes"),
+        ("source.pattern=#1", "source.pattern", "#1"),
         ("run.folder=2024-01-01", "run.folder", Path("2024-01-01")),
         ("run.folder=a: b", "run.folder", Path("a: b")),
         ("cache=1e3", "cache", Path("1e3")),

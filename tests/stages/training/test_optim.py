@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig
+from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig, OrderConfig
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
+from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.training.optim import (
     Schedule,
@@ -19,6 +20,7 @@ from tinymim.stages.training.optim import (
     make_schedule,
     optimiser_step,
     parts_of,
+    require_batch,
     seeded,
 )
 
@@ -61,8 +63,16 @@ def test_the_rate_scales_linearly_with_the_batch(batch_size: int) -> None:
 
 
 def test_less_than_one_batch_is_refused() -> None:
-    with pytest.raises(UserError, match="less than one batch"):
-        make_schedule(optim(), 0)
+    for images, lanes, batch, words in (
+        (3068, 4, 4096, "--set optim.batch_size=512"),
+        (6, 4, 8, "--set optim.batch_size=4"),
+        (3, 4, 8, "add images, or lower order.lanes"),
+    ):
+        order = SampleOrder([images], OrderConfig(lanes=lanes), batch, None)
+        with pytest.raises(UserError, match=f"less than one batch(.|\n)*got: {images:,} images.*{batch:,}") as caught:
+            require_batch(order, 1)
+        assert words in str(caught.value.hint)
+    require_batch(SampleOrder([8], OrderConfig(), 8, None), 1)
 
 
 # ---------------------------------------------------------------- optimiser
