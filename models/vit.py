@@ -1,5 +1,6 @@
 """Plain ViTs over timm: build by name, normalise pixels, cut into patches."""
 
+import re
 from typing import Any
 
 import timm
@@ -7,7 +8,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from tinymim.configs.errors import RecipeError
+from tinymim.configs.errors import RecipeError, first_line
 from tinymim.configs.sections import ModelConfig
 from tinymim.models import backbone
 
@@ -37,11 +38,22 @@ def build_model(
             **overrides,
             **extra,
         )
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        close = timm.list_models(f"*{config.name.split('.')[0][:10]}*")[:5]
+    except (RuntimeError, TypeError, AssertionError, ValueError, OSError, LookupError, ZeroDivisionError) as error:
+        if pretrained:  # `weights.build_pretrained` explains what a hub can do
+            raise
+        close = timm.list_models(f"*{re.sub('[^a-z0-9_]', '?', config.name.split('.')[0][:10])}*")[:5]
         raise RecipeError(
-            f"timm cannot build '{config.name}'", got=error, hint=f"names like it: {', '.join(close) or 'none'}"
+            f"timm cannot build '{config.name}'",
+            got=first_line(error),
+            hint=f"names like it: {', '.join(close) or 'none'}",
         ) from error
+    patch = backbone.patch(model)
+    if patch is not None and any(config.img_size % side for side in patch):
+        raise RecipeError(
+            f"img_size is not a multiple of the patch of '{config.name}': border pixels would be left out",
+            got=f"img_size {config.img_size}, patches of {patch[0]} x {patch[1]}",
+            hint=f"img_size={max(1, config.img_size // patch[0]) * patch[0]}, or set patch_size",
+        )
     return model
 
 

@@ -1,5 +1,6 @@
 """The `weights` of a recipe: "random", "hub" (timm's of the model's name), "package:NAME" (shipped), or a file."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -8,11 +9,12 @@ from typing import Any, NamedTuple
 import timm
 from torch import Tensor, nn
 
-from tinymim.configs.errors import CheckpointError, first_line
+from tinymim.configs.errors import CheckpointError, TinymimError, first_line
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_checkpoint, read_metadata
 from tinymim.models.files import HUB, RANDOM, weights_file
 from tinymim.models.heads import check_heads
+from tinymim.models.hub import without_retries
 from tinymim.models.timm_folder import Rgb
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model, size_overrides
 
@@ -77,16 +79,20 @@ def build_pretrained(config: ModelConfig) -> nn.Module:
     # "name.tag" and "hf-hub:owner/name" (or "local-dir:folder") name their weights.
     if not {".", ":"} & set(config.name) and not timm.models.is_model_pretrained(config.name):
         raise CheckpointError(f"timm has no pretrained weights for '{config.name}'", hint="set weights to a file")
-    try:
-        return build_model(config, pretrained=True)
-    except Exception as error:  # the hub client raises many kinds: no network, no such file, no space
-        if isinstance(error, CheckpointError):
+    local = config.name.startswith("local-dir:")
+    with contextlib.nullcontext() if local else without_retries() as unreachable:
+        try:
+            return build_model(config, pretrained=True)
+        except TinymimError:
             raise
-        raise CheckpointError(
-            f"the pretrained weights of '{config.name}' cannot be fetched",
-            got=first_line(error),
-            hint="check the network, or download them elsewhere and set weights to the file",
-        ) from error
+        except Exception as error:  # the hub client raises many kinds: no network, no such file, no space
+            raise CheckpointError(
+                f"the pretrained weights of '{config.name}' cannot be {'loaded' if local else 'fetched'}",
+                got=unreachable or first_line(error),
+                hint="check the folder"
+                if local
+                else "check the network, or download them elsewhere and set weights to the file",
+            ) from error
 
 
 class Stated(NamedTuple):

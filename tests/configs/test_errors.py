@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tinymim import cli
 from tinymim.configs.errors import UserError, naming, printable, refusal_text
 from tinymim.stages.pages.tables import plain_table
 from tinymim.stages.run.progress import ProgressFiles, logger

@@ -77,7 +77,9 @@ def named(name: str) -> ModelConfig:
 
 
 def pixels(config: ModelConfig, weights: str, **given: Any) -> tuple[Any, ...]:
-    found = stated(build_model(config), config, weights, **given)
+    with torch.device("meta"):
+        model = build_model(config)
+    found = stated(model, config, weights, **given)
     return found.mean, found.std, found.license
 
 
