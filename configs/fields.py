@@ -24,7 +24,8 @@ A recipe is a YAML file that describes one whole run. This page lists every fiel
     tinymim pretrain-mae tinyimagenet40-mae        # a shipped recipe also runs by its name
 
 - **`stage:`** names the command that the recipe is for.
-- **`--set a.b=c`** sets one field and may be repeated. The value is YAML: `null`, `1e-3`, `[0.2, 1.0]`, `cpu`.
+- **`--set a.b=c`** sets one field and may be repeated. The value is YAML: `null`, `1e-3`, `[0.2, 1.0]`, `cpu`. Where
+  the field is text, any value is taken as it stands: `--set source.pattern=*.tar`.
   Flags override the file, and later flags override earlier ones.
 - **Paths** are relative to the working directory, not to the recipe. A file wins over a shipped recipe of that name.
 - **Mistakes** are reported all at once, before anything is read or written. Each is named by its dotted field.
