@@ -51,12 +51,6 @@ def _checked_pattern(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_checked_pattern)]
-RandAugment = Annotated[
-    str,
-    Field(
-        pattern=r"^rand(-(m\d{1,2}(\.\d+)?|mstd\d{1,3}(\.\d+)?|mmax\d{1,2}(\.\d+)?|p[01](\.\d+)?|n\d{1,2}|inc[01]))*$"
-    ),
-]
 
 
 class Section(BaseModel):
@@ -287,7 +281,7 @@ class JitterConfig(Section):
 class AugmentConfig(Section):
     """Augmentation during fine-tuning, by timm. If mixup and CutMix are both on, each batch of a lane gets one."""
 
-    rand_augment: RandAugment | None = Field(
+    rand_augment: str | None = Field(
         default="rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation. null: none."
     )
     erasing: Fraction = Field(default=0.25, description="Share of images in which a box becomes noise.")
