@@ -148,9 +148,9 @@ class _Loader(yaml.SafeLoader):
             _expanded(node, {}, set())
         return node
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
-        value = super().construct_scalar(node)
-        if isinstance(value, str) and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value: str = super().construct_scalar(node)
+        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
             raise ConstructorError(None, None, "text that no file name can hold: null or surrogate", node.start_mark)
         if not node.tag.endswith(":str") and len(value) > _MOST_DIGITS:
             kind = node.tag.rpartition(":")[2]
@@ -271,7 +271,8 @@ def _fields_at(section: "type[Section]", keys: Sequence[str]) -> Iterator[Any]:
         return
     if not rest:
         yield field.annotation
-    below = rest[1:] if dict in map(get_origin, (field.annotation, *get_args(field.annotation))) else rest
+    named = any(get_origin(each) is dict for each in (field.annotation, *get_args(field.annotation)))
+    below = rest[1:] if named else rest
     for inner in _sections_in(field.annotation) if below else ():
         yield from _fields_at(inner, below)
 

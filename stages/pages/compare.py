@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from textwrap import shorten, wrap
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
@@ -145,7 +145,8 @@ def curves_figure(runs: Sequence[RunSummary], picture: Picture, axis: Axis) -> F
     for run_name, colour, name, points in curves:
         dash = DASHES[names.index(name) % len(DASHES)]
         text = run_name if len(names) == 1 else f"{run_name}, {metric(name).header}"
-        style = {"color": colour, "linestyle": dash, "linewidth": 1.3, "label": shorten(text, 60, placeholder="...")}
+        label = shorten(text, 60, placeholder="...")
+        style: dict[str, Any] = {"color": colour, "linestyle": dash, "linewidth": 1.3, "label": label}
         marker = "." if len(points) < 30 else ""
         axes.plot([getattr(p, axis) for p in points], [p.value for p in points], marker=marker, **style)
     values = [point.value for *_, points in curves for point in points]

@@ -19,7 +19,7 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError("run.device names CUDA", got=name, expected="a machine with CUDA, or device: cpu")
     device = torch.device(name)
-    if device.index is not None and device.index >= torch.cuda.device_count():
+    if ":" in name and device.index >= torch.cuda.device_count():
         raise RecipeError(
             "run.device names a GPU that this machine lacks",
             got=name,
