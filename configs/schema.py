@@ -16,6 +16,7 @@ from tinymim.configs.sections import (
     STD_DESCRIPTION,
     AuditConfig,
     AugmentConfig,
+    Batch,
     CheckpointConfig,
     Cluster,
     ClusterConfig,
@@ -121,7 +122,7 @@ class CacheTeacherRecipe(Section):
     cache_root: Place | None = Field(
         default=None, description="Instead of `cache`: a folder of shared caches, each named by its `spec_id`."
     )
-    batch_size: Positive | Literal["auto"] = Field(
+    batch_size: Batch | Literal["auto"] = Field(
         default=64, description="Images per batch, each with `num_views` views. `auto`: as many as fit into memory."
     )
     max_unreadable: Fraction = Field(default=0.01, description="Share of unreadable images above which a unit fails.")
@@ -299,7 +300,7 @@ class EvaluateRecipe(Section):
     mean: Mean | None = Field(default=None, description=MEAN_DESCRIPTION)
     std: Std | None = Field(default=None, description=STD_DESCRIPTION)
     resize_ratio: ResizeRatio = Field(default=1.143, description=RESIZE_RATIO_DESCRIPTION)
-    batch_size: Positive = Field(default=256, description="Images per forward pass. Does not affect results.")
+    batch_size: Batch = Field(default=256, description="Images per forward pass. Does not affect results.")
     evaluators: tuple[Evaluator, ...] = Field(
         default=(KnnEvaluator(name="knn"), LinearEvaluator(name="linear")),
         description="What is measured, each evaluator once. --set replaces the whole list.",
@@ -332,7 +333,7 @@ class FidelityRecipe(Section):
     )
     num_images: int = Field(default=64, ge=4, le=LARGEST, description="Number of images, one view each.")
     draws: Positive = Field(default=2, description="Independent encodings of every view by a codec that draws.")
-    batch_size: Positive = Field(default=16, description="Views per forward pass of the teacher.")
+    batch_size: Batch = Field(default=16, description="Views per forward pass of the teacher.")
     loader: LoaderConfig = Field(default=LoaderConfig(), description=_LOADER)
     run: RunConfig = Field(description=_RUN)
 

@@ -28,6 +28,8 @@ Side = Annotated[int, Field(ge=1, le=8192)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 Depth = Annotated[int, Field(ge=1, le=1000)]
 Processes = Annotated[int, Field(ge=1, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=256)]
+Batch = Annotated[int, Field(ge=1, le=2**20)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Aspect = Annotated[float, Field(ge=1e-3, le=1e3)]
 ResizeRatio = Annotated[float, Field(ge=1.0, le=10.0)]
@@ -157,7 +159,7 @@ class TeacherConfig(ModelConfig):
 class OptimConfig(Section):
     """AdamW with linear warm-up, then a cosine to `min_lr`, per step. Give `epochs` or `steps`, not both."""
 
-    batch_size: Positive = Field(default=256, description="Images per step, over all ranks.")
+    batch_size: Batch = Field(default=256, description="Images per step, over all ranks.")
     epochs: Positive | None = Field(default=None, description="Length of the training run in epochs.")
     steps: Positive | None = Field(default=None, description="Length of the training run in steps.")
     base_lr: float = Field(
@@ -247,7 +249,7 @@ class RunConfig(Section):
     folder: Folder = Field(description="Run folder: resolved recipe, versions, metrics, TensorBoard, states, results.")
     device: Device = Field(default="auto", description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.")
     seed: Seed = Field(default=0, description="Seed of weights, masks, jitter, drop path and augmentation.")
-    threads: Processes | None = Field(default=None, description="Torch's intra-op threads. Default: torch's choice.")
+    threads: Threads | None = Field(default=None, description="Torch's intra-op threads. Default: torch's choice.")
     log_every: Positive = Field(default=20, description="Steps between lines of metrics.")
 
 
@@ -344,7 +346,7 @@ class ValidationConfig(Section):
     """Accuracy on `val` during fine-tuning, and always after the last step."""
 
     every_epochs: Positive = Field(default=1, description="Epochs between validations.")
-    batch_size: Positive = Field(default=256, description="Images per forward pass and rank. Does not affect results.")
+    batch_size: Batch = Field(default=256, description="Images per forward pass and rank. Does not affect results.")
     resize_ratio: ResizeRatio = Field(default=1.143, description=RESIZE_RATIO_DESCRIPTION)
 
 
@@ -378,7 +380,7 @@ class AuditKnnConfig(KnnConfig):
     train: SourceConfig = Field(description="Labelled images that serve as neighbours.")
     val: SourceConfig = Field(description="Labelled images that are classified.")
     resize_ratio: ResizeRatio = Field(default=1.143, description=RESIZE_RATIO_DESCRIPTION)
-    batch_size: Positive = Field(default=256, description="Images per forward pass. Does not affect results.")
+    batch_size: Batch = Field(default=256, description="Images per forward pass. Does not affect results.")
 
 
 class AuditConfig(Section):

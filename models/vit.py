@@ -1,5 +1,6 @@
 """Plain ViTs over timm: build by name, normalise pixels, cut into patches."""
 
+import contextlib
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tinymim.configs.errors import RecipeError, first_line
 from tinymim.configs.sections import ModelConfig
 from tinymim.models import backbone
+from tinymim.models.hub import without_retries
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,23 +30,25 @@ def build_model(
     dim, heads = overrides.get("embed_dim"), overrides.get("num_heads")
     if dim and heads and dim % heads:
         raise RecipeError("embed_dim is not divisible by num_heads", got=f"{dim} / {heads}")
+    from_hub = not pretrained and config.name.lower().startswith(("hf-hub:", "hf_hub:"))  # its sizes are there
     try:
-        model: nn.Module = timm.create_model(
-            config.name,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            img_size=config.img_size,
-            drop_path_rate=drop_path,
-            **overrides,
-            **extra,
-        )
+        with without_retries() if from_hub else contextlib.nullcontext() as unreachable:
+            model: nn.Module = timm.create_model(
+                config.name,
+                pretrained=pretrained,
+                num_classes=num_classes,
+                img_size=config.img_size,
+                drop_path_rate=drop_path,
+                **overrides,
+                **extra,
+            )
     except (RuntimeError, TypeError, AssertionError, ValueError, OSError, LookupError, ZeroDivisionError) as error:
         if pretrained:  # `weights.build_pretrained` explains what a hub can do
             raise
         close = timm.list_models(f"*{re.sub('[^a-z0-9_]', '?', config.name.split('.')[0][:10])}*")[:5]
         raise RecipeError(
             f"timm cannot build '{config.name}'",
-            got=first_line(error),
+            got=unreachable or first_line(error),
             hint=f"names like it: {', '.join(close) or 'none'}",
         ) from error
     patch = backbone.patch(model)

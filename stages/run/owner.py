@@ -24,6 +24,7 @@ from tinymim.stages.run.progress import logger
 LOCK_NAME = "owner.lock"
 _BEAT_S = 5.0
 _WATCH_S = 4 * _BEAT_S
+_TRIES = 100
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -55,11 +56,13 @@ def _remove_empty(folders: list[Path]) -> None:
 def _locked(folder: Path) -> Iterator[Any]:
     """The open lock file of a folder, locked."""
     path = folder / LOCK_NAME
-    while True:
+    for tries_left in reversed(range(_TRIES)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         except FileNotFoundError:  # its last owner has just removed the folder
+            if not tries_left:
+                raise
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,6 +74,8 @@ def _locked(folder: Path) -> Iterator[Any]:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         file.close()  # its last owner has removed it since it was opened
+    else:
+        raise _taken(folder, None)
     with file:
         yield file
 
