@@ -24,17 +24,8 @@ from typing import ClassVar
 # Refusals of the machine. They are no bugs of ours, and the system's message suffices.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _SYSTEM_REFUSALS = (
-    *(
-        errno.ENOENT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        *_FULL,
-        errno.ENAMETOOLONG,
-        errno.ELOOP,
-        errno.ENOTDIR,
-        errno.EISDIR,
-    ),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, *_FULL),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
     *(errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE),
 )
 

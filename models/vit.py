@@ -27,9 +27,6 @@ def build_model(
         RecipeError: timm has no model of this name, or refuses the sizes.
     """
     overrides = size_overrides(config)
-    dim, heads = overrides.get("embed_dim"), overrides.get("num_heads")
-    if dim and heads and dim % heads:
-        raise RecipeError("embed_dim is not divisible by num_heads", got=f"{dim} / {heads}")
     from_hub = not pretrained and config.name.lower().startswith(("hf-hub:", "hf_hub:"))  # its sizes are there
     try:
         with without_retries() if from_hub else contextlib.nullcontext() as unreachable:

@@ -135,3 +135,19 @@ def test_cuda_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto") == torch.device("cpu")
     with pytest.raises(RecipeError, match=r"run\.device"):
         pick_device("cuda:1")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(RecipeError, match=r"got: cuda:2\n  expected: cuda:0 to cuda:1"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.99])
+def test_a_mask_that_hides_all_or_nothing_is_refused(ratio: float) -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    encoder = build_vit(ModelConfig.model_validate(sizes))
+    with pytest.raises(RecipeError, match=r"mae\.mask_ratio"):
+        MaskedAutoencoder(encoder, MaeConfig(mask_ratio=ratio))
