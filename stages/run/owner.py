@@ -40,8 +40,8 @@ def owned(folders: Collection[Path]) -> Iterator[None]:
         for folder in sorted(folders):  # in one order, so that of two runs with the same folders one gets all
             made = [path for path in (folder, *folder.parents) if not path.exists()]
             stack.callback(_remove_empty, made)
-            file = stack.enter_context(_locked(folder))
-            _wait_for_the_dead(folder, file)
+            file, locked = stack.enter_context(_opened(folder))
+            _wait_for_the_dead(folder, file, locked)
             stack.enter_context(_beating(folder / LOCK_NAME, file))
         yield
 
@@ -53,8 +53,8 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[Any]:
-    """The open lock file of a folder, locked."""
+def _opened(folder: Path) -> Iterator[tuple[Any, bool]]:
+    """The open lock file of a folder, and whether it is locked: some file systems have no locks."""
     path = folder / LOCK_NAME
     for tries_left in reversed(range(_TRIES)):
         try:
@@ -64,10 +64,12 @@ def _locked(folder: Path) -> Iterator[Any]:
             if not tries_left:
                 raise
             continue
+        locked = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:  # without locks, the beat alone decides
+            locked = False
+            if error.errno not in _NO_LOCKS:
                 with file:
                     raise _taken(folder, _content(file)) from error
         with contextlib.suppress(FileNotFoundError):
@@ -77,17 +79,18 @@ def _locked(folder: Path) -> Iterator[Any]:
     else:
         raise _taken(folder, None)
     with file:
-        yield file
+        yield file, locked
 
 
-def _wait_for_the_dead(folder: Path, file: Any) -> None:
-    """Watch an owner that did not leave properly, and may be alive on another machine.
+def _wait_for_the_dead(folder: Path, file: Any, locked: bool) -> None:
+    """Watch an owner that did not leave properly, and may be alive on another machine or, without locks, on this one.
 
     Raises:
         UserError: its content changes, so it is alive.
     """
     found = _content(file)
-    if found is None or found.get("host") == socket.gethostname():  # a dead process of this machine has no lock
+    here = found is not None and found.get("host") == socket.gethostname()
+    if found is None or (here and locked):  # a living process of this machine would have the lock
         return
     logger.info(f"{folder} was owned by {_named(found)}: watching for {_WATCH_S:.0f} s whether it is alive")
     began_s = time.monotonic()

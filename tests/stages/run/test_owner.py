@@ -1,5 +1,6 @@
 """A run folder has one owner: under a race, after a kill, and where the file system locks within one machine only."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -95,6 +96,19 @@ def test_an_owner_on_another_machine_is_watched(tmp_path: Path, monkeypatch: pyt
     began_s = time.monotonic()
     with owned([tmp_path]):
         assert time.monotonic() - began_s >= 1.0
+
+
+def test_without_locks_the_beat_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr(owner, "_WATCH_S", 1.0)
+    monkeypatch.setattr(owner, "_BEAT_S", 0.1)
+    with owned([tmp_path]), pytest.raises(UserError, match="another run works"), owned([tmp_path]):
+        pass
+    with owned([tmp_path]):
+        pass
 
 
 def test_an_owner_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
