@@ -114,7 +114,7 @@ figure img { display: block; max-width: 100%; height: auto; box-sizing: border-b
   background: #fff; border-radius: 6px; border: 1px solid var(--line); }
 code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
 .k td, .v td { overflow-wrap: anywhere; }
-.v td, .v th { overflow-wrap: anywhere; }
+.v td, .v th { overflow-wrap: anywhere; min-width: 3.8rem; }
 .v td:first-child { min-width: 6rem; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem 0.6rem 3rem; }
