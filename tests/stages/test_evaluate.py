@@ -197,6 +197,7 @@ def test_hub_without_network_is_a_checkpoint_error(
     def offline(*_args: object, **_options: object) -> None:
         raise OSError("We couldn't connect to the hub")
 
+    monkeypatch.setattr("tinymim.models.hub.unreachable", lambda: None)
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(CheckpointError) as caught:
         evaluate.run(recipe(drawn_shards, tmp_path / "run", weights="hub", model={"name": "vit_tiny_patch16_224"}))
