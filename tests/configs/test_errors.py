@@ -43,13 +43,7 @@ def test_errors_logs_and_tables_are_escaped(tmp_path: Path, capsys: pytest.Captu
 def test_a_recipe_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     path = tmp_path / name
     path.write_text('stage: evaluate\n"\\e]0;title\\a": 1\nmodel: {name: "\\e[2J"}\n')
-    for arguments in (
-        ["evaluate", path],
-        ["evaluate", path, "--debug"],
-        ["cache", "info", path],
-        [name],
-        ["--set\x1b"],
-    ):
+    for arguments in (["evaluate", path], ["evaluate", path, "--debug"], ["cache", "info", path], ["evaluate", name]):
         code = cli.run_command([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         assert code == 2 and "\x1b" not in out + err and "\a" not in out + err
