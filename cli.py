@@ -15,7 +15,7 @@ from tinymim.commands.plan import plan
 from tinymim.commands.shared import StdoutClosed
 from tinymim.commands.stages import stages_app
 from tinymim.commands.tools import tools_app
-from tinymim.configs.errors import TinymimError, is_refusal
+from tinymim.configs.errors import TinymimError, is_refusal, printable, refusal_text
 from tinymim.stages.run.interrupt import Interrupted
 
 EXIT_USAGE = 2
@@ -69,19 +69,22 @@ def run_command(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes into the pipe at exit
         return EXIT_BROKEN_PIPE
     except Interrupted as interrupted:
-        _say(f"interrupted: {interrupted}")
+        _say(printable(f"interrupted: {interrupted}"))
         return EXIT_REQUEUE if interrupted.requeue else EXIT_INTERRUPTED
     except KeyboardInterrupt:
         _say("interrupted: stopped at once; the last saved state is intact")
         return EXIT_INTERRUPTED
     except CycloptsError as error:
-        _say(f"error: {error}\n  hint: tinymim --help lists the commands, tinymim COMMAND --help its options")
+        _say(
+            printable(f"error: {error}", "")
+            + "\n  hint: tinymim --help lists the commands, tinymim COMMAND --help its options"
+        )
         return EXIT_USAGE
     except Exception as error:
         if debug:
-            _say(traceback.format_exc().rstrip())
+            _say(printable(traceback.format_exc().rstrip(), ""))
         message, code = _explained(error)
-        _say(message)
+        _say(printable(message))
         return code
 
 
@@ -90,7 +93,7 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, TinymimError):
         return f"error: {error}", error.exit_code
     if isinstance(error, OSError) and is_refusal(error):
-        return f"error: {error.strerror}: {error.filename or 'a file of the run'}", EXIT_USAGE
+        return f"error: {refusal_text(error)}", EXIT_USAGE
     hint = "run the same command with --debug and report the traceback"
     return f"internal error: {type(error).__name__}: {error}\n  hint: {hint}", 1
 

@@ -32,12 +32,15 @@ import torch
 from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.models.timm_folder import Pixels
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.learner import Learner
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 GRID: dict[str, Any] = {"img_size": 196, "patch_size": 14}
+STATED = Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()
 TEACHER: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 128, "depth": 2, "num_heads": 16, **GRID}
 STUDENTS: dict[str, dict[str, Any]] = {
     "half-tiny": {"name": "vit_tiny_patch16_224", "depth": 6, **GRID},
@@ -130,7 +133,9 @@ def main() -> int:
 def make_cache(root: Path, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     sizes = {name: value for name, value in TEACHER.items() if name != "name"}
-    save_file(timm.create_model(TEACHER["name"], num_classes=0, **sizes).state_dict(), root / "teacher.safetensors")
+    save_file(
+        timm.create_model(TEACHER["name"], num_classes=0, **sizes).state_dict(), root / "teacher.safetensors", STATED
+    )
     fields: dict[str, Any] = {
         "stage": "cache-teacher",
         "source": {"shards": args.data, "pattern": args.pattern},

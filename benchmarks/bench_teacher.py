@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from tinymim.configs.sections import TeacherConfig
 from tinymim.configs.taps import Tap
 from tinymim.models.teacher import Teacher
+from tinymim.models.timm_folder import Pixels
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 WAYS = {"eager": (False, False), "compile": (True, False), "channels-last": (False, True), "both": (True, True)}
 
@@ -39,7 +41,11 @@ def main() -> None:
     teachers, tap = {}, Tap("qkv", options.block)
     with TemporaryDirectory() as folder:
         weights = Path(folder, "weights.safetensors")
-        save_file(timm.create_model(options.name, num_classes=0).state_dict(), weights)
+        save_file(
+            timm.create_model(options.name, num_classes=0).state_dict(),
+            weights,
+            Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata(),
+        )
         for way, (compiled, channels_last) in WAYS.items():
             config = TeacherConfig(
                 name=options.name,

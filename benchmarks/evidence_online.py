@@ -15,6 +15,8 @@ from tinymim.configs.taps import Shapes, Tap
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
+from tinymim.models.timm_folder import Pixels
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
@@ -107,4 +109,7 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted)
         for step, batch in enumerate(stream, start=books.first_step):
             do_step(step, batch)
             books.end_step(step + 1, stop, meter)
-    write_bytes_atomic(recipe.run.folder / STUDENT_NAME, to_safetensors(student.model.vit.state_dict(), {}))
+    write_bytes_atomic(
+        recipe.run.folder / STUDENT_NAME,
+        to_safetensors(student.model.vit.state_dict(), Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()),
+    )

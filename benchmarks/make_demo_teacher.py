@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
-from tinymim.models.checkpoints import read_metadata, read_tensors, to_safetensors
+from tinymim.models.checkpoints import read_checkpoint, to_safetensors
 from tinymim.stages import make_shards, pretrain_mae
 from tinymim.stages.run.folder import ENCODER_NAME, METRICS_NAME
 from tinymim.storage.atomic import write_bytes_atomic
@@ -32,7 +32,7 @@ def main() -> None:
             make_shards.run("drawn", shards, make_shards.Options(count=10_000, seed=1))
         pretrain_mae.run(recipe)
         encoder = recipe.run.folder / ENCODER_NAME
-    packed = to_safetensors(read_tensors(encoder), read_metadata(encoder), half=True)
+    packed = to_safetensors(*read_checkpoint(encoder), half=True)
     write_bytes_atomic(WEIGHTS / "demo-teacher.safetensors", packed)
     shutil.copyfile(encoder.parent / METRICS_NAME, WEIGHTS / "demo-teacher.metrics.jsonl")
     print(f"{WEIGHTS / 'demo-teacher.safetensors'}: {len(packed):,} bytes")

@@ -43,7 +43,8 @@ from tinymim.configs.taps import Shapes
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.taps import CutTeacher
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import build_vit
+from tinymim.models.timm_folder import Pixels
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join
@@ -60,6 +61,7 @@ from tinymim.targets.kinds import make_kind
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STUDENTS = {"T": "vit_tiny_patch16_224", "S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}
+STATED = Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()
 SCALES: dict[str, dict[str, Any]] = {
     "cuda": {"teacher": "vit_large_patch16_224", "block": 18, "size": 224, "batch": 256, "precision": "bf16"},
     "cpu": {"teacher": "vit_base_patch16_224", "block": 9, "size": 112, "batch": 16, "precision": "fp32"},
@@ -207,7 +209,7 @@ def peak_bytes(device: torch.device) -> int:
 def make_teacher(scale: dict[str, Any], kind: TargetKind, root: Path, device: torch.device) -> Teacher:
     path = root / "teacher.safetensors"
     model = timm.create_model(scale["teacher"], num_classes=0, img_size=scale["size"])
-    save_file(model.state_dict(), path)
+    save_file(model.state_dict(), path, STATED)
     fields = {"name": scale["teacher"], "img_size": scale["size"], "weights": str(path)}
     config = TeacherConfig.model_validate(fields | {"block": scale["block"], "precision": scale["precision"]})
     return Teacher(config, kind.taps).to(device)
@@ -217,7 +219,7 @@ def make_cache(args: argparse.Namespace, scale: dict[str, Any], heads: int, root
     """By a shallow teacher with as many heads and tokens."""
     sizes = {"img_size": scale["size"], "embed_dim": 8 * heads, "depth": 2, "num_heads": heads}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
-    save_file(model.state_dict(), root / "shallow.safetensors")
+    save_file(model.state_dict(), root / "shallow.safetensors", STATED)
     fields: dict[str, Any] = {
         "stage": "cache-teacher",
         "source": {"shards": args.data, "pattern": args.pattern},

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from tinymim.configs.errors import printable
+
 RecipeArgument = Annotated[Path, Parameter(help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[
     list[str] | None,
@@ -20,7 +22,7 @@ class StdoutClosed(Exception):
 def print_text(text: str) -> None:
     """Print data to stdout. Raises StdoutClosed if its reader has gone."""
     try:
-        print(text, flush=True)
+        print(printable(text, line_feeds=""), flush=True)
     except BrokenPipeError:
         raise StdoutClosed from None
 

@@ -55,9 +55,10 @@ def pretrain_mae(recipe: "PretrainMaeRecipe") -> None:
     Also serves as the baseline of a student.
 
     Reads the shards of `source`.
-    Writes run.folder: encoder.safetensors (a timm ViT without head), metrics.jsonl,
-    TensorBoard, the resolved recipe, versions, and state-STEP.pt for resume.
-    The same command resumes. --set workers=N trains on N GPUs.
+    Writes run.folder: encoder.safetensors (a timm ViT without head), the folder
+    encoder (the same for timm's local-dir:), metrics.jsonl, TensorBoard, the
+    resolved recipe, versions, and state-STEP.pt for resume. The same command
+    resumes. --set workers=N trains on N GPUs.
 
     Example: tinymim pretrain-mae demo-teacher --set optim.steps=200
     """
@@ -87,11 +88,11 @@ def train_student(recipe: "TrainStudentRecipe") -> None:
     """Train one student or several from a cache, without the teacher.
 
     Reads `cache` and the shards of `source`.
-    Writes run.folder, or one folder per student: student.safetensors (loads into
-    timm with strict=True), trained.json (names of trained tensors), metrics.jsonl,
-    TensorBoard, the resolved recipe, versions, audit.jsonl if `audit` is set, and
-    state-STEP.pt for resume. The same command resumes. --set workers=N trains on N
-    GPUs.
+    Writes run.folder, or one folder per student: student.safetensors, the folder
+    student (timm loads it as local-dir:RUN/student), trained.json (names of trained
+    tensors), metrics.jsonl, TensorBoard, the resolved recipe, versions, audit.jsonl
+    if `audit` is set, and state-STEP.pt for resume. The same command resumes.
+    --set workers=N trains on N GPUs.
 
     Example: tinymim train-student imagenet-sample-student --set optim.steps=600
     """
@@ -138,9 +139,10 @@ def finetune(recipe: "FinetuneRecipe") -> None:
     `package:NAME`, or `random` to train from scratch. If weights do not fit, the
     error lists missing and unexpected keys.
     Writes run.folder: last.safetensors and best.safetensors (by top-1 on `val`),
-    both for timm with strict=True; finetuned.json (top-1, top-5, confusion),
-    metrics.jsonl, TensorBoard, the resolved recipe, versions, and state-STEP.pt for
-    resume. The same command resumes. --set workers=N trains on N GPUs.
+    both also as folders that timm loads by local-dir:; finetuned.json (top-1,
+    top-5, confusion), metrics.jsonl, TensorBoard, the resolved recipe, versions,
+    and state-STEP.pt for resume. The same command resumes. --set workers=N trains
+    on N GPUs.
     Prints finetuned.json without history and classes.
 
     Example: tinymim finetune tinyimagenet40-finetune --set optim.epochs=2

@@ -95,7 +95,7 @@ def export(source: Annotated[Path, Parameter(name="RUN")], target: Annotated[Pat
     several students: the folder of one), or a weights file.
     Writes FILE, a new .pth for `--finetune` of MAE's and TinyMIM's
     main_finetune.py: float32 tensors under `model`. timm needs no export; it loads
-    student.safetensors directly.
+    the folder RUN/student.
     Prints JSON: file, source, tensors, embed_dim, depth, num_heads.
 
     Example: tinymim export runs/mine mine.pth

@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from tinymim.configs.sections import Positive, Section
+from tinymim.configs.sections import Positive, Section, Width
 
+Draws = Annotated[int, Field(ge=0, le=65536)]  # of a row; no view has more tokens
 Relation = Literal["qk", "vv", "qq", "kk"]
 
 
@@ -26,12 +27,12 @@ class SketchCodec(Section):
 
     name: Literal["sketch"] = Field(default="sketch", description=_NAME)
     relations: Relations = Field(default=("qk", "vv"), description=_RELATIONS)
-    relation_heads: Positive | None = Field(default=None, description=_RELATION_HEADS)
-    rows: Positive = Field(
+    relation_heads: Width | None = Field(default=None, description=_RELATION_HEADS)
+    rows: Width = Field(
         default=64, description="Query rows drawn per view, relation and head; at most the number of tokens."
     )
-    head_k: int = Field(default=0, ge=0, description="Largest entries of a row that are stored with their values.")
-    tail_k: int = Field(default=8, ge=0, description="Systematic draws from the rest of the row.")
+    head_k: Draws = Field(default=0, description="Largest entries of a row that are stored with their values.")
+    tail_k: Draws = Field(default=8, description="Systematic draws from the rest of the row.")
     tail: Literal["sampled", "uniform", "ghost", "renormalise"] = Field(
         default="sampled",
         description="Stand-in for the other entries of a row. All but `sampled` are published top-k tails and biased.",
@@ -64,7 +65,7 @@ class HiddenCodec(Section):
         description="Quantise the channels, or the principal components of q, k, v with more bits for larger ones.",
     )
     bits: float = Field(default=8, gt=0, le=8, description="Mean bits per channel and token. `channels` takes 4 or 8.")
-    calibration_views: Positive = Field(default=256, description="Views that fix the scales, once per cache.")
+    calibration_views: Width = Field(default=256, description="Views that fix the scales, once per cache.")
 
     @model_validator(mode="after")
     def _whole_bits(self) -> "HiddenCodec":
@@ -78,7 +79,7 @@ class DenseCodec(Section):
 
     name: Literal["dense"] = Field(description=_NAME)
     relations: Relations = Field(default=("qk", "vv"), description=_RELATIONS)
-    relation_heads: Positive | None = Field(default=None, description=_RELATION_HEADS)
+    relation_heads: Width | None = Field(default=None, description=_RELATION_HEADS)
 
 
 RelationCodec = SketchCodec | HiddenCodec | DenseCodec
@@ -284,10 +285,10 @@ class TargetsConfig(Section):
     relations: Relations | None = Field(
         default=None, description="Relations to learn from. Default: the cache's; `qk` and `vv` of a `hidden` cache."
     )
-    relation_heads: Positive | None = Field(
+    relation_heads: Width | None = Field(
         default=None, description="Heads of the relations. Default: the cache's; the teacher's of a `hidden` cache."
     )
-    rows: Positive | None = Field(
+    rows: Width | None = Field(
         default=None, description="Query rows per view, relation and head. Default: all that the cache holds."
     )
     loss: VectorLoss | None = Field(

@@ -13,11 +13,24 @@ TinymimError
 └── InternalError (exit 1)
 """
 
+import contextlib
 import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
 from typing import ClassVar
 
 # Refusals of the machine. They are no bugs of ours, and the system's message suffices.
-_SYSTEM_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SYSTEM_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, *_FULL),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE),
+)
+
+# Characters that a terminal obeys or that reorder a line, and halves of characters. Line feed and tab are not here.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class TinymimError(Exception):
@@ -61,6 +74,51 @@ class TinymimError(Exception):
 def is_refusal(error: BaseException) -> bool:
     """Return whether the machine refused something that the user can fix: a permission, disk space."""
     return isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS
+
+
+def printable(text: str, line_feeds: str = "\n(?!  )") -> str:
+    """The text with characters that a terminal would obey written as escapes, such as `\\x1b`.
+
+    Names of files, keys of samples and recipes come from other people. Everything printed goes through here, once.
+
+    Args:
+        text: a message.
+        line_feeds: a pattern of the line feeds to escape too. By default those whose next line is not indented: the
+            further lines of our own messages are. "" escapes none, "\\n" all of them.
+    """
+    shown = _COMMANDS.sub(_escaped, text)
+    return re.sub(line_feeds, r"\\n", shown) if line_feeds else shown
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+@contextlib.contextmanager
+def naming(path: os.PathLike[str]) -> Iterator[None]:
+    """Name the file in an OSError of a write, which knows only a number: a full disk would not say where it is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def refusal_text(error: OSError) -> str:
+    """What the machine refused, and which file; for a full disk also the file system and its free space."""
+    named = error.filename if error.filename is not None else "a file of the run"
+    text = f"{error.strerror}: {named}"
+    if error.errno not in _FULL or error.filename is None:
+        return text
+    folder = os.path.abspath(os.path.dirname(os.fspath(error.filename)) or ".")
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free, total = (size / 2**30 for size in (shutil.disk_usage(folder).free, shutil.disk_usage(folder).total))
+    while not os.path.ismount(folder):
+        folder = os.path.dirname(folder)
+    return f"{text}\n  got: {free:.2f} of {total:,.2f} GiB are free on {folder}\n  hint: make room there (quotas count)"
 
 
 def first_line(error: BaseException) -> str:

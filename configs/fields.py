@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.schema import RECIPES
-from tinymim.configs.sections import Section
+from tinymim.configs.sections import LARGEST, Section
 
 ALL = "all"  # in place of a stage: every stage, as docs/recipes.md has it
 
@@ -24,7 +24,8 @@ A recipe is a YAML file that describes one whole run. This page lists every fiel
     tinymim pretrain-mae tinyimagenet40-mae        # a shipped recipe also runs by its name
 
 - **`stage:`** names the command that the recipe is for.
-- **`--set a.b=c`** sets one field and may be repeated. The value is YAML: `null`, `1e-3`, `[0.2, 1.0]`, `cpu`.
+- **`--set a.b=c`** sets one field and may be repeated. The value is YAML: `null`, `1e-3`, `[0.2, 1.0]`, `cpu`. Where
+  the field is text, any value is taken as it stands: `--set source.pattern=*.tar`.
   Flags override the file, and later flags override earlier ones.
 - **Paths** are relative to the working directory, not to the recipe. A file wins over a shipped recipe of that name.
 - **Mistakes** are reported all at once, before anything is read or written. Each is named by its dotted field.
@@ -203,10 +204,13 @@ def _kinds(annotation: Any, limits: Iterable[Any]) -> Iterator[str]:
 def _range(limits: Iterable[Any]) -> str:
     """The bounds among an annotation's metadata: ` >= 1`, ` from 0 to 1`, ` > 0, < 1`."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    found: dict[str, object] = {}
+    found: dict[str, float] = {}
     for limit in limits:
         for each in limit.metadata if isinstance(limit, FieldInfo) else [limit]:
-            found |= {name: getattr(each, name) for name in signs if hasattr(each, name)}
+            for name, narrower in (("ge", max), ("gt", max), ("le", min), ("lt", min)):
+                if (bound := getattr(each, name, None)) is not None:
+                    found[name] = narrower(bound, found.get(name, bound))
+    found = {name: bound for name, bound in found.items() if abs(bound) < LARGEST}  # larger: the types' own limits
     if found.keys() == {"ge", "le"}:
         return f" from {_plain(found['ge'])} to {_plain(found['le'])}"
     return "".join(f"{',' * (i > 0)} {signs[name]} {_plain(value)}" for i, (name, value) in enumerate(found.items()))

@@ -8,17 +8,18 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from reprlib import Repr
-from typing import TYPE_CHECKING, Any, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
-from tinymim.configs.errors import RecipeError
+from tinymim.configs.errors import RecipeError, first_line
 from tinymim.configs.shipped import recipe_file, shipped_recipes
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 # Values in messages are cut: a recipe may hold a section where a number belongs.
 _short = Repr()
 _short.maxstring = _short.maxother = 60
+_MOST_BYTES = 1_000_000  # of a file
+_MOST_VALUES = 10_000  # with aliases written out
+_MOST_DIGITS = 100  # of a number or date
 
 
 # ---- reading ----
@@ -47,17 +51,17 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> "Recip
     Raises:
         RecipeError: unreadable file, bad YAML (with line), wrong stage, or all schema problems, one per line.
     """
-    data = _parse(_read(path), f"recipe {path}")
+    data = parse_yaml(_read(path), f"recipe {path}")
     if not isinstance(data, dict):
         raise RecipeError(
             f"recipe {path} has no fields", got=_short.repr(data), expected=f"`stage: {stage}` and its fields"
         )
-    for override in overrides:
-        data = _overridden(data, override)
     from pydantic import ValidationError
 
     from tinymim.configs.schema import RECIPES
 
+    for override in overrides:
+        data = _overridden(data, override, RECIPES[stage])
     _check_stage(data, path, stage, list(RECIPES))
     try:
         return RECIPES[stage].model_validate(data)
@@ -81,7 +85,7 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
     """
     named: list[tuple[Path, str]] = []
     for path in paths:
-        data = _parse(_read(path), f"recipe {path}")
+        data = parse_yaml(_read(path), f"recipe {path}")
         stage = data.get("stage") if isinstance(data, dict) else None
         if not isinstance(stage, str) or stage not in stages:
             raise RecipeError(
@@ -111,7 +115,8 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
 def _read(path: Path) -> str:
     try:
         if path.exists() and not path.is_dir():  # not is_file(): a pipe will do
-            data = path.read_bytes()
+            with open(path, "rb") as file:
+                data = file.read(_MOST_BYTES + 1)
         elif (name := path.as_posix()) in (shipped := shipped_recipes()):
             data = recipe_file(name).read_bytes()
         else:
@@ -121,19 +126,36 @@ def _read(path: Path) -> str:
                 expected=f"a file, or a shipped recipe: {', '.join(shipped) or '(none)'}",
                 hint=_did_you_mean(name.removesuffix(".yaml"), shipped),
             )
+        if len(data) > _MOST_BYTES:
+            raise RecipeError(f"recipe {path} is too long", got=f"over {_MOST_BYTES:,} bytes", expected="a YAML file")
         return data.decode()
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read", got=error) from error
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"recipe {path}, line {line}: not valid UTF-8", got=error.reason) from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        if isinstance(error, UnicodeDecodeError):
+            line = data.count(b"\n", 0, error.start) + 1
+            raise RecipeError(f"recipe {path}, line {line}: not valid UTF-8", got=error.reason) from error
+        raise RecipeError(f"recipe {path} cannot be read", got=first_line(error)) from error
 
 
 # ---- YAML ----
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys and gives every malformed value its line."""
+    """SafeLoader that refuses repeated keys and bombs, and gives every malformed value its line."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _expanded(node, {}, set())
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value: str = super().construct_scalar(node)
+        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+            raise ConstructorError(None, None, "text that no file name can hold: null or surrogate", node.start_mark)
+        if not node.tag.endswith(":str") and len(value) > _MOST_DIGITS:
+            kind = node.tag.rpartition(":")[2]
+            raise ConstructorError(None, None, f"not a valid {kind}: {len(value):,} characters", node.start_mark)
+        return value
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -149,9 +171,36 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError) as error:  # `!!int x`, `!!bool x`, `2024-13-01`
+        except (
+            ValueError,
+            LookupError,
+            AttributeError,
+            TypeError,
+            OverflowError,
+        ) as error:  # `!!int x`, `!!bool x`, `2024-13-01`
             kind = node.tag.rpartition(":")[2]
             raise ConstructorError(None, None, f"not a valid {kind}: {error}", node.start_mark) from error
+
+
+def _expanded(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
+    """The number of values below a node once its aliases are written out. Raises ComposerError where it is too large.
+
+    Args:
+        node: the node.
+        sizes: the numbers that are known, by node.
+        above: the nodes that it is in.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise ComposerError(None, None, "an alias to a section that it is in", node.start_mark)
+    if id(node) not in sizes:
+        pairs = isinstance(node, yaml.MappingNode)
+        below = [each for pair in node.value for each in pair] if pairs else node.value
+        sizes[id(node)] = 1 + sum(_expanded(each, sizes, above | {id(node)}) for each in below)
+        if sizes[id(node)] > _MOST_VALUES:
+            raise ComposerError(None, None, f"aliases that stand for over {_MOST_VALUES:,} values", node.start_mark)
+    return sizes[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -170,7 +219,7 @@ for _side in (_Loader, _Dumper):
 _Dumper.add_representer(list, _represent_list)
 
 
-def _parse(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str) -> Any:
     """YAML text -> plain Python values. Raises RecipeError that names origin and line."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -182,22 +231,64 @@ def _parse(text: str, origin: str) -> Any:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{origin}, line {line}: not valid YAML", got=error.reason) from error
-    except RecursionError as error:
-        raise RecipeError(f"{origin}: nested too deeply") from error
+    except RecursionError:
+        raise RecipeError(f"{origin}: nested too deeply") from None  # its traceback has a thousand frames
 
 
 # ---- overrides and checks ----
 
 
-def _overridden(data: dict[Any, Any], override: str) -> dict[Any, Any]:
+def _overridden(data: dict[Any, Any], override: str, recipe: "type[Section]") -> dict[Any, Any]:
     """Return a copy of data with one `a.b=value` applied."""
-    name, equals, value = override.partition("=")
+    name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(
             "--set needs a dotted name, `=` and a value", got=override, expected="such as optim.steps=300"
         )
-    return _replaced(data, keys, _parse(value, f"--set {override}"), override)
+    return _replaced(data, keys, _value(text, keys, override, recipe), override)
+
+
+def _value(text: str, keys: Sequence[str], override: str, recipe: "type[Section]") -> Any:
+    """The value of an override: YAML; the text as it stands where the field is text and the YAML is none."""
+    kinds = [kind for field in _fields_at(recipe, keys) for kind in _kinds(field)]
+    only_text = bool(kinds) and all(kind in (str, Path, NoneType) for kind in kinds)
+    try:
+        value = parse_yaml(text, f"--set {override}")
+    except RecipeError:
+        if only_text and "\0" not in text:
+            return text
+        raise
+    null = value is None and not text.lstrip().startswith("#")
+    return value if not only_text or isinstance(value, str) or null else text.strip()
+
+
+def _fields_at(section: "type[Section]", keys: Sequence[str]) -> Iterator[Any]:
+    """The annotations of the field with a dotted name, in each of the sections that may stand there."""
+    head, *rest = keys
+    field = section.model_fields.get(head)
+    if field is None:
+        return
+    if not rest:
+        yield field.annotation
+    named = any(get_origin(each) is dict for each in (field.annotation, *get_args(field.annotation)))
+    below = rest[1:] if named else rest
+    for inner in _sections_in(field.annotation) if below else ():
+        yield from _fields_at(inner, below)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The plain types of an annotation, with those of its literals."""
+    arguments = get_args(annotation)
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        yield from _kinds(arguments[0])
+    elif get_origin(annotation) is Literal:
+        yield from map(type, arguments)
+    elif get_origin(annotation) in (Union, UnionType):
+        for each in arguments:
+            yield from _kinds(each)
+    else:
+        yield annotation
 
 
 def _replaced(section: Any, keys: Sequence[str], value: Any, override: str) -> dict[Any, Any]:

@@ -5,24 +5,27 @@ fields are sections (`configs/sections.py`).
 """
 
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from tinymim.configs.codecs import CodecConfig, SketchCodec, TargetsConfig, codec_label
 from tinymim.configs.sections import (
+    LARGEST,
     MEAN_DESCRIPTION,
     RESIZE_RATIO_DESCRIPTION,
     STD_DESCRIPTION,
     AuditConfig,
     AugmentConfig,
+    Batch,
     CheckpointConfig,
     Cluster,
     ClusterConfig,
     Device,
+    DropRate,
     EmaConfig,
     Evaluator,
+    Folder,
     Fraction,
     JitterConfig,
     KnnEvaluator,
@@ -31,19 +34,27 @@ from tinymim.configs.sections import (
     LinearEvaluator,
     LoaderConfig,
     MaeConfig,
+    Mean,
     ModelConfig,
+    Name,
     OptimConfig,
     OrderConfig,
     Place,
     Positive,
     Precision,
+    Processes,
+    ResizeRatio,
     RunConfig,
     Section,
     SourceConfig,
+    Std,
     TeacherConfig,
+    Title,
     ValidationConfig,
     VerifyConfig,
     ViewConfig,
+    Whole,
+    Width,
 )
 
 _STAGE = "Command that the recipe is for."
@@ -68,15 +79,15 @@ class _Training(Section):
     loader: LoaderConfig = Field(default=LoaderConfig(), description="Loader processes.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="States for resume.")
     precision: Precision = Field(default="fp32", description="Precision of training; `fp16` uses loss scaling.")
-    workers: Positive = Field(
+    workers: Processes = Field(
         default=1,
         description="Training processes on this machine, one per GPU. Ignored under torchrun (docs/training.md).",
     )
     cluster: Cluster = Field(
         default="local", description="`local` starts the workers on this machine, `ray` by Ray Train on a cluster."
     )
-    max_restarts: int = Field(
-        default=3, ge=0, description="Restarts of all workers after one was killed or crashed, per training run."
+    max_restarts: Whole = Field(
+        default=3, description="Restarts of all workers after one was killed or crashed, per training run."
     )
     run: RunConfig = Field(description=_RUN)
 
@@ -104,7 +115,7 @@ class CacheTeacherRecipe(Section):
     stage: Literal["cache-teacher"] = Field(description=_STAGE)
     source: SourceConfig = Field(description=_SOURCE)
     views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
-    num_views: Positive = Field(default=2, description="Views per image. Raising it later adds views to the cache.")
+    num_views: Width = Field(default=2, description="Views per image. Raising it later adds views to the cache.")
     teacher: TeacherConfig = Field(description="Teacher and tapped block.")
     codec: CodecConfig = Field(
         default=SketchCodec(), description="How a target becomes bytes. Part of a cache's identity."
@@ -117,7 +128,7 @@ class CacheTeacherRecipe(Section):
         default=None,
         description="Name of the layer to write. Default: teacher, block and codec, as in `vit_base-b10-sketch`.",
     )
-    batch_size: Positive | Literal["auto"] = Field(
+    batch_size: Batch | Literal["auto"] = Field(
         default=64,
         description="Images per batch, each with up to `views_per_decode` views. `auto`: as many as fit into memory.",
     )
@@ -129,12 +140,15 @@ class CacheTeacherRecipe(Section):
         default=50, description="Most views in one unit: what a killed job loses, and the size of the largest file."
     )
     max_unreadable: Fraction = Field(default=0.01, description="Share of unreadable images above which a unit fails.")
-    retries: int = Field(default=2, ge=0, description="Further attempts at a failed unit, after all other units.")
-    audit_views: int = Field(
-        default=16, ge=0, description="Views per unit whose records are compared with the dense target (I5). 0: none."
+    retries: Whole = Field(default=2, description="Further attempts at a failed unit, after all other units.")
+    audit_views: Whole = Field(
+        default=16, description="Views per unit whose records are compared with the dense target (I5). 0: none."
     )
     lease_s: float = Field(
-        default=60.0, gt=0, description="Seconds without a heartbeat after which other jobs take over a job's shard."
+        default=60.0,
+        gt=0,
+        le=86_400,
+        description="Seconds without a heartbeat after which other jobs take over a job's shard.",
     )
     cluster: ClusterConfig | None = Field(
         default=None, description="Ray workers. Default: this process alone, without Ray."
@@ -175,7 +189,7 @@ class StudentConfig(Section):
 
     model: ModelConfig = Field(description="The student.")
     optim: OptimConfig = Field(description="Its optimiser.", json_schema_extra=_INHERITED)
-    drop_path: Fraction = Field(description="Its stochastic depth.", json_schema_extra=_INHERITED)
+    drop_path: DropRate = Field(description="Its stochastic depth.", json_schema_extra=_INHERITED)
     jitter: JitterConfig = Field(description="Its colour jitter.", json_schema_extra=_INHERITED)
     ema: EmaConfig | None = Field(description="Its moving average of the weights.", json_schema_extra=_INHERITED)
     device: Device | None = Field(
@@ -204,11 +218,11 @@ class TrainStudentRecipe(_Training):
         description="Images without a record: `refuse` is an error, `skip` leaves them out and counts them.",
     )
     student: ModelConfig | None = Field(default=None, description="The student. Give `student` or `students`.")
-    students: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], StudentConfig] | None = Field(
+    students: dict[Name, StudentConfig] | None = Field(
         default=None, description="Several students on one stream, each under a name of your choice."
     )
     targets: TargetsConfig = Field(default=TargetsConfig(), description="A choice among the cached targets.")
-    drop_path: Fraction = Field(default=0.1, description="Stochastic depth: one rate in every block but the last.")
+    drop_path: DropRate = Field(default=0.1, description="Stochastic depth: one rate in every block but the last.")
     jitter: JitterConfig = Field(default=JitterConfig(), description="Colour jitter of the student.")
     verify: VerifyConfig = Field(default=VerifyConfig(), description="Comparison of pixels with the stored digests.")
     audit: AuditConfig | None = Field(default=None, description="Student audits. Default: none.")
@@ -274,9 +288,9 @@ class FinetuneRecipe(_Training):
     pool: Literal["mean", "cls"] = Field(
         default="mean", description="Input of the head: the mean over patches through a new norm, or the class token."
     )
-    mean: tuple[float, float, float] | None = Field(default=None, description=MEAN_DESCRIPTION)
-    std: tuple[float, float, float] | None = Field(default=None, description=STD_DESCRIPTION)
-    drop_path: Fraction = Field(
+    mean: Mean | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: Std | None = Field(default=None, description=STD_DESCRIPTION)
+    drop_path: DropRate = Field(
         default=0.1, description="Stochastic depth; the rate rises from 0 to this value (timm)."
     )
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="Label smoothing.")
@@ -311,10 +325,10 @@ class EvaluateRecipe(Section):
     pool: Literal["mean", "cls"] = Field(
         default="mean", description="Features: mean over patch tokens, or class token."
     )
-    mean: tuple[float, float, float] | None = Field(default=None, description=MEAN_DESCRIPTION)
-    std: tuple[float, float, float] | None = Field(default=None, description=STD_DESCRIPTION)
-    resize_ratio: float = Field(default=1.143, ge=1, description=RESIZE_RATIO_DESCRIPTION)
-    batch_size: Positive = Field(default=256, description="Images per forward pass. Does not affect results.")
+    mean: Mean | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: Std | None = Field(default=None, description=STD_DESCRIPTION)
+    resize_ratio: ResizeRatio = Field(default=1.143, description=RESIZE_RATIO_DESCRIPTION)
+    batch_size: Batch = Field(default=256, description="Images per forward pass. Does not affect results.")
     evaluators: tuple[Evaluator, ...] = Field(
         default=(KnnEvaluator(name="knn"), LinearEvaluator(name="linear")),
         description="What is measured, each evaluator once. --set replaces the whole list.",
@@ -339,15 +353,15 @@ class FidelityRecipe(Section):
     source: SourceConfig = Field(description=_SOURCE)
     views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
     teacher: TeacherConfig = Field(description="Teacher and tapped block.")
-    codecs: dict[str, CodecConfig] = Field(description="Codecs to compare, each under a name of your choice.")
+    codecs: dict[Title, CodecConfig] = Field(description="Codecs to compare, each under a name of your choice.")
     targets: TargetsConfig = Field(default=TargetsConfig(), description="Targets that every codec is compared on.")
     student: ModelConfig = Field(description="Student whose gradient is compared.")
-    student_state: Path | None = Field(
+    student_state: Folder | None = Field(
         default=None, description="Run folder of `train-student`: also compare with this trained student."
     )
-    num_images: int = Field(default=64, ge=4, description="Number of images, one view each.")
+    num_images: int = Field(default=64, ge=4, le=LARGEST, description="Number of images, one view each.")
     draws: Positive = Field(default=2, description="Independent encodings of every view by a codec that draws.")
-    batch_size: Positive = Field(default=16, description="Views per forward pass of the teacher.")
+    batch_size: Batch = Field(default=16, description="Views per forward pass of the teacher.")
     loader: LoaderConfig = Field(default=LoaderConfig(), description=_LOADER)
     run: RunConfig = Field(description=_RUN)
 
@@ -362,7 +376,7 @@ class ChainStep(Section):
     """One command of a chain."""
 
     stage: Literal["pretrain-mae", "cache-teacher", "train-student", "finetune"] = Field(description="Command to run.")
-    recipe: Path = Field(description="A file, or the name of a shipped recipe.")
+    recipe: Folder = Field(description="A file, or the name of a shipped recipe.")
     set: tuple[str, ...] = Field(default=(), description="`--set` values for this step, applied after the chain's own.")
 
 

@@ -4,49 +4,82 @@ Each field's `description` is its documentation: `tinymim recipes --fields STAGE
 generated from it. Defaults are TinyMIM's (Ren et al., CVPR 2023) if it has one.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from tinymim.configs.place import checked_place
+from tinymim.configs.place import checked_folder, checked_place
 from tinymim.configs.rand_augment import checked_rand_augment
 
 Place = Annotated[Path | str, BeforeValidator(checked_place)]  # str: a URL, without a slash at its end
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Folder = Annotated[Path, BeforeValidator(checked_folder)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+Name = Annotated[str, Field(pattern=r"^[\w-]+$", max_length=100)]  # of the user's choice; may become a folder
 Precision = Literal["fp32", "bf16", "fp16"]
+Title = Annotated[str, Field(min_length=1, max_length=100)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
 LAYER_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 LayerName = Annotated[str, Field(pattern=LAYER_NAME)]
+DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Integers fit into the types of torch and numpy, and the sizes of tensors into memory.
+LARGEST = 2**31 - 1
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+Width = Annotated[int, Field(ge=1, le=65536)]
+Depth = Annotated[int, Field(ge=1, le=1000)]
+Processes = Annotated[int, Field(ge=1, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=256)]
+Batch = Annotated[int, Field(ge=1, le=2**20)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Aspect = Annotated[float, Field(ge=1e-3, le=1e3)]
+ResizeRatio = Annotated[float, Field(ge=1.0, le=10.0)]
+Mean = tuple[Fraction, Fraction, Fraction]
+Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
+Std = tuple[Deviation, Deviation, Deviation]
 Cluster = Literal["local", "ray"]
 MEAN_DESCRIPTION = (
-    "Mean per RGB channel, for pixels in 0..1. Default: timm's value for hub weights, ImageNet's for a file."
+    "Mean per RGB channel, for pixels in 0..1. Default: what the weights or their timm name state; required where "
+    "they state none (docs/parity.md)."
 )
 STD_DESCRIPTION = "Standard deviation per RGB channel. Default: as for `mean`."
 RESIZE_RATIO_DESCRIPTION = "The short side is resized to input size x ratio, then the centre is cropped (256/224)."
 
 
+def _checked_pattern(pattern: str) -> str:
+    parts = PurePosixPath(pattern).parts
+    if not parts or pattern.startswith("/") or {"..", "**"} & set(parts):
+        raise ValueError("expected a glob below the folder, such as *.tar or train/*.tar, without .. and **")
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_checked_pattern)]
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, defaults checked like given values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True, allow_inf_nan=False)
 
 
 class SpoolConfig(Section):
     """Local copies of an object store's shards, shared by all processes of a machine. Local shards need none."""
 
-    folder: Path | None = Field(
+    folder: Folder | None = Field(
         default=None, description="Folder on a local disk. Default: tinymim/spool in the user's cache folder."
     )
-    gib: float = Field(default=20.0, gt=0, description="Size limit in GiB. The least recently used shards go first.")
+    gib: float = Field(
+        default=20.0, gt=0, le=1e9, description="Size limit in GiB. The least recently used shards go first."
+    )
 
 
 class SourceConfig(Section):
     """Images: webdataset tars, with or without the index that `make-shards` writes."""
 
     shards: Place = Field(description="Folder of tars, or its URL in an object store (docs/object-stores.md).")
-    pattern: str = Field(default="*.tar", description="Glob for the tars of the folder that belong to the set.")
+    pattern: Pattern = Field(default="*.tar", description="Glob for the tars of the folder that belong to the set.")
     spool: SpoolConfig = Field(default=SpoolConfig(), description="Local copies of shards in an object store.")
 
 
@@ -56,12 +89,14 @@ class ViewConfig(Section):
     These fields are part of a cache's identity: other values need another cache.
     """
 
-    size: Positive = Field(default=224, description="Width and height of a view in pixels; the model's `img_size`.")
+    size: Side = Field(default=224, description="Width and height of a view in pixels; the model's `img_size`.")
     scale: tuple[Fraction, Fraction] = Field(default=(0.2, 1.0), description="Crop area as a share of the image area.")
-    ratio: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="Crop width / height, drawn log-uniformly.")
+    ratio: tuple[Aspect, Aspect] = Field(
+        default=(3 / 4, 4 / 3), description="Crop width / height, drawn log-uniformly."
+    )
     interpolation: Literal["bicubic", "bilinear"] = Field(default="bicubic", description="Filter of the resize.")
     flip: Fraction = Field(default=0.5, description="Probability of a horizontal flip.")
-    seed: int = Field(default=0, description="Seed of all views.")
+    seed: Seed = Field(default=0, description="Seed of all views.")
     scaled_decode: bool = Field(
         default=True,
         description="Decode JPEGs at 1/2, 1/4 or 1/8 if the crop stays at least `size` long (docs/views.md).",
@@ -84,11 +119,22 @@ class ModelConfig(Section):
     """A plain ViT by its timm name. Sizes given here override those of the named architecture."""
 
     name: str = Field(default="vit_tiny_patch16_224", description="Model name in timm.")
-    img_size: Positive = Field(default=224, description="Input width and height in pixels.")
-    patch_size: Positive | None = Field(default=None, description="Patch width in pixels. Default: by name.")
-    embed_dim: Positive | None = Field(default=None, description="Width of the tokens. Default: by name.")
-    depth: Positive | None = Field(default=None, description="Number of blocks. Default: by name.")
-    num_heads: Positive | None = Field(default=None, description="Attention heads. Default: by name.")
+    img_size: Side = Field(default=224, description="Input width and height in pixels.")
+    patch_size: Side | None = Field(default=None, description="Patch width in pixels. Default: by name.")
+    embed_dim: Width | None = Field(default=None, description="Width of the tokens. Default: by name.")
+    depth: Depth | None = Field(default=None, description="Number of blocks. Default: by name.")
+    num_heads: Width | None = Field(default=None, description="Attention heads. Default: by name.")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> "ModelConfig":
+        if self.patch_size and self.img_size % self.patch_size:
+            raise ValueError(
+                f"img_size must be a multiple of patch_size, or border pixels would be left out; "
+                f"got {self.img_size} and {self.patch_size}"
+            )
+        if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads must divide embed_dim; got {self.num_heads} and {self.embed_dim}")
+        return self
 
 
 class TeacherConfig(ModelConfig):
@@ -111,14 +157,14 @@ class TeacherConfig(ModelConfig):
     compile: bool = Field(
         default=False, description="Apply torch.compile to the blocks before the tap. Needs a C++ compiler or Triton."
     )
-    mean: tuple[float, float, float] | None = Field(default=None, description=MEAN_DESCRIPTION)
-    std: tuple[float, float, float] | None = Field(default=None, description=STD_DESCRIPTION)
+    mean: Mean | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: Std | None = Field(default=None, description=STD_DESCRIPTION)
 
 
 class OptimConfig(Section):
     """AdamW with linear warm-up, then a cosine to `min_lr`, per step. Give `epochs` or `steps`, not both."""
 
-    batch_size: Positive = Field(default=256, description="Images per step, over all ranks.")
+    batch_size: Batch = Field(default=256, description="Images per step, over all ranks.")
     epochs: Positive | None = Field(default=None, description="Length of the training run in epochs.")
     steps: Positive | None = Field(default=None, description="Length of the training run in steps.")
     base_lr: float = Field(
@@ -128,7 +174,7 @@ class OptimConfig(Section):
     warmup: Fraction = Field(
         default=0.05, description="Share of all steps used for warm-up (TinyMIM: 15 of 300 epochs)."
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Betas of AdamW.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="Betas of AdamW.")
     weight_decay: float = Field(default=0.05, ge=0, description="Weight decay; none on biases, norms and tokens.")
     clip_norm: float | None = Field(default=None, gt=0, description="Largest gradient norm. Default: no clipping.")
     accumulate: Positive = Field(
@@ -152,7 +198,7 @@ class LayerwiseOptimConfig(OptimConfig):
         default=5e-4, gt=0, description="Learning rate of the head at batch 256; scales with the batch as above."
     )
     min_lr: float = Field(default=1e-6, ge=0, description="Learning rate of the head at the end.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Betas of AdamW.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Betas of AdamW.")
     layer_decay: float = Field(
         default=0.65,
         gt=0,
@@ -165,9 +211,12 @@ class LoaderConfig(Section):
     """Reading and decoding. These fields change neither a pixel nor the order of samples."""
 
     workers: int = Field(
-        default=2, ge=0, description="Loader processes per rank. 0: load in the training process, without overlap."
+        default=2,
+        ge=0,
+        le=1024,
+        description="Loader processes per rank. 0: load in the training process, without overlap.",
     )
-    prefetch: Positive = Field(
+    prefetch: Processes = Field(
         default=4, description="Batches kept ready per loader process; at least `order.views_per_decode`."
     )
 
@@ -175,7 +224,7 @@ class LoaderConfig(Section):
 class OrderConfig(Section):
     """The order of samples: a function of (seed, epoch), whatever the number of workers (I10)."""
 
-    seed: int = Field(default=0, description="Seed of the order.")
+    seed: Seed = Field(default=0, description="Seed of the order.")
     shuffle_units: Positive = Field(
         default=4, description="Shards whose samples are mixed, per lane. Memory grows with it (docs/training.md)."
     )
@@ -202,10 +251,10 @@ class OrderConfig(Section):
 class RunConfig(Section):
     """The run folder, the device and the seed."""
 
-    folder: Path = Field(description="Run folder: resolved recipe, versions, metrics, TensorBoard, states, results.")
+    folder: Folder = Field(description="Run folder: resolved recipe, versions, metrics, TensorBoard, states, results.")
     device: Device = Field(default="auto", description="`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.")
-    seed: int = Field(default=0, description="Seed of weights, masks, jitter, drop path and augmentation.")
-    threads: Positive | None = Field(default=None, description="Torch's intra-op threads. Default: torch's choice.")
+    seed: Seed = Field(default=0, description="Seed of weights, masks, jitter, drop path and augmentation.")
+    threads: Threads | None = Field(default=None, description="Torch's intra-op threads. Default: torch's choice.")
     log_every: Positive = Field(default=20, description="Steps between lines of metrics.")
 
 
@@ -213,10 +262,19 @@ class MaeConfig(Section):
     """Masked autoencoder (He et al., CVPR 2022). Defaults are MAE-Lite's decoder for ViT-T."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of patches hidden from the encoder.")
-    decoder_dim: Positive = Field(default=96, description="Width of the decoder.")
-    decoder_depth: Positive = Field(default=1, description="Blocks of the decoder.")
-    decoder_heads: Positive = Field(default=3, description="Attention heads of the decoder.")
+    decoder_dim: Width = Field(default=96, description="Width of the decoder.")
+    decoder_depth: Depth = Field(default=1, description="Blocks of the decoder.")
+    decoder_heads: Width = Field(default=3, description="Attention heads of the decoder.")
     norm_pixels: bool = Field(default=True, description="Predict pixels that are normalised per patch.")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "MaeConfig":
+        if self.decoder_dim % 4 or self.decoder_dim % self.decoder_heads:
+            raise ValueError(
+                f"decoder_dim must be a multiple of 4 and of decoder_heads; "
+                f"got {self.decoder_dim} and {self.decoder_heads}"
+            )
+        return self
 
 
 class JitterConfig(Section):
@@ -234,8 +292,8 @@ class AugmentConfig(Section):
         default="rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation. null: none."
     )
     erasing: Fraction = Field(default=0.25, description="Share of images in which a box becomes noise.")
-    mixup: float = Field(default=0.8, ge=0, description="Alpha of mixup. 0: none.")
-    cutmix: float = Field(default=1.0, ge=0, description="Alpha of CutMix. 0: none.")
+    mixup: float = Field(default=0.8, ge=0, le=1000, description="Alpha of mixup. 0: none.")
+    cutmix: float = Field(default=1.0, ge=0, le=1000, description="Alpha of CutMix. 0: none.")
 
     @property
     def mixes(self) -> bool:
@@ -246,8 +304,8 @@ class AugmentConfig(Section):
 class VerifyConfig(Section):
     """Comparison of replayed pixels with the stored digests: are these the teacher's pixels? (I2)"""
 
-    first: int = Field(default=4096, ge=0, description="Compare the first N samples after a start or resume.")
-    every: int = Field(default=16, ge=0, description="Then compare one sample in N. 0: none.")
+    first: Whole = Field(default=4096, description="Compare the first N samples after a start or resume.")
+    every: Whole = Field(default=16, description="Then compare one sample in N. 0: none.")
 
 
 class EmaConfig(Section):
@@ -277,12 +335,12 @@ class ClusterConfig(Section):
         default=1.0, ge=0, description="GPUs per worker. 0.5: two workers on a GPU; 0: CPUs."
     )
     cpus_per_worker: float = Field(
-        default=2.0, gt=0, description="CPU cores that Ray reserves per worker: `loader.workers` + 1."
+        default=2.0, ge=1e-4, le=4096, description="CPU cores that Ray reserves per worker: `loader.workers` + 1."
     )
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> "ClusterConfig":
-        if self.gpus_per_worker not in (0.0, 1.0) and not 0 < self.gpus_per_worker < 1:
+        if self.gpus_per_worker not in (0.0, 1.0) and not 1e-4 <= self.gpus_per_worker < 1:
             raise ValueError(
                 f"gpus_per_worker must be 0, a fraction or 1, because a worker uses one GPU; got {self.gpus_per_worker}"
             )
@@ -293,15 +351,15 @@ class ValidationConfig(Section):
     """Accuracy on `val` during fine-tuning, and always after the last step."""
 
     every_epochs: Positive = Field(default=1, description="Epochs between validations.")
-    batch_size: Positive = Field(default=256, description="Images per forward pass and rank. Does not affect results.")
-    resize_ratio: float = Field(default=1.143, ge=1, description=RESIZE_RATIO_DESCRIPTION)
+    batch_size: Batch = Field(default=256, description="Images per forward pass and rank. Does not affect results.")
+    resize_ratio: ResizeRatio = Field(default=1.143, description=RESIZE_RATIO_DESCRIPTION)
 
 
 class KnnConfig(Section):
     """Weighted k-NN on l2-normalised features (Wu et al., CVPR 2018; Caron et al., ICCV 2021)."""
 
     k: Positive = Field(default=20, description="Number of neighbours.")
-    temperature: float = Field(default=0.07, gt=0, description="Temperature of the neighbours' weights.")
+    temperature: float = Field(default=0.07, ge=1e-3, description="Temperature of the neighbours' weights.")
 
 
 class KnnEvaluator(KnnConfig):
@@ -314,7 +372,7 @@ class LinearEvaluator(Section):
     """An evaluator: accuracy of multinomial logistic regression on standardised features by L-BFGS, full batch."""
 
     name: Literal["linear"] = Field(description="This evaluator.")
-    l2: float = Field(default=1e-3, ge=0, description="Weight of the L2 penalty.")
+    l2: float = Field(default=1e-3, ge=0, le=1e6, description="Weight of the L2 penalty.")
     max_iter: Positive = Field(default=200, description="Largest number of L-BFGS iterations.")
 
 
@@ -326,8 +384,8 @@ class AuditKnnConfig(KnnConfig):
 
     train: SourceConfig = Field(description="Labelled images that serve as neighbours.")
     val: SourceConfig = Field(description="Labelled images that are classified.")
-    resize_ratio: float = Field(default=1.143, ge=1, description=RESIZE_RATIO_DESCRIPTION)
-    batch_size: Positive = Field(default=256, description="Images per forward pass. Does not affect results.")
+    resize_ratio: ResizeRatio = Field(default=1.143, description=RESIZE_RATIO_DESCRIPTION)
+    batch_size: Batch = Field(default=256, description="Images per forward pass. Does not affect results.")
 
 
 class AuditConfig(Section):
@@ -338,10 +396,13 @@ class AuditConfig(Section):
     source: SourceConfig = Field(description="Images of the audit's cache, held out from training.")
     every_epochs: float = Field(
         default=10.0,
-        gt=0,
+        ge=1e-6,
+        le=1e9,
         description="Epochs between audits. Audits also run before the first and after the last step.",
     )
-    num_images: int = Field(default=64, ge=8, description="Images per audit: the first N of the cache, one view each.")
+    num_images: int = Field(
+        default=64, ge=8, le=LARGEST, description="Images per audit: the first N of the cache, one view each."
+    )
     knn: AuditKnnConfig | None = Field(default=None, description="Also measure k-NN accuracy. Default: no.")
     on_alarm: Literal["warn", "stop"] = Field(
         default="warn", description="`warn` prints a message; `stop` saves the state and exits with code 2."

@@ -42,6 +42,12 @@ def grid(model: nn.Module) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def patch(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of pixels of a patch; None where the first layer does not cut patches."""
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return (int(size[0]), int(size[1])) if isinstance(size, tuple) and len(size) == 2 else None
+
+
 def prefix_tokens(model: nn.Module) -> int:
     """Tokens in front of the patches: class token and registers."""
     return int(getattr(model, "num_prefix_tokens", 0))

@@ -9,9 +9,12 @@ import hashlib
 import io
 import json
 import math
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -22,10 +25,20 @@ from torch import Tensor, nn
 from tinymim.configs.errors import CheckpointError, first_line
 from tinymim.models import backbone
 
+_PATH_MODULES = ("pathlib", "pathlib._local")  # before and since Python 3.13
 _SIZES = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads"
 _POOLED = (
     "a model fine-tuned with mean pooling has no norm over tokens: use it as a teacher, or take the pre-trained file"
 )
+_UNDER = ("model", "state_dict")  # keys of `torch.save`d dictionaries under which the weights may be
+_DAMAGED = (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError)
+# Types that a checkpoint may hold beside tensors and plain values. The training loops of MAE, DINO and TinyMIM save
+# their command line, a namespace with paths. All of them only hold data.
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    *((PurePosixPath, f"{module}.{name}") for module in _PATH_MODULES for name in ("PosixPath", "PurePosixPath")),
+    *((PureWindowsPath, f"{module}.{name}") for module in _PATH_MODULES for name in ("WindowsPath", "PureWindowsPath")),
+]
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.")
 # The tensors of an encoder in MAE's and TinyMIM's own checkpoints.
 _STEM = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias")
@@ -42,42 +55,110 @@ class LoadedWeights:
     new: tuple[str, ...] = ()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a `.pth` / `.pt` file (bare or under `model` / `state_dict`).
+class Contents(NamedTuple):
+    """What a file of weights holds: tensors by name, and strings that describe their origin (may be empty)."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_checkpoint(path: Path, under: str | None = None) -> Contents:
+    """Read a safetensors file, or a file of `torch.save` (bare tensors, or under `model` / `state_dict`).
+
+    The content decides, not the suffix. Nothing is unpickled but tensors, plain values and the types of `_PLAIN`.
+
+    Args:
+        path: the file.
+        under: the key of the weights in a file of `torch.save` that holds several models.
 
     Raises:
-        CheckpointError: the file is not a readable checkpoint, or holds more than tensors and plain values.
+        CheckpointError: the file cannot be read, is damaged, or holds something else.
     """
-    if path.suffix == ".safetensors":
-        try:
-            tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file", got=error) from error
-        return tensors
+    if _is_pytorch(path):
+        return _read_pytorch(path, under)
+    metadata = _metadata(path)
+    if under is not None:
+        raise CheckpointError(f"{path} is a safetensors file, which holds one model", got=f"#{under}")
     try:
-        # The training loops of MAE and TinyMIM also save their command line, a namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return Contents(safetensors.torch.load_file(path), metadata)
+    except _DAMAGED as error:
+        raise _not_safetensors(path, error) from error
+
+
+def read_metadata(path: Path, under: str | None = None) -> dict[str, str]:
+    """The metadata strings of a file, which describe its origin; arguments and errors as `read_checkpoint`."""
+    return _read_pytorch(path, under).metadata if _is_pytorch(path) else _metadata(path)
+
+
+def _is_pytorch(path: Path) -> bool:
+    """Whether `torch.save` wrote a file. A safetensors file has eight bytes of length, then JSON."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read", got=error.strerror) from error
+    return start.startswith(b"PK\x03\x04") or (start[8:] != b"{" and path.suffix != ".safetensors")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except _DAMAGED as error:
+        raise _not_safetensors(path, error) from error
+
+
+def _not_safetensors(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{path} is not a readable safetensors file", got=first_line(error))
+
+
+def _read_pytorch(path: Path, under: str | None) -> Contents:
+    try:
+        # An open file, because torch.load chooses a format by the suffix of a path.
+        with open(path, "rb") as file, torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused later
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here, with the same meaning for the user
         raise CheckpointError(
             f"{path} cannot be loaded as plain tensors",
-            got=first_line(error),
+            got=_cause(error),
             hint="re-save it as safetensors; files that need pickle are refused",
         ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds no state dict", got=type(loaded).__name__)
-    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    top = loaded if isinstance(loaded, dict) else {}
+    keys = _UNDER if under is None else (under,)
+    tensors = next((top[key] for key in keys if isinstance(top.get(key), dict)), top if under is None else {})
+    found = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if not found or not all(isinstance(name, str) for name in found):
+        where = f"at its top, nor under {' or '.join(_UNDER)}" if under is None else f"under {under}"
+        models = [key for key, value in top.items() if isinstance(key, str) and _count(value)]
+        best = next((name for name in ("teacher", "model_ema", "ema") if name in models), models[0] if models else "")
+        raise CheckpointError(
+            f"{path} holds no tensors by name {where}",
+            got=f"keys {_some([_described(key, value) for key, value in top.items()], 12)}"
+            if top
+            else f"a {type(loaded).__name__}",
+            hint=f"name one of them after #: weights={path}#{best}" if models else "give a file with a model's weights",
+        )
+    strings = top["metadata"].items() if isinstance(top.get("metadata"), dict) else ()
+    return Contents(found, {key: value for key, value in strings if isinstance(key, str) and isinstance(value, str)})
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata strings of a safetensors file, which describe its origin; empty for other files."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+def _cause(error: Exception) -> str:
+    """The first line of an error of `torch.load`, which buries the name of what it refuses in advice."""
+    refused = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
+    return f"it holds a Python object of type {refused[1]}" if refused else first_line(error)
+
+
+def _count(value: object) -> int:
+    """Number of tensors by name in a dictionary."""
+    items = value.items() if isinstance(value, dict) else ()
+    return sum(isinstance(name, str) and isinstance(each, Tensor) for name, each in items)
+
+
+def _described(key: object, value: object) -> str:
+    """A key of a checkpoint for messages, with the number of tensors below it."""
+    count = _count(value)
+    return f"{key!r}"[:60] + (f" ({count} tensors)" if count else "")
 
 
 def load_tensors(
@@ -101,21 +182,20 @@ def load_tensors(
         hint: the hint of the error.
     """
     wanted = model.state_dict()
-    tensors = _fit_position(model, {name: tensor.float() for name, tensor in _strip_prefix(dict(tensors)).items()})
-    fits = {name for name in wanted.keys() & tensors.keys() if tensors[name].shape == wanted[name].shape}
+    tensors = _fit_position(model, _strip_prefix(dict(tensors)))
+    fits = {name for name in wanted.keys() & tensors.keys() if _misfit(tensors[name], wanted[name]) is None}
     dropped = tuple(sorted(name for name in tensors.keys() - fits if name.startswith((*_NOT_ENCODER, *may_drop))))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     new = tuple(sorted(name for name in wanted.keys() - tensors.keys() if may_lack and name.startswith(may_lack)))
     missing = sorted(wanted.keys() - tensors.keys() - set(new))
     unexpected = sorted(tensors.keys() - wanted.keys())
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} for {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & tensors.keys() - fits)
+    others = [
+        f"{name} {_misfit(tensors[name], wanted[name])}" for name in sorted(wanted.keys() & tensors.keys() - fits)
     ]
-    if missing or unexpected or shapes:
+    if missing or unexpected or others:
         raise CheckpointError(
             f"{origin} does not fit the model",
-            got=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}; other shape: {_some(shapes)}",
+            got=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}; other shape or type: {_some(others)}",
             expected=f"{len(wanted)} tensors of the model" + (f", of which {len(new)} may be new" if new else ""),
             hint=_POOLED if missing == ["norm.bias", "norm.weight"] and "fc_norm.weight" in dropped else hint,
         )
@@ -123,21 +203,40 @@ def load_tensors(
     return LoadedWeights(tensors_sha256(model.state_dict()), dropped, new)
 
 
+def _misfit(tensor: Tensor, wanted: Tensor) -> str | None:
+    """Why a tensor cannot be the value of another; None: it can."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+    # Whole numbers in the place of weights are quantised, and their scale is not in the file.
+    if not dense or tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex():
+        return f"{tensor.dtype}{'' if dense else ', not dense,'} for {wanted.dtype}".replace("torch.", "")
+    return None if tensor.shape == wanted.shape else f"{tuple(tensor.shape)} for {tuple(wanted.shape)}"
+
+
 def _strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # States of our own MAE and of DataParallel have a prefix and are otherwise the same.
-    for prefix in ("module.", "encoder."):
+    # States of our own MAE, of DataParallel, of torch.compile and of DINO have a prefix and are otherwise the same.
+    for prefix in ("module.", "_orig_mod.", "encoder.", "backbone."):
         if any(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def _fit_position(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Resample a square table of positions to the model's grid; a table of another form stays, and will not fit."""
     table, wanted = tensors.get(backbone.POSITIONS), model.state_dict().get(backbone.POSITIONS)
-    if table is None or wanted is None or table.shape[1] == wanted.shape[1] or table.shape[2:] != wanted.shape[2:]:
+    if table is None or wanted is None or table.ndim != 3 or not table.is_floating_point():
+        return tensors
+    if table.shape[1] == wanted.shape[1] or (table.shape[0], table.shape[2]) != (1, wanted.shape[2]):
         return tensors
     rows, columns = backbone.grid(model)
     prefix = wanted.shape[1] - rows * columns
-    return tensors | {backbone.POSITIONS: resample_abs_pos_embed(table, [rows, columns], num_prefix_tokens=prefix)}
+    # Some tables, as DeiT III's, have no row for the class token: it is as if that row were zero.
+    for own, missing in ((prefix, 0), (0, prefix)):
+        patches = table.shape[1] - own
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:
+            fitted = resample_abs_pos_embed(table.float(), [rows, columns], num_prefix_tokens=own)
+            zeros = fitted.new_zeros(1, missing, fitted.shape[2])
+            return tensors | {backbone.POSITIONS: torch.cat([zeros, fitted], dim=1)}
+    return tensors
 
 
 def _some(names: list[str], most: int = 6) -> str:

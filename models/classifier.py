@@ -1,7 +1,5 @@
 """A timm model with a classifier head, for fine-tuning: an encoder's weights, and a new head where they have none."""
 
-from typing import Any
-
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -10,17 +8,11 @@ from tinymim.models.backbone import FINAL_NORM, POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, tensors_sha256
 from tinymim.models.files import RANDOM
 from tinymim.models.heads import check_heads
-from tinymim.models.vit import build_model, size_overrides
+from tinymim.models.timm_folder import POOLS
+from tinymim.models.vit import build_model
 from tinymim.models.weights import read_weights
 
 _HEAD_STD = 2e-5  # as in MAE: logits start near zero, and the head's first gradients cannot disturb the encoder
-_POOLS = {"mean": "avg", "cls": "token"}  # timm's names
-
-
-def timm_arguments(config: ModelConfig, num_classes: int, pool: str) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that rebuild the classifier; the saved weights carry them as metadata."""
-    sizes = {"img_size": config.img_size, **size_overrides(config)}
-    return {"model_name": config.name, "num_classes": num_classes, "global_pool": _POOLS[pool], **sizes}
 
 
 def build_classifier(config: ModelConfig, num_classes: int, pool: str, drop_path: float = 0.0) -> nn.Module:
@@ -31,7 +23,7 @@ def build_classifier(config: ModelConfig, num_classes: int, pool: str, drop_path
     Raises:
         RecipeError: timm cannot build it.
     """
-    return build_model(config, drop_path=drop_path, num_classes=num_classes, global_pool=_POOLS[pool])
+    return build_model(config, drop_path=drop_path, num_classes=num_classes, global_pool=POOLS[pool])
 
 
 def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> LoadedWeights:

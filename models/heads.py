@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 import torch
-import yaml
 from pydantic import ValidationError
 from torch import nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError
+from tinymim.configs.load import parse_yaml
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.backbone import heads
 from tinymim.models.vit import build_model
@@ -16,7 +16,7 @@ from tinymim.models.vit import build_model
 def stated_heads(metadata: Mapping[str, str]) -> int | None:
     """Heads of the model in the recipe that tinymim stores in a file's metadata; None without such a recipe."""
     try:
-        recipe = yaml.safe_load(metadata.get("recipe", "")) or {}
+        recipe = parse_yaml(metadata.get("recipe", ""), "metadata") or {}
         config = ModelConfig.model_validate(recipe.get("student") or recipe["model"])
         if config.num_heads is not None:
             return config.num_heads
@@ -24,7 +24,7 @@ def stated_heads(metadata: Mapping[str, str]) -> int | None:
             return None
         with torch.device("meta"):
             return heads(build_model(ModelConfig(name=config.name)))
-    except (yaml.YAMLError, AttributeError, KeyError, ValidationError, RecipeError):  # not a recipe of ours
+    except (AttributeError, KeyError, TypeError, ValidationError, RecipeError):  # not a recipe of ours
         return None
 
 

@@ -1,5 +1,7 @@
 """Masked autoencoder (He et al., CVPR 2022) around any plain timm ViT; the recipe gives the decoder's sizes."""
 
+import math
+
 import torch
 from timm.layers import LayerNorm
 from timm.models import VisionTransformer
@@ -29,6 +31,13 @@ class MaskedAutoencoder(nn.Module):
             raise RecipeError(
                 "masked pre-training needs a ViT with a class token and no register tokens",
                 got=f"{backbone.prefix_tokens(encoder)} prefix tokens",
+            )
+        patches = math.prod(backbone.grid(encoder))
+        if not 0 < round(patches * (1 - config.mask_ratio)) < patches:
+            raise RecipeError(
+                "mae.mask_ratio leaves no patch to see or none to predict",
+                got=f"{config.mask_ratio} of {patches} patches",
+                expected=f"{1 / patches:.3g} to {1 - 1 / patches:.3g}",
             )
         self.encoder = encoder
         self.config = config

@@ -36,8 +36,7 @@ class Teacher(nn.Module):
         classifier = any(tap.kind in ("pooled", "logits") for tap in taps)
         model = build_with_weights(config, config.weights, unread, classifier)
         self.weights_sha256 = tensors_sha256(model.state_dict())
-        mean, std, self.license = stated(model, config.weights)
-        self.mean, self.std = config.mean or mean, config.std or std
+        self.mean, self.std, _, self.license = stated(model, config, config.weights, config.mean, config.std)
         self.grid, self.prefix_tokens = backbone.grid(model), backbone.prefix_tokens(model)
         self.normalise = Normalise(self.mean, self.std)
         self.cut = CutTeacher(model, taps).to(_DTYPES[config.precision])

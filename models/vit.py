@@ -1,5 +1,7 @@
 """Plain ViTs over timm: build by name, normalise pixels, cut into patches."""
 
+import contextlib
+import re
 from typing import Any
 
 import timm
@@ -7,9 +9,10 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from tinymim.configs.errors import RecipeError
+from tinymim.configs.errors import RecipeError, first_line
 from tinymim.configs.sections import ModelConfig
 from tinymim.models import backbone
+from tinymim.models.hub import without_retries
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,24 +27,34 @@ def build_model(
         RecipeError: timm has no model of this name, or refuses the sizes.
     """
     overrides = size_overrides(config)
-    dim, heads = overrides.get("embed_dim"), overrides.get("num_heads")
-    if dim and heads and dim % heads:
-        raise RecipeError("embed_dim is not divisible by num_heads", got=f"{dim} / {heads}")
+    from_hub = not pretrained and config.name.lower().startswith(("hf-hub:", "hf_hub:"))  # its sizes are there
     try:
-        model: nn.Module = timm.create_model(
-            config.name,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            img_size=config.img_size,
-            drop_path_rate=drop_path,
-            **overrides,
-            **extra,
-        )
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        close = timm.list_models(f"*{config.name.split('.')[0][:10]}*")[:5]
+        with without_retries() if from_hub else contextlib.nullcontext() as unreachable:
+            model: nn.Module = timm.create_model(
+                config.name,
+                pretrained=pretrained,
+                num_classes=num_classes,
+                img_size=config.img_size,
+                drop_path_rate=drop_path,
+                **overrides,
+                **extra,
+            )
+    except (RuntimeError, TypeError, AssertionError, ValueError, OSError, LookupError, ZeroDivisionError) as error:
+        if pretrained:  # `weights.build_pretrained` explains what a hub can do
+            raise
+        close = timm.list_models(f"*{re.sub('[^a-z0-9_]', '?', config.name.split('.')[0][:10])}*")[:5]
         raise RecipeError(
-            f"timm cannot build '{config.name}'", got=error, hint=f"names like it: {', '.join(close) or 'none'}"
+            f"timm cannot build '{config.name}'",
+            got=unreachable or first_line(error),
+            hint=f"names like it: {', '.join(close) or 'none'}",
         ) from error
+    patch = backbone.patch(model)
+    if patch is not None and any(config.img_size % side for side in patch):
+        raise RecipeError(
+            f"img_size is not a multiple of the patch of '{config.name}': border pixels would be left out",
+            got=f"img_size {config.img_size}, patches of {patch[0]} x {patch[1]}",
+            hint=f"img_size={max(1, config.img_size // patch[0]) * patch[0]}, or set patch_size",
+        )
     return model
 
 

@@ -16,7 +16,7 @@ from tinymim.configs.load import load_recipe, recipe_digest
 from tinymim.configs.schema import RECIPES, CacheTeacherRecipe, EvaluateRecipe, PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.checkpoints import read_metadata, tensors_sha256
-from tinymim.models.files import weights_path
+from tinymim.models.files import weights_file
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import INDEX_NAME, read_index
@@ -84,7 +84,7 @@ def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weigh
     size = size or DemoSize()
     root = Path(os.path.abspath(folder))
     recipes = load_recipes(root, seed, size, teacher_weights)
-    weights_path(teacher_weights)  # refuse missing weights before drawing the images
+    weights_file(teacher_weights)  # refuse missing weights before drawing the images
 
     logger.info(f"demo 1/5: draw {size.train_images:,} + {size.val_images:,} images")
     draw_images(root / "images" / "train", size.train_images, TRAIN_IMAGE_SEED, size.images_per_shard)
@@ -241,7 +241,7 @@ def folder_hint(*kinds: type[UserError]) -> Iterator[None]:
 def measure(recipes: Recipes) -> list[Arm]:
     """Evaluate the teacher, and every student's network distilled, as a masked autoencoder, and untrained."""
     block, depth = recipes.cache.teacher.block, recipes.cache.teacher.depth
-    made_of = read_metadata(weights_path(recipes.cache.teacher.weights))
+    made_of = read_metadata(*weights_file(recipes.cache.teacher.weights))
     steps = int(made_of["steps"]) if made_of.get("steps", "").isdigit() else None
     arms = [_arm(recipes, "teacher", f"teacher, block {block} of {depth}", "masked autoencoder", steps, "-")]
     for name, student in recipes.students.items():

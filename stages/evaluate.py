@@ -18,6 +18,7 @@ from tinymim.stages.evaluation.problem import Sets
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.folder import EVALUATION_NAME, RunFolder
 from tinymim.stages.run.interrupt import StopFlag
+from tinymim.stages.run.owner import owned
 from tinymim.stages.run.progress import logger
 from tinymim.storage.atomic import write_json_atomic
 
@@ -35,7 +36,8 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
         The content of the file: metrics (accuracies are shares, not percent), counts, identity of weights and recipe.
 
     Raises:
-        UserError: unlabelled or inconsistent sources; weights that do not exist, fit or download.
+        UserError: unlabelled or inconsistent sources; weights that do not exist, fit or download; another run works
+            in the run folder.
         Interrupted: stopped by a signal; no evaluation is written.
     """
     # ---- sources
@@ -53,7 +55,7 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
 
     # ---- features, once; evaluators
     metrics: dict[str, float] = {}
-    with RunFolder(recipe) as log, StopFlag() as stop:
+    with owned([recipe.run.folder]), RunFolder(recipe) as log, StopFlag() as stop:
         sets = Sets(
             encoder.encode(train.shards, stop, "evaluate train"), encoder.encode(val.shards, stop, "evaluate val")
         )

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import CheckpointError, UserError
-from tinymim.models.checkpoints import count_blocks, read_metadata, read_tensors, to_official
-from tinymim.models.files import weights_path
+from tinymim.models.checkpoints import count_blocks, read_checkpoint, to_official
+from tinymim.models.files import WeightsFile, weights_file
 from tinymim.models.heads import stated_heads
 from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import logger
@@ -30,8 +30,7 @@ def run(source: Path, target: Path) -> dict[str, Any]:
         raise UserError("MAE and TinyMIM read .pth files only", got=target, expected="FILE.pth")
     if target.exists():
         raise UserError(f"{target} exists", hint="remove it, or give another name")
-    tensors = read_tensors(weights)
-    metadata = read_metadata(weights)
+    tensors, metadata = read_checkpoint(*weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(target, to_official(tensors, metadata))
     width, heads = tensors["cls_token"].shape[-1], stated_heads(metadata)
@@ -39,15 +38,15 @@ def run(source: Path, target: Path) -> dict[str, Any]:
     if None not in (heads, theirs) and heads != theirs:
         logger.info(f"export: warning: this model has {heads} heads; MAE and TinyMIM have {theirs} at width {width}")
     found = {"embed_dim": width, "depth": count_blocks(tensors), "num_heads": heads}
-    return {"file": str(target), "source": str(weights), "tensors": len(tensors)} | found
+    return {"file": str(target), "source": str(weights.path), "tensors": len(tensors)} | found
 
 
-def _weights(source: Path) -> Path:
+def _weights(source: Path) -> WeightsFile:
     if not source.is_dir():
-        return weights_path(str(source))
+        return weights_file(str(source))
     for name in (STUDENT_NAME, ENCODER_NAME):
         if (source / name).is_file():
-            return source / name
+            return WeightsFile(source / name)
     below = sorted(path.parent.name for path in source.glob(f"*/{STUDENT_NAME}"))
     raise CheckpointError(
         f"{source} holds no finished weights",

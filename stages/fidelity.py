@@ -28,6 +28,7 @@ from tinymim.stages.pages.fidelity import draw_frontier, format_tables
 from tinymim.stages.run.device import pick_device, require_view_size
 from tinymim.stages.run.folder import FIDELITY_NAME, FRONTIER_NAME, RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.stages.run.owner import owned
 from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.training.states import read_state
 from tinymim.stages.units.constants import calibrated
@@ -89,6 +90,7 @@ def run(recipe: FidelityRecipe) -> str:
     views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
     plan = spread_items(source, recipe.num_images, recipe.batch_size)
     with (
+        owned([recipe.run.folder]),
         RunFolder(recipe),
         StopFlag() as stop,
         Meter("fidelity", recipe.num_images, "views") as meter,

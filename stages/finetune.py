@@ -15,9 +15,10 @@ from tinymim.configs.errors import SourceError
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import FinetuneRecipe
 from tinymim.models.checkpoints import LoadedWeights, tensors_sha256, to_safetensors
-from tinymim.models.classifier import build_classifier, load_classifier, timm_arguments
+from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 from tinymim.models.files import RANDOM
+from tinymim.models.timm_folder import Pixels, timm_arguments, timm_config
 from tinymim.models.vit import Normalise, count_parameters
 from tinymim.models.weights import stated
 from tinymim.pipeline.augment import AugmentedViews, Mixing, policies_of
@@ -31,7 +32,7 @@ from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.evaluation.classes import count_classes
 from tinymim.stages.run.device import autocast, require_view_size
-from tinymim.stages.run.folder import BEST_NAME, FINETUNED_NAME, LAST_EMA_NAME, LAST_NAME
+from tinymim.stages.run.folder import BEST_NAME, FINETUNED_NAME, LAST_EMA_NAME, LAST_NAME, write_weights
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
@@ -40,7 +41,7 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, environment_ranks, set_up
 from tinymim.stages.training.validation import Counts, History, Validation, by_class, merged
-from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
+from tinymim.storage.atomic import write_json_atomic
 
 CPU = torch.device("cpu")
 
@@ -82,9 +83,9 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     torch.manual_seed(recipe.run.seed)
     model = build_classifier(recipe.model, num_classes, recipe.pool, recipe.drop_path)
     start = load_classifier(model, recipe.model, recipe.weights)
-    mean, std, _ = stated(model, recipe.weights)
-    mean, std = recipe.mean or mean, recipe.std or std
+    mean, std, source_of_pixels, _ = stated(model, recipe.model, recipe.weights, recipe.mean, recipe.std)
     normalise, constants = Normalise(mean, std).to(device), Constants.of(mean, std)
+    pixels = Pixels(mean, std, recipe.views.interpolation, 1 / recipe.validation.resize_ratio)
     paths = replace_drop_path(model)
     model.to(device)
     size = recipe.model.img_size
@@ -102,16 +103,18 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
         "classes": json.dumps(source.classes),
         "constants": json.dumps(constants._asdict()),
         "started_from_sha256": start.sha256,
+        **pixels.metadata(),
     }
+    folder_config = timm_config(model, recipe.model, pixels, recipe.pool, source.classes)
 
     # ---- resume
     books = Bookkeeping(recipe, [learner], ranks, order, [shard.name for shard in source.shards], "images_per_s")
     books.resume()
-    logger.info(f"finetune: {started_from(recipe, start)}")
+    logger.info(f"finetune: {started_from(recipe, start)}; mean and std of the pixels: {source_of_pixels}")
     books.describe(f"{source.num_samples:,} images, validated on {held_out.num_samples:,}")
     validation = Validation(recipe, held_out.shards, num_classes, normalise, ranks)
     schedule = ValidationSchedule(
-        recipe, learner, history, validation, metadata, order.steps_per_epoch, books.total_steps
+        recipe, learner, history, validation, metadata, folder_config, order.steps_per_epoch, books.total_steps
     )
 
     # ---- train
@@ -188,6 +191,7 @@ class ValidationSchedule:
     history: History
     validation: Validation
     metadata: dict[str, str]
+    folder_config: dict[str, Any]  # of the folders that timm loads
     steps_per_epoch: int
     total_steps: int
 
@@ -231,16 +235,16 @@ class ValidationSchedule:
             step, {f"val_{name}_{score}": value for name, each in scores.items() for score, value in each.items()}
         )
         if best and learner.ranks.first:
-            _write_weights(learner.folder / BEST_NAME, self.history.weights, self.metadata, self.history.best or {})
+            self.write(learner.folder / BEST_NAME, self.history.weights, self.history.best or {})
         tops = ", ".join(f"{name} top-1 {each['top1']:.2%} top-5 {each['top5']:.2%}" for name, each in scores.items())
         logger.info(
             f"finetune: epoch {entry['epoch']:g}: {tops}, loss {scores[of]['loss']:.4f}{', the best' if best else ''}"
         )
 
-
-def _write_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str], entry: dict[str, Any]) -> None:
-    """Write a state dict with its provenance and its scores on the validation set."""
-    write_bytes_atomic(path, to_safetensors(state, metadata | {"validation": json.dumps(entry)}))
+    def write(self, path: Path, state: dict[str, Tensor], entry: dict[str, Any]) -> None:
+        """Write a state dict with its provenance and its scores on the validation set."""
+        data = to_safetensors(state, self.metadata | {"validation": json.dumps(entry)})
+        write_weights(path, data, self.folder_config)
 
 
 def _export(schedule: ValidationSchedule, start: LoadedWeights, source: ShardSet, held_out: ShardSet) -> None:
@@ -256,7 +260,7 @@ def _export(schedule: ValidationSchedule, start: LoadedWeights, source: ShardSet
         files[LAST_EMA_NAME] = (learner.ema.module.state_dict(), last | {"of": "ema"})
     weights = {}
     for name, (state, entry) in files.items():
-        _write_weights(folder / name, state, schedule.metadata, entry)
+        schedule.write(folder / name, state, entry)
         about = {key: entry[key] for key in ("of", "epoch", "step")}
         weights[name] = about | entry[entry["of"]] | {"weights_sha256": tensors_sha256(state)}
     report = {

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.models.vit import build_model
+from tinymim.models.checkpoints import to_safetensors
+from tinymim.models.timm_folder import Pixels
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.planning.clocks import available_cores
 from tinymim.stages.planning.forecast import forecast
@@ -100,5 +101,5 @@ def _with_random_weights(recipe: CacheTeacherRecipe, folder: Path) -> CacheTeach
     """The recipe with a file of random weights in `folder` for its teacher."""
     path = folder / "random.safetensors"
     weights = build_model(recipe.teacher).state_dict()
-    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    path.write_bytes(to_safetensors(weights, Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()))
     return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": str(path)})})

@@ -12,7 +12,8 @@ from tinymim.configs.schema import PretrainMaeRecipe
 from tinymim.models import backbone
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.mae import MaskedAutoencoder
-from tinymim.models.vit import Normalise, build_vit, count_parameters
+from tinymim.models.timm_folder import Pixels, timm_config
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_vit, count_parameters
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
@@ -20,18 +21,18 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.device import autocast, require_view_size
-from tinymim.stages.run.folder import ENCODER_EMA_NAME, ENCODER_NAME
+from tinymim.stages.run.folder import ENCODER_EMA_NAME, ENCODER_NAME, write_weights
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, set_up
-from tinymim.storage.atomic import write_bytes_atomic
 
 
 def run(recipe: PretrainMaeRecipe) -> None:
-    """Train and write `<run.folder>/encoder.safetensors` (a timm ViT without head), metrics and resumable states.
+    """Train and write `<run.folder>/encoder.safetensors` (a timm ViT without head), the folder `encoder` that timm
+    loads with its sizes and normalisation, metrics and resumable states.
 
     Args:
         recipe: the recipe to run, in `workers` processes or as the rank that the environment names.
@@ -103,9 +104,12 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
         "libraries": json.dumps(environment()),
         "steps": str(books.total_steps),
     }
-    write_bytes_atomic(recipe.run.folder / ENCODER_NAME, to_safetensors(encoder.state_dict(), metadata))
+    trained_on = Pixels(IMAGENET_MEAN, IMAGENET_STD, recipe.views.interpolation)
+    metadata |= trained_on.metadata()
+    config = timm_config(encoder, recipe.model, trained_on)
+    write_weights(recipe.run.folder / ENCODER_NAME, to_safetensors(encoder.state_dict(), metadata), config)
     if learner.ema is not None:
         averaged = learner.ema.module.encoder.state_dict()
         metadata |= {"ema": str(learner.ema.decay)}
-        write_bytes_atomic(recipe.run.folder / ENCODER_EMA_NAME, to_safetensors(averaged, metadata))
+        write_weights(recipe.run.folder / ENCODER_EMA_NAME, to_safetensors(averaged, metadata), config)
     logger.info(f"pretrain-mae: wrote {recipe.run.folder / ENCODER_NAME}")

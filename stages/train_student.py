@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.student import StudentModel
+from tinymim.models.timm_folder import Pixels, timm_config
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
@@ -17,7 +20,7 @@ from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.opened import opened_kind
-from tinymim.stages.run.folder import STUDENT_EMA_NAME, STUDENT_NAME, TRAINED_NAME, write_provenance
+from tinymim.stages.run.folder import STUDENT_EMA_NAME, STUDENT_NAME, TRAINED_NAME, write_provenance, write_weights
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.device_stream import cached_target
@@ -31,7 +34,7 @@ from tinymim.stages.training.student_step import (
     trained_on,
     views_in_use,
 )
-from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
+from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.reader import CacheReader
 
@@ -118,7 +121,8 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     # ---- export
     if not ranks.first:
         return
-    for _, model, learner in students:
+    for own, (_, model, learner) in zip(recipe.each().values(), students, strict=True):
+        assert own.student is not None  # by TrainStudentRecipe.each
         metadata = {
             "made_by": "tinymim train-student",
             "recipe": dump_recipe(learner.recipe),
@@ -127,19 +131,20 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             "libraries": json.dumps(environment()),
             "steps": str(books.total_steps),
         }
-        _export(model, learner, metadata)
+        pixels = Pixels(IMAGENET_MEAN, IMAGENET_STD, str(manifest.views["interpolation"]))
+        _export(model, learner, metadata | pixels.metadata(), timm_config(model.vit, own.student, pixels))
 
 
-def _export(model: StudentModel, learner: Learner, metadata: dict[str, str]) -> None:
-    """Write a student's weights, their average and the report of trained tensors."""
+def _export(model: StudentModel, learner: Learner, metadata: dict[str, str], config: dict[str, Any]) -> None:
+    """Write a student's weights, their average, the folders that timm loads, and the report of trained tensors."""
     folder, label = learner.folder, f"train-student: {learner.name}".removesuffix(": ")
     report = trained_report(model, learner.optimiser)
     metadata |= {name: json.dumps(value) for name, value in report.items()}
-    write_bytes_atomic(folder / STUDENT_NAME, to_safetensors(model.vit.state_dict(), metadata))
+    write_weights(folder / STUDENT_NAME, to_safetensors(model.vit.state_dict(), metadata), config)
     if learner.ema is not None:
         averaged = learner.ema.module.vit.state_dict()
         ema = {"ema": str(learner.ema.decay)}
-        write_bytes_atomic(folder / STUDENT_EMA_NAME, to_safetensors(averaged, metadata | ema))
+        write_weights(folder / STUDENT_EMA_NAME, to_safetensors(averaged, metadata | ema), config)
     write_json_atomic(folder / TRAINED_NAME, report)
     logger.info(
         f"{label}: wrote {folder / STUDENT_NAME}: {len(report['trained'])} tensors trained, "

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from tinymim.configs.errors import naming
+
 PARTIAL_SUFFIX = ".partial"
 # Errors of file systems without hard links. Two processes that create one file there may both get True.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -187,7 +189,7 @@ def _write_partial(path: Path, data: bytes) -> Path:
     """Write `data` to a durable temporary file in the folder of `path`; its name holds the writer's machine and pid."""
     temp = partial_path(path)
     try:
-        with open(temp, "wb") as file:
+        with naming(path), open(temp, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

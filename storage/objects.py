@@ -23,10 +23,21 @@ CONNECT_TIMEOUT_S = 5.0
 ABSENT = (NotFoundError, FileNotFoundError)  # obstore raises either
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
 
-_CREDENTIALS = (
-    "check the credentials and the endpoint in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, "
-    "AWS_ENDPOINT_URL; AWS_SKIP_SIGNATURE=true for a public bucket)"
+_AWS = (
+    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; "
+    "AWS_SKIP_SIGNATURE=true for a public bucket"
 )
+_AZURE = "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_KEY, AZURE_STORAGE_ENDPOINT"
+_GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT; GOOGLE_SKIP_SIGNATURE=true for a public bucket"
+_VARIABLES = {"s3": _AWS, "s3a": _AWS, "gs": _GOOGLE}  # by scheme; all others but web servers are Azure's
+
+
+def _credentials(where: object) -> str:
+    """The hint to check the credentials of a store, with the variables that its scheme reads."""
+    scheme = str(where).partition("://")[0]
+    if scheme in ("http", "https"):
+        return "check the address; credentials for a web server are not supported"
+    return f"check the credentials and the endpoint in the environment ({_VARIABLES.get(scheme, _AZURE)})"
 
 
 def connect(url: str, timeout_s: float = 30.0) -> "ObjectStore":
@@ -66,9 +77,9 @@ def store_error(where: object, error: Exception, absent_hint: str | None = None)
     if isinstance(error, ABSENT) or "Unable to canonicalize" in text:
         return StoreError(f"{where} does not exist", got=got, hint=absent_hint)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-        return StoreError(f"the store refuses access to {where}", got=got, hint=_CREDENTIALS)
+        return StoreError(f"the store refuses access to {where}", got=got, hint=_credentials(where))
     hint = "the store failed in all retries; run the same command again when it answers"
     # Without keys in the environment obstore tries the machine's metadata service, which few machines have.
     if any(word in text.lower() for word in ("credential", "must be specified", "169.254.169.254", "metadata")):
-        hint = _CREDENTIALS
+        hint = _credentials(where)
     return StoreError(f"{where} cannot be reached", got=got, hint=hint)

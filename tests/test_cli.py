@@ -308,3 +308,9 @@ def test_main_exits_with_the_code(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2 and "nothing" in capsys.readouterr().err
+
+
+def test_an_unknown_command_cannot_command_the_terminal(tmp_path: Path) -> None:
+    # In a process of its own: cyclopts formats later help texts differently after an unknown command.
+    done = installed("\x1b[31mred\x07", cwd=tmp_path)
+    assert done.returncode == 2 and r"\x1b[31mred\x07" in done.stderr and "\x1b" not in done.stderr

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.tests.stages.tiny import STATED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,7 +90,7 @@ def test_a_student_trains_with_the_teacher_in_the_loop(
 ) -> None:
     sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     weights = tmp_path / "teacher.safetensors"
-    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), weights)
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), weights, STATED)
     shared = {"source": {"shards": drawn_shards}, "run": {"folder": tmp_path / "run", "device": "cpu", "log_every": 1}}
     teacher = {"name": "vit_tiny_patch16_224", "block": 2, "weights": str(weights), **sizes}
     cache = CacheTeacherRecipe.model_validate(

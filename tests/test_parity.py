@@ -21,7 +21,7 @@ from tinymim.configs.taps import Tap
 from tinymim.models.drop_path import HandedDropPath
 from tinymim.models.student import StudentModel
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import build_vit
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
 from tinymim.models.weights import load_weights
 from tinymim.stages.training.optim import make_optimiser, make_schedule
 from tinymim.targets.relations.head import RelationHead
@@ -32,6 +32,7 @@ from tinymim.tests.targets.relations.plain import relation_loss
 
 Array = npt.NDArray[np.float64]
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24}
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 PIXELS = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 RELATIONS: tuple[Relation, ...] = ("qk", "vv")
 STUDENTS = {  # and the recipe of the teacher's cache, and the teacher's block
@@ -66,7 +67,9 @@ def test_a_teachers_relations_are_those_of_the_formula(tmp_path: Path) -> None:
     """Tapped at block 3 of 4: softmax(Q Kᵀ / √d) and softmax(V Vᵀ / √d) of norm1 and qkv of that block."""
     tensors = official.layout(24, 4)
     weights = official.write_training(tmp_path / "checkpoint-299.pth", tensors)
-    config = TeacherConfig.model_validate(SIZES | {"depth": 4, "num_heads": 4, "block": 3, "weights": str(weights)})
+    config = TeacherConfig.model_validate(
+        SIZES | {"depth": 4, "num_heads": 4, "block": 3, "weights": str(weights)} | IMAGENET
+    )
     tap = Tap("qkv", 3)
     found_qkv = QKV(*Teacher(config, [tap])(PIXELS)[tap])
     _, blocks = official.encode(tensors, normalised(PIXELS), [4] * 4)
@@ -80,7 +83,9 @@ def test_twelve_heads_in_the_last_block_alone_are_a_re_split(tmp_path: Path) -> 
     """Its student T has 6 heads, and 12 in block 12, whose q, k and v are all that is ever used of it."""
     tensors = official.layout(24, 3)
     weights = official.write_training(tmp_path / "checkpoint-299.pth", tensors)
-    config = TeacherConfig.model_validate(SIZES | {"depth": 3, "num_heads": 6, "block": 3, "weights": str(weights)})
+    config = TeacherConfig.model_validate(
+        SIZES | {"depth": 3, "num_heads": 6, "block": 3, "weights": str(weights)} | IMAGENET
+    )
     tap = Tap("qkv", 3)
     found_qkv = QKV(*Teacher(config, [tap])(PIXELS)[tap])
     _, blocks = official.encode(tensors, normalised(PIXELS), [6, 6, 12])

@@ -4,14 +4,18 @@ import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-import timm
-from safetensors.torch import save_file
+import torch
 
 from tinymim.configs.load import load_recipe, load_recipes
-from tinymim.configs.schema import RECIPES
+from tinymim.configs.schema import RECIPES, TrainStudentRecipe
 from tinymim.configs.shipped import shipped_recipes
+from tinymim.models.checkpoints import to_safetensors
+from tinymim.models.timm_folder import Pixels, timm_config
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
+from tinymim.stages.run.folder import STUDENT_NAME, write_weights
 
 ROOT = Path(__file__).parent.parent
 OTHER_VERBS = {"compare", "make-shards", "cache", "recipes", "demo"}
@@ -43,10 +47,18 @@ def test_a_shown_command_names_a_verb_and_a_recipe_that_exist(command: list[str]
 
 def test_a_student_loads_into_timm_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    student = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    save_file(student.state_dict(), tmp_path / "student.safetensors")
+    recipe = load_recipe(Path("imagenet-tinymim-t"), "train-student")
+    assert isinstance(recipe, TrainStudentRecipe) and recipe.student is not None
+    student = build_vit(recipe.student)
+    (tmp_path / recipe.run.folder).mkdir(parents=True)
+    pixels = Pixels(IMAGENET_MEAN, IMAGENET_STD)
+    config = timm_config(student, recipe.student, pixels)
+    write_weights(tmp_path / recipe.run.folder / STUDENT_NAME, to_safetensors(student.state_dict(), {}), config)
     monkeypatch.chdir(tmp_path)
-    exec(block, {})
+    shown: dict[str, Any] = {}
+    exec(block, shown)
+    assert student.cls_token is not None and torch.equal(shown["model"].cls_token, student.cls_token)
+    assert shown["transform"].transforms[-1].mean.tolist() == pytest.approx(IMAGENET_MEAN)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -12,6 +12,7 @@ from tinymim.configs.schema import EvaluateRecipe
 from tinymim.configs.sections import LoaderConfig
 from tinymim.models.files import RANDOM
 from tinymim.models.probes import pooled_features
+from tinymim.models.timm_folder import Rgb
 from tinymim.models.vit import build_vit
 from tinymim.models.weights import build_with_weights, stated
 from tinymim.pipeline.dataset import ImageViews
@@ -21,8 +22,6 @@ from tinymim.pipeline.shards import Shard
 from tinymim.pipeline.views import ViewLaw
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, logger
-
-Rgb = tuple[float, float, float]
 
 
 class EncodedSet(NamedTuple):
@@ -39,7 +38,7 @@ def load_encoder(recipe: EvaluateRecipe) -> tuple[nn.Module, Rgb, Rgb]:
     "random" weights are the initial weights of a student or a masked pre-training with `run.seed`; plain ViTs only.
 
     Raises:
-        CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
+        CheckpointError: the weights do not exist, do not fit, cannot be fetched, or do not state mean and std.
         RecipeError: timm cannot build the model.
     """
     model: nn.Module
@@ -48,8 +47,8 @@ def load_encoder(recipe: EvaluateRecipe) -> tuple[nn.Module, Rgb, Rgb]:
         model = build_vit(recipe.model)
     else:
         model = build_with_weights(recipe.model, recipe.weights)
-    mean, std, _ = stated(model, recipe.weights)
-    return model, recipe.mean or mean, recipe.std or std
+    pixels = stated(model, recipe.model, recipe.weights, recipe.mean, recipe.std)
+    return model, pixels.mean, pixels.std
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import base64
 import html
 import io
 import re
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter
 
 INK, FAINT = "#1f2430", "#8a90a0"
 COLOURS = ("#3b6fb6", "#d1793b", "#4d9a6a", "#9a5ea8", "#b5485d", "#5aa0a8", "#8a7a3c", "#6b7080")
@@ -47,6 +48,26 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def keep_flat(axes: Axes, values: Sequence[float], share: bool = False) -> None:
+    """Widen the vertical axis where its values hardly differ, so that noise does not look like progress.
+
+    Args:
+        axes: the axes, after plotting.
+        values: the values plotted; losses span at least a fifth of their size, shares five points of percent.
+        share: whether they are shares of one, which are then labelled in percent.
+    """
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if not values:
+        return
+    low, high = min(values), max(values)
+    middle = (low + high) / 2
+    least = 0.05 if share else 0.2 * abs(middle)
+    if high - low < least:
+        low, high = middle - least / 2, middle + least / 2
+        axes.set_ylim((max(low, 0.0), min(high, 1.0)) if share else (low, high) if low < high else None)
+
+
 def html_figure(picture: bytes, caption: str) -> str:
     """A figure element with the PNG embedded."""
     data = base64.b64encode(picture).decode("ascii")
@@ -77,8 +98,14 @@ table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tab
 th, td { padding: 0.38rem 0.9rem 0.38rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
-td.n, .r th, .r td:nth-child(-n+2) { white-space: nowrap; }
-.r th, .r td { padding-right: 0.75rem; }
+td.n { white-space: nowrap; }
+.r th { overflow-wrap: anywhere; }
+.r td.n { white-space: normal; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 0 2rem; }
+.curves img { width: 100%; }
+input[type=radio] ~ label { margin-right: 1.2rem; }
+.curves .by-epoch, #by-epoch:checked ~ .curves .by-step { display: none; }
+#by-epoch:checked ~ .curves .by-epoch { display: block; }
 td:first-child, th:first-child { padding-left: 0.6rem; }
 .n { text-align: right; }
 .s td { background: var(--strong); font-weight: 600; }
@@ -87,9 +114,9 @@ figure img { display: block; max-width: 100%; height: auto; box-sizing: border-b
   background: #fff; border-radius: 6px; border: 1px solid var(--line); }
 code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }
 .k td, .v td { overflow-wrap: anywhere; }
-.v td { min-width: 5rem; }
+.v td, .v th { overflow-wrap: anywhere; min-width: 3.8rem; }
 .w td { overflow-wrap: anywhere; }
-.v td:first-child { white-space: nowrap; }
+.v td:first-child { min-width: 6rem; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem 0.6rem 3rem; }
   table { font-size: 0.7rem; }
@@ -97,6 +124,9 @@ code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Conso
   td:first-child, th:first-child { padding-left: 0.2rem; }
   figure { display: flex; }
   figure img { max-width: none; width: 46rem; }
+  .curves figure { display: block; }
+  .curves figure img { max-width: 100%; width: 100%; }
+  .curves figure::after { display: none; }
   figure::after { content: ""; position: sticky; right: 0; flex: none; width: 0.9rem; margin-left: -0.9rem;
     background: linear-gradient(to left, #0005, transparent); }
 }

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
 from safetensors.torch import load_file
 
-from tinymim.configs.errors import RecipeError, UserError
+from tinymim.configs.errors import RecipeError, UserError, first_line
+from tinymim.configs.load import parse_yaml
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.stages.run.folder import (
     ENCODER_EMA_NAME,
@@ -116,7 +116,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunSummary]:
 def _recipe_of(folder: Path) -> dict[str, Any]:
     expected = f"a folder with the {RECIPE_NAME} that {', '.join(STAGES[:-1])} or {STAGES[-1]} wrote"
     try:
-        data = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8"))
+        data = parse_yaml((folder / RECIPE_NAME).read_text(encoding="utf-8"), RECIPE_NAME)
     except FileNotFoundError:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{RECIPE_NAME}")) if folder.is_dir() else []
         there = f"no {RECIPE_NAME}, but runs in it: {', '.join(inside[:5])}" if inside else f"no {RECIPE_NAME}"
@@ -126,8 +126,8 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
             expected=expected,
             hint="name the folder that is `run.folder` in the recipe of the run",
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, UnicodeDecodeError, RecipeError) as error:
+        reason = first_line(error)
         raise UserError(f"{folder} has an unreadable {RECIPE_NAME}", got=reason, expected=expected) from None
     stage = data.get("stage") if isinstance(data, dict) else None
     if stage not in STAGES:

@@ -3,9 +3,12 @@
 import html
 from collections.abc import Collection, Sequence
 
+from tinymim.configs.errors import printable
+
 
 def plain_table(rows: Sequence[Sequence[str]], numbers: Collection[int]) -> str:
     """A table for a terminal. The first row is the header, `numbers` are the columns to align right."""
+    rows = [[printable(cell, line_feeds="\n") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:

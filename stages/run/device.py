@@ -18,7 +18,14 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError("run.device names CUDA", got=name, expected="a machine with CUDA, or device: cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if ":" in name and device.index >= torch.cuda.device_count():
+        raise RecipeError(
+            "run.device names a GPU that this machine lacks",
+            got=name,
+            expected=f"cuda:0 to cuda:{torch.cuda.device_count() - 1}",
+        )
+    return device
 
 
 def require_view_size(size: int, model: ModelConfig, section: str) -> None:

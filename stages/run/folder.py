@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from tinymim.configs.errors import first_line
+from tinymim.configs.errors import first_line, naming
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
@@ -31,6 +31,7 @@ LOG_NAME = "log.txt"  # messages, with times
 STATUS_NAME = "status.json"  # the status of the process that wrote last
 BOARD_NAME = "tensorboard"  # a folder
 
+# Weights; each of these files has a folder of its name without the suffix beside it, for timm.
 STUDENT_NAME = "student.safetensors"  # train-student
 STUDENT_EMA_NAME = "student-ema.safetensors"
 TRAINED_NAME = "trained.json"
@@ -84,8 +85,9 @@ class RunFolder:
 
     def log(self, step: int, **values: float) -> None:
         """Append a line {"step": step, ...} to the metrics, and the same scalars to TensorBoard."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
+        with naming(self.path / METRICS_NAME):
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
         self.session.tick()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -97,6 +99,21 @@ def _outcome(error: BaseException | None) -> tuple[Phase, str]:
         return "done", ""
     stopped = isinstance(error, Interrupted | KeyboardInterrupt)
     return "interrupted" if stopped else "failed", first_line(error)
+
+
+def write_weights(path: Path, data: bytes, config: Mapping[str, Any]) -> None:
+    """Write a safetensors file, and beside it the folder of its name that timm loads as "local-dir:...".
+
+    Args:
+        path: the file, `NAME.safetensors`; the folder is `NAME`, with `model.safetensors` and `config.json`.
+        data: the content of the file, from `to_safetensors`.
+        config: the content of `config.json`, from `timm_config`.
+    """
+    folder = path.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    write_bytes_atomic(path, data)
+    write_bytes_atomic(folder / "model.safetensors", data)
+    write_json_atomic(folder / "config.json", config)
 
 
 def write_provenance(recipe: RunRecipe) -> None:

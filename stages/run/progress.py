@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
+from tinymim.configs.errors import printable
 from tinymim.storage.atomic import write_json_atomic
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ Phase = Literal["running", "done", "interrupted", "failed"]
 
 
 class _Stderr(logging.Handler):
-    """Prints messages unchanged to the current `sys.stderr`. A closed stderr does not end a run."""
+    """Prints messages to the current `sys.stderr`. A closed stderr does not end a run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):
-                print(record.getMessage(), file=sys.stderr, flush=True)
+                print(printable(record.getMessage()), file=sys.stderr, flush=True)
 
 
 logger = logging.getLogger("tinymim")
@@ -80,7 +81,7 @@ class ProgressFiles(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append a message to the log."""
-        line = f"{_now()} {record.getMessage()}\n".encode(errors="backslashreplace")
+        line = f"{_now()} {printable(record.getMessage())}\n".encode()
         try:
             # Reopened for each of the few lines and unbuffered, so that lines of several processes stay whole.
             with open(self._log, "ab", buffering=0) as file:
@@ -171,10 +172,10 @@ class Meter:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
@@ -198,7 +199,9 @@ class Meter:
         self.note = self.note if note is None else note
         _report()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, status=f"{self.rate:,.0f} {self.unit}/s {self.note}")
+            self._bar.update(
+                self._task, completed=self.done, status=printable(f"{self.rate:,.0f} {self.unit}/s {self.note}")
+            )
         elif time.monotonic() - self._said_s > _PLAIN_EVERY_S:
             self._said_s = time.monotonic()
             logger.info(self.line())

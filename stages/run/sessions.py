@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import torch
 
+from tinymim.configs.errors import naming
 from tinymim.configs.sections import RunConfig
 
 _EVERY_S = 30.0  # the shortest time between lines, which come with lines of metrics
@@ -47,7 +48,7 @@ class Session:
         self._written_s, elapsed_s = now_s, now_s - self._began_s
         device_s = elapsed_s * self._num_devices if self.device_s is None else self.device_s
         line = self._about | {"elapsed_s": round(elapsed_s, 3), "device_s": round(device_s, 3)}
-        with open(self._path, "a", encoding="utf-8") as lines:
+        with naming(self._path), open(self._path, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
 
 

@@ -8,10 +8,11 @@ import signal
 from pathlib import Path
 
 from tinymim.configs.errors import InternalError
-from tinymim.configs.schema import TrainingRecipe
+from tinymim.configs.schema import TrainingRecipe, TrainStudentRecipe
 from tinymim.stages.run.interrupt import Interrupted, on_signals
+from tinymim.stages.run.owner import owned
 from tinymim.stages.run.progress import logger
-from tinymim.stages.training.ranks import joined, launched
+from tinymim.stages.training.ranks import environment_ranks, joined, launched
 from tinymim.stages.training.start import R, Start, Training, WorkersDied
 from tinymim.stages.training.start_local import LocalStart
 
@@ -25,22 +26,31 @@ def on_ranks(train: Training[R], recipe: R) -> None:
 
     Raises:
         TinymimError, Interrupted: raised by `train`, in this process or in a worker.
+        UserError: another run works in the run folder.
         InternalError: workers were killed or crashed more than `recipe.max_restarts` times.
     """
     if not launched() and (recipe.workers > 1 or recipe.cluster == "ray"):
-        if recipe.cluster == "ray":
-            from tinymim.stages.training.start_ray import RayStart  # Ray Train is an extra
+        with owned(run_folders(recipe)):  # by this process: its workers come and go
+            if recipe.cluster == "ray":
+                from tinymim.stages.training.start_ray import RayStart  # Ray Train is an extra
 
-            _supervised(train, recipe, RayStart(recipe))
-        else:
-            _supervised(train, recipe, LocalStart())
+                _supervised(train, recipe, RayStart(recipe))
+            else:
+                _supervised(train, recipe, LocalStart())
         return
-    with joined(recipe.run) as ranks:
+    # Rank 0 owns it before the ranks meet, so that a second run does not disturb the first one's meeting.
+    with owned(run_folders(recipe) if environment_ranks().first else ()), joined(recipe.run) as ranks:
         if recipe.workers not in (1, ranks.world_size):
             logger.info(
                 f"{recipe.stage}: {ranks.world_size} ranks were started by an external launcher; ignoring `workers`"
             )
         train(recipe, ranks)
+
+
+def run_folders(recipe: TrainingRecipe) -> set[Path]:
+    """The run folder, and those of its students: another run could name one of them."""
+    students = recipe.each().values() if isinstance(recipe, TrainStudentRecipe) else ()
+    return {recipe.run.folder, *(own.run.folder for own in students)}
 
 
 def _supervised(train: Training[R], recipe: R, start: Start) -> None:

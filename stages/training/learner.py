@@ -15,7 +15,14 @@ from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.pipeline.order import Items, SampleOrder
 from tinymim.stages.run.folder import RunFolder
-from tinymim.stages.training.optim import make_optimiser, make_scaler, make_schedule, optimiser_step, state_identity
+from tinymim.stages.training.optim import (
+    make_optimiser,
+    make_scaler,
+    make_schedule,
+    optimiser_step,
+    require_batch,
+    state_identity,
+)
 from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.states import drop_states, dump_state, prune_states, save_state
 
@@ -60,6 +67,7 @@ class Learner:
         self.folder: Path = recipe.run.folder
         self.optimiser = make_optimiser(module, recipe.optim)
         self.scaler = make_scaler(self.device, recipe.precision)
+        require_batch(order, ranks.world_size * recipe.optim.accumulate)
         self.schedule = make_schedule(recipe.optim, order.steps_per_epoch)
         self.identity = state_identity(recipe, content)
         self.parts: dict[str, Any] = {part: module, "optimiser": self.optimiser, "scaler": self.scaler}

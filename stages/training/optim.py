@@ -13,6 +13,7 @@ from torch import nn
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.configs.sections import LayerwiseOptimConfig, OptimConfig
+from tinymim.pipeline.order import SampleOrder
 from tinymim.storage.atomic import canonical_json, digest_hex
 
 
@@ -33,14 +34,26 @@ class Schedule:
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """Resolve epochs to steps and scale the base rate: lr = base_lr x batch / 256.
+def require_batch(order: SampleOrder, accumulate: int) -> None:
+    """Raises UserError where the source holds less than one batch; names a size that fits."""
+    if order.steps_per_epoch:
+        return
+    images, unit = sum(order.counts), math.lcm(order.order.lanes, accumulate)
+    fits = unit
+    while fits * 2 <= images // 4:  # at least four steps an epoch
+        fits *= 2
+    raise UserError(
+        "the source holds less than one batch",
+        got=f"{images:,} images, optim.batch_size {order.batch_size:,}",
+        expected=f"at least {order.batch_size:,} images, or smaller batches",
+        hint=f"--set optim.batch_size={fits} fits this source"
+        if fits <= images
+        else "add images, or lower order.lanes",
+    )
 
-    Raises:
-        UserError: the source holds less than one batch.
-    """
-    if steps_per_epoch == 0:
-        raise UserError("the source holds less than one batch", got=0, hint="lower optim.batch_size")
+
+def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
+    """Resolve epochs to steps and scale the base rate: lr = base_lr x batch / 256."""
     total = config.steps if config.steps is not None else (config.epochs or 0) * steps_per_epoch
     peak_lr = config.base_lr * config.batch_size / 256
     return Schedule(peak_lr, config.min_lr, round(config.warmup * total), total)

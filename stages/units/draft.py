@@ -182,8 +182,8 @@ class UnitPart:
             raise SourceError(
                 f"too many unreadable images in shard {self.unit.shard}, the first is '{key}' ({reason})",
                 got=f"{lost} of {count}",
-                expected=f"at most {max_share:.1%}",
-                hint="repair the shard, or raise max_unreadable",
+                expected=f"at most {max_share:.1%} unreadable, and at least one readable image",
+                hint="repair the shard, or raise max_unreadable" if max_share < 1 else "repair or remove the shard",
             )
 
 

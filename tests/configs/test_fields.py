@@ -60,8 +60,8 @@ def test_values_and_defaults_are_in_words() -> None:
         "| `relations` | list of `qk`, `vv`, `qq` or `kk` | [qk, vv] |",
         "| `shards` | path or URL | required |",
         "| `clip_norm` | number > 0 | null |",
-        "| `drop_path` | number from 0 to 1 | the recipe's |",
-        "| `batch_size` | integer >= 1 or `auto` | 64 |",
+        "| `drop_path` | number >= 0, < 1 | the recipe's |",
+        "| `batch_size` | integer from 1 to 1048576 or `auto` | 64 |",
     ):
         assert row in text
 

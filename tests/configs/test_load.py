@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -197,12 +198,12 @@ def test_all_problems_come_at_once_one_a_line(tmp_path: Path) -> None:
         ("optm={steps: 1}", "optm: unknown key (value {'steps': 1}); did you mean `optim`?"),
         ("verify.zzz=1", "verify.zzz: unknown key (value 1); fields here: first, every"),
         ("optim.steps=null", "optim: give epochs or steps, exactly one; got epochs=None, steps=None"),
-        ("optim.betas=[1]", "optim.betas.1: required, but missing"),
+        ("optim.betas=[0.5]", "optim.betas.1: required, but missing"),
         ("views={1: 2}", "views: unknown key"),
         ("verify={1: 2}", "verify.1: got 1; keys should be strings"),
         (
-            "student.name=2026-11-21",
-            "student.name: got datetime.date(2026, 11, 21); input should be a valid string",
+            "student.name=null",
+            "student.name: got None; input should be a valid string",
         ),
     ],
 )
@@ -289,7 +290,97 @@ def test_endless_nesting_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_section_inside_itself_is_refused(tmp_path: Path) -> None:
-    assert "1 problem" in _error(tmp_path, STUDENT + "jitter: &j {contrast: *j}\n")
+    assert "an alias to a section that it is in" in _error(tmp_path, STUDENT + "jitter: &j {contrast: *j}\n")
+
+
+def _bomb(doubling: str) -> str:
+    lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {doubling.format(n - 1)}" for n in range(1, 40))]
+    return STUDENT + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("doubling", ["[*a{0}, *a{0}]", "{{y: *a{0}, z: *a{0}}}", "{{<<: [*a{0}, *a{0}]}}"])
+def test_aliases_that_double_forty_times_are_refused_at_once(tmp_path: Path, doubling: str) -> None:
+    began_s = time.monotonic()
+    assert "aliases that stand for over 10,000 values" in _error(tmp_path, _bomb(doubling))
+    assert time.monotonic() - began_s < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('cache: "a\\0b"', "text that no file name can hold"),
+        ('cache: "a\\ud800b"', "text that no file name can hold"),
+        (f"num_views: {'1:59' * 1}{':59' * 200}", "not a valid int: 604 characters"),
+        (f"num_views: 0x{'f' * 200}", "not a valid int: 202 characters"),
+    ],
+)
+def test_values_that_nothing_can_use_are_refused_with_their_line(tmp_path: Path, text: str, words: str) -> None:
+    error = _error(tmp_path, f"stage: train-student\n{text}\n")
+    assert "line 2" in error and words in error
+
+
+def test_an_endless_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").symlink_to("/dev/zero")
+    with pytest.raises(RecipeError, match="over 1,000,000 bytes"):
+        load_recipe(tmp_path / "recipe.yaml", "train-student")
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("source.pattern=*.tar", "source.pattern", "*.tar"),
+        ("source.pattern='*.tar'", "source.pattern", "*.tar"),
+        ("source.pattern=[ab]*.tar", "source.pattern", "[ab]*.tar"),
+        ("source.pattern=2024", "source.pattern", "2024"),
+        ("source.pattern=yes", "source.pattern", "yes"),
+        ("source.pattern=#1", "source.pattern", "#1"),
+        ("run.folder=2024-01-01", "run.folder", Path("2024-01-01")),
+        ("run.folder=a: b", "run.folder", Path("a: b")),
+        ("cache=1e3", "cache", Path("1e3")),
+        ("source.spool.folder=null", "source.spool.folder", None),
+        ("source.spool.folder=@here", "source.spool.folder", Path("@here")),
+    ],
+)
+def test_an_override_of_a_text_is_taken_as_it_stands_where_its_yaml_is_no_text(
+    tmp_path: Path, override: str, field: str, value: object
+) -> None:
+    found: object = _student(tmp_path, override)
+    for name in field.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+def test_an_override_inside_a_named_section_finds_its_field(tmp_path: Path) -> None:
+    text = STUDENT.replace("student:\n  name", "students:\n  a:\n    model:\n      name")
+    students = _student(tmp_path, "students.a.model.name=*", text=text).students
+    assert students is not None and students["a"].model.name == "*"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("cache=s3:/bucket/x", "cache: got 's3:/bucket/x'"),
+        ("cache=foo:/bucket/x", "cache: got 'foo:/bucket/x'"),
+        ("cache=s3:///x", "expected SCHEME://BUCKET/PREFIX"),
+        ("run.folder=s3://bucket/x", "run.folder: got 's3://bucket/x'"),
+        ("run.folder=''", "run.folder: got ''; expected a path"),
+        ("source.spool.folder=gs:/b", "source.spool.folder: got 'gs:/b'"),
+        ("source.pattern=/etc/*", "source.pattern: expected a glob below the folder"),
+        ("source.pattern=../*", "source.pattern: expected a glob below the folder"),
+        ("source.pattern=**/*.tar", "source.pattern: expected a glob below the folder"),
+        ("student.patch_size=225", "student: img_size must be a multiple of patch_size"),
+        ("student={img_size: 225, patch_size: 16}", "student: img_size must be a multiple of patch_size"),
+        ("student={embed_dim: 10, num_heads: 3}", "student: num_heads must divide embed_dim"),
+        ("drop_path=1", "drop_path: got 1; input should be less than 1"),
+        ("optim.base_lr=.inf", "optim.base_lr: got inf; input should be a finite number"),
+        ("optim.weight_decay=.nan", "optim.weight_decay: got nan"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas.1: got 1.0"),
+        ("run.seed=9223372036854775808", "run.seed: got 9223372036854775808"),
+        ("run.device=cuda:99999999999", "run.device: got 'cuda:99999999999'"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(tmp_path: Path, override: str, words: str) -> None:
+    assert words in _error(tmp_path, STUDENT, override)
 
 
 def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Weights in and out: what is loaded, what is dropped, what is refused."""
 
+import argparse
+import errno
 import pickle
-from pathlib import Path
+import zipfile
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from timm.models import VisionTransformer
 
 from tinymim.configs.errors import CheckpointError
 from tinymim.configs.sections import MaeConfig, ModelConfig
-from tinymim.models.checkpoints import read_metadata, read_tensors, tensors_sha256, to_safetensors
+from tinymim.models.checkpoints import load_tensors, read_checkpoint, read_metadata, tensors_sha256, to_safetensors
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
 from tinymim.models.weights import load_weights
@@ -189,19 +192,143 @@ def test_files_that_are_no_checkpoint_or_cut_short_are_refused(
         content = whole.read_bytes()[:-500]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
-        read_tensors(tmp_path / name)
+        read_checkpoint(tmp_path / name)
 
 
 def test_an_empty_pth_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pth").touch()
     with pytest.raises(CheckpointError, match=r"w\.pth"):
-        read_tensors(tmp_path / "w.pth")
+        read_checkpoint(tmp_path / "w.pth")
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="no state dict"):
-        read_tensors(tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"no tensors by name(.|\n)*got: a list"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("keys", [{1: torch.zeros(1)}, {"a": torch.zeros(1), 2: torch.zeros(1)}, {}, {"epoch": 3}])
+@pytest.mark.parametrize("under", [None, "model"])
+def test_keys_that_are_no_names_and_no_tensors_are_refused(
+    tmp_path: Path, keys: dict[Any, Any], under: str | None
+) -> None:
+    torch.save({under: keys} if under else keys, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="no tensors by name"):
+        load_weights(vit(), str(tmp_path / "w.pth"))
+
+
+def test_a_file_of_several_models_names_them_and_one_can_be_taken(tmp_path: Path) -> None:
+    """DINO's layout: the keys of each model have a prefix, and heads beside the backbone."""
+    models = {}
+    for seed, name in enumerate(("student", "teacher")):
+        tensors = {f"module.backbone.{key}": tensor for key, tensor in vit(seed).state_dict().items()}
+        models[name] = tensors | {"module.head.mlp.0.weight": torch.zeros(3)}
+    content = models | {"epoch": 3, "args": argparse.Namespace(output_dir=PurePosixPath("out"))}
+    torch.save(content, tmp_path / "dino.pth")
+    target = vit(2)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(target, str(tmp_path / "dino.pth"))
+    count = len(models["teacher"])
+    assert str(caught.value.got) == f"keys 'student' ({count} tensors), 'teacher' ({count} tensors), 'epoch', 'args'"
+    assert caught.value.hint == f"name one of them after #: weights={tmp_path / 'dino.pth'}#teacher"
+    load_weights(target, f"{tmp_path / 'dino.pth'}#teacher")
+    assert same(target, vit(1))
+    with pytest.raises(CheckpointError, match="under nobody"):
+        load_weights(target, f"{tmp_path / 'dino.pth'}#nobody")
+
+
+def test_a_name_with_a_hash_is_a_file_where_there_is_one(tmp_path: Path) -> None:
+    weights, target = save(tmp_path / "w.pth#teacher", vit(1)), vit(2)
+    load_weights(target, weights)
+    assert same(target, vit(1))
+    with pytest.raises(CheckpointError, match="one model"):
+        load_weights(target, f"{weights}#teacher")
+
+
+@pytest.mark.parametrize("name", ["PosixPath", "WindowsPath", "PurePosixPath"])
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_among_the_arguments_of_a_training_loop_are_read_as_data(tmp_path: Path, module: str, name: str) -> None:
+    """MAE's launcher saves `args.output_dir` as a path; the module's name depends on the version of Python."""
+    pickled = argparse.Namespace(output_dir=PurePosixPath("jobs", "3"))
+    torch.save({"model": vit(1).state_dict(), "args": pickled}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "w.pth", "w") as renamed:
+        for entry in whole.namelist():
+            data = whole.read(entry)
+            for old in ("pathlib._local", "pathlib"):
+                data = data.replace(f"c{old}\nPurePosixPath\n".encode(), f"c{module}\n{name}\n".encode())
+            renamed.writestr(entry, data)
+    target = vit(2)
+    load_weights(target, str(tmp_path / "w.pth"))
+    assert same(target, vit(1))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64, torch.uint8])
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    tensors = vit(1).state_dict()
+    name = "blocks.1.mlp.fc1.weight"
+    torch.save(tensors | {name: tensors[name].to(kind)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=f"{name} {str(kind)[6:]} for float32"):
+        load_weights(vit(), str(tmp_path / "w.pth"))
+
+
+def test_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
+    tensors = vit(1).state_dict()
+    torch.save(tensors | {"norm.bias": tensors["norm.bias"].to_sparse()}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"norm\.bias float32, not dense, for float32"):
+        load_weights(vit(), str(tmp_path / "w.pth"))
+
+
+def test_whole_numbers_of_a_model_stay_whole(tmp_path: Path) -> None:
+    """Swin's table of relative positions, for one, is no weight."""
+    source = torch.nn.BatchNorm1d(2)
+    source.num_batches_tracked = torch.tensor(2**53 + 1)
+    target = torch.nn.BatchNorm1d(2)
+    load_tensors(target, source.state_dict(), "here")
+    assert int(target.num_batches_tracked) == 2**53 + 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_table_without_a_row_for_the_class_token_is_as_one_with_zeros(tmp_path: Path, size: int) -> None:
+    """DeiT III adds positions to the patches only."""
+    source, target = vit(1), vit(2, img_size=size)
+    assert source.pos_embed is not None
+    torch.nn.init.normal_(source.pos_embed)
+    with torch.no_grad():
+        source.pos_embed[:, :1] = 0
+    tensors = source.state_dict()
+    torch.save(tensors | {"pos_embed": tensors["pos_embed"][:, 1:]}, tmp_path / "deit3.pth")
+    load_weights(target, str(tmp_path / "deit3.pth"))
+    wanted = vit(3, img_size=size)
+    load_weights(wanted, save(tmp_path / "w.safetensors", source))
+    assert same(target, wanted)
+
+
+@pytest.mark.parametrize("shape", [(1, 15, 16), (1, 17, 99), (2, 26, 16), (26, 16), (1, 0, 16), (1,), ()])
+def test_a_table_of_another_form_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    torch.save(vit(1).state_dict() | {"pos_embed": torch.zeros(shape)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="other shape or type: pos_embed"):
+        load_weights(vit(), str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.bin", "w"])
+def test_the_content_decides_and_not_the_suffix(tmp_path: Path, name: str) -> None:
+    target = vit(2)
+    load_weights(target, save(tmp_path / name, vit(1), made_by="a test"))
+    assert same(target, vit(1)) and read_metadata(tmp_path / name) == {"made_by": "a test"}
+    torch.save({"model": vit(3).state_dict(), "metadata": {"a": "b", 1: "c"}}, tmp_path / "t.safetensors")
+    load_weights(target, str(tmp_path / "t.safetensors"))
+    assert same(target, vit(3)) and read_metadata(tmp_path / "t.safetensors") == {"a": "b"}
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_a_file_that_must_not_be_read_says_so(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    save(tmp_path / name, vit())
+    monkeypatch.setattr("builtins.open", refuse)  # root reads everything
+    with pytest.raises(CheckpointError, match=r"cannot be read(.|\n)*Permission denied"):
+        load_weights(vit(), str(tmp_path / name))
 
 
 @pytest.mark.parametrize(("weights", "words"), [("nowhere.pth", "hub"), ("package:nothing", "shipped weights")])

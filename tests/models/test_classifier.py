@@ -11,8 +11,9 @@ from torch import nn
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import MaeConfig, ModelConfig
 from tinymim.models.checkpoints import to_safetensors
-from tinymim.models.classifier import build_classifier, load_classifier, timm_arguments
+from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.mae import MaskedAutoencoder
+from tinymim.models.timm_folder import timm_arguments
 from tinymim.models.vit import build_vit
 
 CONFIG = ModelConfig(name="vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
@@ -87,11 +88,11 @@ def test_a_file_that_does_not_fit_is_refused_with_its_keys(encoder: tuple[nn.Mod
     with pytest.raises(CheckpointError, match=r"unexpected: blocks\.1\.attn\.proj\.bias, "):
         load_classifier(classifier(depth=1), CONFIG, encoder[1])
     with pytest.raises(
-        CheckpointError, match=r"other shape: .*blocks\.0\.attn\.proj\.weight \(16, 16\) for \(24, 24\)"
+        CheckpointError, match=r"other shape or type: .*blocks\.0\.attn\.proj\.weight \(16, 16\) for \(24, 24\)"
     ):
         load_classifier(classifier(embed_dim=24), CONFIG, encoder[1])
     stranger = save(tmp_path / "stranger.safetensors", encoder[0], surprise=torch.zeros(1))
-    with pytest.raises(CheckpointError, match="missing: none; unexpected: surprise; other shape: none"):
+    with pytest.raises(CheckpointError, match="missing: none; unexpected: surprise; other shape or type: none"):
         load_classifier(classifier(), CONFIG, stranger)
     pooled = save(tmp_path / "pooled.safetensors", classifier())
     with pytest.raises(CheckpointError, match=r"missing: norm\.bias, norm\.weight; unexpected: none") as caught:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
-from tinymim.models.checkpoints import read_metadata, read_tensors
-from tinymim.models.files import weights_path
+from tinymim.models.checkpoints import read_checkpoint, read_metadata
+from tinymim.models.files import weights_file
 from tinymim.models.probes import knn_predict, top_k_accuracy
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.models.weights import load_weights
@@ -21,7 +21,7 @@ from tinymim.pipeline.shards import hash_file
 from tinymim.pipeline.views import CentreView
 from tinymim.stages import make_shards
 
-PATH = weights_path("package:demo-teacher")
+PATH, _ = weights_file("package:demo-teacher")
 
 
 def recipe() -> PretrainMaeRecipe:
@@ -42,7 +42,7 @@ def test_the_file_was_made_by_the_shipped_recipe(tmp_path: Path) -> None:
 
 def test_at_most_four_megabytes_of_fp16() -> None:
     assert PATH.stat().st_size <= 4_000_000
-    assert {tensor.dtype for tensor in read_tensors(PATH).values()} == {torch.float16}
+    assert {tensor.dtype for tensor in read_checkpoint(PATH).tensors.values()} == {torch.float16}
 
 
 @pytest.mark.slow  # draws 1,000 images, 10 s: guards the drawn set, which a version number guards too

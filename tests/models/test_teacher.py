@@ -13,6 +13,8 @@ from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models.teacher import Teacher
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from tinymim.tests.stages.tiny import STATED
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 PIXELS = torch.arange(2 * 3 * 32 * 32).remainder(251).to(torch.uint8).reshape(2, 3, 32, 32)
@@ -76,7 +78,7 @@ def test_an_unknown_name_is_refused_with_names_like_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near_fp32(tmp_path: Path, precision: str) -> None:
-    save_file(small_vit().state_dict(), tmp_path / "w.safetensors")
+    save_file(small_vit().state_dict(), tmp_path / "w.safetensors", STATED)
     weights = str(tmp_path / "w.safetensors")
     fields: dict[str, Any] = {"name": "vit_tiny_patch16_224", "weights": weights, "block": 3, **SIZES}
     tap = Tap("qkv", 3)
@@ -93,7 +95,9 @@ def test_the_qkv_projection_makes_q_k_and_v_of_the_input(name: str, monkeypatch:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     monkeypatch.setattr("tinymim.models.teacher.build_with_weights", lambda *_args, **_kwargs: model)
-    teacher = Teacher(TeacherConfig(name=name, weights="here", block=2, **SIZES), [TAP])
+    teacher = Teacher(
+        TeacherConfig(name=name, weights="here", block=2, mean=IMAGENET_MEAN, std=IMAGENET_STD, **SIZES), [TAP]
+    )
     weight, bias = teacher.projection(TAP)
     assert weight.shape == (72, 24) and bias is not None and bias.shape == (72,)
     q, k, v, x = teacher(PIXELS)[TAP]

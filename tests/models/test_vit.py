@@ -83,7 +83,15 @@ def test_a_built_vit_has_maes_start() -> None:
     [
         ({"name": "vit_tinny_patch16_224"}, "vit_tinny"),
         ({"name": "resnet18"}, "resnet18"),
-        ({"embed_dim": 20, "num_heads": 3}, "num_heads"),
+        ({"num_heads": 5}, "num_heads"),  # of the width by name, 192
+        ({"name": ""}, "cannot build"),
+        ({"name": "local-dir:/nowhere"}, "Config file not found"),
+        ({"name": "a:b"}, "no source prefix"),
+        (
+            {"img_size": 225},
+            r"not a multiple of the patch(.|\n)*225, patches of 16 x 16(.|\n)*img_size=224",
+        ),
+        ({"img_size": 8}, r"patches of 16 x 16(.|\n)*img_size=16"),
     ],
 )
 def test_models_that_cannot_be_built_are_named(fields: dict[str, object], words: str) -> None:

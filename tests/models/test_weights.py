@@ -11,9 +11,9 @@ from timm.models import save_for_hf
 from tinymim.configs.errors import CheckpointError
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
-from tinymim.models.classifier import build_classifier
-from tinymim.models.files import HUB, RANDOM, weights_path
-from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from tinymim.models.files import HUB, RANDOM, weights_file
+from tinymim.models.timm_folder import Pixels, Rgb
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
 from tinymim.models.weights import build_pretrained, build_with_weights, load_weights, read_weights, stated
 
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
@@ -41,7 +41,7 @@ def test_a_file_and_a_hub_give_the_tensors_that_were_saved(model: torch.nn.Modul
 
 
 def test_a_packages_name_is_its_file() -> None:
-    path = weights_path("package:demo-teacher")
+    path, _ = weights_file("package:demo-teacher")
     assert path.name == "demo-teacher.safetensors" and path.is_file()
 
 
@@ -61,9 +61,82 @@ def test_a_name_without_hub_weights_is_refused() -> None:
         build_pretrained(ModelConfig(name="vit_wee_patch16_reg1_gap_25"))
 
 
-def test_only_hub_weights_state_their_pixels_and_licence() -> None:
-    augreg = build_classifier(CONFIG.model_copy(update={"name": "vit_tiny_patch16_224.augreg_in21k"}), 5, "cls")
-    for weights in ("a file", RANDOM):
-        assert stated(augreg, weights) == (IMAGENET_MEAN, IMAGENET_STD, "unknown (local file)")
-    assert stated(augreg, HUB) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "apache-2.0")
-    assert stated(torch.nn.Linear(1, 1), HUB) == (IMAGENET_MEAN, IMAGENET_STD, "unknown")
+# ---------------------------------------------------------------- mean and std of the pixels
+
+HALF = (0.5, 0.5, 0.5)
+UNKNOWN = "unknown (local file)"
+
+
+def file_of(model: torch.nn.Module, tmp_path: Path, **metadata: str) -> str:
+    (tmp_path / "w.safetensors").write_bytes(to_safetensors(model.state_dict(), metadata))
+    return str(tmp_path / "w.safetensors")
+
+
+def named(name: str) -> ModelConfig:
+    return ModelConfig(name=name, img_size=224)
+
+
+def pixels(config: ModelConfig, weights: str, **given: Any) -> tuple[Any, ...]:
+    with torch.device("meta"):
+        model = build_model(config)
+    found = stated(model, config, weights, **given)
+    return found.mean, found.std, found.license
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("vit_base_patch16_224.augreg_in21k", HALF, HALF),
+        ("vit_base_patch16_224.mae", IMAGENET_MEAN, IMAGENET_STD),
+        ("vit_tiny_patch16_224", HALF, HALF),  # all of timm's weights for it have these
+    ],
+)
+def test_a_file_is_normalised_as_its_timm_name_says(
+    model: torch.nn.Module, tmp_path: Path, name: str, mean: Rgb, std: Rgb
+) -> None:
+    weights = file_of(model, tmp_path)
+    assert pixels(named(name), weights) == (mean, std, UNKNOWN)
+    assert pixels(named(name), weights, mean=(0.1, 0.2, 0.3)) == ((0.1, 0.2, 0.3), std, UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (named("vit_base_patch16_224"), r"differ: mean \(0\.5, 0\.5, 0\.5\) of \.augreg(.|\n)*\(0\.485"),
+        (CONFIG, "not those of timm's 'vit_tiny_patch16_224'"),
+        (named("vit_small_patch16_36x1_224"), "a file alone"),
+    ],
+)
+def test_where_it_cannot_be_known_it_must_be_given(
+    model: torch.nn.Module, tmp_path: Path, config: ModelConfig, reason: str
+) -> None:
+    weights = file_of(model, tmp_path, made_by="somebody")
+    for given in ({}, {"mean": HALF}):
+        with pytest.raises(CheckpointError, match=f"mean and std of the pixels(.|\n)*{reason}") as caught:
+            pixels(config, weights, **given)
+        assert "mean=[0.485" in str(caught.value.hint)
+    assert pixels(config, weights, mean=HALF, std=IMAGENET_STD) == (HALF, IMAGENET_STD, UNKNOWN)
+
+
+def test_our_own_files_state_it(model: torch.nn.Module, tmp_path: Path) -> None:
+    own = Pixels((0.1, 0.2, 0.3), HALF)
+    tagged = CONFIG.model_copy(update={"name": "vit_tiny_patch16_224.augreg_in21k"})
+    for config in (CONFIG, tagged):
+        assert pixels(config, file_of(model, tmp_path, **own.metadata())) == ((0.1, 0.2, 0.3), HALF, UNKNOWN)
+        for command in ("pretrain-mae", "train-student"):  # files from before the statement
+            old = file_of(model, tmp_path, made_by=f"tinymim {command}")
+            assert pixels(config, old) == (IMAGENET_MEAN, IMAGENET_STD, UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"mean": [1, 2], "std": [1, 1]}', '{"mean": [1e999, 0, 0], "std": 3}']
+)
+def test_a_statement_that_is_none_does_not_count(model: torch.nn.Module, tmp_path: Path, text: str) -> None:
+    with pytest.raises(CheckpointError, match="mean and std"):
+        pixels(CONFIG, file_of(model, tmp_path, pixels=text))
+
+
+def test_hub_weights_and_new_ones(model: torch.nn.Module) -> None:
+    augreg = CONFIG.model_copy(update={"name": "vit_tiny_patch16_224.augreg_in21k"})
+    assert pixels(augreg, HUB) == (HALF, HALF, "apache-2.0")
+    assert pixels(augreg, RANDOM) == (IMAGENET_MEAN, IMAGENET_STD, UNKNOWN)

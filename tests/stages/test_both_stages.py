@@ -33,6 +33,7 @@ from tinymim.stages.units import draft
 from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import (
+    STATED,
     STUDENT,
     TEACHER,
     Overrides,
@@ -219,7 +220,9 @@ def _odd(home: Path) -> Path:
     """A cache of a teacher with 8 heads."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 8}
-    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), home / "t8.safetensors")
+    save_file(
+        timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), home / "t8.safetensors", STATED
+    )
     teacher = {"name": "vit_tiny_patch16_224", "block": 1, "weights": str(home / "t8.safetensors"), **sizes}
     cache_teacher.run(cache_recipe(home, teacher=teacher, cache=home / "cache8", run={"folder": home / "run8"}))
     return home / "cache8"

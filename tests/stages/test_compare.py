@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from tinymim.configs.errors import RecipeError, UserError
@@ -15,6 +16,7 @@ from tinymim.models.checkpoints import tensors_sha256
 from tinymim.stages import compare
 from tinymim.stages.compare import as_json, as_text, table_cells
 from tinymim.stages.pages.compare import PICTURES
+from tinymim.stages.pages.look import keep_flat
 from tinymim.stages.pages.summary import RunSummary, differences, read_runs
 from tinymim.stages.run.metrics import metric
 from tinymim.tests.stages.conftest import Run
@@ -170,7 +172,7 @@ def test_results_of_a_target_or_an_evaluator_that_nobody_has_listed_are_columns_
 def test_pictures_say_which_direction_is_better(runs: dict[str, Path]) -> None:
     labels = {picture.title: picture.label for picture in PICTURES}
     assert labels["Fine-tuning: loss"] == "cross entropy, lower is better"
-    assert labels["k-NN top-1 of audits"] == "share of images, higher is better"
+    assert labels["k-NN top-1 of audits"] == "% of images, higher is better"
     assert all(len({metric(family).better for family in picture.families}) == 1 for picture in PICTURES)
 
 
@@ -182,9 +184,43 @@ def test_the_page_needs_nothing_else_and_shows_what_there_is(runs: dict[str, Pat
     assert not re.search(r'(?:src|href)="(?!data:)', page) and "http" not in page and "<script" not in page
     headings = re.findall("<h2>(.*?)</h2>", page)
     assert len(headings) == page.count("<img") + 2  # recipes of students, and the folders
+    # Every curve is visible once: by step or by epoch, whichever the switch says.
+    for axis in ("step", "epoch"):
+        shown = re.findall(f'<div class="by-{axis}"><h2>(.*?)</h2>', page)
+        assert len(shown) == len(set(shown)) > 0
+    assert page.count('type="radio"') == 2
     assert "k-NN top-1 of audits" in headings and "Fine-tuning: top-1" in headings and "Device-hours" in headings
     compare.run([runs["old"]], tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<img") == 1
+
+
+def test_no_table_has_more_columns_than_fit_a_telephone(runs: dict[str, Path], tmp_path: Path) -> None:
+    compare.run(list(runs.values()), tmp_path / "page.html")
+    heads = re.findall("<thead><tr>(.*?)</tr>", (tmp_path / "page.html").read_text())
+    assert max(head.count("<th") for head in heads) <= 5
+    named = re.findall(r"<th[^>]*>(\w+)</th>", "".join(heads[:2]))
+    assert [name for name in named if name != "run"] == [*runs]
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "least"), [([0.8, 0.801], False, 0.15), ([0.51, 0.512], True, 0.049), ([0.1, 0.9], True, 0.8)]
+)
+def test_a_flat_line_looks_flat(values: list[float], share: bool, least: float) -> None:
+    axes = Figure().subplots()
+    axes.plot(values)
+    keep_flat(axes, values, share)
+    low, high = axes.get_ylim()
+    assert high - low >= least and low <= min(values) and high >= max(values)
+    if share:
+        assert axes.yaxis.get_major_formatter()(0.25).startswith("25")
+
+
+@pytest.mark.parametrize("values", [[], [0.0, 0.0], [1.0], [0.0], [-1.0, -1.0]])
+def test_lines_without_a_size_keep_their_axis(values: list[float]) -> None:
+    axes = Figure().subplots()
+    axes.plot(values)
+    keep_flat(axes, values)
+    assert axes.get_ylim()[0] < axes.get_ylim()[1]
 
 
 def test_several_students_of_one_run_are_several(tmp_path: Path) -> None:

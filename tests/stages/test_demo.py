@@ -16,6 +16,7 @@ from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.stages import demo
 from tinymim.stages.pages.demo import RELATIONS_NAME
+from tinymim.tests.stages.tiny import STATED
 
 SIZE = demo.DemoSize(train_images=20, val_images=10, images_per_shard=10, steps=2, batch_size=8, workers=0, threads=1)
 ARMS = [
@@ -38,7 +39,7 @@ class Made(NamedTuple):
 def write_teacher(path: Path, seed: int = 0) -> str:
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
-    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), path)
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), path, STATED)
     return str(path)
 
 

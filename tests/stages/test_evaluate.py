@@ -22,6 +22,7 @@ from tinymim.pipeline.views import CentreView
 from tinymim.stages import evaluate, make_shards
 from tinymim.stages.evaluation.encode import EncodedSet, Encoder, load_encoder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
+from tinymim.tests.stages.tiny import STATED
 
 MODEL = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -164,7 +165,7 @@ def test_stop(drawn_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_checkpoint_gives_the_features_of_its_model(drawn_shards: Path, tmp_path: Path) -> None:
     random = recipe(drawn_shards, tmp_path / "random")
     state = {name: tensor.contiguous() for name, tensor in load_encoder(random)[0].state_dict().items()}
-    save_file(state, tmp_path / "encoder.safetensors")
+    save_file(state, tmp_path / "encoder.safetensors", STATED)
     result = evaluate.run(recipe(drawn_shards, tmp_path / "file", weights=str(tmp_path / "encoder.safetensors")))
     expected = evaluate.run(random)
     same = ("knn_top1", "knn_top5", "linear_top1", "linear_top5", "weights_sha256", "mean")
@@ -196,6 +197,7 @@ def test_hub_without_network_is_a_checkpoint_error(
     def offline(*_args: object, **_options: object) -> None:
         raise OSError("We couldn't connect to the hub")
 
+    monkeypatch.setattr("tinymim.models.hub.unreachable", lambda: None)
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(CheckpointError) as caught:
         evaluate.run(recipe(drawn_shards, tmp_path / "run", weights="hub", model={"name": "vit_tiny_patch16_224"}))

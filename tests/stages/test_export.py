@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,7 +16,7 @@ from tinymim.configs.errors import CheckpointError, UserError
 from tinymim.configs.sections import ModelConfig, TeacherConfig
 from tinymim.configs.taps import Tap
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import build_vit
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
 from tinymim.models.weights import load_weights
 from tinymim.stages import export, train_student
 from tinymim.tests import official
@@ -46,6 +47,25 @@ def features(weights: str) -> Tensor:
 def exported(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = torch.load(path, weights_only=True)["model"]
     return tensors
+
+
+@pytest.mark.parametrize("name", ["run-student/student", "run-student/student-ema", "run-several/a/student"])
+def test_timm_loads_the_folder_of_a_student_with_its_sizes_and_normalisation(root: Path, name: str) -> None:
+    model: Any = timm.create_model(f"local-dir:{root / name}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(IMAGES), features(f"{root / name}.safetensors"))
+    assert model.num_classes == 0 and model.blocks[0].attn.num_heads == STUDENT["num_heads"]
+    data = timm.data.resolve_model_data_config(model)
+    assert data == {
+        "input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center",
+        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
+    }  # fmt: skip
+    tensors = load_file(root / name / "model.safetensors")
+    assert torch.equal(features(str(root / name)), features(f"{root / name}.safetensors"))  # the folder is `weights`
+    save_file({key: tensor for key, tensor in tensors.items() if key != "norm.bias"}, root / name / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"norm\.bias"):
+        timm.create_model(f"local-dir:{root / name}", pretrained=True)
+    save_file(tensors, root / name / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["student", "student-ema"])

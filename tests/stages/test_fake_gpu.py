@@ -27,7 +27,7 @@ from tinymim.targets.relations import sparsify
 from tinymim.targets.relations.kernels import encode as encode_kernel
 from tinymim.targets.relations.kernels import loss as loss_kernel
 from tinymim.targets.relations.qkv import QKV
-from tinymim.tests.stages.tiny import TEACHER
+from tinymim.tests.stages.tiny import STATED, TEACHER
 from tinymim.tests.targets.relations.plain import make_codec, relation_loss, tapped
 
 CODECS: list[dict[str, Any]] = [
@@ -104,7 +104,7 @@ def test_views_of_more_than_256_tokens_are_picked_for_the_audit(tmp_path: Path) 
     sizes = TEACHER | {"img_size": 68, "patch_size": 4}  # 17 x 17 patches and a class token
     torch.manual_seed(0)
     config = TeacherConfig.model_validate(sizes | {"weights": str(tmp_path / "teacher.safetensors"), "block": 2})
-    save_file(build_model(config).state_dict(), tmp_path / "teacher.safetensors")
+    save_file(build_model(config).state_dict(), tmp_path / "teacher.safetensors", STATED)
     kind = make_kind(codec_config(rows=4, tail_k=3), 2)
     items = np.array([[0, sample, view] for sample in range(2) for view in range(2)])
     batch = ViewBatch(

@@ -14,7 +14,7 @@ from tinymim.configs.schema import CacheTeacherRecipe, FidelityRecipe
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher, fidelity, train_student
 from tinymim.storage.reader import CacheReader
-from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import STATED, STUDENT, TEACHER, cache_recipe, student_recipe, write_teacher
 
 CODECS: dict[str, Any] = {
     "sketch": {"rows": 9, "tail_k": 4},
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Path:
     write_teacher(folder / "random.safetensors")
     state = load_file(folder / "random.safetensors")
     state["blocks.1.attn.qkv.weight"] *= 12.0
-    save_file(state, folder / "teacher.safetensors")
+    save_file(state, folder / "teacher.safetensors", STATED)
     return folder
 
 

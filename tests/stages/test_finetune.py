@@ -28,7 +28,7 @@ from tinymim.stages.training.optim import make_optimiser, state_identity
 from tinymim.stages.training.validation import Validation
 from tinymim.tests.stages.conftest import Run
 from tinymim.tests.stages.finetunes import losses, recipe, validations
-from tinymim.tests.stages.tiny import signal_in_step
+from tinymim.tests.stages.tiny import STATED, signal_in_step
 
 Report = dict[str, Any]
 
@@ -238,7 +238,7 @@ def test_it_starts_from_an_encoder_and_says_so(
     code, out, err = run("finetune", tmp_path / "recipe.yaml")
     assert (code, out) == (2, "") and "weights file does not exist" in err and "hint:" in err
     assert not (tmp_path / "run").exists()
-    (tmp_path / "encoder.safetensors").write_bytes(to_safetensors(build_vit(wanted.model).state_dict(), {}))
+    (tmp_path / "encoder.safetensors").write_bytes(to_safetensors(build_vit(wanted.model).state_dict(), STATED))
     code, out, err = run("finetune", tmp_path / "recipe.yaml", "--set", "optim.steps=3")
     assert code == 0
     report = json.loads(out)
@@ -254,7 +254,7 @@ def test_a_state_of_other_weights_is_refused(shards: Path, tmp_path: Path) -> No
     for seed in (0, 1):
         wanted = recipe(shards, tmp_path / str(seed))
         torch.manual_seed(seed)
-        (tmp_path / f"{seed}.safetensors").write_bytes(to_safetensors(build_vit(wanted.model).state_dict(), {}))
+        (tmp_path / f"{seed}.safetensors").write_bytes(to_safetensors(build_vit(wanted.model).state_dict(), STATED))
     finetune.run(recipe(shards, tmp_path / "run", weights=str(tmp_path / "0.safetensors"), optim=optim))
     with pytest.raises(CheckpointError, match="another recipe"):
         finetune.run(recipe(shards, tmp_path / "run", weights=str(tmp_path / "1.safetensors"), optim=optim))

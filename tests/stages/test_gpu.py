@@ -16,7 +16,7 @@ from tinymim.stages.training.learner import LossWatch
 from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.finetunes import losses, recipe
-from tinymim.tests.stages.tiny import STUDENT, student_recipe
+from tinymim.tests.stages.tiny import STATED, STUDENT, student_recipe
 
 SIZES: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
 
@@ -49,6 +49,7 @@ def test_a_cache_from_the_gpu_equals_one_from_the_cpu_and_trains(tmp_path: Path,
     save_file(
         timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZES).state_dict(),
         tmp_path / "teacher.safetensors",
+        STATED,
     )
     records = {}
     for device in ("cpu", "cuda"):

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.models.timm_folder import Pixels
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.stages import make_shards
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training.optim import seeded
@@ -21,6 +23,8 @@ from tinymim.storage.reader import CacheReader
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_heads": 2}
 TEACHER: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, **SIZES}
 STUDENT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 8, "depth": 2, **SIZES}
+
+STATED = Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()  # of a file of weights: the pixels it is for
 
 Overrides = dict[str, Any]
 
@@ -65,7 +69,7 @@ def student_recipe(root: Path, **changes: Any) -> TrainStudentRecipe:
 def write_teacher(path: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     sizes = {name: value for name, value in TEACHER.items() if name != "name"}
-    save_file(timm.create_model(str(TEACHER["name"]), num_classes=0, **sizes).state_dict(), path)
+    save_file(timm.create_model(str(TEACHER["name"]), num_classes=0, **sizes).state_dict(), path, STATED)
 
 
 def write_set(root: Path, count: int = 36, images_per_shard: int = 12) -> Path:

@@ -12,12 +12,14 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
+from obstore.exceptions import PermissionDeniedError
 from zarr.storage import ZipStore
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.storage.commit import holds_keys
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.leases import Leases
+from tinymim.storage.objects import store_error
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import Store, TooLarge, open_store
 from tinymim.storage.writer import CacheGone, CacheWriter, UnitTaken
@@ -480,3 +482,12 @@ class TestObjectStore(StoreContract):
         for name, value in seaweedfs.items():
             monkeypatch.setenv(name, value)
         return f"s3://{BUCKET}/caches/{next(_numbers)}"
+
+
+@pytest.mark.parametrize(
+    ("url", "variable"),
+    [("s3://b/x", "AWS_ACCESS_KEY_ID"), ("gs://b/x", "GOOGLE_"), ("az://b/x", "AZURE_"), ("abfss://c@a/x", "AZURE_")],
+)
+def test_a_refusal_names_the_variables_of_its_own_store(url: str, variable: str) -> None:
+    hint = str(store_error(url, PermissionDeniedError("no")).hint)
+    assert variable in hint and sum(word in hint for word in ("AWS_", "GOOGLE_", "AZURE_")) == 1

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig
+from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig, OrderConfig
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.vit import build_vit
+from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.training.optim import (
     Schedule,
@@ -19,6 +20,7 @@ from tinymim.stages.training.optim import (
     make_schedule,
     optimiser_step,
     parts_of,
+    require_batch,
     seeded,
 )
 
@@ -61,8 +63,16 @@ def test_the_rate_scales_linearly_with_the_batch(batch_size: int) -> None:
 
 
 def test_less_than_one_batch_is_refused() -> None:
-    with pytest.raises(UserError, match="less than one batch"):
-        make_schedule(optim(), 0)
+    for images, lanes, batch, words in (
+        (3068, 4, 4096, "--set optim.batch_size=512"),
+        (6, 4, 8, "--set optim.batch_size=4"),
+        (3, 4, 8, "add images, or lower order.lanes"),
+    ):
+        order = SampleOrder([images], OrderConfig(lanes=lanes), batch, None)
+        with pytest.raises(UserError, match=f"less than one batch(.|\n)*got: {images:,} images.*{batch:,}") as caught:
+            require_batch(order, 1)
+        assert words in str(caught.value.hint)
+    require_batch(SampleOrder([8], OrderConfig(), 8, None), 1)
 
 
 # ---------------------------------------------------------------- optimiser
@@ -125,3 +135,19 @@ def test_cuda_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto") == torch.device("cpu")
     with pytest.raises(RecipeError, match=r"run\.device"):
         pick_device("cuda:1")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(RecipeError, match=r"got: cuda:2\n  expected: cuda:0 to cuda:1"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.99])
+def test_a_mask_that_hides_all_or_nothing_is_refused(ratio: float) -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    encoder = build_vit(ModelConfig.model_validate(sizes))
+    with pytest.raises(RecipeError, match=r"mae\.mask_ratio"):
+        MaskedAutoencoder(encoder, MaeConfig(mask_ratio=ratio))

@@ -25,7 +25,7 @@ from tinymim.stages.units.prepare import prepare
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import UnitDraft, UnitTaken
-from tinymim.tests.stages.tiny import cache_recipe, tree, write_set
+from tinymim.tests.stages.tiny import STATED, cache_recipe, tree, write_set
 
 SHARDS, IMAGES = 5, 7
 
@@ -111,7 +111,7 @@ def test_a_teacher_that_overflows_is_refused_behind_the_device_and_nothing_is_co
 ) -> None:
     tensors = load_file(made / "teacher.safetensors")
     tensors["blocks.1.attn.qkv.weight"][0, 0] = float("inf")
-    save_file(tensors, tmp_path / "broken.safetensors")
+    save_file(tensors, tmp_path / "broken.safetensors", STATED)
     teacher = recipe(made, tmp_path).teacher.model_copy(update={"weights": str(tmp_path / "broken.safetensors")})
     with pytest.raises(RecipeError, match="the teacher's tensors are not finite"):
         cache_teacher.run(recipe(made, tmp_path, teacher=teacher))

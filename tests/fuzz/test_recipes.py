@@ -1,0 +1,115 @@
+"""Any value in any field of any recipe gives a RecipeError that names the field, or a recipe that loads back equal."""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.load import dump_recipe, load_recipe, parse_yaml, recipe_digest
+from tinymim.configs.schema import RECIPES
+from tinymim.configs.shipped import recipe_file, shipped_recipes
+from tinymim.tests.fuzz.damage import damaged, outcomes
+
+STARTS = {
+    "pretrain-mae": "mae-lite-tiny",
+    "cache-teacher": "imagenet-sample-topk",
+    "train-student": "imagenet-tinymim-t",
+    "finetune": "imagenet-mae-lite-finetune",
+    "evaluate": "tinyimagenet40-eval",
+    "fidelity": "imagenet-sample-fidelity",
+    "chain": "imagenet-tinymim-chain",
+}
+VALUES: list[Any] = [
+    *(None, True, False, "", " ", "x" * 5000, "a\nb", "\x1b[31m", "null", "/", "..", "s3:/b", "s3://b/x", "~", "é"),
+    *(0, 1, -1, 3, 255, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**40),
+    *(0.0, -0.0, 0.5, 1e-320, 1e-9, 1.5, 1e308, -1e308, math.inf, -math.inf, math.nan),
+    *([], [[]], {}, {"": {}}, {"a": {}}, {"name": "knn"}, {1: 2}, [0.5, 0.5], [1, 2, 3], [math.nan] * 3, ["qk", "qk"]),
+    *("cuda:0", "auto", "random", "hub", "*.tar", "[", "**", "rand-m9", "rand-m", "rand--", "local-dir:", "a.b", "a:b"),
+]
+
+
+def places(section: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Keys that lead to every value of a recipe, sections and entries of lists included."""
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    for key, value in items:
+        yield (*at, key)
+        yield from places(value, (*at, key))
+
+
+def put(section: Any, keys: tuple[Any, ...], value: Any) -> None:
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = value
+
+
+def whole(stage: str) -> Any:
+    """A valid recipe with every field written out, as JSON values."""
+    recipe = load_recipe(Path(STARTS[stage]), stage)
+    data = recipe.model_dump(mode="json")
+    if stage == "train-student":
+        data |= {"ema": {"decay": 0.5, "warmup": True}}
+        knn = {"train": data["source"], "val": data["source"], "k": 3, "temperature": 0.1, "resize_ratio": 1.0}
+        data["audit"] = {"cache": "a", "source": data["source"], "every_epochs": 1.0, "num_images": 8, "knn": knn}
+    if stage == "cache-teacher":
+        cluster = {"address": "auto", "workers": 2, "gpus_per_worker": 0.5, "cpus_per_worker": 2.0}
+        data |= {"cluster": cluster}
+    return data
+
+
+def check(path: Path, stage: str) -> str:
+    """Load a recipe; what it holds must come back from its own dump, and have a digest."""
+    recipe = load_recipe(path, stage)
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert recipe_digest(load_recipe(path, stage)) == recipe_digest(recipe)
+    json.dumps(recipe.model_dump(mode="json"), allow_nan=False)
+    return "valid"
+
+
+@pytest.mark.parametrize(
+    "every",
+    [60, pytest.param(1, marks=pytest.mark.slow)],  # slow: all of 32,000 values, four minutes
+)
+@pytest.mark.parametrize("stage", RECIPES)
+def test_every_value_in_every_field(stage: str, every: int, tmp_path: Path) -> None:
+    start = json.dumps(whole(stage))
+    cases = [(keys, value) for keys in places(json.loads(start)) for value in VALUES][::every]
+    path = tmp_path / "recipe.yaml"
+
+    def read(number: int) -> str:
+        keys, value = cases[number]
+        data = json.loads(start)
+        put(data, keys, value)
+        path.write_text(json.dumps(data), encoding="utf-8")
+        try:
+            return check(path, stage)
+        except RecipeError as error:
+            if str(keys[0]) not in str(error):
+                raise AssertionError(f"{keys} = {value!r} is not named: {error}") from error
+            return "RecipeError"
+
+    found = outcomes(read, len(cases))
+    print(f"{stage}: {sum(found.values()):,} values: {dict(found)}")
+    assert set(found) == {"valid", "RecipeError"}
+
+
+@pytest.mark.parametrize(
+    "count",
+    [300, pytest.param(20_000, marks=pytest.mark.slow)],  # slow: two minutes, for rare combinations
+)
+def test_damaged_files(count: int, tmp_path: Path) -> None:
+    texts = {name: recipe_file(name).read_bytes() for name in shipped_recipes()}
+    rng, path = random.Random(0), tmp_path / "recipe.yaml"
+
+    def read(_number: int) -> str:
+        name = rng.choice(list(texts))
+        path.write_bytes(damaged(texts[name], rng))
+        return check(path, parse_yaml(texts[name].decode(), name)["stage"])
+
+    found = outcomes(read, count)
+    print(f"recipes: {sum(found.values()):,} damaged files: {dict(found)}")
+    assert set(found) == {"valid", "RecipeError"}
