@@ -33,9 +33,7 @@ def checked_folder(value: object) -> Path:
     if colon and rest.startswith("/") and _SCHEME.fullmatch(scheme):
         known = scheme in STORE_SCHEMES and not rest.startswith("//")
         like = f"{scheme}://{rest.lstrip('/')}" if known else f"./{value}"
-        raise ValueError(
-            f"got '{value}', which is neither a local path nor a URL that is possible here; such as {like}"
-        )
+        raise ValueError(f"got '{value}', no local path, nor a URL that can be used here; such as {like}")
     return Path(value)
 
 

@@ -234,7 +234,7 @@ def test_recipes_keep_urls_as_they_are(tmp_path: Path) -> None:
         ("s3://key:secret@bucket/x", "credentials belong in the environment"),
         ("https://host/x?sig=1", "without a query"),
         ("s3://", "SCHEME://BUCKET"),
-        ("5", "got 5; expected a folder"),
+        ("s3:/bucket/x", r"no local path(.|\n)*such as s3://bucket/x"),
     ],
 )
 def test_urls_that_are_refused(value: str, message: str) -> None:
