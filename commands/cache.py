@@ -104,8 +104,8 @@ def cache_verify(
     Reads all files of the cache: sizes, digests, decoding, keys, commit records,
     groups, constants, files that belong to nothing, and the layers against one
     another. --deep also reads the images and the teacher: it draws, renders and
-    encodes a sample of views of the recipe's layer again. The digests of the pixels
-    must equal the stored ones, and at least --min-agreement of the codec's elements.
+    encodes a sample of views of the recipe's layer again. All digests of the pixels
+    must equal the stored ones, and of the elements of records --min-agreement.
     Writes nothing. Prints all findings. Exit code 0 without findings, else 2.
 
     Example: tinymim cache verify caches/mine --deep cache.yaml --sample 256
@@ -190,8 +190,8 @@ def cache_copy(
     Writes DST unit by unit. A stopped copy resumes. Several copies at once share
     the work. Existing units stay. The copy has the same bytes. A DST that holds
     another cache is refused.
-    --format 2 upgrades a cache in format 1: records, keys and statistics stay equal,
-    and every unit is read back and compared.
+    --format 2 upgrades a cache in format 1: records, keys and statistics stay as
+    they are, and every unit is read back and compared.
 
     Example: tinymim cache copy caches/mine s3://bucket/caches/mine
 

@@ -165,6 +165,11 @@ class OldManifest(_Exact):
         return int(self.teacher["block"])
 
     @property
+    def tap(self) -> str:
+        """The tap that format 1 implied: its caches held relations only."""
+        return f"qkv@{self.block}"
+
+    @property
     def shapes(self) -> Shapes:
         """Shapes of the teacher's output for a view."""
         rows, columns = self.teacher["grid"]

@@ -163,9 +163,9 @@ def test_tests_mirror_the_tree() -> None:
 
 
 def test_only_relations_name_what_relations_are_made_of() -> None:
-    """Models give taps and configs hold the section; everything else knows target kinds by their contract."""
+    """Models give taps, configs hold the section, format 1 knew no others; the rest knows kinds by their contract."""
     words = re.compile(r"\bqkv\b|\bQKV\b|relation_heads|\bkl_(qk|vv|qq|kk)\b|[\"'](qk|vv|qq|kk)[\"']")
-    own = {Path("targets/relations"), Path("models"), Path("configs"), Path("tests")}
+    own = {Path("targets/relations"), Path("models"), Path("configs"), Path("tests"), Path("storage/v1.py")}
     wrong = [
         f"{path}:{number}: {line.strip()}"
         for path in _modules()

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
-from tinymim.configs.taps import Tap
 from tinymim.stages.cache.copy import refuse_itself
 from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
@@ -133,7 +132,7 @@ def new_layer(old: OldCache, manifest: Manifest, name: str) -> Layer:
     }
     codec = old.manifest.codec
     target = {
-        "taps": [str(Tap("qkv", old.manifest.block))],
+        "taps": [old.manifest.tap],
         "name": codec["name"],
         "version": codec["version"],
         "parameters": codec["parameters"],

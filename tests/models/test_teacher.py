@@ -38,7 +38,7 @@ def test_hub_weights_load_with_the_normalisation_and_licence_that_timm_states(tm
     assert described["mean"] == [0.1, 0.2, 0.3] and described["std"] == [0.4, 0.5, 0.6]
     assert described["license"] == "cc-by-nc-4.0"
     assert teacher.shapes() == Shapes(heads=3, head_dim=8, tokens=17, prefix_tokens=1, grid=(4, 4))
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    save_file(model.state_dict(), tmp_path / "w.safetensors", STATED)
     from_file = TeacherConfig(
         name="vit_tiny_patch16_224",
         weights=str(tmp_path / "w.safetensors"),
@@ -114,7 +114,7 @@ def test_a_fine_tuned_file_gives_logits_pooled_embedding_and_final_tokens(tmp_pa
     torch.manual_seed(0)
     model: Any = timm.create_model("vit_tiny_patch16_224", num_classes=5, global_pool=pool, **SIZES)
     torch.nn.init.normal_(model.head.weight)
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    save_file(model.state_dict(), tmp_path / "w.safetensors", STATED)
     config = TeacherConfig(name="vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"), block=2, **SIZES)
     taps = [Tap("logits"), Tap("pooled"), Tap("tokens", 2)]
     teacher = Teacher(config, taps)
@@ -128,11 +128,11 @@ def test_a_fine_tuned_file_gives_logits_pooled_embedding_and_final_tokens(tmp_pa
 
 def test_the_end_of_the_model_needs_its_final_norm_and_logits_a_classifier(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in small_vit().state_dict().items() if not name.startswith("norm.")}
-    save_file(tensors, tmp_path / "w.safetensors")
+    save_file(tensors, tmp_path / "w.safetensors", STATED)
     config = TeacherConfig(name="vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"), block=2, **SIZES)
     assert Teacher(config, [Tap("tokens", 3)]).shapes().tokens == 17
     with pytest.raises(CheckpointError, match=r"missing: norm\.bias"):
         Teacher(config, [Tap("tokens")])
-    save_file(small_vit().state_dict(), tmp_path / "w.safetensors")
+    save_file(small_vit().state_dict(), tmp_path / "w.safetensors", STATED)
     with pytest.raises(RecipeError, match="no classifier"):
         Teacher(config, [Tap("logits")])
