@@ -30,7 +30,10 @@ def test_line_feeds_are_kept_only_before_our_own_indented_lines() -> None:
     assert printable("a\nb\n  c", "") == "a\nb\n  c" and printable("a\n  b", "\n") == r"a\n  b"
 
 
-def test_errors_logs_and_tables_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_logs_and_tables_are_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", False)  # pytest-xdist cannot send what pytest would capture of it
     with ProgressFiles(tmp_path / "log.txt", tmp_path / "status.json"):
         logger.info(f"shard {EVIL}\nforged")
     assert capsys.readouterr().err == f"shard {SHOWN}\\nforged\n"
