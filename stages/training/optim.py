@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tinymim.configs.errors import UserError
-from tinymim.configs.schema import TrainingRecipe
+from tinymim.configs.schema import TrainingRecipe, TrainStudentRecipe
 from tinymim.configs.sections import LayerwiseOptimConfig, OptimConfig
 from tinymim.pipeline.order import SampleOrder
 from tinymim.storage.atomic import canonical_json, digest_hex
@@ -158,6 +158,8 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     free |= {"num_views": True, "on_missing": True, "layer": True}
     free["run"] = {"folder", "device", "threads", "log_every"}
     if recipe.ema is None:
-        free["ema"] = True  # keeps the identity of states that are older than the field
+        free["ema"] = True  # keeps the identity of states that are older than the field, as for `targets`
+    if isinstance(recipe, TrainStudentRecipe):
+        free["targets"] = {name for name in ("loss", "projector") if getattr(recipe.targets, name) is None}
     fields = recipe.model_dump(mode="json", exclude=free)
     return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))

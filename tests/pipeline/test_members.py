@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tinymim.pipeline import shards as shards_module
 from tinymim.pipeline import tar as tar_module
 from tinymim.pipeline.members import MEMBERS_NAME, Keys, Members, MembersWriter, load_members, read_table
 from tinymim.pipeline.shards import INDEX_NAME, ShardSet, open_shards
+from tinymim.storage.atomic import partial_path
 
 KEYS = ["a", "", "猫/ü x", "a" * 300, "last"]
 
@@ -87,16 +89,20 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
-    old, new = (tmp_path / f"{MEMBERS_NAME}.abcd-{i}-0.partial" for i in range(2))
-    other = tmp_path / "download.partial"
-    for path in (old, new, other):
+def test_what_a_dead_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = partial_path(tmp_path / MEMBERS_NAME)
+    child = subprocess.Popen(["true"])
+    child.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: child.pid)
+        dead = partial_path(tmp_path / MEMBERS_NAME)
+    elsewhere, other = tmp_path / f"{MEMBERS_NAME}.00000000-1-0.partial", tmp_path / "download.partial"
+    for path in (ours, dead, elsewhere, other):
         path.write_bytes(b"half")
-    for path in (old, other):
-        os.utime(path, (0, 0))
     with MembersWriter(tmp_path):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MEMBERS_NAME, new.name, other.name])
+    kept = [MEMBERS_NAME, ours.name, elsewhere.name, other.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_shards_of_make_shards_are_never_scanned(drawn_shards: Path, scanned: list[str]) -> None:

@@ -14,7 +14,7 @@ from tinymim.stages import make_shards
 from tinymim.stages.run.preflight import preflight, require_inputs
 from tinymim.stages.training.states import read_state
 
-CACHE = Path(__file__).parents[2] / "data" / "cache_v1"
+CACHE = Path(__file__).parents[2] / "data" / "cache_v2"
 NO_SOURCE = "source folder does not exist"
 NO_SHARDS = "no shards match 'no-*.tar'"
 NO_WEIGHTS = "weights file does not exist"
@@ -30,7 +30,7 @@ INPUTS = [
     ("cache-teacher", "demo-cache", (), NO_SOURCE),
     ("cache-teacher", "demo-cache", (SHARDS, f"teacher.{WEIGHTS}"), NO_WEIGHTS),
     ("train-student", "demo-narrow", (SHARDS, "cache=nowhere"), NO_CACHE),
-    ("train-student", "demo-narrow", (f"cache={CACHE}",), NO_SOURCE),
+    ("train-student", "demo-narrow", (f"cache={CACHE}", "layer=rel"), NO_SOURCE),
     ("evaluate", "tinyimagenet40-eval", ("train={shards: shards}", "val.shards=nowhere", WEIGHTS), NO_SOURCE),
     ("evaluate", "tinyimagenet40-eval", (*LABELLED, WEIGHTS), NO_WEIGHTS),
     ("finetune", "tinyimagenet40-finetune", ("train.shards=nowhere", WEIGHTS), NO_SOURCE),
