@@ -110,7 +110,7 @@ class PretrainMaeRecipe(_Training):
 
 
 class CacheTeacherRecipe(Section):
-    """`tinymim cache-teacher`: run the teacher once over every view and store the sketches."""
+    """`tinymim cache-teacher`: run the teacher once over every view and store its targets."""
 
     stage: Literal["cache-teacher"] = Field(description=_STAGE)
     source: SourceConfig = Field(description=_SOURCE)
@@ -122,7 +122,7 @@ class CacheTeacherRecipe(Section):
     )
     cache: Place | None = Field(default=None, description="The cache to write: a folder, or a URL in an object store.")
     cache_root: Place | None = Field(
-        default=None, description="Instead of `cache`: a folder of shared caches, each named by its `spec_id`."
+        default=None, description="Instead of `cache`: a folder of shared caches, each named by its layer's `spec_id`."
     )
     layer: LayerName | None = Field(
         default=None,
