@@ -1,4 +1,4 @@
-"""The teacher of a recipe: build, load, cut, freeze, and describe it for the manifest."""
+"""The teacher of a recipe: build, load, cut, freeze, and describe it for a layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -79,7 +79,7 @@ class Teacher(nn.Module):
         return Shapes(heads, head_dim, tokens, self.prefix_tokens, self.grid)
 
     def describe(self) -> dict[str, Any]:
-        """The teacher's identity in a manifest: everything about it that changes a number."""
+        """The teacher's identity in a layer of a cache: everything about it that changes a number."""
         config = self.config
         return {
             "name": config.name,
