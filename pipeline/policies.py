@@ -18,6 +18,9 @@ from tinymim.pipeline.views import view_rng
 _BOX_DRAWS = 32  # more than RandomViews takes, and whole digests
 
 
+POLICIES_VERSION = 1  # another one where a policy makes other pixels: states of the old one are not resumed
+
+
 class Constants(NamedTuple):
     """Colours in levels of 255 that policies fill with; written into manifests and reports.
 

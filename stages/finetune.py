@@ -27,7 +27,7 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.operations import canaries
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.policies import Constants
+from tinymim.pipeline.policies import POLICIES_VERSION, Constants
 from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.evaluation.classes import count_classes
@@ -91,7 +91,11 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     size = recipe.model.img_size
     about = f"{recipe.model.name} of {count_parameters(model):,} parameters, {num_classes:,} classes"
     example = (torch.zeros(2, 3, size, size, device=device),)
-    content = [start.sha256, *(shard.content_hash for each in (source, held_out) for shard in each.shards)]
+    content = [
+        f"policies {POLICIES_VERSION}",
+        start.sha256,
+        *(shard.content_hash for each in (source, held_out) for shard in each.shards),
+    ]
     learner = Learner("", about, recipe, "model", model, example, ranks, order, content)
     history = History()
     learner.parts["history"] = history

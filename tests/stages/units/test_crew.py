@@ -28,7 +28,7 @@ from tinymim.stages.units import crew
 from tinymim.stages.units.crew import CacheWorker
 from tinymim.tests.stages.tiny import cache_recipe, tree, write_set, write_teacher
 
-SHARDS, IMAGES = 12, 10
+SHARDS, IMAGES = 20, 10
 STORE_BYTES = 80 * 2**20
 
 
