@@ -129,7 +129,12 @@ def test_a_worker_is_killed_and_a_node_leaves(cluster: Cluster, made: Path, tmp_
 
     def kill_a_worker() -> None:
         at_work: set[int] = set()  # a lease may be gone when it is looked at again
-        until(lambda: committed(tmp_path) >= 1 and bool(at_work.update(owners(tmp_path)) or at_work))
+
+        def seen() -> bool:
+            at_work.update(owners(tmp_path))
+            return committed(tmp_path) >= 1 and bool(at_work)
+
+        until(seen)
         killed.append(min(at_work))
         os.kill(killed[0], signal.SIGKILL)
 
