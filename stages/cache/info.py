@@ -266,7 +266,7 @@ def _maker_lines(info: Mapping[str, Any]) -> list[str]:
 def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
     """A table with a row per quantity, and a column per relation and for all parameters together."""
     views = fidelity.get("audited_views", 0)
-    lines = [f"fidelity  on {views:,.0f} views, against dense maps; means over heads, units weighted by records"]
+    lines = [f"fidelity  on {views:,.0f} views, against dense targets; means over parts, units weighted by records"]
     table: dict[str, dict[str, float]] = {}
     columns: list[str] = []
     for name, value in fidelity.items():
