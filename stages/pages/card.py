@@ -96,7 +96,11 @@ def _fidelity(layers: list[Mapping[str, Any]]) -> list[str]:
     measured = [layer for layer in layers if layer["fidelity"]]
     if not measured:
         return []
-    lines = ["## Fidelity", "", "Against dense targets; means over parts and units, as `tinymim cache info` prints them."]
+    lines = [
+        "## Fidelity",
+        "",
+        "Against dense targets; means over parts and units, as `tinymim cache info` prints them.",
+    ]
     for layer in measured:
         rows = [[_cell(name), format_value(value)] for name, value in layer["fidelity"].items()]
         lines += ["", *markdown_table(["measure", _cell(layer["name"])], rows)]

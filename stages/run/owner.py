@@ -60,8 +60,8 @@ def _opened(folder: Path) -> Iterator[tuple[Any, bool]]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        except FileNotFoundError:  # its last owner has just removed the folder
-            if not tries_left:
+        except (FileNotFoundError, FileExistsError):  # its last owner has just removed the folder
+            if not tries_left or folder.is_file():
                 raise
             continue
         locked = True
@@ -97,7 +97,7 @@ def _wait_for_the_dead(folder: Path, file: Any, locked: bool) -> None:
     while time.monotonic() - began_s < _WATCH_S:
         time.sleep(0.2)
         if (now := _content(file)) != found:
-            raise _taken(folder, now)
+            raise _taken(folder, now or found)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -78,7 +78,8 @@ def test_spooling_changes_no_batch(six: Path, tmp_path: Path, s3: Log, workers: 
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(mine.pixels, other.pixels) and mine.keys == other.keys
         assert np.array_equal(mine.items, other.items)
-        largest = max(largest, sum(path.stat().st_size for path in tmp_path.glob("*.tar*")))
+        with suppress(FileNotFoundError):  # a download that has ended since it was listed
+            largest = max(largest, sum(path.stat().st_size for path in tmp_path.glob("*.tar*")))
     assert 0 < largest <= 4 * max(shard.size_bytes for shard in far.shards)
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
 

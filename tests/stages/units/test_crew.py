@@ -115,7 +115,8 @@ def test_workers_on_two_nodes_make_the_bytes_of_one_process_but_for_a_broken_sha
     ):
         cache_teacher.run(recipe(made, tmp_path, source=source, retries=1))
     whole = {path: data for path, data in tree(made / "cache").items() if "shard-000001" not in path}
-    assert tree(tmp_path / "cache") == whole and len(seen) == 2
+    # A worker that starts late may find nothing left to do, or release its only lease between two looks.
+    assert tree(tmp_path / "cache") == whole and 1 <= len(seen) <= 2
     err = capsys.readouterr().err
     assert "2 workers on 2 nodes" in err and err.count("unit shard-000001.tar v0-1 failed") == 2
     lines = read_metrics(tmp_path / "run")
