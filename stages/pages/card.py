@@ -99,7 +99,7 @@ def _fidelity(layers: list[Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Fidelity",
         "",
-        "Against dense targets; means over parts and units, as `tinymim cache info` prints them.",
+        "Against dense targets; means over parts and units, as in `tinymim cache info`.",
     ]
     for layer in measured:
         rows = [[_cell(name), format_value(value)] for name, value in layer["fidelity"].items()]
