@@ -1,6 +1,7 @@
 """Run a view source over a list of batches, in worker processes or in this one."""
 
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,11 +94,13 @@ def batches(
     """
     with spooling(source.shards, plan, look_ahead) as (plan, done):
         entries = plan if rank_part is None else rank_part.prepared(plan)
-        for made in _made(_Adapter(source), entries, config, pin_memory, batches_per_entry):
-            if isinstance(made, TinymimError):
-                raise made
-            yield from made if rank_part is None else rank_part.completed(made, pin_memory)
-            done()
+        # Closed here, so that no error keeps the workers alive for as long as somebody looks at its traceback.
+        with closing(_made(_Adapter(source), entries, config, pin_memory, batches_per_entry)) as loaded:
+            for made in loaded:
+                if isinstance(made, TinymimError):
+                    raise made
+                yield from made if rank_part is None else rank_part.completed(made, pin_memory)
+                done()
 
 
 def _made(
@@ -106,7 +109,7 @@ def _made(
     config: LoaderConfig,
     pin_memory: bool,
     batches_per_entry: int,
-) -> Iterator[_Made]:
+) -> Generator[_Made]:
     """What `adapter` makes of every entry, in their order."""
     if config.workers == 0:
         for made in map(adapter.__getitems__, entries):
