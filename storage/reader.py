@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from google_crc32c import value as crc32c
@@ -33,6 +33,8 @@ from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.manifest import Layer, Manifest
 from tinymim.storage.packed import open_cache_store
 from tinymim.storage.store import Store
+
+_RUN_BYTES: Final = 2**25  # of views that are fetched together
 
 
 @dataclass(frozen=True)
@@ -210,35 +212,37 @@ class CacheReader:
             arrays: names of the arrays to decode; None: all.
 
         Returns:
-            By name, arrays [k, I, ...]. Adjacent views cost one request to an object store.
+            By name, arrays [k, I, ...]. Adjacent views cost one request to an object store. Memory grows with k; a
+            pass over many views takes `each_view`.
 
         Raises:
             CacheCorrupt: the file is missing, or these bytes of it changed; names unit and view.
             StoreError: the object store refuses or fails.
         """
-        chosen = list(info.unit.views if views is None else views)
-        kinds = self.arrays(info.layer)
-        unknown = set(arrays or ()) - kinds.keys()
-        if unknown or not set(chosen) <= set(info.unit.views):
-            raise corrupt_unit(self.place, info, f"it does not hold {sorted(unknown) or chosen}", expected=list(kinds))
-        wanted = {name: kinds[name] for name in (kinds if arrays is None else arrays)}
-        blocks, places, first = info.parts.views, info.parts.places(), info.unit.first_view
-        # One view's bytes are held at a time: fresh memory for all of them would cost as much as reading them.
-        parts = self._parts(info, [(places[view - first], places[view - first + 1]) for view in chosen])
-        raw = info.num_images * sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+        chosen, wanted = self._wanted(info, views, arrays)
         found: dict[str, Array] = {}
-        for row, (view, block) in enumerate(zip(chosen, parts, strict=True)):
-            self._check(info, block, blocks[view - first], f"view {view}")
-            # The sizes may be forged; the bytes are here. So no record can ask for more memory than they can fill.
-            self._refuse_more(info, raw, len(block), f"view {view}")
-            if not found:
-                found = _empty(len(chosen), info.num_images, wanted)
-            try:
-                rows = {name: values[row] for name, values in found.items()}
-                decode_view(block.data, view - first, info.num_images, rows, kinds)
-            except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
-                raise corrupt_unit(self.place, info, f"view {view} cannot be decoded: {error}") from error
-        return found or _empty(0, info.num_images, wanted)
+        for row, (view, block) in enumerate(zip(chosen, self._blocks(info, chosen), strict=True)):
+            if not found:  # not before the first block is here: sizes may be forged
+                found = _empty(wanted, len(chosen), info.num_images)
+            self._decode(info, view, block, {name: values[row] for name, values in found.items()})
+        return found or _empty(wanted, 0, info.num_images)
+
+    def each_view(
+        self, info: UnitInfo, views: Sequence[int] | None = None, arrays: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Read views one after the other, for passes over many: one decoded view is in memory.
+
+        Arguments and errors are those of `read_views`; an object store gets one request per 32 MiB of adjacent views.
+
+        Yields:
+            A view index, and by name arrays [I, ...].
+        """
+        chosen, wanted = self._wanted(info, views, arrays)
+        for run in _runs(chosen, {view: self._block(info, view).size_bytes for view in chosen}):
+            for view, block in zip(run, self._blocks(info, run), strict=True):
+                found = _empty(wanted, info.num_images)
+                self._decode(info, view, block, found)
+                yield view, found
 
     def read_keys(self, info: UnitInfo) -> list[str]:
         """The I distinct sample keys in tar order.
@@ -299,6 +303,39 @@ class CacheReader:
         found[VIEWS]["overhead"] += len(root) + len(layout.plain_group())  # of `layers`
         return found
 
+    def _wanted(
+        self, info: UnitInfo, views: Sequence[int] | None, arrays: Sequence[str] | None
+    ) -> tuple[list[int], dict[str, ArrayType]]:
+        """The views and the arrays to read."""
+        chosen = list(info.unit.views if views is None else views)
+        kinds = self.arrays(info.layer)
+        unknown = set(arrays or ()) - kinds.keys()
+        if unknown or not set(chosen) <= set(info.unit.views):
+            raise corrupt_unit(self.place, info, f"it does not hold {sorted(unknown) or chosen}", expected=list(kinds))
+        return chosen, {name: kinds[name] for name in (kinds if arrays is None else arrays)}
+
+    def _block(self, info: UnitInfo, view: int) -> Block:
+        return info.parts.views[view - info.unit.first_view]
+
+    def _blocks(self, info: UnitInfo, views: Sequence[int]) -> Iterator[Array]:
+        """The checked bytes of views in turn; a folder's are in memory one at a time."""
+        places, first = info.parts.places(), info.unit.first_view
+        raw = info.num_images * sum(
+            math.prod(shape) * dtype.itemsize for dtype, shape in self.arrays(info.layer).values()
+        )
+        parts = self._parts(info, [(places[view - first], places[view - first + 1]) for view in views])
+        for view, data in zip(views, parts, strict=True):
+            self._check(info, data, self._block(info, view), f"view {view}")
+            # The sizes may be forged; the bytes are here. So no record can ask for more memory than they can fill.
+            self._refuse_more(info, raw, len(data), f"view {view}")
+            yield data
+
+    def _decode(self, info: UnitInfo, view: int, block: Array, into: Mapping[str, Array]) -> None:
+        try:
+            decode_view(block.data, view - info.unit.first_view, info.num_images, into, self.arrays(info.layer))
+        except (ValueError, RuntimeError) as error:  # RuntimeError comes from the decompressor
+            raise corrupt_unit(self.place, info, f"view {view} cannot be decoded: {error}") from error
+
     def _parts(self, info: UnitInfo, ranges: Sequence[tuple[int, int]]) -> Iterator[Array]:
         """Ranges of a unit's file in turn, as uint8 arrays."""
         try:
@@ -321,6 +358,20 @@ class CacheReader:
             raise corrupt_unit(self.place, info, f"{what}: {raw} bytes cannot come out of {held}")
 
 
-def _empty(views: int, images: int, kinds: Mapping[str, ArrayType]) -> dict[str, Array]:
-    """Arrays [k, I, ...] to be filled."""
-    return {name: np.empty((views, images, *shape), dtype) for name, (dtype, shape) in kinds.items()}
+def _empty(kinds: Mapping[str, ArrayType], *rows: int) -> dict[str, Array]:
+    """Arrays [*rows, ...] to be filled."""
+    return {name: np.empty((*rows, *shape), dtype) for name, (dtype, shape) in kinds.items()}
+
+
+def _runs(views: Sequence[int], sizes: Mapping[int, int]) -> Iterator[list[int]]:
+    """Cut views into runs of at most `_RUN_BYTES`, but of at least one view."""
+    run: list[int] = []
+    room = _RUN_BYTES
+    for view in views:
+        if run and sizes[view] > room:
+            yield run
+            run, room = [], _RUN_BYTES
+        run.append(view)
+        room -= sizes[view]
+    if run:
+        yield run

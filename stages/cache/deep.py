@@ -170,17 +170,23 @@ class _Stored:
         self.views = numbers + info.unit.first_view
         all_keys = reader.keys(info.unit.shard)
         self.keys = [all_keys[image] for image in self.images.tolist()]
-        wanted, place = np.unique(self.views, return_inverse=True)
-        records = reader.read_views(info, wanted.tolist())
-        self.arrays = {name: values[place, self.images] for name, values in records.items()}
-        self.digests = np.concatenate([_digests(reader, info, view) for view in wanted.tolist()])[place, self.images]
+        self.digests = np.empty(len(rows), np.uint32)
+        self.arrays = {
+            name: np.empty((len(rows), *shape), dtype) for name, (dtype, shape) in reader.arrays(info.layer).items()
+        }
+        for view, records in reader.each_view(info, np.unique(self.views).tolist()):
+            chosen = self.views == view
+            self.digests[chosen] = _digests(reader, info, view)[self.images[chosen]]
+            for name, values in records.items():
+                self.arrays[name][chosen] = values[self.images[chosen]]
 
 
 def _digests(reader: CacheReader, info: UnitInfo, view: int) -> Array:
-    """uint32 [1, I]: what the view layer holds about a view; raises CacheCorrupt if it lacks the view."""
+    """uint32 [I]: what the view layer holds about a view; raises CacheCorrupt if it lacks the view."""
     for unit in reader.by_shard().get(info.unit.shard, ()):
         if view in unit.unit.views:
-            return reader.read_views(unit, [view])[DIGEST]
+            digests: Array = reader.read_views(unit, [view])[DIGEST][0]
+            return digests
     raise CacheCorrupt(f"the view layer of {reader.place} lacks view {view} of shard {info.unit.shard}")
 
 

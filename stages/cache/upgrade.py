@@ -199,7 +199,10 @@ def _compare(reader: CacheReader, layer: Layer, old: OldUnit, keys: list[str], a
     for name, kinds in ((VIEWS, VIEW_ARRAYS), (layer.name, layer.arrays)):
         info = reader.unit(name, unit)
         size_bytes += info.size_bytes
-        same = _same(reader.read_views(info), {array: arrays[array] for array in kinds})
+        same = all(
+            _same(found, {array: arrays[array][row] for array in kinds})
+            for row, (_, found) in enumerate(reader.each_view(info))
+        )
         if same and holds_keys(name, unit):
             same = reader.read_keys(info) == keys
         if not same or info.num_images != old.num_images or info.key_digest != old.key_digest:

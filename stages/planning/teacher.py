@@ -7,6 +7,7 @@ import contextlib
 import math
 import tempfile
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -199,7 +200,7 @@ def _write_and_read(writer: CacheWriter, layer: str, part: UnitPart, images_per_
         reader = CacheReader(writer.place)
         with timed.lap("read", 1):
             for info in infos:
-                reader.read_views(info)
+                deque(reader.each_view(info), maxlen=0)
         size_bytes = sum(info.size_bytes + len(encode_commit(info)) for info in infos)
         found.append(np.array([timed.latest_s("write"), timed.latest_s("read"), size_bytes]) / num_views)
     (small, whole), more = found, len(part.keys) - 1

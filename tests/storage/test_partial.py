@@ -84,6 +84,38 @@ def test_bytes_and_requests_of_a_read_from_an_object_store(served: s3_server.Log
             check_bytes(info, views, sum(get.end - get.start for get in served.gets))
 
 
+@pytest.mark.parametrize("num_views", UNIT_VIEWS)
+def test_a_pass_over_views_reads_each_once(tmp_path: Path, num_views: int, preads: list[tuple[int, int]]) -> None:
+    make_cache(tmp_path, num_views)
+    reader = CacheReader(tmp_path)
+    for info in (reader.units(layer)[0] for layer in (VIEWS, REL)):
+        for views in choices(num_views):
+            expected = reader.read_views(info, views)
+            preads.clear()
+            for row, (view, found) in enumerate(reader.each_view(info, views)):
+                assert view == views[row] and len(preads) == row + 1  # nothing is read before it is wanted
+                assert_equal(found, {name: values[row] for name, values in expected.items()})
+            check_bytes(info, views, sum(size for _, size in preads))
+    assert [list(found) for _, found in reader.each_view(info, [0], ["qk_scale"])] == [["qk_scale"]]
+    with pytest.raises(CacheCorrupt, match="it does not hold"):
+        next(reader.each_view(info, [num_views]))
+
+
+def test_a_pass_over_an_object_store_fetches_some_views_a_request(
+    served: s3_server.Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_cache(PLACE, 16)
+    reader = CacheReader(PLACE)
+    [info] = reader.units(REL)
+    largest = max(block.size_bytes for block in info.parts.views)
+    for room, requests in ((5 * largest, 4), (1, 16), (2**25, 1)):  # of 16 views: 5 + 5 + 5 + 1, one by one, all
+        monkeypatch.setattr("tinymim.storage.reader._RUN_BYTES", room)
+        served.clear()
+        assert [view for view, _ in reader.each_view(info)] == list(range(16))
+        assert len(served.gets) == requests
+        check_bytes(info, list(range(16)), sum(get.end - get.start for get in served.gets))
+
+
 def check_bytes(info: UnitInfo, views: list[int], read: int) -> None:
     """Bytes read per view: those of its own records, within MOST."""
     own = sum(info.parts.views[view].size_bytes for view in views)
