@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 
-from tinymim.configs.errors import UserError
+from tinymim.configs.errors import StoreError, UserError
 from tinymim.storage.atomic import (
     PARTIAL_SUFFIX,
     create_bytes_atomic,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 REQUESTS = 16  # concurrent requests to an object store
+PUT_BYTES = 5 * 2**30  # most that S3 takes in one request
 WRITE_TIMEOUT_S = 300.0  # one request with the largest file
 TIMEOUT_PAUSES_S = (1.0, 5.0)  # before an unanswered PUT is sent again
 
@@ -328,7 +329,18 @@ class RemoteStore:
         return [path for path, done in zip(files, created, strict=True) if not done]
 
     def create(self, path: str, data: bytes | mmap.mmap) -> bool:
-        """Write a file that does not exist yet; False if another writer created it first with other content."""
+        """Write a file that does not exist yet; False if another writer created it first with other content.
+
+        Raises:
+            StoreError: the data is more than a store takes in one request, the only kind that can be conditional.
+        """
+        if len(data) > PUT_BYTES:
+            raise StoreError(
+                f"{self.place}/{path} is too large for one request",
+                got=f"{len(data):,} bytes",
+                expected=f"at most {PUT_BYTES:,}",
+                hint="smaller units: lower views_per_unit in the recipe, or make shards of fewer images",
+            )
         with self._explained(path):
             try:
                 self._put(path, data, "create")

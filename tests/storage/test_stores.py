@@ -15,7 +15,7 @@ import zarr
 from obstore.exceptions import PermissionDeniedError
 from zarr.storage import ZipStore
 
-from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.storage.commit import holds_keys
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.leases import Leases
@@ -482,6 +482,19 @@ class TestObjectStore(StoreContract):
         for name, value in seaweedfs.items():
             monkeypatch.setenv(name, value)
         return f"s3://{BUCKET}/caches/{next(_numbers)}"
+
+    def test_a_unit_beyond_one_request_is_refused_with_its_size(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tinymim.storage.store.PUT_BYTES", 2_000)
+        with store.draft("v0-1.zip") as draft:
+            draft.file.write(bytes(2_001))
+            with pytest.raises(StoreError, match=r"v0-1.zip is too large(.|\n)*got: 2,001 bytes(.|\n)*views_per_unit"):
+                draft.create()
+        with store.draft("v0-1.zip") as draft:
+            draft.file.write(bytes(2_000))
+            assert draft.create()
+        assert [entry.path for entry in store.list()] == ["v0-1.zip"]
 
 
 @pytest.mark.parametrize(
