@@ -9,7 +9,8 @@ TinymimError
 │   ├── CacheMismatch     a cache was made from something else than the recipe states (I6)
 │   ├── CacheCorrupt      bytes of a cache are missing or changed
 │   ├── UnitsFailed       some units of a cache failed, all others are committed (exit 3)
-│   └── ViewMismatch      the pixels of a view are not the pixels the teacher saw (I2)
+│   ├── ViewMismatch      the pixels of a view are not the pixels the teacher saw (I2)
+│   └── LoaderKilled      the system killed a loader worker
 └── InternalError (exit 1)
 """
 
@@ -179,6 +180,25 @@ class UnitsFailed(UserError):
 
 class ViewMismatch(UserError):
     """The pixels of a replayed view differ from those the teacher saw; names image and view."""
+
+
+class LoaderKilled(UserError):
+    """The system killed a loader worker, as it does where memory is short. The same command may well succeed."""
+
+
+def killed_loader(error: BaseException) -> LoaderKilled | None:
+    """The error for torch's RuntimeError about a killed loader worker; None for any other.
+
+    torch raises it out of a signal handler, so it can come up anywhere in the process that the batches are for.
+    """
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
+        return None
+    return LoaderKilled(
+        "a loader worker was killed",
+        got=first_line(error),
+        hint="where memory is short, the system kills processes (`dmesg` tells): lower loader.workers or "
+        "loader.prefetch; what was saved is intact, and the same command continues",
+    )
 
 
 class InternalError(TinymimError):

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from tinymim.configs.errors import TinymimError
+from tinymim.configs.errors import TinymimError, UserError, first_line, killed_loader
 from tinymim.configs.sections import LoaderConfig
 from tinymim.pipeline.ahead import spooling
 from tinymim.pipeline.dataset import ViewBatch, ViewSource
@@ -41,9 +41,31 @@ class _Adapter(Dataset[_Made]):
 
     def __getitems__(self, items: Items | TinymimError) -> _Made:
         try:
-            return items if isinstance(items, TinymimError) else _entry_batches(self.source, items)
+            made = items if isinstance(items, TinymimError) else _entry_batches(self.source, items)
+            if get_worker_info() is not None and not isinstance(made, TinymimError):
+                _share(made)
         except TinymimError as error:
             return error
+        return made
+
+
+def _share(made: list[ViewBatch]) -> None:
+    """Move tensors to shared memory. torch would do it in a thread whose errors end in a lost batch and a wait for it.
+
+    Raises:
+        UserError: there is no room.
+    """
+    try:
+        for batch in made:
+            for tensor in (batch.pixels, batch.labels, batch.view_keys, *batch.records.values()):
+                tensor.share_memory_()
+    except RuntimeError as error:
+        raise UserError(
+            "a loader worker found no shared memory for a batch",
+            got=first_line(error),
+            hint="enlarge /dev/shm (`docker run --shm-size=8g`), lower loader.workers, loader.prefetch or the batch "
+            "size, or set loader.workers: 0",
+        ) from error
 
 
 def _as_is(batches: Any) -> Any:
@@ -118,7 +140,7 @@ def _made(
             else:
                 yield made
         return
-    yield from DataLoader(
+    loader = DataLoader(
         adapter,
         batch_sampler=entries,  # type: ignore[arg-type]  # an array of items is one entry for __getitems__
         num_workers=config.workers,
@@ -129,3 +151,7 @@ def _made(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
     )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise killed_loader(error) or error from error

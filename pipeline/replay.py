@@ -24,12 +24,12 @@ from tinymim.configs.errors import (
     SourceError,
     TinymimError,
     UserError,
-    ViewMismatch,
 )
 from tinymim.configs.sections import LoaderConfig, VerifyConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
-from tinymim.pipeline.decode import environment, pixel_digest
+from tinymim.pipeline.decode import pixel_digest
 from tinymim.pipeline.loader import batches
+from tinymim.pipeline.mismatch import other_images, view_mismatch
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.records import Slice, SliceId, Slices, UnitReader, Units
 from tinymim.pipeline.shards import Shard, ShardSet
@@ -182,13 +182,11 @@ def _existing(source: ShardSet, views: Mapping[str, int]) -> str:
 def _same_images(shard: str, infos: Sequence[UnitInfo]) -> UnitInfo:
     """The first of a shard's units. Raises CacheMismatch unless all hold the same images."""
     if len({info.key_digest for info in infos}) > 1:
-        raise CacheMismatch(
-            f"the units of shard {shard} hold different images",
-            got=", ".join(f"{info.layer} {info.unit.view_range}: {info.num_images}" for info in infos),
-            expected="the same sample keys in every unit of a shard",
-            hint="another decoder may have read other images; remove the shard from the cache and run "
-            "`tinymim cache-teacher` again",
+        held = (
+            f"{info.layer} {info.unit.view_range}: {info.num_images} images, digest of keys {info.key_digest[:8]}"
+            for info in infos
         )
+        raise other_images(shard, ", ".join(held), "the same sample keys in every unit of a shard")
     return infos[0]
 
 
@@ -389,26 +387,16 @@ class ReplayedViews:
     def _check(self, batch: ViewBatch, items: Items, slices: dict[SliceId, Slice]) -> None:
         """Compare the digests that are due."""
         due = np.flatnonzero(_due(self.verify, items[:, 3]))
-        digests = batch.records[DIGEST].numpy()
+        rendered = batch.records[DIGEST].numpy()
         for shard, view, at in _by_slice(items[due]):
             stored = slices[SliceId(VIEWS, self.source.shards[shard].name, view)].arrays()[DIGEST]
             places = due[at]
-            found, wanted = digests[places].astype(stored.dtype), stored[items[places, 1]]  # the bits that are stored
+            found, wanted = rendered[places].astype(stored.dtype), stored[items[places, 1]]  # the bits that are stored
             if wrong := np.flatnonzero(found != wanted).tolist():
                 first = wrong[0]
-                self._refuse(batch.keys[places[first]], shard, view, int(found[first]), int(wanted[first]))
-
-    def _refuse(self, key: str, shard: int, view: int, found: int, wanted: int) -> None:
-        then, now = self.manifest.environment, environment()
-        changed = [f"{n} {then.get(n)} -> {now.get(n)}" for n in sorted({*then, *now}) if then.get(n) != now.get(n)]
-        raise ViewMismatch(
-            f"image '{key}' of shard {self.source.shards[shard].name}, view {view}: "
-            "the pixels are not those the teacher saw",
-            got=f"digest {found:08x}",
-            expected=f"digest {wanted:08x}",
-            hint="libraries that changed since the cache was made: "
-            + (", ".join(changed) or "none, so the image changed; restore its shard"),
-        )
+                digests = int(found[first]), int(wanted[first])
+                name, made_with = self.source.shards[shard].name, self.manifest.environment
+                raise view_mismatch(batch.keys[places[first]], name, view, *digests, made_with)
 
 
 def _by_slice(items: Items) -> Iterator[tuple[int, int, _Index]]:

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from tinymim.configs.errors import SourceError, UserError, first_line
+from tinymim.configs.errors import SourceError, UserError, first_line, printable
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline.index import INDEX_NAME as INDEX_NAME
 from tinymim.pipeline.index import INDEX_VERSION as INDEX_VERSION
@@ -349,7 +349,7 @@ def _refuse_lost_and_repeated(config: SourceConfig, shards: Sequence[Shard], ind
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- bytes and members

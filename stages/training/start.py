@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from tinymim.configs.errors import LoaderKilled, TinymimError, is_refusal
 from tinymim.configs.schema import FinetuneRecipe, PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.stages.training.ranks import Ranks
 
@@ -13,7 +14,12 @@ Training = Callable[[R, Ranks], None]
 
 
 class WorkersDied(Exception):
-    """Workers were killed or crashed, not by a TinymimError; the text names the workers and the cause."""
+    """Workers were killed or crashed, not by a final error; the text names the workers and the cause."""
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether the error would come again at every restart: ours, or a refusal of the machine. A killing may not."""
+    return (isinstance(error, TinymimError) and not isinstance(error, LoaderKilled)) or is_refusal(error)
 
 
 class Start(Protocol):

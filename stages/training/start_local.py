@@ -15,10 +15,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tinymim.configs.errors import TinymimError, is_refusal
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training.ranks import joined
-from tinymim.stages.training.start import R, Training, WorkersDied
+from tinymim.stages.training.start import R, Training, WorkersDied, is_final
 
 EXIT_STOPPED = 130
 
@@ -88,7 +87,7 @@ def _worker(train: Training[R], recipe: R, errors: Path) -> tuple[str, bool] | N
     except KeyboardInterrupt:
         raise SystemExit(EXIT_STOPPED) from None  # torch's wrapper treats a KeyboardInterrupt as success
     except Exception as error:
-        if not isinstance(error, TinymimError) and not is_refusal(error):
+        if not is_final(error):
             raise
         # Elastic passes on only text, and the parent must raise the error itself. Renamed when whole: elastic kills
         # the other ranks as soon as one has failed, perhaps while they write theirs.

@@ -195,7 +195,8 @@ def load_states(
                 f"the state in {folder} belongs to another recipe or other data",
                 got=state["identity"],
                 expected=identity,
-                hint="use another run.folder, set checkpoint.resume=false, or restore the recipe",
+                hint=f"compare with {folder}/recipe.yaml, which made it; use another run.folder, or "
+                "checkpoint.resume=false to start again",
             )
         for name, part in own.items():
             part.load_state_dict(state["parts"][name])

@@ -177,3 +177,33 @@ def test_no_worker_outlives_a_killed_training(drawn_shards: Path, tmp_path: Path
     while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not Path(f"/proc/{worker}").exists()
+
+
+CROWDED = """
+import sys
+from pathlib import Path
+from tinymim.configs.errors import UserError
+from tinymim.configs.sections import LoaderConfig
+from tinymim.pipeline.loader import batches
+from tinymim.tests.pipeline.test_loader import image_views, tar_order
+if __name__ == "__main__":
+    views = image_views(Path(sys.argv[1]))
+    try:
+        list(batches(views, tar_order(views, 60), LoaderConfig(workers=1)))
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_small_shared_memory_is_named_and_nothing_waits(drawn_shards: Path, tmp_path: Path) -> None:
+    """Containers have 64 MB unless told otherwise; torch loses such a batch, and would wait for it for ever."""
+    (tmp_path / "crowded.py").write_text(CROWDED)
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespaces")
+    command = f"{mount} && exec {sys.executable} {tmp_path}/crowded.py {drawn_shards}"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.startswith("a loader worker found no shared memory for a batch"), done.stderr
+    assert "No space left on device" in done.stdout and "--shm-size" in done.stdout

@@ -1,5 +1,6 @@
 """Replayed batches: every record with its view, the due digest checks, and what a cache must hold."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -263,8 +264,14 @@ def test_units_of_other_images_are_refused(made: Path, tmp_path: Path) -> None:
     grown(made, tmp_path, {VIEWS: [(0, 1)], "a": [(0, 1)]})
     source = source_of(made)
     reader = grown(made, tmp_path, {VIEWS: [(1, 1)], "a": [(1, 1)]}, lost=[source.shards[0].members().keys[0]])
-    with pytest.raises(CacheMismatch, match=f"the units of shard {source.shards[0].name} hold different images"):
+    with pytest.raises(
+        CacheMismatch, match=f"the units of shard {source.shards[0].name} hold different images"
+    ) as caught:
         join(source, reader)
+    assert re.fullmatch(
+        r"views v0-0: 8 images, digest of keys \w{8}, views v1-1: 7 images, digest of keys \w{8}, a v0-0: 8 .*",
+        str(caught.value.got),
+    )
     assert join(source, reader, num_views=1).counts == [8] * 4
 
 
