@@ -170,7 +170,7 @@ def test_a_changed_pixel_is_refused_and_the_image_named(home: Path, monkeypatch:
 def test_another_version_of_a_library_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinymim.pipeline.dataset.decode", lambda data, *how: 255 - decode(data, *how))
     versions = environment() | {"torchvision": "99.0"}
-    monkeypatch.setattr("tinymim.pipeline.replay.environment", lambda: versions)
+    monkeypatch.setattr("tinymim.pipeline.mismatch.environment", lambda: versions)
     with pytest.raises(ViewMismatch, match=r"torchvision .* -> 99\.0"):
         train_student.run(student_recipe(home))
 

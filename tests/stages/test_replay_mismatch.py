@@ -85,7 +85,7 @@ def _refused(home: Path) -> ViewMismatch:
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
-    monkeypatch.setattr("tinymim.pipeline.replay.environment", lambda: environment() | versions)
+    monkeypatch.setattr("tinymim.pipeline.mismatch.environment", lambda: environment() | versions)
 
 
 def test_another_decoder_is_refused_with_all_that_there_is_to_say(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
