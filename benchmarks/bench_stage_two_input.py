@@ -192,7 +192,7 @@ def random_records(num_images: int) -> dict[str, Array]:
 
 def replayed(cached: Cached, order: SampleOrder, verify: VerifyConfig) -> ReplayedViews:
     reader, source = cached
-    arrays = list(reader.layer(LAYER).arrays)
+    arrays = {LAYER: list(reader.layer(LAYER).arrays)}
     return ReplayedViews(reader, reader.manifest, source, arrays, verify, len(order.lanes), order.slices_per_lane)
 
 

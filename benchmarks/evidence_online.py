@@ -26,6 +26,7 @@ from tinymim.stages.run.folder import STUDENT_NAME
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.ranks import Ranks, set_up
 from tinymim.stages.training.student_step import StudentStep, make_students
+from tinymim.stages.training.terms import Term
 from tinymim.storage.atomic import write_bytes_atomic
 from tinymim.targets.contract import Answers, Loss, Target, TargetKind
 from tinymim.targets.kinds import make_kind
@@ -84,19 +85,20 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted)
     teacher = Teacher(cache.teacher, relations.taps).to(device)
     kind: Features | TargetKind = Features(relations.taps[0]) if wanted == "features" else relations
 
-    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> Target:
+    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> tuple[Target, ...]:
         tapped: Tapped = teacher(pixels)
         if wanted == "strange relations":
             tapped = {tap: tuple(each.roll(1, dims=0) for each in tensors) for tap, tensors in tapped.items()}
-        return kind.exact(tapped)
+        return (kind.exact(tapped),)
 
     # ---- student
     source, batch_size = open_shards(recipe.source), recipe.optim.batch_size
     order = SampleOrder(source.counts, recipe.order, batch_size, cache.num_views)
     content = [wanted, *(shard.content_hash for shard in source.shards)]
-    [student] = make_students(recipe, kind, teacher.shapes(), ranks, order, content)
+    terms = [Term(kind, teacher.shapes())]
+    [student] = make_students(recipe, terms, ranks, order, content)
     do_step = StudentStep(
-        recipe, [student], kind, {student.learner.device: target}, torch.from_numpy(order.places), batch_size
+        recipe, [student], terms, {student.learner.device: target}, torch.from_numpy(order.places), batch_size
     )
     names = [shard.name for shard in source.shards]
     books = Bookkeeping(recipe, [student.learner], ranks, order, names, "views_per_s")

@@ -47,6 +47,7 @@ from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.order import SampleOrder
+from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
@@ -54,6 +55,7 @@ from tinymim.stages import cache_teacher
 from tinymim.stages.training.optim import parts_of
 from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import Student, StudentStep, make_students
+from tinymim.stages.training.terms import Term
 from tinymim.storage.blocks import encode_arrays
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import Answers, Loss, StudentTarget, Target, TargetKind
@@ -81,6 +83,7 @@ class Setting:
     teacher: Teacher
     kind: TargetKind
     shapes: Shapes
+    layer: str
     batch: ViewBatch
     student: Student
 
@@ -129,13 +132,13 @@ def one_step(setting: Setting, variant: str, lap: Lap) -> None:
     """A whole step, from a batch in memory to updated weights; `lap` is called at the end of every part."""
     kind, teacher, shapes, student = setting.kind, setting.teacher, setting.shapes, setting.student
 
-    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> Target:
+    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> tuple[Target, ...]:
         if variant == "no target":
-            return None
+            return (None,)
         if variant == "cached":
-            found = kind.decode(records, view_keys, shapes)
+            found = kind.decode(of_layer(records, setting.layer), view_keys, shapes)
             lap("unpack the target")
-            return found
+            return (found,)
         tapped = teacher(pixels)
         lap("teacher")
         if variant == "online, dense maps":
@@ -143,12 +146,13 @@ def one_step(setting: Setting, variant: str, lap: Lap) -> None:
         else:
             found = kind.decode(kind.encode(tapped, view_keys), view_keys, shapes)
         lap("make the target")
-        return found
+        return (found,)
 
     compared: StudentTarget = NoTarget(kind) if variant == "no target" else kind
     count = len(setting.batch.keys)
     # Made anew for every step: it holds its last target, which would count as memory of the next variant.
-    step = StudentStep(setting.recipe, [student], compared, {setting.device: target}, torch.arange(count), count)
+    terms = [Term(compared, shapes)]
+    step = StudentStep(setting.recipe, [student], terms, {setting.device: target}, torch.arange(count), count)
     step.take(0, setting.batch)
     with student.model.register_forward_pre_hook(lambda *_: lap("jitter")):
         for part in parts_of(count, accumulate=1):
@@ -265,8 +269,9 @@ def measure_input(
     source = join(open_shards(recipe.source), reader)
     batch_size = recipe.optim.batch_size
     order = SampleOrder(source.counts, recipe.order, batch_size, source.num_views)
+    by_layer = {layer: arrays for layer in source.layers}
     replayed = ReplayedViews(
-        reader, reader.manifest, source, arrays, recipe.verify, len(order.lanes), order.slices_per_lane
+        reader, reader.manifest, source, by_layer, recipe.verify, len(order.lanes), order.slices_per_lane
     )
     law = ViewConfig.model_validate(reader.manifest.views)
     drawn = ImageViews(source.shards, RandomViews(law), law.seed)
@@ -282,7 +287,7 @@ def measure_input(
         if batch is None:
             batch = found.pin_memory() if args.device == "cuda" else found  # as a loader hands it over
     reads = []
-    for info in reader.units(source.layer)[:4]:
+    for info in reader.units(reader.layer().name)[:4]:
         began = time.process_time()
         reader.read_views(info)
         reads.append((time.process_time() - began) / info.num_records)
@@ -423,8 +428,8 @@ def main() -> int:
         times, order, batch = measure_input(args, recipes[args.students[0]], arrays, reader)
         print("\n".join([*header(args, scale, batch_size), *input_table(times)]), flush=True)
         for name, recipe in recipes.items():
-            [student] = make_students(recipe, kind, shapes, Ranks(), order, [])
-            setting = Setting(recipe, teacher, kind, shapes, batch, student)
+            [student] = make_students(recipe, [Term(kind, shapes)], Ranks(), order, [])
+            setting = Setting(recipe, teacher, kind, shapes, reader.layer().name, batch, student)
             found = measure(setting, args.rounds, args.steps)
             once_s = stage_one_s(setting)
             print("\n".join(student_page(name, scale, found, batch_size, once_s, times)), flush=True)

@@ -296,7 +296,9 @@ def _replaced(section: Any, keys: Sequence[str], value: Any, override: str) -> d
     if section is not None and not isinstance(section, dict):
         raise RecipeError(f"--set {override}: `{keys[0]}` cannot be set inside a plain value", got=_short.repr(section))
     section = section or {}
-    head, *rest = keys
+    # A name may hold dots, as those of layers do: the longest one that the section has.
+    count = next((n for n in range(len(keys), 1, -1) if ".".join(keys[:n]) in section), 1)
+    head, rest = ".".join(keys[:count]), keys[count:]
     return {**section, head: _replaced(section.get(head), rest, value, override) if rest else value}
 
 

@@ -53,6 +53,7 @@ from tinymim.configs.sections import (
     ValidationConfig,
     VerifyConfig,
     ViewConfig,
+    Weight,
     Whole,
     Width,
 )
@@ -184,6 +185,20 @@ class CacheTeacherRecipe(Section):
 _INHERITED: dict[str, Any] = {"default": "the recipe's"}  # filled in by `TrainStudentRecipe._inherit`
 
 
+class LayerConfig(Section):
+    """One of several layers that students learn from at once (docs/training.md)."""
+
+    weight: Weight = Field(default=1.0, description="Factor on the layer's loss, from the first step on.")
+    end_weight: Weight | None = Field(
+        default=None,
+        description="Factor in the last step, linear from `weight`.",
+        json_schema_extra={"default": "`weight`: constant"},
+    )
+    targets: TargetsConfig = Field(
+        description="A choice among its targets, instead of the recipe's.", json_schema_extra=_INHERITED
+    )
+
+
 class StudentConfig(Section):
     """One of several students of a run (docs/training.md). A field left out, also in `optim`, is the recipe's."""
 
@@ -210,6 +225,9 @@ class TrainStudentRecipe(_Training):
     layer: LayerName | None = Field(
         default=None, description="Layer of the cache to learn from. Default: the only one."
     )
+    layers: dict[LayerName, LayerConfig] | None = Field(
+        default=None, description="Instead of `layer`: several layers by name; their losses are added by weight."
+    )
     num_views: Positive | None = Field(
         default=None, description="Use the first N views of every image. Default: those that all shards have."
     )
@@ -221,7 +239,9 @@ class TrainStudentRecipe(_Training):
     students: dict[Name, StudentConfig] | None = Field(
         default=None, description="Several students on one stream, each under a name of your choice."
     )
-    targets: TargetsConfig = Field(default=TargetsConfig(), description="A choice among the cached targets.")
+    targets: TargetsConfig = Field(
+        default=TargetsConfig(), description="A choice among the cached targets, where a layer has none of its own."
+    )
     drop_path: DropRate = Field(default=0.1, description="Stochastic depth: one rate in every block but the last.")
     jitter: JitterConfig = Field(default=JitterConfig(), description="Colour jitter of the student.")
     verify: VerifyConfig = Field(default=VerifyConfig(), description="Comparison of pixels with the stored digests.")
@@ -230,8 +250,14 @@ class TrainStudentRecipe(_Training):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, data: Any) -> Any:
-        """Fill the fields that a student leaves out from the recipe; each field's own check reports problems."""
-        if not isinstance(data, dict) or not isinstance(data.get("students"), dict):
+        """Fill the fields that a student or a layer leaves out; each field's own check reports problems."""
+        if not isinstance(data, dict):
+            return data
+        if isinstance(data.get("layers"), dict):
+            targets = {"targets": data.get("targets", {})}
+            layers = {name: targets | own if isinstance(own, dict) else own for name, own in data["layers"].items()}
+            data = data | {"layers": layers}
+        if not isinstance(data.get("students"), dict):
             return data
         shared = {name: data.get(name, cls.model_fields[name].get_default()) for name in _OWN}
         optim = data.get("optim")
@@ -254,6 +280,23 @@ class TrainStudentRecipe(_Training):
                     what = f"students.{name}.optim.{field} must be the recipe's, because all students share one stream"
                     raise ValueError(f"{what}; got {own} and {shared}")
         return self
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "TrainStudentRecipe":
+        if self.layers is None:
+            return self
+        if self.layer is not None:
+            raise ValueError(f"give layer or layers, not both; got layer {self.layer}, layers {', '.join(self.layers)}")
+        if not any(each.weight or each.end_weight for each in self.layers.values()):
+            given = ", ".join(f"{name} 0" for name in self.layers) or "no layer"
+            raise ValueError(f"layers needs a layer with a weight above 0; got {given}")
+        return self
+
+    def each_layer(self) -> tuple[tuple[str | None, LayerConfig], ...]:
+        """The layers to learn from, by name; None: the cache's only one."""
+        if self.layers is None:
+            return ((self.layer, LayerConfig(targets=self.targets)),)
+        return tuple(self.layers.items())
 
     def each(self) -> dict[str, "TrainStudentRecipe"]:
         """The recipes that train each student alone, into `<run.folder>/<name>`, by name; `student` has the name ""."""

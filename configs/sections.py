@@ -33,6 +33,7 @@ Depth = Annotated[int, Field(ge=1, le=1000)]
 Processes = Annotated[int, Field(ge=1, le=1024)]
 Threads = Annotated[int, Field(ge=1, le=256)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]  # of a loss
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Aspect = Annotated[float, Field(ge=1e-3, le=1e3)]
 ResizeRatio = Annotated[float, Field(ge=1.0, le=10.0)]

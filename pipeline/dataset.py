@@ -27,7 +27,7 @@ class ViewBatch:
         pixels: uint8 [B, 3, S, S].
         labels: int64 [B], -1 for an image without a label.
         views: the box and flip of each of the B views.
-        records: the cache's arrays for these views, by name, first axis B; empty outside stage two.
+        records: the cache's arrays for these views, by `records.named`, first axis B; empty outside stage two.
         view_keys: int64 [B], the identities that seed every draw about a view; empty if the law has no seed.
         unreadable: (key, reason) of images that could not be decoded; their views are absent from the batch.
     """

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy.typing as npt
@@ -16,10 +16,23 @@ import numpy.typing as npt
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.layout import UnitId
 
+T = TypeVar("T")
+
 Arrays = dict[str, npt.NDArray[Any]]
 Units = Mapping[str, Mapping[str, Sequence[UnitInfo]]]  # by layer, then by shard, ascending by view
 
 _THREADS: Final = 4  # reading, checksums and unpacking release the GIL
+
+
+def named(layer: str, array: str) -> str:
+    """The name of a layer's array among the records of a batch."""
+    return f"{layer}/{array}"
+
+
+def of_layer(records: Mapping[str, T], layer: str) -> dict[str, T]:
+    """One layer's arrays, by their own names, among the records of a batch."""
+    begin = named(layer, "")
+    return {name.removeprefix(begin): array for name, array in records.items() if name.startswith(begin)}
 
 
 class UnitReader(Protocol):

@@ -31,7 +31,7 @@ from tinymim.pipeline.decode import pixel_digest
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.mismatch import other_images, view_mismatch
 from tinymim.pipeline.order import Items
-from tinymim.pipeline.records import Slice, SliceId, Slices, UnitReader, Units
+from tinymim.pipeline.records import Slice, SliceId, Slices, UnitReader, Units, named
 from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import RandomViews, law_of
 from tinymim.storage.blocks import DIGEST
@@ -50,19 +50,23 @@ class CachedSource:
 
     Attributes:
         shards: covered shards in source order; item arrays index into this.
-        layer: the layer of the records.
         num_views: views per image, from view 0.
-        units: the committed units of that layer and of the view layer, by layer and shard, ascending by view.
+        units: the committed units of the layers of the records and of the view layer, by layer and shard, ascending by
+            view.
         skipped: names of source shards that the cache does not cover.
         without_record: readable images of the covered shards for which the cache holds no record.
     """
 
     shards: tuple[Shard, ...]
-    layer: str
     num_views: int
     units: Units
     skipped: tuple[str, ...] = ()
     without_record: int = 0
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers of the records."""
+        return [layer for layer in self.units if layer != VIEWS]
 
     @property
     def counts(self) -> list[int]:
@@ -73,7 +77,7 @@ class CachedSource:
 def join(
     source: ShardSet,
     reader: CacheReader,
-    layer: str | None = None,
+    layers: Sequence[str | None] = (None,),
     num_views: int | None = None,
     on_missing: Literal["refuse", "skip"] = "refuse",
 ) -> CachedSource:
@@ -82,9 +86,9 @@ def join(
     Args:
         source: the images.
         reader: the cache.
-        layer: the layer of the records; None: the only one.
-        num_views: wanted views per image, from view 0; None: as many as all shards have, or with `skip` all shards that
-            have any.
+        layers: the layers of the records; None: the only one.
+        num_views: wanted views per image, from view 0; None: as many as all shards have in all layers, or with `skip`
+            all shards that have any.
         on_missing: whether images without a record raise an error or are left out. Images that were unreadable in
             stage one are always left out.
 
@@ -96,8 +100,8 @@ def join(
         RecipeError: no shard has as many views as `num_views`.
     """
     _refuse_changed(source, reader.manifest)
-    name = reader.layer(layer).name
-    units = {each: reader.by_shard(each) for each in (VIEWS, name)}
+    names = [VIEWS, *(reader.layer(each).name for each in layers)]
+    units = {each: reader.by_shard(each) for each in names}
     views = {each: {s: views_from_zero(infos) for s, infos in by_shard.items()} for each, by_shard in units.items()}
     held = {shard.name: min(counts.get(shard.name, 0) for counts in views.values()) for shard in source.shards}
     present = [count for count in held.values() if count]
@@ -106,7 +110,8 @@ def join(
     skipped = tuple(shard.name for shard in source.shards if held[shard.name] < wanted)
     if not covered or (skipped and on_missing == "refuse"):
         existing = "; ".join(f"layer {each}: {_existing(source, counts)}" for each, counts in views.items())
-        raise _lacking(reader.place, skipped, list(held.values()), wanted, existing)
+        short = [each for each, counts in views.items() if any(counts.get(name, 0) < wanted for name in skipped)]
+        raise _lacking(reader.place, short, skipped, list(held.values()), wanted, existing)
     in_use = {
         each: {shard.name: _first_views(by_shard[shard.name], wanted) for shard in covered}
         for each, by_shard in units.items()
@@ -117,7 +122,7 @@ def join(
         without_record += (lost := _without_record(shard, info))
         if lost and on_missing == "refuse":
             _refuse_missing(shard, info, reader)
-    return CachedSource(covered, name, wanted, in_use, skipped, without_record)
+    return CachedSource(covered, wanted, in_use, skipped, without_record)
 
 
 def _refuse_changed(source: ShardSet, manifest: Manifest) -> None:
@@ -138,31 +143,35 @@ def _first_views(infos: Sequence[UnitInfo], num_views: int) -> tuple[UnitInfo, .
     return tuple(takewhile(lambda info: info.unit.first_view < num_views, infos))
 
 
-def _lacking(place: object, skipped: Sequence[str], held: Sequence[int], wanted: int, existing: str) -> UserError:
+def _lacking(
+    place: object, layers: Sequence[str], skipped: Sequence[str], held: Sequence[int], wanted: int, existing: str
+) -> UserError:
     """The error for shards without all wanted views.
 
     Args:
         place: the cache.
+        layers: the layers that lack them.
         skipped: names of these shards.
         held: number of views of each shard.
         wanted: number of wanted views.
         existing: what the cache holds.
     """
-    present = [views for views in held if views]
+    present, lacking = [views for views in held if views], f"layer {' and layer '.join(layers)}"
     if present and wanted > max(present):
         return RecipeError(
-            "num_views is more than the cache holds",
+            f"num_views is more than the cache holds in {lacking}",
             got=wanted,
             expected=f"at most {max(present)}; {existing}",
             hint="`tinymim cache-teacher` with a larger num_views adds to the cache",
         )
     hint = "run `tinymim cache-teacher` to its end with the same source"
     if not present:
-        return UserError(f"the cache {place} covers no shard of this source", got=existing, hint=hint)
+        return UserError(f"the cache {place} covers no shard of this source in {lacking}", got=existing, hint=hint)
     if wanted > min(present):
         hint += f", or set num_views: {min(present)}"
     return UserError(
-        f"the cache {place} lacks {len(skipped)} of {len(held)} shards of this source, the first is {skipped[0]}",
+        f"the cache {place} lacks {len(skipped)} of {len(held)} shards of this source in {lacking}, the first is "
+        f"{skipped[0]}",
         got=existing,
         expected=f"views 0 to {wanted - 1} of every shard",
         hint=f"{hint}, or on_missing: skip to leave these shards out",
@@ -250,7 +259,7 @@ class _Entry(NamedTuple):
 
 
 class ReplayedViews:
-    """Batches of cached views: pixels rendered again, and the codec's arrays.
+    """Batches of cached views: pixels rendered again, and the codecs' arrays.
 
     Item samples number the *cached* images of a shard; unreadable ones have no record. Digests are checked for the
     first `verify.first` items after a start or resume, and then for one in `verify.every`.
@@ -262,7 +271,7 @@ class ReplayedViews:
         reader: the cache.
         manifest: its manifest.
         source: the result of `join`.
-        arrays: names of the codec's arrays to put into batches.
+        arrays: by layer, names of the codec's arrays to put into batches.
         verify: the number of pixel digests to check.
         lanes: number of equal parts of every batch that take their samples from shards of their own.
         per_lane: slices to keep per lane; `SampleOrder.slices_per_lane` is enough to read each once per pass.
@@ -276,14 +285,14 @@ class ReplayedViews:
         reader: UnitReader,
         manifest: Manifest,
         source: CachedSource,
-        arrays: Sequence[str],
+        arrays: Mapping[str, Sequence[str]],
         verify: VerifyConfig,
         lanes: int = 1,
         per_lane: int = 1,
     ) -> None:
         self.reader, self.manifest, self.source, self.verify, self.lanes = reader, manifest, source, verify, lanes
         self.pixels = ReplayedPixels(source.shards, law_of(manifest.views), verify)
-        self._slices = Slices(reader, source.units, {VIEWS: [DIGEST], source.layer: arrays}, per_lane)
+        self._slices = Slices(reader, source.units, {VIEWS: [DIGEST], **arrays}, per_lane)
         self._positions: OrderedDict[int, Future[_Index]] = OrderedDict()
         self._most_positions = 2 * lanes * per_lane
         self._in_flight: deque[_Entry] = deque()
@@ -336,7 +345,8 @@ class ReplayedViews:
             for shard in shards[np.argsort(first)].tolist():
                 entry.positions[shard] = self._positions_of(shard)
                 of_shard, name = rows[rows[:, 0] == shard], self.source.shards[shard].name
-                ids += [SliceId(self.source.layer, name, view) for view in np.unique(of_shard[:, 2]).tolist()]
+                views = np.unique(of_shard[:, 2]).tolist()
+                ids += [SliceId(layer, name, view) for layer in self.source.layers for view in views]
                 due = of_shard[_due(self.verify, of_shard[:, 3])]
                 ids += [SliceId(VIEWS, name, view) for view in np.unique(due[:, 2]).tolist()]
             entry.slices.update(self._slices.request(lane, ids))
@@ -372,16 +382,17 @@ class ReplayedViews:
         return items
 
     def _gathered(self, items: Items, slices: dict[SliceId, Slice], pin_memory: bool) -> dict[str, Tensor]:
-        """The records of a batch's items [B, 4], by name, first axis B."""
+        """The records of a batch's items [B, 4], by `records.named`, first axis B."""
         found: dict[str, Tensor] = {}
         for shard, view, at in _by_slice(items):
-            arrays = slices[SliceId(self.source.layer, self.source.shards[shard].name, view)].arrays()
-            for name, array in arrays.items():
-                if name not in found:
-                    like = torch.from_numpy(np.empty(0, array.dtype))
-                    shape = (len(items), *array.shape[1:])
-                    found[name] = torch.empty(shape, dtype=like.dtype, pin_memory=pin_memory)
-                found[name].numpy()[at] = array[items[at, 1]]
+            for layer in self.source.layers:
+                arrays = slices[SliceId(layer, self.source.shards[shard].name, view)].arrays()
+                for name, array in ((named(layer, own), array) for own, array in arrays.items()):
+                    if name not in found:
+                        like = torch.from_numpy(np.empty(0, array.dtype))
+                        shape = (len(items), *array.shape[1:])
+                        found[name] = torch.empty(shape, dtype=like.dtype, pin_memory=pin_memory)
+                    found[name].numpy()[at] = array[items[at, 1]]
         return found
 
     def _check(self, batch: ViewBatch, items: Items, slices: dict[SliceId, Slice]) -> None:

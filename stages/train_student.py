@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.student_audits import StudentAudits
-from tinymim.stages.cache.opened import opened_kind
+from tinymim.stages.cache.opened import arrays_of, kinds_of, opened_layers
 from tinymim.stages.run.folder import STUDENT_EMA_NAME, STUDENT_NAME, TRAINED_NAME, write_provenance, write_weights
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
-from tinymim.stages.training.device_stream import cached_target
+from tinymim.stages.training.device_stream import cached_targets
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.ranks import Ranks, set_up
@@ -34,6 +35,7 @@ from tinymim.stages.training.student_step import (
     trained_on,
     views_in_use,
 )
+from tinymim.stages.training.terms import weight_metrics
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.reader import CacheReader
@@ -63,12 +65,14 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     # ---- cache joined with its images
     device = set_up(recipe, ranks)
     reader = CacheReader(resolve(recipe.cache))
-    manifest, layer = reader.manifest, reader.layer(recipe.layer)
-    num_views = views_in_use(recipe, ranks)
-    source = join(open_shards(recipe.source), reader, layer.name, num_views, recipe.on_missing)
+    manifest, num_views = reader.manifest, views_in_use(recipe, ranks)
+    source = join(
+        open_shards(recipe.source), reader, [name for name, _ in recipe.each_layer()], num_views, recipe.on_missing
+    )
     # So that the run folder's recipe states what a resumed run continues with, although the cache may have grown.
     recipe = recipe.model_copy(update={"num_views": source.num_views})
-    kind, shapes = opened_kind(reader, layer, recipe.targets, device), layer.shapes
+    opened = opened_layers(reader, recipe, device)
+    terms = [each.term for each in opened]
     for skipped in source.skipped[:5]:
         logger.info(f"train-student: shard {skipped} is not in the cache (yet) and is skipped")
     if source.skipped or source.without_record:
@@ -78,27 +82,31 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         )
     batch_size = recipe.optim.batch_size
     order = SampleOrder(source.counts, recipe.order, batch_size, source.num_views, ranks.rank, ranks.world_size)
-    arrays = [spec.name for spec in kind.specs(shapes)]
-    views = ReplayedViews(reader, manifest, source, arrays, recipe.verify, len(order.lanes), order.slices_per_lane)
+    arrays, lanes = arrays_of(opened), len(order.lanes)
+    views = ReplayedViews(reader, manifest, source, arrays, recipe.verify, lanes, order.slices_per_lane)
 
     # ---- students, optimisers
     for own in recipe.each().values():
         assert own.student is not None  # by TrainStudentRecipe.each
         check_view_size(own.student, int(manifest.views["size"]))
-    students = make_students(recipe, kind, shapes, ranks, order, trained_on(reader, source))
+    students = make_students(recipe, terms, ranks, order, trained_on(reader, source))
     learners = [student.learner for student in students]
     targets = {
-        each: cached_target(opened_kind(reader, layer, recipe.targets, each), shapes)
+        each: cached_targets(kinds_of(opened_layers(reader, recipe, each)))
         for each in {learner.device: None for learner in learners}
     }
-    do_step = StudentStep(recipe, students, kind, targets, torch.from_numpy(order.places), batch_size)
-    audits = StudentAudits(recipe, manifest, layer, kind, students, ranks)
+    do_step = StudentStep(recipe, students, terms, targets, torch.from_numpy(order.places), batch_size)
+    audits = StudentAudits(recipe, manifest, opened, students, ranks)
 
     # ---- resume
     names = [shard.name for shard in source.shards]
-    books = Bookkeeping(recipe, learners, ranks, order, names, "views_per_s")
+    books = Bookkeeping(recipe, learners, ranks, order, names, "views_per_s", partial(weight_metrics, terms))
     books.resume()
     books.describe(f"{sum(source.counts):,} images x {source.num_views} views")
+    for term in terms if len(terms) > 1 else ():
+        logger.info(
+            f"train-student: layer {term.layer}, weight {' to '.join(f'{w:g}' for w in dict.fromkeys(term.weights))}"
+        )
     if recipe.students and ranks.first:
         write_provenance(recipe)
 
@@ -127,7 +135,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             "made_by": "tinymim train-student",
             "recipe": dump_recipe(learner.recipe),
             "cache_spec_id": manifest.spec_id,
-            "layer_spec_id": layer.spec_id,
+            "layer_spec_id": ",".join(layer.spec_id for layer, *_ in opened),
             "libraries": json.dumps(environment()),
             "steps": str(books.total_steps),
         }

@@ -3,21 +3,26 @@
 Shapes: N image, P part of a loss.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tinymim.configs.errors import CacheMismatch, UserError
+from tinymim.configs.errors import CacheMismatch, RecipeError, UserError
 from tinymim.configs.sections import AuditConfig, VerifyConfig
 from tinymim.models.student import StudentModel
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.alarm import Audited
+from tinymim.stages.cache.opened import Opened
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.device_stream import CPU
+from tinymim.stages.training.terms import Term
 from tinymim.stages.units.constants import on_device
 from tinymim.storage.catalog import resolve
 from tinymim.storage.manifest import PROVENANCE_KEYS, Layer, Manifest
@@ -36,47 +41,46 @@ class AuditBatch:
 
     Args:
         config: the audit's section of the recipe.
-        training: manifest of the cache that students are trained on.
-        layer: the layer of it.
-        kind: the kind that students are trained on.
+        reader: the audit's cache.
+        audited: the layer of it.
+        kind: the kind of that layer, as whole targets for the losses of `term`.
+        term: the term of the loss that is audited.
+        place: its place among the students' heads.
 
     Raises:
-        CacheMismatch: the audit's cache is of another teacher or view size, or its records are not whole targets.
         ViewMismatch, SourceError, CacheCorrupt: its images or records have changed.
         UserError: the audit's cache holds too few images of its source.
     """
 
-    def __init__(self, config: AuditConfig, training: Manifest, layer: Layer, kind: TargetKind) -> None:
-        reader = CacheReader(resolve(config.cache))
-        manifest, audited = reader.manifest, reader.layer(config.layer)
-        shapes = audited.shapes
-        _require_same_teacher(training, layer, manifest, audited, reader.place)
-        self._kind = audit_kind(audited.target, kind, shapes, on_device(reader.constants(audited.name), CPU))
-        batch = _first_views(config, reader, audited, self._kind)
+    def __init__(
+        self, config: AuditConfig, reader: CacheReader, audited: Layer, kind: TargetKind, term: Term, place: int
+    ) -> None:
+        self._kind, self.term, self._place = kind, term, place
+        batch = _first_views(config, reader, audited, kind)
         self._images = Normalise()(batch.pixels)
+        records = of_layer(batch.records, audited.name)
         self._parts = [
-            self._kind.decode(
-                {name: array[some] for name, array in batch.records.items()}, batch.view_keys[some], shapes
-            )
+            kind.decode({name: array[some] for name, array in records.items()}, batch.view_keys[some], audited.shapes)
             for some in chunks(len(batch.keys))
         ]
-        self._yardsticks = self._kind.yardsticks(self._parts)
-        shards = {shard.content_hash for shard in manifest.source}
-        if shared := [shard.name for shard in training.source if shard.content_hash in shards]:
-            logger.info(
-                f"audit: warning: the training's cache also holds {shared[0]}: images learnt by heart improve the audit"
-            )
+        self._yardsticks = kind.yardsticks(self._parts)
+
+    @property
+    def losses(self) -> dict[str, str]:
+        """The names of the losses, by those among all terms ("clip-cls/cls": "cls")."""
+        return {self.term.loss_name(name): name for name in self._yardsticks}
 
     @torch.no_grad()
     def compare(self, student: StudentModel) -> dict[str, Audited]:
         """Audit a student, in eval mode, on its device: by loss. Always computed in fp32."""
         device = next(student.parameters()).device
-        parts = [student(images.to(device)) for images in self._images.split(_CHUNK)]
+        chunked = self._images.split(_CHUNK)
+        parts = [student.by_head(student(images.to(device)))[self._place] for images in chunked]
         answers = tuple(torch.cat(sides) for sides in zip(*parts, strict=True))
         # Every answer is compared with its own image's rows and with those of the image before, so both means are over
         # the same answers.
         own, other = (self._losses(each, device) for each in (answers, tuple(side.roll(-1, 0) for side in answers)))
-        return {name: Audited.of(own[name], other[name], mark) for name, mark in self._yardsticks.items()}
+        return {full: Audited.of(own[name], other[name], self._yardsticks[name]) for full, name in self.losses.items()}
 
     def _losses(self, answers: Answers, device: torch.device) -> dict[str, Float[Tensor, "N P"]]:
         """The losses of all views by name, on the CPU."""
@@ -86,6 +90,53 @@ class AuditBatch:
             for name, loss in self._kind.losses(tuple(side[some] for side in answers), target).items():
                 found.setdefault(name, []).append(loss.per_part())
         return {name: torch.cat(each).cpu() for name, each in found.items()}
+
+
+def audit_batches(config: AuditConfig, training: Manifest, opened: Sequence[Opened]) -> list[AuditBatch]:
+    """The audits of every layer that students learn from.
+
+    One of several layers is audited by the first layer of the audit's cache that fits it, or by none, which is printed.
+
+    Args:
+        config: the audit's section of the recipe.
+        training: manifest of the cache that students are trained on.
+        opened: the layers of it.
+
+    Raises:
+        CacheMismatch: the audit's cache is of another teacher or view size, or its records are not whole targets; of
+            several layers, none can be audited.
+        As `AuditBatch`.
+    """
+    reader, found = CacheReader(resolve(config.cache)), []
+    many = len(opened) > 1 and config.layer is None and len(reader.layers) > 0
+    names = list(reader.layers) if many else [config.layer]
+    for place, each in enumerate(opened):
+        refusals: list[CacheMismatch | RecipeError] = []
+        for audited in map(reader.layer, names):
+            try:
+                kind = _whole_kind(training, each, reader, audited)
+            except (CacheMismatch, RecipeError) as error:
+                refusals.append(error)
+                continue
+            found.append(AuditBatch(config, reader, audited, kind, each.term, place))
+            break
+        else:
+            if len(opened) == 1 or (not found and place == len(opened) - 1):
+                raise refusals[-1]
+            logger.info(f"audit: layer {each.layer.name} is not audited: {refusals[-1].what}")
+    shards = {shard.content_hash for shard in reader.manifest.source}
+    if shared := [shard.name for shard in training.source if shard.content_hash in shards]:
+        logger.info(
+            f"audit: warning: the training's cache also holds {shared[0]}: images learnt by heart improve the audit"
+        )
+    return found
+
+
+def _whole_kind(training: Manifest, opened: Opened, reader: CacheReader, audited: Layer) -> TargetKind:
+    """The kind of an audit's layer. Raises CacheMismatch or RecipeError where it cannot audit the layer `opened`."""
+    _require_same_teacher(training, opened.layer, reader.manifest, audited, reader.place)
+    constants = on_device(reader.constants(audited.name), CPU)
+    return audit_kind(audited.target, opened.kind, audited.shapes, constants)
 
 
 def chunks(count: int) -> list[slice]:
@@ -112,7 +163,7 @@ def _require_same_teacher(training: Manifest, layer: Layer, audit: Manifest, aud
 
 def _first_views(config: AuditConfig, reader: CacheReader, layer: Layer, kind: TargetKind) -> ViewBatch:
     """One view of each of the cache's first images, with every pixel digest checked."""
-    source = join(open_shards(config.source), reader, layer.name, 1, "skip")
+    source = join(open_shards(config.source), reader, [layer.name], 1, "skip")
     if sum(source.counts) < config.num_images:
         raise UserError(
             "the audit's cache holds too few images of audit.source",
@@ -122,6 +173,6 @@ def _first_views(config: AuditConfig, reader: CacheReader, layer: Layer, kind: T
         )
     places = [(shard, image) for shard, count in enumerate(source.counts) for image in range(count)]
     items = [(*place, 0, number) for number, place in enumerate(places[: config.num_images])]
-    arrays = [spec.name for spec in kind.specs(layer.shapes)]
+    arrays = {layer.name: [spec.name for spec in kind.specs(layer.shapes)]}
     views = ReplayedViews(reader, reader.manifest, source, arrays, VerifyConfig(first=config.num_images))
     return views.batch(np.array(items, dtype=np.int64))

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.student import StudentModel
-from tinymim.stages.audits.alarm import alarms, points_of
-from tinymim.stages.audits.batch import AuditBatch
+from tinymim.stages.audits.alarm import Audited, alarms, points_of
+from tinymim.stages.audits.batch import audit_batches
 from tinymim.stages.audits.knn import AuditKnn
+from tinymim.stages.cache.opened import Opened
 from tinymim.stages.run.folder import AUDIT_NAME, read_audits
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
-from tinymim.stages.run.metrics import EMA, audit_metrics, members
+from tinymim.stages.run.metrics import EMA, audit_metrics
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import Student
-from tinymim.storage.manifest import Layer, Manifest
-from tinymim.targets.contract import TargetKind
+from tinymim.storage.manifest import Manifest
 
 _RECENT_STEPS = 16  # about the window of the running mean of the training KL
 
@@ -40,14 +40,14 @@ class _Subject:
 
     learner: Learner
     student: StudentModel
-    measure: str  # prefix of the losses' names in the metrics
+    losses: Mapping[str, str]  # the audited losses, and their names in the metrics
     steps: int = 0
     recent: dict[str, Tensor] = field(default_factory=dict)  # on the device, so that no step waits for it
 
     def note(self) -> None:
         """Add the losses of the last step to the running mean."""
         self.steps += 1
-        for name, target in members(f"{self.measure}_*", self.learner.losses).items():
+        for target, name in self.losses.items():
             loss = self.learner.losses[name]
             before = self.recent.get(target, torch.zeros_like(loss))
             self.recent[target] = before + (loss - before) / min(self.steps, _RECENT_STEPS)
@@ -68,31 +68,32 @@ class StudentAudits:
     Args:
         recipe: the recipe; without `audit`, nothing happens.
         training: manifest of the cache that students are trained on.
-        layer: the layer of it.
-        kind: the kind that students are trained on.
+        opened: the layers of it that students learn from.
         students: all students of the run.
         ranks: the ranks of the run.
 
     Raises:
-        As `AuditBatch` and `AuditKnn`, on the first rank.
+        As `audit_batches` and `AuditKnn`, on the first rank.
     """
 
     def __init__(
         self,
         recipe: TrainStudentRecipe,
         training: Manifest,
-        layer: Layer,
-        kind: TargetKind,
+        opened: Sequence[Opened],
         students: Sequence[Student],
         ranks: Ranks,
     ) -> None:
         self._config, self._first = recipe.audit, ranks.first
         self._ranks = ranks
-        self._subjects = [_Subject(learner, model, kind.measure) for _, model, learner in students]
+        self._subjects: list[_Subject] = []
         self._knn: AuditKnn | None = None
         if self._config is None or not ranks.first:
             return
-        self._batch = AuditBatch(self._config, training, layer, kind)
+        self._batches = audit_batches(self._config, training, opened)
+        self._measures = {name: each.term.kind.measure for each in self._batches for name in each.losses}
+        metrics = {name: each.term.metric(loss) for each in self._batches for name, loss in each.losses.items()}
+        self._subjects = [_Subject(learner, model, metrics) for _, model, learner in students]
         if self._config.knn is not None:
             self._knn = AuditKnn(self._config.knn, int(training.views["size"]), recipe.loader)
 
@@ -142,12 +143,16 @@ class StudentAudits:
         if not wanted:
             return []
         with _in_eval_mode([each.student for each, _ in wanted]):
-            found = [{of: self._batch.compare(s) for of, s in each.versions().items()} for each, _ in wanted]
+            found = [{of: self._compare(s) for of, s in each.versions().items()} for each, _ in wanted]
             accuracies = self._knn_accuracies([each for each, _ in wanted], stop)
         raised = []
         for (each, lines), compared, accuracy in zip(wanted, found, accuracies, strict=True):
             entry: dict[str, Any] = {"step": step, "epoch": step / books.order.steps_per_epoch}
-            entry |= {of + name: asdict(one) for of, all_ in compared.items() for name, one in all_.items()}
+            entry |= {
+                of + name: asdict(one) | {"measure": self._measures[name]}
+                for of, all_ in compared.items()
+                for name, one in all_.items()
+            }
             entry |= accuracy | {"train_kl": each.train_kl()}
             entry["alarms"] = [
                 text
@@ -160,6 +165,10 @@ class StudentAudits:
         for text in raised:
             logger.info(f"train-student: AUDIT ALARM after {step:,} steps: {text}")
         return raised
+
+    def _compare(self, student: StudentModel) -> dict[str, Audited]:
+        """The audits of a student by loss, over all layers."""
+        return {name: one for batch in self._batches for name, one in batch.compare(student).items()}
 
     def _knn_accuracies(self, wanted: Sequence[_Subject], stop: StopFlag) -> list[dict[str, float]]:
         """k-NN accuracies of every student by metric; empty without `audit.knn`, or where the run is being stopped."""
@@ -191,4 +200,4 @@ def _write(subject: _Subject, entry: Mapping[str, Any]) -> None:
     with open(subject.learner.folder / AUDIT_NAME, "a", encoding="utf-8") as lines:
         lines.write(json.dumps(entry) + "\n")
     # As for all metrics, the step is the last one done, counted from 0.
-    subject.learner.log(max(entry["step"] - 1, 0), audit_metrics(entry, subject.measure))
+    subject.learner.log(max(entry["step"] - 1, 0), audit_metrics(entry))

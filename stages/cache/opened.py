@@ -1,8 +1,14 @@
 """Typed reads of an opened cache."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.taps import Shapes
+from tinymim.stages.training.terms import Term, naming, weights_of
 from tinymim.stages.units.constants import on_device
 from tinymim.storage.manifest import Layer
 from tinymim.storage.reader import CacheReader
@@ -10,6 +16,43 @@ from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import stored_kind
 
 
+class Opened(NamedTuple):
+    """A layer that students learn from, its kind with constants on a device, and its term of the loss."""
+
+    layer: Layer
+    kind: TargetKind
+    term: Term
+
+
 def opened_kind(reader: CacheReader, layer: Layer, targets: TargetsConfig, device: torch.device) -> TargetKind:
     """The target kind of a layer, restricted to `targets`, with its constants on `device`."""
     return stored_kind(layer.target, targets, on_device(reader.constants(layer.name), device))
+
+
+def opened_layers(
+    reader: CacheReader, recipe: TrainStudentRecipe, device: torch.device, only: str | None = None
+) -> list[Opened]:
+    """The layers that a recipe learns from, in its order; `only` names the layer of a recipe that may name none.
+
+    Raises:
+        UserError: the cache has no such layer.
+        RecipeError, CacheMismatch: as `stored_kind`; names the layer if there are several.
+    """
+    opened, configs = [], recipe.each_layer()
+    for name, config in configs:
+        layer = reader.layer(only or name)
+        shown = layer.name if len(configs) > 1 else ""
+        with naming(shown):
+            kind = opened_kind(reader, layer, config.targets, device)
+        opened.append(Opened(layer, kind, Term(kind, layer.shapes, shown, weights_of(config))))
+    return opened
+
+
+def arrays_of(opened: Sequence[Opened]) -> dict[str, list[str]]:
+    """The names of the arrays to read, by layer."""
+    return {layer.name: [spec.name for spec in kind.specs(layer.shapes)] for layer, kind, _ in opened}
+
+
+def kinds_of(opened: Sequence[Opened]) -> dict[str, tuple[TargetKind, Shapes]]:
+    """The kinds and their teachers' shapes, by layer."""
+    return {layer.name: (kind, layer.shapes) for layer, kind, _ in opened}

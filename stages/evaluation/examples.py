@@ -10,6 +10,7 @@ from tinymim.configs.sections import VerifyConfig
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
+from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.pages.demo import SKETCH, Example
@@ -36,10 +37,10 @@ def relation_examples(
     kind = stored_kind(layer.target)
     assert isinstance(kind, RelationKind)  # the demo's recipe
     images = sorted({image % source.counts[0] for image in EXAMPLE_IMAGES})
-    arrays = [spec.name for spec in kind.specs(shapes)]
+    arrays = {layer.name: [spec.name for spec in kind.specs(shapes)]}
     views = ReplayedViews(reader, reader.manifest, source, arrays, VerifyConfig())
     batch = views.batch(np.array([[0, image, 0, number] for number, image in enumerate(images)], dtype=np.int64))
-    sketches = kind.decode(batch.records, batch.view_keys, shapes)
+    sketches = kind.decode(of_layer(batch.records, layer.name), batch.view_keys, shapes)
 
     # ---- the students' answers (the head is in the training state, not in the export)
     content = trained_on(reader, source)

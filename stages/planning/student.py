@@ -13,18 +13,16 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource, ReplayedViews
-from tinymim.stages.cache.opened import opened_kind
+from tinymim.stages.cache.opened import arrays_of, kinds_of, opened_layers
 from tinymim.stages.planning import clocks
 from tinymim.stages.planning.clocks import Laps, loader_threads
 from tinymim.stages.planning.forecast import StudentCosts
 from tinymim.stages.run.device import pick_device
-from tinymim.stages.training.device_stream import cached_target
+from tinymim.stages.training.device_stream import cached_targets
 from tinymim.stages.training.optim import Part
 from tinymim.stages.training.ranks import Ranks
 from tinymim.stages.training.student_step import Student, StudentStep, check_view_size, make_students
-from tinymim.storage.manifest import Layer
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.contract import TargetKind
 
 INPUT_BATCH: Final = 32
 STEPS: Final = 4  # that the budget is for; three at least are done, of which the first is a warm-up
@@ -55,23 +53,30 @@ def measured_student(
         UserError: the source holds less than one batch.
     """
     # ---- students
-    manifest, layer = reader.manifest, reader.layer(source.layer)
-    kind = opened_kind(reader, layer, recipe.targets, pick_device(recipe.run.device))
+    manifest, names = reader.manifest, [name for name, _ in recipe.each_layer()]
+    if len(names) > 1:
+        raise RecipeError(
+            f"{name} learns from several layers, and a cache recipe makes one",
+            got=f"layers {', '.join(map(str, names))}",
+            expected="one layer",
+            hint=f"plan with each of them alone: --set layers=null --set layer={names[0]}",
+        )
+    [only] = source.layers  # the recipe may call it otherwise
+    opened = opened_layers(reader, recipe, pick_device(recipe.run.device), only)
     for own in recipe.each().values():
         assert own.student is not None  # by TrainStudentRecipe.each
         check_view_size(own.student, int(manifest.views["size"]))
     if recipe.num_views is not None and recipe.num_views > num_views:
         raise RecipeError("num_views is more than the cache is for", got=recipe.num_views, expected=num_views)
     whole = SampleOrder([num_images], recipe.order, recipe.optim.batch_size, recipe.num_views or num_views)
-    students = make_students(recipe, kind, layer.shapes, Ranks(), whole, [])
+    students = make_students(recipe, [each.term for each in opened], Ranks(), whole, [])
 
     # ---- their input, with units already read
     together = min(recipe.order.views_per_decode, source.num_views)
     here = recipe.order.model_copy(update={"lanes": 1, "views_per_decode": together, "views_per_epoch": together})
     order = SampleOrder(source.counts, here, min(INPUT_BATCH, sum(source.counts)), source.num_views)
-    arrays = [spec.name for spec in kind.specs(layer.shapes)]
     verify = recipe.verify.model_copy(update={"first": 0})  # the share of digests in the long run
-    replayed = ReplayedViews(reader, manifest, source, arrays, verify, per_lane=order.slices_per_lane)
+    replayed = ReplayedViews(reader, manifest, source, arrays_of(opened), verify, per_lane=order.slices_per_lane)
     began, laps, loader = clocks.now_s(), Laps(), LoaderConfig(workers=0)
     with loader_threads(recipe.loader.workers):
         for number, entry in enumerate(order.plan(10**9)):
@@ -81,7 +86,7 @@ def measured_student(
             if number and clocks.now_s() - began > 0.4 * seconds:
                 break
 
-    step = _step(recipe, kind, reader, layer, students, loaded[0], 0.6 * seconds)
+    step = _step(recipe, reader, only, students, loaded[0], 0.6 * seconds)
     return StudentCosts(
         name=name,
         num_images=num_images,
@@ -98,25 +103,23 @@ def measured_student(
 
 def _step(
     recipe: TrainStudentRecipe,
-    kind: TargetKind,
     reader: CacheReader,
-    layer: Layer,
+    layer: str,
     students: Sequence[Student],
     batch: ViewBatch,
     seconds: float,
 ) -> Laps:
     """Steps of all students: laps "part", per view of the batch, and "update", its share of the update."""
-    targets = {
-        device: cached_target(opened_kind(reader, layer, recipe.targets, device), layer.shapes)
-        for device in {learner.device: None for *_, learner in students}
-    }
+    opened = {learner.device: opened_layers(reader, recipe, learner.device, layer) for *_, learner in students}
+    targets = {device: cached_targets(kinds_of(each)) for device, each in opened.items()}
+    terms = [each.term for each in next(iter(opened.values()))]
     share = recipe.optim.batch_size // recipe.workers
     most = share // recipe.optim.accumulate
     began, laps, count, rounds = clocks.now_s(), Laps(targets), min(2, most), 0
     while rounds < 3 or clocks.now_s() - began < seconds * (1 - 1 / STEPS):
         some = batch.pick(np.arange(count) % len(batch.keys))
         some = some.pin_memory() if any(device.type == "cuda" for device in targets) else some
-        step = StudentStep(recipe, students, kind, targets, torch.arange(count), count)
+        step = StudentStep(recipe, students, terms, targets, torch.arange(count), count)
         with laps.lap("part", count):
             step.take(0, some)
             step.add(0, Part(slice(0, count), 1.0, True, True))

@@ -45,6 +45,7 @@ METRICS: Final = (
     # ---- losses of a training step
     Metric("loss", "loss", ".4f", "lower", METRICS_NAME, column=True),
     Metric("kl_*", "KL {}", ".4f", "lower", METRICS_NAME, column=True),
+    Metric("weight_*", "weight of {}", ".3g"),
     # ---- student audits: KL to dense targets of held-out images, in nats per row; k-NN
     Metric("audit_kl_*", "audit KL {}", ".4f", "lower", AUDIT_NAME, column=True),
     Metric("audit_ema_kl_*", "audit KL {}, average", ".4f", "lower", AUDIT_NAME),
@@ -123,18 +124,13 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=place)
 
 
-def audit_metrics(line: Mapping[str, Any], measure: str = "kl") -> dict[str, float]:
-    """The metrics in one line of `audit.jsonl`: losses of the student and of its average, gaps, k-NN accuracies.
-
-    Args:
-        line: the line of one audit.
-        measure: prefix of the losses' names, as in the metrics of a training step.
-    """
+def audit_metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics in one line of `audit.jsonl`: losses of the student and of its average, gaps, k-NN accuracies."""
     losses = {name: each for name, each in line.items() if isinstance(each, Mapping) and "kl" in each}
     students = {name: each for name, each in losses.items() if not name.startswith(EMA)}
     accuracies = members("*_top1", line) | members("*_top5", line)
     return (
-        {f"audit_{_with_measure(measure, name)}": each["kl"] for name, each in losses.items()}
+        {f"audit_{_with_measure(each.get('measure', 'kl'), name)}": each["kl"] for name, each in losses.items()}
         | {f"audit_gap_{name}": each["gap"] for name, each in students.items() if "gap" in each}
         | {f"audit_{name}": value for name, value in line.items() if name in accuracies}
     )

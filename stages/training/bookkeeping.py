@@ -1,7 +1,7 @@
 """The end of a step: ranks agree whether to stop, metrics are logged, states are saved."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tinymim.configs.schema import TrainingRecipe
@@ -25,6 +25,7 @@ class Bookkeeping:
         order: the order of samples.
         shards: names of shards, by the first column of the order's items.
         rate_name: the metric that holds the rate, e.g. "views_per_s".
+        metrics: further metrics of a step, from the step and the number of all steps.
         first_step: number of steps done before this process; set by `resume`.
     """
 
@@ -34,6 +35,7 @@ class Bookkeeping:
     order: SampleOrder
     shards: list[str]
     rate_name: str
+    metrics: Callable[[int, int], dict[str, float]] = lambda _step, _total: {}
     first_step: int = 0
     _saved: int | None = None  # the step of the newest state that this process has written
 
@@ -133,7 +135,8 @@ class Bookkeeping:
             if write:
                 rate = {self.rate_name: meter.rate * self.order.batch_size}
                 epoch = {"epoch": (step + 1) / self.order.steps_per_epoch}
-                learner.log(step, means | {"lr": learner.schedule.lr(step)} | rate | epoch)
+                further = {"lr": learner.schedule.lr(step)} | self.metrics(step, self.total_steps)
+                learner.log(step, means | further | rate | epoch)
         meter.note = ", ".join(notes)
 
     def save(self, step: int) -> None:

@@ -13,18 +13,26 @@ from tinymim.configs.taps import Shapes
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
+from tinymim.pipeline.records import of_layer
 from tinymim.stages.training.optim import seeded
 from tinymim.targets.contract import Target, TargetKind
 
 CPU = torch.device("cpu")
 
-# Maps pixels uint8 [B, 3, S, S], the records' arrays and view keys int64 [B], all on one device, to their target.
-MakeTarget = Callable[[Tensor, Mapping[str, Tensor], Tensor], Target]
+# Maps pixels uint8 [B, 3, S, S], the records' arrays and view keys int64 [B], all on one device, to their targets: one
+# for each term of the loss.
+MakeTargets = Callable[[Tensor, Mapping[str, Tensor], Tensor], tuple[Target, ...]]
 
 
-def cached_target(kind: TargetKind, shapes: Shapes) -> MakeTarget:
-    """Targets from the records of a cache; `kind` has its constants on the device, `shapes` are the teacher's."""
-    return lambda _pixels, records, view_keys: kind.decode(records, view_keys, shapes)
+def cached_targets(kinds: Mapping[str, tuple[TargetKind, Shapes]]) -> MakeTargets:
+    """Targets from the records of a cache.
+
+    Args:
+        kinds: by layer, its kind with constants on the device, and its teacher's shapes.
+    """
+    return lambda _pixels, records, view_keys: tuple(
+        kind.decode(of_layer(records, layer), view_keys, shapes) for layer, (kind, shapes) in kinds.items()
+    )
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
@@ -35,21 +43,21 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 class DeviceStream:
     """The stream of batches on one device.
 
-    A batch is copied once and its target computed once. Images are jittered once for all students with the same
+    A batch is copied once and its targets computed once. Images are jittered once for all students with the same
     jitter. Nothing here waits for a GPU, so that one GPU computes while the next one gets its work.
 
     Args:
         device: the device of the students.
-        make_target: computes the target of views on this device.
+        make_targets: computes the targets of views on this device.
         seed: the run's seed; with the step it determines the jitter.
         places: int64 [B], the places of this rank's samples in a step's whole batch.
         batch_size: number of samples in the whole batch.
     """
 
     def __init__(
-        self, device: torch.device, make_target: MakeTarget, seed: int, places: Tensor, batch_size: int
+        self, device: torch.device, make_targets: MakeTargets, seed: int, places: Tensor, batch_size: int
     ) -> None:
-        self.device, self._make_target = device, make_target
+        self.device, self._make_targets = device, make_targets
         self._seed, self._places, self._batch_size = seed, places, batch_size
         self._normalise = Normalise().to(device)
         self._step = 0
@@ -57,7 +65,7 @@ class DeviceStream:
         self._pixels, self._keys = torch.empty(0), torch.empty(0)
         self._records: dict[str, Tensor] = {}
         self._images: dict[JitterConfig, Tensor] = {}
-        self.target: Target = None
+        self.targets: tuple[Target, ...] = ()
 
     def take(self, step: int, batch: ViewBatch) -> None:
         """Copy the batch of a step to the device."""
@@ -68,11 +76,11 @@ class DeviceStream:
         self._keys = batch.view_keys.to(self.device, non_blocking=True)
 
     def cut(self, rows: slice) -> None:
-        """Select a part of the batch and compute its `target`."""
+        """Select a part of the batch and compute its `targets`."""
         self._rows, self._images = rows, {}  # as float32, images take four times the batch: only one part's are kept
         records = {name: array[rows] for name, array in self._records.items()}
         with current(self.device):
-            self.target = self._make_target(self._pixels[rows], records, self._keys[rows])
+            self.targets = self._make_targets(self._pixels[rows], records, self._keys[rows])
 
     def images(self, config: JitterConfig) -> Tensor:
         """The part's images with this jitter, normalised float32 [B, 3, S, S]."""

@@ -102,8 +102,7 @@ class Learner:
         self.model.train()
 
     def _backward_of_example(self) -> None:
-        outputs = self.model(*self._example)
-        sums = [out.float().sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        sums = [out.float().sum() for out in _tensors(self.model(*self._example))]
         torch.stack(sums).sum().backward()
 
     @contextlib.contextmanager
@@ -196,6 +195,11 @@ class Learner:
             got=f"found by rank {', '.join(map(str, found_by))}; the state and the step's samples are in {dump}",
             hint="lower optim.base_lr, set optim.clip_norm, or train in fp32; the last saved state is intact",
         )
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The tensors in nested tuples."""
+    return [outputs] if isinstance(outputs, Tensor) else [each for part in outputs for each in _tensors(part)]
 
 
 @dataclass

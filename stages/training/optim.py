@@ -11,9 +11,10 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tinymim.configs.errors import UserError
-from tinymim.configs.schema import TrainingRecipe, TrainStudentRecipe
+from tinymim.configs.schema import LayerConfig, TrainingRecipe, TrainStudentRecipe
 from tinymim.configs.sections import LayerwiseOptimConfig, OptimConfig
 from tinymim.pipeline.order import SampleOrder
+from tinymim.stages.training.terms import weights_of
 from tinymim.storage.atomic import canonical_json, digest_hex
 
 
@@ -155,11 +156,25 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     free |= {"train": True, "val": True, "weights": True}
     # The order of samples has an identity of its own, with the images and views in use, so a cache may grow. A layer's
     # content decides, not its name.
-    free |= {"num_views": True, "on_missing": True, "layer": True}
+    free |= {"num_views": True, "on_missing": True, "layer": True, "layers": True, "targets": True}
     free["run"] = {"folder", "device", "threads", "log_every"}
     if recipe.ema is None:
         free["ema"] = True  # keeps the identity of states that are older than the field, as for `targets`
-    if isinstance(recipe, TrainStudentRecipe):
-        free["targets"] = {name for name in ("loss", "projector") if getattr(recipe.targets, name) is None}
     fields = recipe.model_dump(mode="json", exclude=free)
+    if isinstance(recipe, TrainStudentRecipe):
+        fields |= _terms_identity([layer for _, layer in recipe.each_layer()])
     return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))
+
+
+def _terms_identity(layers: Sequence[LayerConfig]) -> dict[str, Any]:
+    """Choices of targets, and weights. A single layer of weight 1 has the identity of states without weights."""
+    targets = [
+        {
+            name: value
+            for name, value in layer.targets.model_dump(mode="json").items()
+            if value is not None or name not in ("loss", "projector")
+        }
+        for layer in layers
+    ]
+    weights = [list(weights_of(layer)) for layer in layers]
+    return {"targets": targets[0]} if weights == [[1.0, 1.0]] else {"targets": targets, "weights": weights}

@@ -15,7 +15,6 @@ from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
-from tinymim.configs.taps import Shapes
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.vit import build_vit, count_parameters
 from tinymim.pipeline.dataset import ViewBatch
@@ -23,14 +22,14 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource
 from tinymim.stages.run.device import autocast
 from tinymim.stages.run.folder import RECIPE_NAME
-from tinymim.stages.training.device_stream import CPU, DeviceStream, MakeTarget, current
+from tinymim.stages.training.device_stream import CPU, DeviceStream, MakeTargets, current
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import Part, parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, rank_device
 from tinymim.stages.training.states import has_state
+from tinymim.stages.training.terms import Term, naming
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.contract import StudentTarget
 
 
 class Student(NamedTuple):
@@ -43,8 +42,7 @@ class Student(NamedTuple):
 
 def make_students(
     recipe: TrainStudentRecipe,
-    kind: StudentTarget,
-    teacher: Shapes,
+    terms: Sequence[Term],
     ranks: Ranks,
     order: SampleOrder,
     content: list[str],
@@ -53,8 +51,7 @@ def make_students(
 
     Args:
         recipe: the training recipe.
-        kind: the kind of target.
-        teacher: the teacher's shapes, which they must fit.
+        terms: the terms of the loss, whose teachers they must fit.
         ranks: the ranks of the run.
         order: the order of samples.
         content: digests of the data that their states depend on, from `trained_on`.
@@ -62,15 +59,18 @@ def make_students(
     Raises:
         CacheMismatch: a student's tokens are not the teacher's.
         RecipeError: its width does not fit.
+        Both name the layer if there are several.
     """
     students = []
     for name, own in recipe.each().items():
         assert own.student is not None  # by TrainStudentRecipe.each
-        check_student_fits(own.student, kind, teacher)
+        for term in terms:
+            check_student_fits(own.student, term)
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
         vit = build_vit(own.student, drop_path=own.drop_path)
-        model = StudentModel(vit, kind.head(shapes_of(vit), teacher)).to(device)
+        heads = [term.kind.head(shapes_of(vit), term.shapes) for term in terms]
+        model = StudentModel(vit, *heads).to(device)
         about = f"{name or 'student'} of {count_parameters(model.vit):,} parameters"
         example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
         learner = Learner(name, about, own, "student", model, example, ranks, order, content)
@@ -84,7 +84,7 @@ class StudentStep:
     Args:
         recipe: the training recipe: accumulation, precision, seed.
         students: the students, from `make_students`.
-        kind: the kind of target.
+        terms: the terms of the loss.
         targets: by device, the function that computes targets there.
         places: int64 [B], the places of this rank's samples in a step's whole batch.
         batch_size: number of samples in the whole batch.
@@ -94,12 +94,12 @@ class StudentStep:
         self,
         recipe: TrainStudentRecipe,
         students: Sequence[Student],
-        kind: StudentTarget,
-        targets: Mapping[torch.device, MakeTarget],
+        terms: Sequence[Term],
+        targets: Mapping[torch.device, MakeTargets],
         places: Tensor,
         batch_size: int,
     ) -> None:
-        self.recipe, self.students, self.kind = recipe, students, kind
+        self.recipe, self.students, self.terms = recipe, students, terms
         self.places, self.batch_size = places, batch_size
         self.streams = {
             device: DeviceStream(device, make, recipe.run.seed, places, batch_size) for device, make in targets.items()
@@ -128,10 +128,16 @@ class StudentStep:
             model.draw(seeded(CPU, self.recipe.run.seed, step), self.places[part.rows], self.batch_size)
             with current(learner.device), learner.part_of_step(part.first, part.last):
                 with autocast(learner.device, self.recipe.precision):
-                    answers = learner.model(stream.images(jitter))
-                    losses = self.kind.losses(answers, stream.target)
-                    means = {f"{self.kind.measure}_{name}": loss.mean() for name, loss in losses.items()}
-                    loss = torch.stack(list(means.values())).sum()
+                    answers = model.by_head(learner.model(stream.images(jitter)))
+                    means: dict[str, Tensor] = {}
+                    weighted: list[Tensor] = []
+                    for term, own, target in zip(self.terms, answers, stream.targets, strict=True):
+                        losses = term.kind.losses(own, target)
+                        found = {term.metric(name): loss.mean() for name, loss in losses.items()}
+                        weight = term.weight(step, learner.schedule.total_steps)
+                        means |= found
+                        weighted += found.values() if weight == 1.0 else [weight * mean for mean in found.values()]
+                    loss = torch.stack(weighted).sum()
                 learner.backward({"loss": loss} | means, part.share)
 
     def update(self, step: int) -> None:
@@ -159,11 +165,12 @@ def views_in_use(recipe: TrainStudentRecipe, ranks: Ranks) -> int | None:
 
 
 def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
-    """Digests of the data that a training state depends on: the layer's spec and constants, its shards of images."""
-    layer = reader.layer(source.layer)
-    constants = constants_digest(reader.store, layer)
-    hashes = [shard.content_hash for shard in source.shards]
-    return [layer.spec_id, *([constants] if constants else []), *hashes]
+    """Digests of the data that a training state depends on: specs and constants of layers, their shards of images."""
+    digests = []
+    for layer in map(reader.layer, source.layers):
+        constants = constants_digest(reader.store, layer)
+        digests += [layer.spec_id, *([constants] if constants else [])]
+    return digests + [shard.content_hash for shard in source.shards]
 
 
 def check_view_size(student: ModelConfig, size: int) -> None:
@@ -177,20 +184,21 @@ def check_view_size(student: ModelConfig, size: int) -> None:
         )
 
 
-def check_student_fits(student: ModelConfig, kind: StudentTarget, teacher: Shapes) -> None:
-    """Compare the student's tokens and width with the teacher's; allocates no weights.
+def check_student_fits(student: ModelConfig, term: Term) -> None:
+    """Compare the student's tokens and width with a teacher's; allocates no weights.
 
     Raises:
         CacheMismatch: the student's tokens are not the teacher's.
         RecipeError: the kind of target cannot compare a student of this width.
     """
-    with torch.device("meta"):
+    teacher = term.shapes
+    with naming(term.layer), torch.device("meta"):
         own = shapes_of(build_vit(student))
-        kind.head(own, teacher)
-    if (own.grid, own.prefix_tokens) != (teacher.grid, teacher.prefix_tokens):
-        raise CacheMismatch(
-            "the student's tokens are not the teacher's",
-            got=f"a grid of {own.grid[0]} x {own.grid[1]} and {own.prefix_tokens} prefix tokens",
-            expected=f"{teacher.grid[0]} x {teacher.grid[1]} and {teacher.prefix_tokens}",
-            hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
-        )
+        term.kind.head(own, teacher)
+        if (own.grid, own.prefix_tokens) != (teacher.grid, teacher.prefix_tokens):
+            raise CacheMismatch(
+                "the student's tokens are not the teacher's",
+                got=f"a grid of {own.grid[0]} x {own.grid[1]} and {own.prefix_tokens} prefix tokens",
+                expected=f"{teacher.grid[0]} x {teacher.grid[1]} and {teacher.prefix_tokens}",
+                hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
+            )

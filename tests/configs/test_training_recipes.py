@@ -10,6 +10,7 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import EmaConfig, ModelConfig, OptimConfig
+from tinymim.stages.training.terms import weights_of
 
 SEVERAL = """
 stage: train-student
@@ -64,6 +65,41 @@ def test_the_resolved_recipe_of_several_students_is_a_recipe(tmp_path: Path) -> 
     for own in loaded.each().values():
         resolved.write_text(dump_recipe(own))
         assert load_recipe(resolved, "train-student") == own
+
+
+def test_a_layer_has_what_it_says_and_else_the_recipe_s_targets(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    layers = "layers:\n  a: {weight: 2}\n  vit.mae-b2: {end_weight: 0, targets: {loss: mse}}\ntargets: {rows: 4}\n"
+    path.write_text(SEVERAL + layers)
+    loaded = load_recipe(path, "train-student", ["layers.vit.mae-b2.weight=0.5", "layers.new={}"])
+    assert isinstance(loaded, TrainStudentRecipe)
+    found = {name: (weights_of(each), each.targets.rows, each.targets.loss) for name, each in loaded.each_layer()}
+    assert found == {"a": ((2, 2), 4, None), "vit.mae-b2": ((0.5, 0), None, "mse"), "new": ((1, 1), 4, None)}
+    path.write_text(dump_recipe(loaded))
+    assert load_recipe(path, "train-student") == loaded
+
+
+def test_without_layers_the_only_one_counts_once() -> None:
+    ((name, only),) = recipe(targets={"rows": 3}).each_layer()
+    assert name is None and weights_of(only) == (1, 1) and only.targets.rows == 3
+    ((name, _),) = recipe(layer="a").each_layer()
+    assert str(name) == "a"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": "a", "layers": {"b": {}}}, "give layer or layers, not both; got layer a, layers b"),
+        ({"layers": {}}, "layers needs a layer with a weight above 0; got no layer"),
+        ({"layers": {"a": {"weight": 0}, "b": {"weight": 0}}}, "a weight above 0; got a 0, b 0"),
+        ({"layers": {"a": {"weight": -1}}}, r"layers\.a\.weight"),
+        ({"layers": {"a": {"end_weight": float("inf")}}}, r"layers\.a\.end_weight"),
+        ({"layers": {"A b": {}}}, "layers.A b"),
+    ],
+)
+def test_wrong_layers_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        recipe(**changes)
 
 
 def test_one_student_is_each_of_one() -> None:

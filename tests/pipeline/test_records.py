@@ -128,9 +128,9 @@ def replayed(
     }
     shards = tuple(SourceShard(s.name, s.size_bytes, s.num_samples, s.content_hash) for s in source.shards)
     manifest = Manifest(shards, LAW.identity(), {"tinymim": "0", "canary": "0"})
-    joined = CachedSource(source.shards, "layer", NUM_VIEWS, units)
+    joined = CachedSource(source.shards, NUM_VIEWS, units)
     sizes = {} if order is None else {"lanes": len(order.lanes), "per_lane": order.slices_per_lane}
-    return ReplayedViews(reader, manifest, joined, ["code", "scale"], verify, **sizes)
+    return ReplayedViews(reader, manifest, joined, {"layer": ["code", "scale"]}, verify, **sizes)
 
 
 def order_of(batch_size: int = 12, **config: Any) -> SampleOrder:
@@ -141,7 +141,7 @@ def same(one: ViewBatch, other: ViewBatch) -> None:
     np.testing.assert_array_equal(one.items, other.items)
     assert one.keys == other.keys and one.views == other.views
     assert torch.equal(one.pixels, other.pixels) and torch.equal(one.view_keys, other.view_keys)
-    assert one.records.keys() == other.records.keys() == {"code", "scale"}
+    assert one.records.keys() == other.records.keys() == {"layer/code", "layer/scale"}
     assert all(torch.equal(one.records[name], other.records[name]) for name in one.records)
 
 
@@ -177,8 +177,8 @@ def test_each_slice_is_read_once_a_pass_and_every_record_stands_beside_its_view(
             name = source.shards[shard].name
             assert batch.keys[place] == reader.keys_of(name)[image]
             code = reader.codes(name, view)[image]
-            assert batch.records["code"][place].numpy().tolist() == code.tolist()
-            assert batch.records["scale"][place].tolist() == code[0].astype(np.float16).tolist()
+            assert batch.records["layer/code"][place].numpy().tolist() == code.tolist()
+            assert batch.records["layer/scale"][place].tolist() == code[0].astype(np.float16).tolist()
     if workers:
         fresh = replayed(CountingReader(source, digests), source, order)
         alone = list(batches(fresh.pixels, order.plan(last), LoaderConfig(workers=0), rank_part=fresh))

@@ -16,6 +16,7 @@ from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, pixel_digest
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items, SampleOrder
+from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews, view_key
@@ -44,7 +45,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def replayed(root: Path, per_lane: int = 3, **verify: int) -> ReplayedViews:
     reader = CacheReader(root / "cache")
     joined = join(source_of(root), reader)
-    return ReplayedViews(reader, reader.manifest, joined, ARRAYS, VerifyConfig(**verify), per_lane=per_lane)
+    arrays = {layer: ARRAYS for layer in joined.layers}
+    return ReplayedViews(reader, reader.manifest, joined, arrays, VerifyConfig(**verify), per_lane=per_lane)
 
 
 def shuffled_items(count: int) -> Items:
@@ -63,10 +65,11 @@ def test_every_record_stands_beside_its_view_in_any_order(made: Path) -> None:
     for place, (shard, image, view, _) in enumerate(items.tolist()):
         key = views.source.shards[shard].members().keys[image]
         for name, records in records_of([key], [view]).items():
-            np.testing.assert_array_equal(batch.records[name][place].numpy(), records[0, 0])
+            np.testing.assert_array_equal(batch.records[f"layer/{name}"][place].numpy(), records[0, 0])
         assert batch.keys[place] == key and batch.views[place] == law(key, view, 80, 80)
         assert int(batch.view_keys[place]) == view_key(1, key, view)
-    assert set(batch.records) == set(ARRAYS) and batch.records["code"].dtype == torch.uint8
+    assert of_layer(batch.records, "layer").keys() == set(ARRAYS) and len(batch.records) == len(ARRAYS)
+    assert batch.records["layer/code"].dtype == torch.uint8
 
 
 def test_digests_are_checked_for_the_first_and_then_for_one_in_so_many(
@@ -243,11 +246,37 @@ def test_shards_without_any_view_are_an_error_or_skipped(made: Path, tmp_path: P
 def test_a_layer_is_named_where_there_are_several(made: Path, tmp_path: Path) -> None:
     reader = grown(made, tmp_path, {VIEWS: [(0, 2)], "a": [(0, 2)], "b": [(0, 1)]})
     source = source_of(made)
-    assert [join(source, reader, name).num_views for name in "ab"] == [2, 1]
+    assert [join(source, reader, names).num_views for names in ("a", "b", "ab")] == [2, 1, 1]
+    assert join(source, reader, "ba").layers == ["b", "a"]
+    with pytest.raises(RecipeError, match="more than the cache holds in layer b\n") as caught:
+        join(source, reader, "ab", num_views=2)
+    assert "layer a: 4 shards have 2 views; layer b: 4 shards have 1 view" in str(caught.value.expected)
     with pytest.raises(UserError, match="2 target layers"):
         join(source, reader)
     with pytest.raises(UserError, match="no layer c"):
-        join(source, reader, "c")
+        join(source, reader, ["c"])
+
+
+def test_the_message_names_the_layer_that_lacks_shards(made: Path, tmp_path: Path) -> None:
+    grown(made, tmp_path, {VIEWS: [(0, 2)], "a": [(0, 2)]})
+    reader = grown(made, tmp_path, {"b": [(0, 2)]}, slice(1, 4))
+    with pytest.raises(UserError, match="lacks 1 of 4 shards of this source in layer b, the first is"):
+        join(source_of(made), reader, ["a", "b"])
+    joined = join(source_of(made), reader, ["a", "b"], on_missing="skip")
+    assert len(joined.shards) == 3 and joined.layers == ["a", "b"]
+
+
+def test_a_batch_holds_the_records_of_all_layers(made: Path, tmp_path: Path) -> None:
+    reader = grown(made, tmp_path, {VIEWS: [(0, 2)], "a": [(0, 2)], "b": [(0, 1), (1, 1)]})
+    joined = join(source_of(made), reader, ["a", "b"])
+    arrays = {"a": ["code"], "b": ARRAYS}
+    views = ReplayedViews(reader, reader.manifest, joined, arrays, VerifyConfig(), per_lane=8)
+    batch = views.batch(np.array([[2, 3, 1, 0], [0, 5, 0, 1]], np.int64))
+    assert set(batch.records) == {"a/code", "b/code", "b/scale"}
+    for place, view in enumerate((1, 0)):
+        expected = records_of([batch.keys[place]], [view])
+        np.testing.assert_array_equal(batch.records["a/code"][place].numpy(), expected["code"][0, 0])
+        np.testing.assert_array_equal(batch.records["b/scale"][place].numpy(), expected["scale"][0, 0])
 
 
 def test_images_without_a_record_are_named_or_counted(made: Path, tmp_path: Path) -> None:

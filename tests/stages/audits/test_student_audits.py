@@ -19,13 +19,14 @@ from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.stages import cache_teacher, make_shards, train_student
-from tinymim.stages.audits.batch import AuditBatch
+from tinymim.stages.audits.batch import AuditBatch, audit_batches
 from tinymim.stages.audits.student_audits import StudentAudits
-from tinymim.stages.cache.opened import opened_kind
+from tinymim.stages.cache.opened import Opened, opened_kind
 from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.training import student_step
 from tinymim.stages.training.device_stream import CPU
+from tinymim.stages.training.terms import Term
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, signal_in_step, student_recipe, write_teacher
 
@@ -179,7 +180,9 @@ def batch_of(root: Path, cache: Path, targets: TargetsConfig | None = None) -> A
     config = AuditConfig.model_validate(audit(root, cache=cache))
     reader = CacheReader(root / "cache")
     layer = reader.layer()
-    return AuditBatch(config, reader.manifest, layer, opened_kind(reader, layer, targets or TargetsConfig(), CPU))
+    kind = opened_kind(reader, layer, targets or TargetsConfig(), CPU)
+    [found] = audit_batches(config, reader.manifest, [Opened(layer, kind, Term(kind, layer.shapes))])
+    return found
 
 
 def test_the_kl_is_that_of_dense_rows_of_the_first_images_and_hidden_records_give_the_same(home: Path) -> None:
@@ -249,7 +252,8 @@ def test_too_few_images_other_relations_and_training_images_are_said(
     cache_teacher.run(held_out_cache(home, cache=home / "same", source=trained(home)))
     config = AuditConfig.model_validate(audit(home, cache=home / "same", source=trained(home)))
     reader = CacheReader(home / "cache")
-    AuditBatch(config, reader.manifest, reader.layer(), opened_kind(reader, reader.layer(), TargetsConfig(), CPU))
+    kind, shapes = opened_kind(reader, reader.layer(), TargetsConfig(), CPU), reader.layer().shapes
+    audit_batches(config, reader.manifest, [Opened(reader.layer(), kind, Term(kind, shapes))])
     assert "audit: warning: the training's cache also holds shard-000000.tar" in capsys.readouterr().err
 
 

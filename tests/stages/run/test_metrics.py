@@ -14,7 +14,7 @@ WRITTEN = [
     "val_ema_loss", "knn_top1", "knn_top5", "linear_top1", "linear_top5", "ema_knn_top1", "ema_linear_top5",
     "records", "gib_written", "units_left", "units_failed", "eta_s", "decode_share", "teacher_share",
     "finetuned_best_top1", "finetuned_last_top1", "finetuned_last-ema_top5", "steps", "epochs", "alarms",
-    "elapsed_s", "device_h", "teacher_h",
+    "elapsed_s", "device_h", "teacher_h", "weight_clip-logits",
 ]
 # fmt: on
 
@@ -86,8 +86,10 @@ def test_the_metrics_of_an_audit_are_of_student_and_average() -> None:
     }
     assert all(metric(name).header.startswith("audit ") for name in found)
     assert metric("audit_cosine_cls").curve == ""  # of a target's own loss: no curve of the training
-    assert audit_metrics({"cls": {"kl": 1.0}, "ema_cls": {"kl": 2.0}}, "cosine") == {
+    measured = {"measure": "cosine"}
+    assert audit_metrics({"cls": {"kl": 1.0} | measured, "ema_cls": {"kl": 2.0} | measured}) == {
         "audit_cosine_cls": 1.0,
         "audit_ema_cosine_cls": 2.0,
     }
+    assert set(audit_metrics({"a/qk": judged | {"measure": "kl"}})) == {"audit_kl_a/qk", "audit_gap_a/qk"}
     assert audit_metrics({"step": 0, "qk": {"kl": 1.0}}) == {"audit_kl_qk": 1.0}  # of before there were gaps

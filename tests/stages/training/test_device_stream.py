@@ -11,6 +11,7 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.stages.training.device_stream import CPU, DeviceStream, current
 from tinymim.stages.training.optim import seeded
+from tinymim.targets.contract import Target
 
 B, SIZE = 8, 16
 
@@ -21,9 +22,10 @@ class CountingTargets:
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], list[int]]] = []
 
-    def __call__(self, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> None:
+    def __call__(self, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> tuple[Target, ...]:
         assert torch.equal(pixels, batch().pixels[records["rows"]])
         self.asked.append((records["rows"].tolist(), view_keys.tolist()))
+        return ()
 
 
 def batch() -> ViewBatch:

@@ -1,0 +1,61 @@
+"""The terms of a student's loss: one for each layer of the cache that it learns from, with a weight for each step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from tinymim.configs.errors import TinymimError
+from tinymim.configs.schema import LayerConfig
+from tinymim.configs.taps import Shapes
+from tinymim.targets.contract import StudentTarget
+
+
+class Term(NamedTuple):
+    """What students are compared with by one layer.
+
+    Attributes:
+        kind: the layer's kind of target.
+        shapes: the shapes of its teacher.
+        layer: its name where there are several; empty for a single term.
+        weights: weights in the first and in the last step.
+    """
+
+    kind: StudentTarget
+    shapes: Shapes
+    layer: str = ""
+    weights: tuple[float, float] = (1.0, 1.0)
+
+    def weight(self, step: int, total_steps: int) -> float:
+        """The weight of step `step`, counted from 0: a function of the step alone, so that a resume needs no state."""
+        first, last = self.weights
+        return first + (last - first) * step / max(1, total_steps - 1)
+
+    def loss_name(self, loss: str) -> str:
+        """The name of one of the kind's losses among those of all terms: "cls", or "clip-cls/cls"."""
+        return f"{self.layer}/{loss}" if self.layer else loss
+
+    def metric(self, loss: str) -> str:
+        """Its name in the metrics: "distance_cls", or "distance_clip-cls/cls"."""
+        return f"{self.kind.measure}_{self.loss_name(loss)}"
+
+
+def weights_of(config: LayerConfig) -> tuple[float, float]:
+    """The weights in the first and in the last step."""
+    return config.weight, config.weight if config.end_weight is None else config.end_weight
+
+
+def weight_metrics(terms: Sequence[Term], step: int, total_steps: int) -> dict[str, float]:
+    """The weights of a step by name in the metrics; empty for a single term."""
+    return {f"weight_{term.layer}": term.weight(step, total_steps) for term in terms if term.layer}
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Name the layer in errors about it, where there are several; `layer` is empty for the only one."""
+    try:
+        yield
+    except TinymimError as error:
+        if not layer:
+            raise
+        what = f"layer {layer}: {error.what}"
+        raise type(error)(what, got=error.got, expected=error.expected, hint=error.hint) from error
