@@ -10,7 +10,7 @@ Shapes: B view, P part of a loss (a head, or 1), T token, C width, N gradient co
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -235,11 +235,24 @@ class TargetKind(ABC):
         return {}
 
 
+@dataclass(frozen=True)
 class ChosenKind(TargetKind):
-    """A kind whose losses and head follow the `targets` section of a recipe.
+    """A kind that follows two sections of a recipe: `codec`, and `targets` for a student's losses and head.
 
     Attributes:
-        targets: that section.
+        config: the codec section.
+        targets: the targets section.
+        block: the tapped block of the teacher, counted from 1.
+        constants: the codec's constants, on the device of the records; empty for codecs without any.
     """
 
-    targets: TargetsConfig
+    config: Any
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    block: int = 1
+    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    version: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # of the config
+        """See `TargetKind`."""
+        return str(self.config.name)

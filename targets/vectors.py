@@ -5,7 +5,7 @@ Shapes: B view, N vector of a view, Q sampled vector, C width, P prefix token.
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.functional import normalize, smooth_l1_loss
 
-from tinymim.configs.codecs import ClsCodec, FeaturesCodec, TargetsConfig, VectorLoss
+from tinymim.configs.codecs import ClsCodec, FeaturesCodec, VectorLoss
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import (
@@ -102,22 +102,12 @@ class Vectors(ChosenKind):
     **Biased** with `smooth_l1`: its gradient, min(max(s - d, -1), 1), is not linear in d, so the mean over d is that
     of a smoother loss, the convolution of smooth L1 with the distribution of the rounding error. With `int8` that
     error is below 1/255 of a vector's largest component, and the bias as small.
-
-    Attributes:
-        config: the codec section.
-        targets: loss and projector of the student.
-        block: the teacher's block, counted from 1.
-        constants: mean and whitening matrix, on the device of the records; empty without `whiten`.
     """
 
     config: FeaturesCodec | ClsCodec
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    block: int = 1
-    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     measure: ClassVar[str] = "distance"
     loss_name: ClassVar[str]
     streams: ClassVar[int]
-    version: ClassVar[int] = 1
     default_loss: ClassVar[VectorLoss] = "mse"
 
     @abstractmethod
@@ -132,11 +122,6 @@ class Vectors(ChosenKind):
     @abstractmethod
     def sampled(self) -> int | None:
         """Number of vectors in a record, where there are more; None for all."""
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # of the config
-        """See `TargetKind`."""
-        return self.config.name
 
     @property
     def loss(self) -> VectorLoss:

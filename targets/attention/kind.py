@@ -8,14 +8,14 @@ Shapes: B view, H teacher head, S student head, Q query row, T token, P prefix t
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tinymim.configs.codecs import AttentionCodec, TargetsConfig
+from tinymim.configs.codecs import AttentionCodec
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import (
@@ -92,24 +92,10 @@ class Attention(ChosenKind):
       (`counter.spread`), and sample and rounding are independent. The gradient of (s - x)^2 by the student's logit s
       is 2 (s - x), linear in x. So the gradient is **unbiased**; the floor, the exact mean square, is stored.
     - `dense`: all rows in fp32, for audits. fp16 could not hold large logits.
-
-    Attributes:
-        config: the codec section.
-        targets: takes no field.
-        block: the tapped block of the teacher, counted from 1.
     """
 
     config: AttentionCodec
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    block: int = 1
-    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     measure: ClassVar[str] = "distance"
-    version: ClassVar[int] = 1
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # of the config
-        """See `TargetKind`."""
-        return self.config.name
 
     @property
     def whole(self) -> bool:
