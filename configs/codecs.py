@@ -299,3 +299,6 @@ class TargetsConfig(Section):
     projector: Literal["linear", "mlp"] | None = Field(
         default=None, description="From the student's width to the teacher's, for features. Default: `linear`."
     )
+    keep_projector: bool = Field(
+        default=False, description="Write the trained projector beside the student's weights (docs/targets.md)."
+    )

@@ -1,4 +1,4 @@
-"""A student during training: the timm ViT that is exported, and a head that is dropped at export.
+"""A student during training: the timm ViT that is exported, and a head, which is not part of it.
 
 Shapes: B view, S pixel, T token, C width.
 """

@@ -76,7 +76,7 @@ class Yardstick(NamedTuple):
 
 
 class TargetHead(nn.Module, ABC):
-    """A student's final tokens to answers. It is trained with the student and dropped at export."""
+    """A student's final tokens to answers. It is trained with the student and dropped at export, but for `kept`."""
 
     @abstractmethod
     def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:
@@ -93,6 +93,10 @@ class TargetHead(nn.Module, ABC):
             gradients: the loss's gradient with respect to each answer; None where the loss does not depend on it.
             parts: P.
         """
+
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors that are exported beside the student, by name."""
+        return {}
 
 
 class WholeHead(TargetHead):

@@ -46,15 +46,16 @@ def _plain(kind: Callable[..., TargetKind], *takes: str) -> Make:
     return make
 
 
+_PROJECTOR = ("projector", "keep_projector")
 # One line per codec section.
 _MAKE: dict[type, Make] = {
     SketchCodec: relations.make_relations,
     DenseCodec: relations.make_relations,
     HiddenCodec: relations.make_relations,
-    FeaturesCodec: _plain(Features, "loss", "projector"),
-    ClsCodec: _plain(Cls, "loss", "projector"),
+    FeaturesCodec: _plain(Features, "loss", *_PROJECTOR),
+    ClsCodec: _plain(Cls, "loss", *_PROJECTOR),
     LogitsCodec: _plain(Logits),
-    FFCodec: _plain(FF, "projector"),
+    FFCodec: _plain(FF, *_PROJECTOR),
     AttentionCodec: _plain(Attention),
 }
 # Codec settings whose sizes `tinymim plan` compares, and their names there.

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.functional import normalize, smooth_l1_loss
 
-from tinymim.configs.codecs import ClsCodec, FeaturesCodec, VectorLoss
+from tinymim.configs.codecs import ClsCodec, FeaturesCodec, TargetsConfig, VectorLoss
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import (
@@ -23,7 +23,6 @@ from tinymim.targets.contract import (
     Loss,
     Projection,
     Tapped,
-    TargetHead,
     WholeHead,
     Yardstick,
 )
@@ -60,16 +59,16 @@ class Projector(WholeHead):
     Args:
         student: the student's shapes.
         width: the teacher's width.
-        mlp: two linear layers with a GELU between them, else one linear layer.
+        targets: whether there are two linear layers with a GELU between them, or one; whether it is exported.
         patches: answer for every patch token; else for the first prefix token (the class token), or the mean over
             patches where there is no prefix.
     """
 
-    def __init__(self, student: Shapes, width: int, mlp: bool, patches: bool) -> None:
+    def __init__(self, student: Shapes, width: int, targets: TargetsConfig, patches: bool) -> None:
         super().__init__()
-        self.prefix, self.patches = student.prefix_tokens, patches
+        self.prefix, self.patches, self.exported = student.prefix_tokens, patches, targets.keep_projector
         layers: list[nn.Module] = [nn.Linear(student.width, width)]
-        if mlp:
+        if targets.projector == "mlp":
             layers += [nn.GELU(), nn.Linear(width, width)]
         self.projection = nn.Sequential(*layers)
         for layer in layers:
@@ -80,6 +79,10 @@ class Projector(WholeHead):
     def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:
         """See `TargetHead`: float [B, N, C]."""
         return (self.projection(tokens[:, self.prefix :] if self.patches else embedding(tokens, self.prefix)),)
+
+    def kept(self) -> dict[str, Tensor]:
+        """See `TargetHead`: weights and biases of the layers, by their number in a `nn.Sequential`."""
+        return self.projection.state_dict() if self.exported else {}
 
 
 def embedding(tokens: Float[Tensor, "B T C"], prefix: int) -> Float[Tensor, "B 1 C"]:
@@ -305,8 +308,3 @@ def _rows(vectors: Float[Tensor, "B N C"], index: Int64[Tensor, "B Q"]) -> Float
 def _length(vectors: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
     length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
     return length
-
-
-def head_for(kind: Vectors, student: Shapes, teacher: Shapes, patches: bool) -> TargetHead:
-    """The projector that a kind's `targets` choose."""
-    return Projector(student, teacher.width, kind.targets.projector == "mlp", patches)

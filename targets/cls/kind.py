@@ -12,7 +12,7 @@ from torch import Tensor
 from tinymim.configs.codecs import ClsCodec, VectorLoss
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Tapped, TargetHead
-from tinymim.targets.vectors import Vectors, head_for
+from tinymim.targets.vectors import Projector, Vectors
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ class Cls(Vectors):
 
     def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
         """See `TargetKind`."""
-        return head_for(self, student, teacher, patches=False)
+        return Projector(student, teacher.width, self.targets, patches=False)

@@ -129,7 +129,7 @@ class FF(ChosenKind):
     def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
         """See `TargetKind`."""
         check_grid(student, teacher)
-        return Projector(student, teacher.width, self.targets.projector == "mlp", patches=True)
+        return Projector(student, teacher.width, self.targets, patches=True)
 
     def losses(self, answers: Answers, target: Rows) -> dict[str, Loss]:
         """See `TargetKind`: KL(teacher row || student row) in nats, mean over the target's rows."""
