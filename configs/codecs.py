@@ -132,6 +132,20 @@ class FeaturesCodec(_VectorCodec):
         return {"tokens": None, **data} if isinstance(data, dict) and data.get("name") == "int8" else data
 
 
+class FeaturesPqCodec(Section):
+    """Patch tokens of a block as sums of entries of codebooks. Biased."""
+
+    kind: Literal["features"] = Field(description=_KIND)
+    name: Literal["pq"] = Field(description="`pq`: residual vector quantisation, one byte for each codebook. Biased.")
+    at: Literal["block", "normed", "final"] = Field(default="block", description=_AT)
+    target: Literal["raw", "layernorm", "whiten"] = Field(default="layernorm", description=_TARGET)
+    tokens: Positive | None = Field(default=None, description="Patch tokens drawn per view; null: all.")
+    stages: int = Field(default=8, ge=1, le=64, description="Codebooks of 256 entries, one after the other.")
+    calibration_views: Positive = Field(
+        default=256, description="Views that fix the codebooks and the whitening, once per cache."
+    )
+
+
 class ClsCodec(_VectorCodec):
     """The class embedding of a view."""
 
@@ -243,6 +257,8 @@ class AttentionCodec(Section):
 def _codec_tag(value: Any) -> str:
     """The tag of a codec section: its kind; for relations its name, and a section without a name is a sketch."""
     held = value if isinstance(value, dict) else {name: getattr(value, name, None) for name in ("kind", "name")}
+    if (held.get("kind"), held.get("name")) == ("features", "pq"):
+        return "features pq"
     return str(held.get("kind") or held.get("name") or "sketch")
 
 
@@ -252,6 +268,7 @@ CodecConfig = Annotated[
     | Annotated[HiddenCodec, Tag("hidden")]
     | Annotated[DenseCodec, Tag("dense")]
     | Annotated[FeaturesCodec, Tag("features")]
+    | Annotated[FeaturesPqCodec, Tag("features pq")]
     | Annotated[ClsCodec, Tag("cls")]
     | Annotated[LogitsCodec, Tag("logits")]
     | Annotated[FFCodec, Tag("ff")]

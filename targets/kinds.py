@@ -11,6 +11,7 @@ from tinymim.configs.codecs import (
     CodecConfig,
     DenseCodec,
     FeaturesCodec,
+    FeaturesPqCodec,
     FFCodec,
     HiddenCodec,
     LogitsCodec,
@@ -25,6 +26,7 @@ from tinymim.targets.attention.kind import Attention
 from tinymim.targets.cls.kind import Cls
 from tinymim.targets.contract import ChosenKind, TargetKind
 from tinymim.targets.features.kind import Features
+from tinymim.targets.features.pq import FeaturesPq
 from tinymim.targets.logits.kind import Logits
 from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations import make as relations
@@ -53,6 +55,7 @@ _MAKE: dict[type, Make] = {
     DenseCodec: relations.make_relations,
     HiddenCodec: relations.make_relations,
     FeaturesCodec: _plain(Features, "loss", *_PROJECTOR),
+    FeaturesPqCodec: _plain(FeaturesPq, "loss", *_PROJECTOR),
     ClsCodec: _plain(Cls, "loss", *_PROJECTOR),
     LogitsCodec: _plain(Logits),
     FFCodec: _plain(FF, *_PROJECTOR),

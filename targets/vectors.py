@@ -1,6 +1,6 @@
 """What the kinds of vectors share: normalised targets, few-bit codes, losses, and a projector on the student's tokens.
 
-Shapes: B view, N vector of a view, Q sampled vector, C width, P prefix token.
+Shapes: B view, N vector of a view, Q sampled vector, C width, P calibration vector.
 """
 
 from abc import abstractmethod
@@ -167,7 +167,7 @@ class Vectors(ChosenKind):
         vectors = self.vectors(tapped)
         _, count, width = vectors.shape
         index = self._index(view_keys, count)
-        exact = self._target(vectors if index is None else _rows(vectors, index), torch.float64)
+        exact = self._target(vectors if index is None else rows_of(vectors, index), torch.float64)
         code, step = self._dither(width).encode(exact, self._uniform(view_keys, *exact.shape[1:]))
         return {"code": code, "step": step, "length": _length(exact).float()}
 
@@ -227,7 +227,7 @@ class Vectors(ChosenKind):
         [student] = answers
         dtype = torch.promote_types(student.dtype, torch.float32)
         with torch.autocast(student.device.type, enabled=False):
-            s = student.to(dtype) if target.index is None else _rows(student.to(dtype), target.index)
+            s = student.to(dtype) if target.index is None else rows_of(student.to(dtype), target.index)
             t, length = target.value.to(dtype), target.length.to(dtype)
             assert s.shape == t.shape, f"student {s.shape}, teacher {t.shape}"
             if self.loss == "cosine":
@@ -258,7 +258,7 @@ class Vectors(ChosenKind):
     def statistics(self, tapped: Tapped, target: VectorTarget) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
         """See `TargetKind`: `rms` of the components, and `relative_error`, the squared error over the squared norm."""
         vectors = self.vectors(tapped)
-        exact = self._target(vectors if target.index is None else _rows(vectors, target.index), torch.float64)
+        exact = self._target(vectors if target.index is None else rows_of(vectors, target.index), torch.float64)
         square = exact.square().mean((1, 2))
         error = (target.value - exact).square().mean((1, 2))
         found = {"rms": square.sqrt(), "relative_error": error / square.clamp(min=torch.finfo(torch.float32).tiny)}
@@ -276,15 +276,17 @@ class Vectors(ChosenKind):
 
     @torch.no_grad()
     def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
-        """See `TargetKind`: `mean` [C] and `whiten` [C, C], the inverse root of the covariance, float32.
+        """See `TargetKind`: the constants of whitening."""
+        if not self.calibration_views:
+            return {}
+        return self._whitening(torch.cat([self.vectors(each).cpu().double().flatten(0, 1) for each in tapped]))
+
+    @staticmethod
+    def _whitening(vectors: Float64[Tensor, "P C"]) -> dict[str, Tensor]:
+        """`mean` [C] and `whiten` [C, C], the inverse root of the covariance, float32.
 
         Every direction's variance is raised by 0.001 of the mean variance, so that directions without any stay finite.
         """
-        if not self.calibration_views:
-            return {}
-        vectors: Float64[Tensor, "P C"] = torch.cat(
-            [self.vectors(each).cpu().double().flatten(0, 1) for each in tapped]
-        )
         variance, axes = torch.linalg.eigh(torch.cov(vectors.T))
         variance = variance.clamp(min=0)
         raised = (variance + _SHRINK * variance.mean()).clamp(min=torch.finfo(torch.float32).tiny)
@@ -301,7 +303,8 @@ def check_grid(student: Shapes, teacher: Shapes) -> None:
         )
 
 
-def _rows(vectors: Float[Tensor, "B N C"], index: Int64[Tensor, "B Q"]) -> Float[Tensor, "B Q C"]:
+def rows_of(vectors: Float[Tensor, "B N C"], index: Int64[Tensor, "B Q"]) -> Float[Tensor, "B Q C"]:
+    """The vectors of these numbers."""
     return vectors.gather(1, index[..., None].expand(-1, -1, vectors.shape[-1]))
 
 

@@ -29,6 +29,7 @@ def test_the_page_has_a_row_for_every_codec(section: Any) -> None:
         ({}, "b9-sketch", "sketch, 64 rows x 8 draws"),
         ({"kind": "features"}, "b9-features-dither", "features dither"),
         ({"kind": "features", "at": "final", "bits": 1}, "final-features-dither", "features dither, bits 1, at final"),
+        ({"kind": "features", "name": "pq"}, "b9-features-pq", "features pq"),
         ({"kind": "cls", "at": "pooled", "name": "int8"}, "pooled-cls-int8", "cls int8, bits 8, at pooled"),
         ({"kind": "logits", "classes": 10}, "final-logits-draws", "logits draws, classes 10"),
         ({"kind": "ff"}, "final-ff-sketch", "ff sketch"),
