@@ -7,12 +7,14 @@ from torch import Tensor
 
 from tinymim.configs.codecs import (
     AttentionCodec,
+    BankCodec,
     ClsCodec,
     CodecConfig,
     DenseCodec,
     FeaturesCodec,
     FeaturesPqCodec,
     FFCodec,
+    GramCodec,
     HiddenCodec,
     LogitsCodec,
     RelationCodec,
@@ -23,10 +25,12 @@ from tinymim.configs.codecs import (
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.attention.kind import Attention
+from tinymim.targets.bank.kind import Bank
 from tinymim.targets.cls.kind import Cls
 from tinymim.targets.contract import ChosenKind, TargetKind
 from tinymim.targets.features.kind import Features
 from tinymim.targets.features.pq import FeaturesPq
+from tinymim.targets.gram.kind import Gram
 from tinymim.targets.logits.kind import Logits
 from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations import make as relations
@@ -57,8 +61,10 @@ _MAKE: dict[type, Make] = {
     FeaturesCodec: _plain(Features, "loss", *_PROJECTOR),
     FeaturesPqCodec: _plain(FeaturesPq, "loss", *_PROJECTOR),
     ClsCodec: _plain(Cls, "loss", *_PROJECTOR),
+    BankCodec: _plain(Bank, *_PROJECTOR),
     LogitsCodec: _plain(Logits),
     FFCodec: _plain(FF, *_PROJECTOR),
+    GramCodec: _plain(Gram, *_PROJECTOR),
     AttentionCodec: _plain(Attention),
 }
 # Codec settings whose sizes `tinymim plan` compares, and their names there.

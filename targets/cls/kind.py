@@ -15,6 +15,11 @@ from tinymim.targets.contract import Tapped, TargetHead
 from tinymim.targets.vectors import Projector, Vectors
 
 
+def embedding_tap(at: str, block: int) -> Tap:
+    """The tap of the class embedding for a codec's `at`."""
+    return {"block": Tap("cls", block), "final": Tap("cls"), "pooled": Tap("pooled")}[at]
+
+
 @dataclass(frozen=True)
 class Cls(Vectors):
     """One vector a view: the class token after the tapped block or the final norm, or the pooled embedding.
@@ -30,7 +35,7 @@ class Cls(Vectors):
     @property
     def taps(self) -> tuple[Tap, ...]:
         """See `TargetKind`."""
-        return ({"block": Tap("cls", self.block), "final": Tap("cls"), "pooled": Tap("pooled")}[self.config.at],)
+        return (embedding_tap(self.config.at, self.block),)
 
     @property
     def sampled(self) -> None:

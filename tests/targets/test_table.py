@@ -33,6 +33,8 @@ def test_the_page_has_a_row_for_every_codec(section: Any) -> None:
         ({"kind": "cls", "at": "pooled", "name": "int8"}, "pooled-cls-int8", "cls int8, bits 8, at pooled"),
         ({"kind": "logits", "classes": 10}, "final-logits-draws", "logits draws, classes 10"),
         ({"kind": "ff"}, "final-ff-sketch", "ff sketch"),
+        ({"kind": "gram"}, "final-gram-entries", "gram entries"),
+        ({"kind": "bank", "tau": 0.1}, "final-bank-draws", "bank draws, tau 0.1"),
         ({"kind": "attention"}, "b9-attention-rows", "attention rows"),
     ],
 )

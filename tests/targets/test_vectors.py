@@ -1,4 +1,4 @@
-"""Features and class embeddings: the contract, unbiased dither, losses against float64, extreme inputs."""
+"""Features and class embeddings: the contract, unbiased dither, losses against float64."""
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -54,7 +54,7 @@ def made(fields: dict[str, Any], **targets: Any) -> TargetKind:
     if not kind.calibration_views:
         return kind
     if fields.get("name") == "pq" and fields.get("target") != "whiten":
-        return make_kind(config, BLOCK, wanted, {"codebooks": books(config.stages)})
+        return make_kind(config, BLOCK, wanted, {"codebooks": books(fields.get("stages", 8))})
     return make_kind(config, BLOCK, wanted, kind.calibrate([teacher(8, seed=5), teacher(8, seed=6)], no_projection))
 
 
@@ -247,38 +247,6 @@ def test_losses_are_their_definitions_in_float64_and_gradcheck(loss: Any) -> Non
     picked = torch.stack([s[0, index[0]], s[1, index[1]]])
     torch.testing.assert_close(kind.losses((s,), target)["features"].per_part()[:, 0], plain(loss, picked, value))
     assert torch.autograd.gradcheck(lambda x: kind.losses((x,), target)["features"].parts, (s,))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", ["mse", "cosine", "smooth_l1"])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"kind": "features"},
-        {"kind": "features", "target": "raw"},
-        {"kind": "features", "name": "pq", "target": "raw"},
-        {"kind": "cls"},
-    ],
-)
-def test_extreme_inputs_stay_finite(fields: dict[str, Any], loss: Any, dtype: torch.dtype) -> None:
-    kind = made(fields, loss=loss)
-    for fill in (0.0, 6e4, -6e4, "peak"):
-        base = torch.zeros(1, TOKENS, WIDTH) if fill == "peak" else torch.full((1, TOKENS, WIDTH), float(fill))
-        if fill == "peak":
-            base[..., 3] = 6e4
-        tokens = base.to(dtype)
-        tapped: dict[Tap, tuple[Tensor, ...]] = dict.fromkeys(teacher(1), (tokens, tokens[:, :PREFIX]))
-        tapped[Tap("cls")] = (tokens[:, 0],)
-        keys = torch.tensor([1])
-        target = kind.decode(kind.encode(tapped, keys), keys, SHAPES)
-        for given in (target, kind.exact(tapped)):
-            for student in (torch.zeros(1), torch.full((1,), 6e4)):
-                count = 16 if fields["kind"] == "features" else 1
-                answer = student.to(dtype).expand(1, count, WIDTH).clone().requires_grad_()
-                with torch.autocast("cpu", dtype=dtype):
-                    [found] = kind.losses((answer,), given).values()
-                found.mean().backward()
-                assert found.per_part().isfinite().all() and answer.grad is not None and answer.grad.isfinite().all()
 
 
 # ---------------------------------------------------------------- fidelity
