@@ -150,9 +150,9 @@ class TargetKind(ABC):
         return False
 
     @property
+    @abstractmethod
     def meaning(self) -> tuple[object, ...]:
         """What the target is, whatever the codec: records of one meaning can audit students of the other."""
-        return (type(self), self.taps)
 
     @property
     @abstractmethod

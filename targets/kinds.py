@@ -1,6 +1,6 @@
 """The table of target kinds: from the codec section of a recipe, or the target section of a layer, to its kind."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,33 +39,24 @@ from tinymim.targets.relations.kind import RelationKind
 
 _ALL = TargetsConfig()
 
-Make = Callable[[Any, int, TargetsConfig, Mapping[str, Tensor]], TargetKind]
+# A kind from its codec section, the targets section, the tapped block and the cache's constants.
+Make = Callable[[Any, TargetsConfig, int, Mapping[str, Tensor]], TargetKind]
 
-
-def _plain(kind: Callable[..., TargetKind], *takes: str) -> Make:
-    """A kind made from its codec section, with the fields of `targets` that it takes."""
-
-    def make(config: Any, block: int, targets: TargetsConfig, constants: Mapping[str, Tensor]) -> TargetKind:
-        refuse_targets(targets, config.kind, takes)
-        return kind(config, targets, block, constants)
-
-    return make
-
-
+_RELATIONS = ("relations", "relation_heads", "rows")
 _PROJECTOR = ("projector", "keep_projector")
-# One line per codec section.
-_MAKE: dict[type, Make] = {
-    SketchCodec: relations.make_relations,
-    DenseCodec: relations.make_relations,
-    HiddenCodec: relations.make_relations,
-    FeaturesCodec: _plain(Features, "loss", *_PROJECTOR),
-    FeaturesPqCodec: _plain(FeaturesPq, "loss", *_PROJECTOR),
-    ClsCodec: _plain(Cls, "loss", *_PROJECTOR),
-    BankCodec: _plain(Bank, *_PROJECTOR),
-    LogitsCodec: _plain(Logits),
-    FFCodec: _plain(FF, *_PROJECTOR),
-    GramCodec: _plain(Gram, *_PROJECTOR),
-    AttentionCodec: _plain(Attention),
+# One line per codec section, with the fields of `targets` that its kind takes.
+_KINDS: dict[type, tuple[Make, tuple[str, ...]]] = {
+    SketchCodec: (relations.make_relations, _RELATIONS),
+    DenseCodec: (relations.make_relations, _RELATIONS),
+    HiddenCodec: (relations.make_relations, _RELATIONS),
+    FeaturesCodec: (Features, ("loss", *_PROJECTOR)),
+    FeaturesPqCodec: (FeaturesPq, ("loss", *_PROJECTOR)),
+    ClsCodec: (Cls, ("loss", *_PROJECTOR)),
+    BankCodec: (Bank, _PROJECTOR),
+    LogitsCodec: (Logits, ()),
+    FFCodec: (FF, _PROJECTOR),
+    GramCodec: (Gram, _PROJECTOR),
+    AttentionCodec: (Attention, ()),
 }
 # Codec settings whose sizes `tinymim plan` compares, and their names there.
 ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES
@@ -94,7 +85,22 @@ def make_kind(
     Raises:
         RecipeError: the records do not hold what `targets` names.
     """
-    return _MAKE[type(config)](config, block, targets, constants or {})
+    make, takes = _KINDS[type(config)]
+    refuse_targets(targets, getattr(config, "kind", "relations"), takes)
+    return make(config, targets, block, constants or {})
+
+
+def divided_targets(configs: Sequence[CodecConfig], targets: TargetsConfig) -> list[TargetsConfig]:
+    """The part of one `targets` section for each of several codecs.
+
+    Each gets the fields that its kind takes, and those that no kind takes, which `make_kind` refuses.
+    """
+    takes = [_KINDS[type(config)][1] for config in configs]
+    known = {name for names in takes for name in names}
+    return [
+        TargetsConfig(**{name: value for name, value in targets if name in names or name not in known})
+        for names in takes
+    ]
 
 
 def stored_kind(

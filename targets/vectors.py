@@ -144,7 +144,8 @@ class Vectors(ChosenKind):
     @property
     def meaning(self) -> tuple[object, ...]:
         """See `TargetKind`."""
-        return (self.loss_name, self.taps, self.config.target)
+        whitened_by = self.config.calibration_views if self.config.target == "whiten" else 0
+        return (self.loss_name, self.taps, self.config.target, whitened_by)
 
     # ---- records
 

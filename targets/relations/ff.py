@@ -73,7 +73,7 @@ class FF(ChosenKind):
             chosen = SketchCodec(
                 relations=(_AS,), rows=config.rows, head_k=config.head_k, tail_k=config.tail_k, tail=tail
             )
-        return make_relations(chosen, self.block, TargetsConfig(), {})
+        return make_relations(chosen, TargetsConfig(), self.block, {})
 
     def sides(self, tokens: Float[Tensor, "B N C"], least_norm: float = 1e-12) -> QKV:
         """The rows' sides, one head, in fp32 (fp64 for fp64 tokens)."""

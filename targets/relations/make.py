@@ -9,7 +9,6 @@ from tinymim.configs.codecs import DenseCodec, HiddenCodec, Relation, RelationCo
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import TargetKind
-from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations.dense import Dense
 from tinymim.targets.relations.hidden import Hidden
 from tinymim.targets.relations.kind import RelationKind
@@ -26,10 +25,9 @@ ALTERNATIVES: tuple[RelationCodec, ...] = (
 
 
 def make_relations(
-    config: RelationCodec, block: int, targets: TargetsConfig, constants: Mapping[str, Tensor]
+    config: RelationCodec, targets: TargetsConfig, block: int, constants: Mapping[str, Tensor]
 ) -> RelationKind:
     """The relations of a block under one codec; arguments and errors as `targets.kinds.make_kind`."""
-    refuse_targets(targets, "relations", ("relations", "relation_heads", "rows"))
     match config:
         case SketchCodec():
             _refuse_others(targets, rows=config.rows, relation_heads=config.relation_heads)

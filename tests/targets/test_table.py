@@ -12,7 +12,7 @@ from tinymim.targets import kinds
 PAGE = (Path(__file__).parents[2] / "docs" / "targets.md").read_text()
 
 
-@pytest.mark.parametrize("section", kinds._MAKE, ids=lambda section: str(section.__name__))
+@pytest.mark.parametrize("section", kinds._KINDS, ids=lambda section: str(section.__name__))
 def test_the_page_has_a_row_for_every_codec(section: Any) -> None:
     kind = get_args(section.model_fields["kind"].annotation)[0] if "kind" in section.model_fields else "relations"
     rows, current = dict[str, set[str]](), ""
