@@ -58,8 +58,18 @@ _KINDS: dict[type, tuple[Make, tuple[str, ...]]] = {
     GramCodec: (Gram, _PROJECTOR),
     AttentionCodec: (Attention, ()),
 }
-# Codec settings whose sizes `tinymim plan` compares, and their names there.
-ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES
+# Codec settings whose sizes `tinymim plan` compares: those of relations, and the default of each other kind. Logits are
+# not among them, because their number of classes is the teacher's.
+ALTERNATIVES: tuple[CodecConfig, ...] = (
+    *relations.ALTERNATIVES,
+    FFCodec(kind="ff"),
+    GramCodec(kind="gram"),
+    FeaturesCodec(kind="features"),
+    FeaturesPqCodec(kind="features", name="pq"),
+    ClsCodec(kind="cls"),
+    BankCodec(kind="bank"),
+    AttentionCodec(kind="attention"),
+)
 
 
 def describe_codec(config: CodecConfig) -> str:
