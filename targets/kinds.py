@@ -42,13 +42,12 @@ _ALL = TargetsConfig()
 # A kind from its codec section, the targets section, the tapped block and the cache's constants.
 Make = Callable[[Any, TargetsConfig, int, Mapping[str, Tensor]], TargetKind]
 
-_RELATIONS = ("relations", "relation_heads", "rows")
 _PROJECTOR = ("projector", "keep_projector")
 # One line per codec section, with the fields of `targets` that its kind takes.
 _KINDS: dict[type, tuple[Make, tuple[str, ...]]] = {
-    SketchCodec: (relations.make_relations, _RELATIONS),
-    DenseCodec: (relations.make_relations, _RELATIONS),
-    HiddenCodec: (relations.make_relations, _RELATIONS),
+    SketchCodec: (relations.make_relations, relations.TAKES),
+    DenseCodec: (relations.make_relations, relations.TAKES),
+    HiddenCodec: (relations.make_relations, relations.TAKES),
     FeaturesCodec: (Features, ("loss", *_PROJECTOR)),
     FeaturesPqCodec: (FeaturesPq, ("loss", *_PROJECTOR)),
     ClsCodec: (Cls, ("loss", *_PROJECTOR)),

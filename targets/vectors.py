@@ -28,6 +28,7 @@ from tinymim.targets.contract import (
 )
 from tinymim.targets.counter import spread, uniforms
 from tinymim.targets.dither import Dither
+from tinymim.targets.squares import square_statistics
 
 _EPS = 1e-6  # of LayerNorm
 LEAST_NORM = 1e-3  # of a student's vector: below it the gradient of the cosine stays finite, also in fp16
@@ -260,10 +261,7 @@ class Vectors(ChosenKind):
         """See `TargetKind`: `rms` of the components, and `relative_error`, the squared error over the squared norm."""
         vectors = self.vectors(tapped)
         exact = self._target(vectors if target.index is None else rows_of(vectors, target.index), torch.float64)
-        square = exact.square().mean((1, 2))
-        error = (target.value - exact).square().mean((1, 2))
-        found = {"rms": square.sqrt(), "relative_error": error / square.clamp(min=torch.finfo(torch.float32).tiny)}
-        return {self.loss_name: {name: value[:, None] for name, value in found.items()}}
+        return {self.loss_name: square_statistics(exact, target.value)}
 
     # ---- constants
 

@@ -29,6 +29,7 @@ from tinymim.targets.contract import (
     Yardstick,
 )
 from tinymim.targets.counter import spread, uniforms
+from tinymim.targets.squares import square_statistics, square_yardstick, squared_error
 from tinymim.targets.vectors import check_grid
 
 _ROWS, _ROUNDING = 320, 321  # streams
@@ -205,28 +206,18 @@ class Attention(ChosenKind):
         with torch.autocast(q.device.type, enabled=False):
             s = torch.einsum("bhs,bsqt->bhqt", adapter.to(own.dtype), own)
         assert s.shape == target.logits.shape, f"student {s.shape}, teacher {target.logits.shape}"
-        return {"attention": _squared_error(s, target)}
+        return {"attention": squared_error(s, target.logits, target.square)}
 
     # ---- audits
 
     def yardsticks(self, targets: Sequence[AttentionTarget]) -> dict[str, Yardstick]:
         """See `TargetKind`: the error of zeros, and of the mean over all other views."""
-        count = sum(len(each.logits) for each in targets)
-        total = torch.stack([each.logits.sum(0, dtype=torch.float64) for each in targets]).sum(0)
-        even = common = 0.0
-        for each in targets:
-            others = ((total - each.logits) / (count - 1)).to(each.logits.dtype)
-            even += float(_squared_error(torch.zeros_like(others), each).mean()) * len(others)
-            common += float(_squared_error(others, each).mean()) * len(others)
-        return {"attention": Yardstick(even / count, common / count)}
+        return {"attention": square_yardstick([(each.logits, each.square) for each in targets])}
 
     def statistics(self, tapped: Tapped, target: AttentionTarget) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
         """See `TargetKind`: `rms` of the logits, and `relative_error`, the squared error over the mean square."""
         exact = attention_logits(*self.sides(tapped), target.rows).double()
-        square = exact.square().mean((1, 2, 3))
-        error = (target.logits - exact).square().mean((1, 2, 3))
-        found = {"rms": square.sqrt(), "relative_error": error / square.clamp(min=torch.finfo(torch.float32).tiny)}
-        return {"attention": {name: value[:, None] for name, value in found.items()}}
+        return {"attention": square_statistics(exact, target.logits)}
 
 
 def attention_logits(
@@ -239,8 +230,3 @@ def attention_logits(
     with torch.autocast(q.device.type, enabled=False):
         logits: Tensor = (q.to(dtype) / math.sqrt(q.shape[-1])) @ k.to(dtype).transpose(-2, -1)
     return logits
-
-
-def _squared_error(student: Float[Tensor, "B H Q T"], target: AttentionTarget) -> Loss:
-    parts = (student * (student - 2 * target.logits.to(student.dtype))).mean((1, 2, 3))[:, None]
-    return Loss(parts, -target.square.to(student.dtype))

@@ -19,6 +19,7 @@ from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Answers, ArraySpec, ChosenKind, Loss, Tapped, TargetHead, Yardstick
 from tinymim.targets.counter import spread, uniforms
 from tinymim.targets.features.kind import token_tap
+from tinymim.targets.squares import square_statistics, square_yardstick, squared_error
 from tinymim.targets.vectors import LEAST_NORM, Projector, check_grid, rows_of
 
 _ROWS, _COLUMNS, _ROUNDING = 336, 337, 338  # streams
@@ -150,28 +151,18 @@ class Gram(ChosenKind):
         with torch.autocast(tokens.device.type, enabled=False):
             s = gram(tokens.to(dtype), target.rows, target.columns, LEAST_NORM)
         assert s.shape == target.cosines.shape, f"student {s.shape}, teacher {target.cosines.shape}"
-        return {"gram": _squared_error(s, target)}
+        return {"gram": squared_error(s, target.cosines, target.square)}
 
     # ---- audits
 
     def yardsticks(self, targets: Sequence[GramTarget]) -> dict[str, Yardstick]:
         """See `TargetKind`: the error of zeros, and of the mean over all other views."""
-        count = sum(len(each.cosines) for each in targets)
-        total = torch.stack([each.cosines.sum(0, dtype=torch.float64) for each in targets]).sum(0)
-        even = common = 0.0
-        for each in targets:
-            others = ((total - each.cosines) / (count - 1)).to(each.cosines.dtype)
-            even += float(_squared_error(torch.zeros_like(others), each).mean()) * len(others)
-            common += float(_squared_error(others, each).mean()) * len(others)
-        return {"gram": Yardstick(even / count, common / count)}
+        return {"gram": square_yardstick([(each.cosines, each.square) for each in targets])}
 
     def statistics(self, tapped: Tapped, target: GramTarget) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
         """See `TargetKind`: `rms` of the cosines, and `relative_error`, the squared error over the mean square."""
         exact = self._exact(tapped, target)
-        square = exact.square().mean((1, 2))
-        error = (target.cosines - exact).square().mean((1, 2))
-        found = {"rms": square.sqrt(), "relative_error": error / square.clamp(min=torch.finfo(torch.float32).tiny)}
-        return {"gram": {name: value[:, None] for name, value in found.items()}}
+        return {"gram": square_statistics(exact, target.cosines)}
 
 
 def gram(
@@ -184,8 +175,3 @@ def gram(
     unit = normalize(tokens, dim=-1, eps=least_norm)
     left, right = (unit if index is None else rows_of(unit, index) for index in (rows, columns))
     return left @ right.mT
-
-
-def _squared_error(student: Float[Tensor, "B Q K"], target: GramTarget) -> Loss:
-    parts = (student * (student - 2 * target.cosines.to(student.dtype))).mean((1, 2))[:, None]
-    return Loss(parts, -target.square.to(student.dtype))

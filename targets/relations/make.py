@@ -14,6 +14,7 @@ from tinymim.targets.relations.hidden import Hidden
 from tinymim.targets.relations.kind import RelationKind
 from tinymim.targets.relations.sketch import Sketch, TopK
 
+TAKES = ("relations", "relation_heads", "rows")  # fields of `targets`
 # Codec settings whose sizes `tinymim plan` compares: the default, 300 views of ImageNet in 2 TB, less, all, and dense.
 ALTERNATIVES: tuple[RelationCodec, ...] = (
     SketchCodec(),
