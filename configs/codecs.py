@@ -167,16 +167,13 @@ class BankCodec(Section):
     anchors: int = Field(default=1024, ge=2, le=65536, description="Anchors, and views that give them, once per cache.")
     tau: float = Field(default=0.07, gt=0, description="Temperature: softmax(cosines / tau).")
     head_k: int = Field(
-        default=4,
-        ge=0,
-        description="Largest probabilities that are stored with their values.",
-        json_schema_extra={"default": "4; 0 of `dense`"},
+        default=0, ge=0, description="Largest probabilities that are stored with their values, for `draws`."
     )
     tail_k: int = Field(
-        default=10,
+        default=17,
         ge=0,
         description="Systematic draws from the rest, for `draws`.",
-        json_schema_extra={"default": "10; 0 of `dense`"},
+        json_schema_extra={"default": "17; 0 of `dense`"},
     )
     values: Literal["uint8", "float16"] = Field(default="uint8", description=_VALUES)
 
@@ -184,7 +181,7 @@ class BankCodec(Section):
     @classmethod
     def _no_draws_of_all(cls, data: Any) -> Any:
         dense = isinstance(data, dict) and data.get("name") == "dense"
-        return {"head_k": 0, "tail_k": 0} | data if dense else data
+        return {"tail_k": 0} | data if dense else data
 
     @model_validator(mode="after")
     def _consistent(self) -> "BankCodec":

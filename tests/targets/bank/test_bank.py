@@ -42,13 +42,15 @@ class TestBank(TargetKindContract):
     student: ClassVar[Shapes] = STUDENT
     cases: ClassVar[Mapping[str, Any]] = {
         "draws": {},
-        "draws alone, of a block": {"head_k": 0, "tail_k": 17, "at": "block", "tau": 0.3},
+        "draws, of a block": {"tail_k": 9, "at": "block", "tau": 0.3},
+        "draws, exact head": {"head_k": 4, "tail_k": 10},
         "draws, fp16, pooled": {"values": "float16", "head_k": 2, "tail_k": 3, "at": "pooled"},
         "dense": {"name": "dense"},
     }
     golden: ClassVar[Mapping[str, str]] = {
-        "draws": "c62f8be10d6c69c9",
-        "draws alone, of a block": "207ec0755967c8fc",
+        "draws": "1ca278b84d1a8fc3",
+        "draws, of a block": "9df320a430eee801",
+        "draws, exact head": "c62f8be10d6c69c9",
         "draws, fp16, pooled": "c183950074ad864b",
         "dense": "0275c3b39e8000ef",
     }
@@ -92,7 +94,7 @@ def test_anchors_are_unit_vectors_of_the_calibration_views_and_repeat_where_ther
 
 
 def test_draws_are_not_those_of_a_layer_of_logits() -> None:
-    kind, key, tapped = made(head_k=0, tail_k=5), torch.tensor([7]), teacher(1)
+    kind, key, tapped = made(tail_k=5), torch.tensor([7]), teacher(1)
     own, others = kind.encode(tapped, key), kind._logits.encode(kind._tapped(tapped), key)
     assert not torch.equal(own["low"], others["low"])
 
