@@ -85,6 +85,8 @@ class DenseCodec(Section):
 RelationCodec = SketchCodec | HiddenCodec | DenseCodec
 _KIND = "Kind of target. Default: relations."
 _AT = "Tokens after the tapped block, those that its attention reads (after its first norm), or after the final norm."
+_AT_EMBEDDING = "The class token after the final norm or the tapped block, or the embedding that the classifier reads."
+_VALUES = "Stored probabilities: on a grid of 4.5 % steps, rounded at random, or fp16."
 _TARGET = "Targets as they are, after LayerNorm without weights, or whitened by the calibration views."
 _CALIBRATION = "Views that fix the whitening, once per cache."
 
@@ -132,15 +134,62 @@ class FeaturesCodec(_VectorCodec):
         return {"tokens": None, **data} if isinstance(data, dict) and data.get("name") == "int8" else data
 
 
+class FeaturesPqCodec(Section):
+    """Patch tokens of a block as sums of entries of codebooks. Biased."""
+
+    kind: Literal["features"] = Field(description=_KIND)
+    name: Literal["pq"] = Field(description="`pq`: residual vector quantisation, one byte for each codebook. Biased.")
+    at: Literal["block", "normed", "final"] = Field(default="block", description=_AT)
+    target: Literal["raw", "layernorm", "whiten"] = Field(default="layernorm", description=_TARGET)
+    tokens: Positive | None = Field(default=None, description="Patch tokens drawn per view; null: all.")
+    stages: int = Field(default=8, ge=1, le=64, description="Codebooks of 256 entries, one after the other.")
+    calibration_views: Positive = Field(
+        default=256, description="Views that fix the codebooks and the whitening, once per cache."
+    )
+
+
 class ClsCodec(_VectorCodec):
     """The class embedding of a view."""
 
     kind: Literal["cls"] = Field(description=_KIND)
-    at: Literal["final", "block", "pooled"] = Field(
-        default="final",
-        description="The class token after the final norm or the tapped block, or the embedding that the classifier "
-        "reads.",
+    at: Literal["final", "block", "pooled"] = Field(default="final", description=_AT_EMBEDDING)
+
+
+class BankCodec(Section):
+    """The class embedding's softmax over a bank of anchors, which are the embeddings of calibration views."""
+
+    kind: Literal["bank"] = Field(description=_KIND)
+    name: Literal["draws", "dense"] = Field(
+        default="draws",
+        description="`draws`: the largest probabilities and a sample of the rest, unbiased; `dense`: all, for audits.",
     )
+    at: Literal["final", "block", "pooled"] = Field(default="final", description=_AT_EMBEDDING)
+    anchors: int = Field(default=1024, ge=2, le=65536, description="Anchors, and views that give them, once per cache.")
+    tau: float = Field(default=0.07, gt=0, description="Temperature: softmax(cosines / tau).")
+    head_k: int = Field(
+        default=0, ge=0, description="Largest probabilities that are stored with their values, for `draws`."
+    )
+    tail_k: int = Field(
+        default=17,
+        ge=0,
+        description="Systematic draws from the rest, for `draws`.",
+        json_schema_extra={"default": "17; 0 of `dense`"},
+    )
+    values: Literal["uint8", "float16"] = Field(default="uint8", description=_VALUES)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_draws_of_all(cls, data: Any) -> Any:
+        dense = isinstance(data, dict) and data.get("name") == "dense"
+        return {"tail_k": 0} | data if dense else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BankCodec":
+        if (self.name == "draws") != (self.tail_k > 0):
+            raise ValueError(f"tail_k: draws needs at least 1, dense 0; got {self.tail_k} with name: {self.name}")
+        if self.head_k >= self.anchors:
+            raise ValueError(f"head_k must leave an anchor to the rest: below {self.anchors}, got {self.head_k}")
+        return self
 
 
 class LogitsCodec(Section):
@@ -166,9 +215,7 @@ class LogitsCodec(Section):
         description="Systematic draws from the rest, for `draws`.",
         json_schema_extra={"default": "6; 0 of `topk`"},
     )
-    values: Literal["uint8", "float16"] = Field(
-        default="uint8", description="Stored probabilities: on a grid of 4.5 % steps, rounded at random, or fp16."
-    )
+    values: Literal["uint8", "float16"] = Field(default="uint8", description=_VALUES)
 
     @model_validator(mode="before")
     @classmethod
@@ -229,6 +276,19 @@ class FFCodec(Section):
         return self
 
 
+class GramCodec(Section):
+    """The Gram matrix: cosines between the patch tokens of a block, without a softmax."""
+
+    kind: Literal["gram"] = Field(description=_KIND)
+    name: Literal["entries", "dense"] = Field(
+        default="entries",
+        description="`entries`: sampled rows times sampled columns in 8 bits, rounded at random; `dense`: all.",
+    )
+    at: Literal["final", "block", "normed"] = Field(default="final", description=_AT)
+    rows: Positive = Field(default=32, description="Query patches drawn per view; at most their number.")
+    columns: Positive = Field(default=32, description="Patches drawn per view that all rows are compared with.")
+
+
 class AttentionCodec(Section):
     """Attention logits of the tapped block before the softmax."""
 
@@ -243,6 +303,8 @@ class AttentionCodec(Section):
 def _codec_tag(value: Any) -> str:
     """The tag of a codec section: its kind; for relations its name, and a section without a name is a sketch."""
     held = value if isinstance(value, dict) else {name: getattr(value, name, None) for name in ("kind", "name")}
+    if (held.get("kind"), held.get("name")) == ("features", "pq"):
+        return "features pq"
     return str(held.get("kind") or held.get("name") or "sketch")
 
 
@@ -252,9 +314,12 @@ CodecConfig = Annotated[
     | Annotated[HiddenCodec, Tag("hidden")]
     | Annotated[DenseCodec, Tag("dense")]
     | Annotated[FeaturesCodec, Tag("features")]
+    | Annotated[FeaturesPqCodec, Tag("features pq")]
     | Annotated[ClsCodec, Tag("cls")]
+    | Annotated[BankCodec, Tag("bank")]
     | Annotated[LogitsCodec, Tag("logits")]
     | Annotated[FFCodec, Tag("ff")]
+    | Annotated[GramCodec, Tag("gram")]
     | Annotated[AttentionCodec, Tag("attention")],
     Discriminator(_codec_tag),
 ]
@@ -298,4 +363,7 @@ class TargetsConfig(Section):
     )
     projector: Literal["linear", "mlp"] | None = Field(
         default=None, description="From the student's width to the teacher's, for features. Default: `linear`."
+    )
+    keep_projector: bool = Field(
+        default=False, description="Write the trained projector beside the student's weights (docs/targets.md)."
     )

@@ -78,20 +78,11 @@ def _titled_sections(recipes: Iterable[type[Section]]) -> Iterator[tuple[str, ty
         listed = [f"`{name}`" for name in names]
         title = ", ".join(listed[:MOST_PLACES]) + (", ..." if len(listed) > MOST_PLACES else "")
         shared = any(set(names) & set(others) for other, others in places.items() if other is not section)
-        if (choice := _choice(section)) is not None:
-            title += f" with `{choice}`"
+        if choice := section.choice():
+            title += f" with {', '.join(f'`{name}: {value}`' for name, value in choice.items())}"
         elif shared:
             title += f" of {', '.join(f'`{user}`' for user in users[section])}"
         yield title, section
-
-
-def _choice(section: type[Section]) -> str | None:
-    """Return the literal `kind` or `name`, such as "name: knn", which selects a section among possible ones."""
-    for name in ("kind", "name"):
-        field = section.model_fields.get(name)
-        if field and get_origin(field.annotation) is Literal:
-            return f"{name}: {get_args(field.annotation)[0]}"
-    return None
 
 
 def _sections_below(section: type[Section], place: str) -> Iterator[tuple[str, type[Section]]]:
@@ -154,7 +145,7 @@ def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}".replace("e-0", "e-")
     if isinstance(value, Section):  # of a list: by its name
-        return f"{{{_choice(type(value))}}}"
+        return f"{{{', '.join(f'{name}: {chosen}' for name, chosen in value.choice().items())}}}"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

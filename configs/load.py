@@ -364,8 +364,8 @@ def _walk(recipe: "type[Section]", loc: Sequence[int | str]) -> "tuple[type[Sect
         field = section.model_fields.get(part) if isinstance(part, str) else None
         if field is not None:
             kinds = _sections_in(field.annotation)
-            unions = kinds if len(kinds) > 1 else []  # each member of a union has a literal name, its tag
-            choices = {get_args(kind.model_fields["name"].annotation)[0]: kind for kind in unions}
+            unions = kinds if len(kinds) > 1 else []
+            choices = {" ".join(kind.choice().values()): kind for kind in unions}
             section = kinds[0] if len(kinds) == 1 else section
     return section, names
 

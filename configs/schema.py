@@ -397,7 +397,9 @@ class FidelityRecipe(Section):
     views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
     teacher: TeacherConfig = Field(description="Teacher and tapped block.")
     codecs: dict[Title, CodecConfig] = Field(description="Codecs to compare, each under a name of your choice.")
-    targets: TargetsConfig = Field(default=TargetsConfig(), description="Targets that every codec is compared on.")
+    targets: TargetsConfig = Field(
+        default=TargetsConfig(), description="Targets that codecs are compared on; each takes its own fields."
+    )
     student: ModelConfig = Field(description="Student whose gradient is compared.")
     student_state: Folder | None = Field(
         default=None, description="Run folder of `train-student`: also compare with this trained student."

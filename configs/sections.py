@@ -5,7 +5,7 @@ generated from it. Defaults are TinyMIM's (Ren et al., CVPR 2023) if it has one.
 """
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -63,6 +63,17 @@ class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, defaults checked like given values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True, allow_inf_nan=False)
+
+    @classmethod
+    def choice(cls) -> dict[str, str]:
+        """The values that select this section among possible ones: `kind`, and `name` unless `kind` implies it."""
+        fields = {name: cls.model_fields.get(name) for name in ("kind", "name")}
+        found = {n: f for n, f in fields.items() if f is not None and get_origin(f.annotation) is Literal}
+        return {
+            name: get_args(field.annotation)[0]
+            for name, field in found.items()
+            if name == "kind" or field.is_required() or "kind" not in found
+        }
 
 
 class SpoolConfig(Section):

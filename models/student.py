@@ -1,4 +1,4 @@
-"""A student during training: the timm ViT that is exported, and heads that are dropped at export.
+"""A student during training: the timm ViT that is exported, and its heads, which are not part of it.
 
 Shapes: B view, S pixel, T token, C width.
 """
@@ -52,6 +52,11 @@ class StudentModel(nn.Module):
         """The answers for normalised images [B, 3, S, S]: of the only head, or a tuple of them."""
         answers: tuple[Any, ...] = self.head(self.tokens(images))
         return answers
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """The heads, in the order given."""
+        return tuple(self.head) if isinstance(self.head, Heads) else (self.head,)
 
     def by_head(self, answers: tuple[Any, ...]) -> tuple[Answers, ...]:
         """What `forward` returned, as a tuple over heads."""

@@ -71,7 +71,7 @@ class CutTeacher(nn.Module):
         super().__init__()
         self._prefix = backbone.prefix_tokens(model)
         for tap in taps:
-            _check_tap(model, tap)
+            check_tap(model, tap)
         self.model = model
         # In the order of the forward pass; the end of the model comes last.
         self.taps = tuple(sorted(set(taps), key=lambda tap: (tap.place == 0, tap.place, KINDS.index(tap.kind))))
@@ -148,7 +148,7 @@ class CutTeacher(nn.Module):
             take(tap, tokens, tokens[:, : self._prefix])
 
 
-def _check_tap(model: nn.Module, tap: Tap) -> None:
+def check_tap(model: nn.Module, tap: Tap) -> None:
     """Raises RecipeError where the model lacks the place of a tap; makes its attention layer call what taps catch."""
     assert tap.kind in KINDS, f"a plain ViT has no tap {tap.kind}"
     depth = len(backbone.blocks(model))

@@ -1,20 +1,34 @@
 """The teacher of a recipe: build, load, cut, freeze, and describe it for a layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.checkpoints import tensors_sha256
-from tinymim.models.taps import CutTeacher, Tapped, finite_views, require_finite
-from tinymim.models.vit import Normalise, size_overrides
+from tinymim.models.taps import CutTeacher, Tapped, check_tap, finite_views, require_finite
+from tinymim.models.vit import Normalise, build_model, size_overrides
 from tinymim.models.weights import build_with_weights, stated
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def taps_of(config: TeacherConfig, taps: Iterable[Tap]) -> list[Tap]:
+    """Those of the taps that a teacher has; reads no weights, so a classifier is not among them."""
+    found = []
+    with torch.device("meta"):
+        model = build_model(config)
+    for tap in taps:
+        with suppress(RecipeError):
+            check_tap(model, tap)
+            found.append(tap)
+    return found
 
 
 class Teacher(nn.Module):

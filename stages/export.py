@@ -7,7 +7,7 @@ from tinymim.configs.errors import CheckpointError, UserError
 from tinymim.models.checkpoints import count_blocks, read_checkpoint, to_official
 from tinymim.models.files import WeightsFile, weights_file
 from tinymim.models.heads import stated_heads
-from tinymim.stages.run.folder import ENCODER_NAME, STUDENT_NAME
+from tinymim.stages.run.folder import ENCODER_NAME, PROJECTOR_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import logger
 from tinymim.storage.atomic import write_bytes_atomic
 
@@ -19,7 +19,8 @@ def run(source: Path, target: Path) -> dict[str, Any]:
     """Write the weights in `source`, a run folder or a file, to `target`, a new `.pth`.
 
     Returns:
-        file, source, tensors, embed_dim, depth, and num_heads (None where the source does not state it).
+        file, source, tensors, embed_dim, depth, and num_heads (None where the source does not state it); projector, the
+        file beside `target`, where the student has kept its projector.
 
     Raises:
         CheckpointError: there are no weights, they cannot be read, or they do not fit the layout.
@@ -37,7 +38,12 @@ def run(source: Path, target: Path) -> dict[str, Any]:
     theirs = _THEIR_HEADS.get(width)
     if None not in (heads, theirs) and heads != theirs:
         logger.info(f"export: warning: this model has {heads} heads; MAE and TinyMIM have {theirs} at width {width}")
-    found = {"embed_dim": width, "depth": count_blocks(tensors), "num_heads": heads}
+    found: dict[str, Any] = {"embed_dim": width, "depth": count_blocks(tensors), "num_heads": heads}
+    projector = weights.path.with_suffix("") / PROJECTOR_NAME
+    if projector.is_file():
+        beside = target.with_name(f"{target.stem}-{PROJECTOR_NAME}")
+        write_bytes_atomic(beside, projector.read_bytes())
+        found["projector"] = str(beside)
     return {"file": str(target), "source": str(weights.path), "tensors": len(tensors)} | found
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinymim.configs.errors import CheckpointError, SourceError
+from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.load import recipe_digest
 from tinymim.configs.schema import FidelityRecipe
 from tinymim.configs.taps import Shapes
@@ -37,7 +38,7 @@ from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.blocks import stored_bytes
 from tinymim.targets.contract import Target, TargetKind
 from tinymim.targets.fidelity import StatisticMoments, merged, rounded
-from tinymim.targets.kinds import make_kind
+from tinymim.targets.kinds import divided_targets, make_kind
 
 _NEXT_DRAW = 0x1E3779B97F4A7C15  # added to a view key, it gives further independent draws
 
@@ -47,6 +48,7 @@ class _Tried:
     """One codec of the recipe, and its measurements while encoding and decoding."""
 
     kind: TargetKind
+    targets: TargetsConfig
     statistics: StatisticMoments = field(default_factory=StatisticMoments)
     records: list[dict[str, Tensor]] = field(default_factory=list)
     encode_ms: list[float] = field(default_factory=list)  # per view
@@ -73,18 +75,24 @@ def run(recipe: FidelityRecipe) -> str:
     require_view_size(recipe.views.size, recipe.student, "student")
     source = open_shards(recipe.source)
     block = recipe.teacher.block
-    plain = {name: make_kind(config, block, recipe.targets) for name, config in recipe.codecs.items()}
-    teacher = Teacher(recipe.teacher, sorted({tap for kind in plain.values() for tap in kind.taps})).to(device)
+    divided = divided_targets(list(recipe.codecs.values()), recipe.targets)
+    codecs = {
+        name: _Tried(make_kind(config, block, targets), targets)
+        for (name, config), targets in zip(recipe.codecs.items(), divided, strict=True)
+    }
+    _refuse_other_heads(recipe, codecs)
+    teacher = Teacher(recipe.teacher, sorted({tap for tried in codecs.values() for tap in tried.kind.taps})).to(device)
     shapes = teacher.shapes()
-    codecs = {name: _Tried(_calibrated(recipe, name, kind, source, teacher)) for name, kind in plain.items()}
+    for name, tried in codecs.items():
+        tried.kind = _calibrated(recipe, name, tried, source, teacher)
     groups = _comparable(codecs, shapes)
-    students = make_students(recipe, next(iter(plain.values())), shapes)
-    judged = {student: {name: CodecMoments(recipe.num_images) for name in codecs} for student in students}
     probes = {
         (student, names[0]): GradientProbe(codecs[names[0]].kind, model.to(device), shapes)
-        for student, model in students.items()
         for names in groups
+        for student, model in make_students(recipe, codecs[names[0]].kind, shapes).items()
     }
+    students = list(dict.fromkeys(student for student, _ in probes))
+    judged = {student: {name: CodecMoments(recipe.num_images) for name in codecs} for student in students}
 
     # ---- every view: teacher once, every codec, every student
     views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
@@ -140,14 +148,15 @@ def run(recipe: FidelityRecipe) -> str:
     return format_tables(result)
 
 
-def _calibrated(recipe: FidelityRecipe, name: str, kind: TargetKind, source: ShardSet, teacher: Teacher) -> TargetKind:
+def _calibrated(recipe: FidelityRecipe, name: str, tried: _Tried, source: ShardSet, teacher: Teacher) -> TargetKind:
     """The kind with the constants that a cache of this source would have, if it needs any."""
+    kind = tried.kind
     if not kind.calibration_views:
         return kind
     constants = calibrated(kind, recipe.views, recipe.batch_size, source, teacher)
     device = teacher.normalise.mean.device
     held = {each: array.to(device) for each, array in constants.items()}
-    return make_kind(recipe.codecs[name], recipe.teacher.block, recipe.targets, held)
+    return make_kind(recipe.codecs[name], recipe.teacher.block, tried.targets, held)
 
 
 def spread_items(source: ShardSet, count: int, batch_size: int) -> list[Items]:
@@ -218,11 +227,21 @@ def _draw(tried: _Tried, tapped: Tapped, keys: Tensor, shapes: Shapes, draws: in
 
 
 def _comparable(codecs: Mapping[str, _Tried], shapes: Shapes) -> list[list[str]]:
-    """Groups of codecs whose losses have the same names and parts, and so the same dense targets."""
+    """Groups of codecs with the same dense targets: one meaning, and losses with the same names and parts."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tried in codecs.items():
-        groups.setdefault(tuple(tried.kind.parts(shapes).items()), []).append(name)
+        groups.setdefault((tried.kind.meaning, *tried.kind.parts(shapes).items()), []).append(name)
     return list(groups.values())
+
+
+def _refuse_other_heads(recipe: FidelityRecipe, codecs: Mapping[str, _Tried]) -> None:
+    """Raises RecipeError where a trained student, which has one head, is to be compared under several targets."""
+    if recipe.student_state is not None and len(found := {tried.kind.meaning[0] for tried in codecs.values()}) > 1:
+        raise RecipeError(
+            "a trained student has the head of one kind of target",
+            got=f"student_state, and codecs of {', '.join(sorted(map(str, found)))}",
+            expected="codecs of the kind that it was trained on",
+        )
 
 
 def _refuse_unreadable(batch: ViewBatch) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,14 @@ from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.opened import arrays_of, kinds_of, opened_layers
-from tinymim.stages.run.folder import STUDENT_EMA_NAME, STUDENT_NAME, TRAINED_NAME, write_provenance, write_weights
+from tinymim.stages.run.folder import (
+    PROJECTOR_NAME,
+    STUDENT_EMA_NAME,
+    STUDENT_NAME,
+    TRAINED_NAME,
+    write_provenance,
+    write_weights,
+)
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.device_stream import cached_targets
@@ -36,9 +45,10 @@ from tinymim.stages.training.student_step import (
     views_in_use,
 )
 from tinymim.stages.training.terms import weight_metrics
-from tinymim.storage.atomic import write_json_atomic
+from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
 from tinymim.storage.reader import CacheReader
+from tinymim.targets.contract import TargetHead
 
 
 def run(recipe: TrainStudentRecipe) -> None:
@@ -140,27 +150,50 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             "steps": str(books.total_steps),
         }
         pixels = Pixels(IMAGENET_MEAN, IMAGENET_STD, str(manifest.views["interpolation"]))
-        _export(model, learner, metadata | pixels.metadata(), timm_config(model.vit, own.student, pixels))
+        config = timm_config(model.vit, own.student, pixels)
+        _export(model, [term.layer for term in terms], learner, metadata | pixels.metadata(), config)
 
 
-def _export(model: StudentModel, learner: Learner, metadata: dict[str, str], config: dict[str, Any]) -> None:
+def _export(
+    model: StudentModel, layers: Sequence[str], learner: Learner, metadata: dict[str, str], config: dict[str, Any]
+) -> None:
     """Write a student's weights, their average, the folders that timm loads, and the report of trained tensors."""
     folder, label = learner.folder, f"train-student: {learner.name}".removesuffix(": ")
     report = trained_report(model, learner.optimiser)
     metadata |= {name: json.dumps(value) for name, value in report.items()}
-    write_weights(folder / STUDENT_NAME, to_safetensors(model.vit.state_dict(), metadata), config)
+    kept = _write_student(folder / STUDENT_NAME, model, layers, metadata, config)
     if learner.ema is not None:
-        averaged = learner.ema.module.vit.state_dict()
         ema = {"ema": str(learner.ema.decay)}
-        write_weights(folder / STUDENT_EMA_NAME, to_safetensors(averaged, metadata | ema), config)
+        _write_student(folder / STUDENT_EMA_NAME, learner.ema.module, layers, metadata | ema, config)
     write_json_atomic(folder / TRAINED_NAME, report)
     logger.info(
         f"{label}: wrote {folder / STUDENT_NAME}: {len(report['trained'])} tensors trained, "
         f"{len(report['fixed'])} fixed ({', '.join(report['fixed']) or 'none'}), "
-        f"{len(report['never_updated'])} never updated; the head was dropped"
+        f"{len(report['never_updated'])} never updated; "
+        f"{f'the projector is in {kept}' if kept else 'the head was dropped'}"
     )
     if report["never_updated"]:
         logger.info(f"{label}: warning: still at their initial values: {', '.join(report['never_updated'])}")
+
+
+def _write_student(
+    path: Path, student: StudentModel, layers: Sequence[str], metadata: dict[str, str], config: dict[str, Any]
+) -> Path | None:
+    """Write a student's weights to a file and its folder, and into the folder what heads keep; return that file.
+
+    Of several layers, the tensors of a head have the name of its layer and a slash in front.
+    """
+    write_weights(path, to_safetensors(student.vit.state_dict(), metadata), config)
+    projector = path.with_suffix("") / PROJECTOR_NAME
+    kept: dict[str, Tensor] = {}
+    for layer, head in zip(layers, student.heads, strict=True):
+        assert isinstance(head, TargetHead)  # by `kind.head`
+        kept |= {f"{layer}/{name}" if layer else name: tensor for name, tensor in head.kept().items()}
+    if not kept:
+        projector.unlink(missing_ok=True)
+        return None
+    write_bytes_atomic(projector, to_safetensors(kept, metadata))
+    return projector
 
 
 def trained_report(model: StudentModel, optimiser: torch.optim.Optimizer) -> dict[str, list[str]]:

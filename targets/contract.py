@@ -10,7 +10,7 @@ Shapes: B view, P part of a loss (a head, or 1), T token, C width, N gradient co
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -76,7 +76,7 @@ class Yardstick(NamedTuple):
 
 
 class TargetHead(nn.Module, ABC):
-    """A student's final tokens to answers. It is trained with the student and dropped at export."""
+    """A student's final tokens to answers. It is trained with the student and dropped at export, but for `kept`."""
 
     @abstractmethod
     def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:
@@ -93,6 +93,10 @@ class TargetHead(nn.Module, ABC):
             gradients: the loss's gradient with respect to each answer; None where the loss does not depend on it.
             parts: P.
         """
+
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors that are exported beside the student, by name."""
+        return {}
 
 
 class WholeHead(TargetHead):
@@ -146,9 +150,9 @@ class TargetKind(ABC):
         return False
 
     @property
+    @abstractmethod
     def meaning(self) -> tuple[object, ...]:
         """What the target is, whatever the codec: records of one meaning can audit students of the other."""
-        return (type(self), self.taps)
 
     @property
     @abstractmethod
@@ -235,11 +239,24 @@ class TargetKind(ABC):
         return {}
 
 
+@dataclass(frozen=True)
 class ChosenKind(TargetKind):
-    """A kind whose losses and head follow the `targets` section of a recipe.
+    """A kind that follows two sections of a recipe: `codec`, and `targets` for a student's losses and head.
 
     Attributes:
-        targets: that section.
+        config: the codec section.
+        targets: the targets section.
+        block: the tapped block of the teacher, counted from 1.
+        constants: the codec's constants, on the device of the records; empty for codecs without any.
     """
 
-    targets: TargetsConfig
+    config: Any
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    block: int = 1
+    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    version: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # of the config
+        """See `TargetKind`."""
+        return str(self.config.name)

@@ -1,17 +1,20 @@
 """The table of target kinds: from the codec section of a recipe, or the target section of a layer, to its kind."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from tinymim.configs.codecs import (
     AttentionCodec,
+    BankCodec,
     ClsCodec,
     CodecConfig,
     DenseCodec,
     FeaturesCodec,
+    FeaturesPqCodec,
     FFCodec,
+    GramCodec,
     HiddenCodec,
     LogitsCodec,
     RelationCodec,
@@ -22,9 +25,12 @@ from tinymim.configs.codecs import (
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.attention.kind import Attention
+from tinymim.targets.bank.kind import Bank
 from tinymim.targets.cls.kind import Cls
 from tinymim.targets.contract import ChosenKind, TargetKind
 from tinymim.targets.features.kind import Features
+from tinymim.targets.features.pq import FeaturesPq
+from tinymim.targets.gram.kind import Gram
 from tinymim.targets.logits.kind import Logits
 from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations import make as relations
@@ -33,32 +39,36 @@ from tinymim.targets.relations.kind import RelationKind
 
 _ALL = TargetsConfig()
 
-Make = Callable[[Any, int, TargetsConfig, Mapping[str, Tensor]], TargetKind]
+# A kind from its codec section, the targets section, the tapped block and the cache's constants.
+Make = Callable[[Any, TargetsConfig, int, Mapping[str, Tensor]], TargetKind]
 
-
-def _plain(kind: Callable[..., TargetKind], *takes: str) -> Make:
-    """A kind made from its codec section, with the fields of `targets` that it takes."""
-
-    def make(config: Any, block: int, targets: TargetsConfig, constants: Mapping[str, Tensor]) -> TargetKind:
-        refuse_targets(targets, config.kind, takes)
-        return kind(config, targets, block, constants)
-
-    return make
-
-
-# One line per codec section.
-_MAKE: dict[type, Make] = {
-    SketchCodec: relations.make_relations,
-    DenseCodec: relations.make_relations,
-    HiddenCodec: relations.make_relations,
-    FeaturesCodec: _plain(Features, "loss", "projector"),
-    ClsCodec: _plain(Cls, "loss", "projector"),
-    LogitsCodec: _plain(Logits),
-    FFCodec: _plain(FF, "projector"),
-    AttentionCodec: _plain(Attention),
+_PROJECTOR = ("projector", "keep_projector")
+# One line per codec section, with the fields of `targets` that its kind takes.
+_KINDS: dict[type, tuple[Make, tuple[str, ...]]] = {
+    SketchCodec: (relations.make_relations, relations.TAKES),
+    DenseCodec: (relations.make_relations, relations.TAKES),
+    HiddenCodec: (relations.make_relations, relations.TAKES),
+    FeaturesCodec: (Features, ("loss", *_PROJECTOR)),
+    FeaturesPqCodec: (FeaturesPq, ("loss", *_PROJECTOR)),
+    ClsCodec: (Cls, ("loss", *_PROJECTOR)),
+    BankCodec: (Bank, _PROJECTOR),
+    LogitsCodec: (Logits, ()),
+    FFCodec: (FF, _PROJECTOR),
+    GramCodec: (Gram, _PROJECTOR),
+    AttentionCodec: (Attention, ()),
 }
-# Codec settings whose sizes `tinymim plan` compares, and their names there.
-ALTERNATIVES: tuple[CodecConfig, ...] = relations.ALTERNATIVES
+# Codec settings whose sizes `tinymim plan` compares: those of relations, and the default of each other kind. Logits are
+# not among them, because their number of classes is the teacher's.
+ALTERNATIVES: tuple[CodecConfig, ...] = (
+    *relations.ALTERNATIVES,
+    FFCodec(kind="ff"),
+    GramCodec(kind="gram"),
+    FeaturesCodec(kind="features"),
+    FeaturesPqCodec(kind="features", name="pq"),
+    ClsCodec(kind="cls"),
+    BankCodec(kind="bank"),
+    AttentionCodec(kind="attention"),
+)
 
 
 def describe_codec(config: CodecConfig) -> str:
@@ -84,7 +94,22 @@ def make_kind(
     Raises:
         RecipeError: the records do not hold what `targets` names.
     """
-    return _MAKE[type(config)](config, block, targets, constants or {})
+    make, takes = _KINDS[type(config)]
+    refuse_targets(targets, getattr(config, "kind", "relations"), takes)
+    return make(config, targets, block, constants or {})
+
+
+def divided_targets(configs: Sequence[CodecConfig], targets: TargetsConfig) -> list[TargetsConfig]:
+    """The part of one `targets` section for each of several codecs.
+
+    Each gets the fields that its kind takes, and those that no kind takes, which `make_kind` refuses.
+    """
+    takes = [_KINDS[type(config)][1] for config in configs]
+    known = {name for names in takes for name in names}
+    return [
+        TargetsConfig(**{name: value for name, value in targets if name in names or name not in known})
+        for names in takes
+    ]
 
 
 def stored_kind(

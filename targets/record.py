@@ -34,7 +34,7 @@ def stored(fields: Mapping[str, Tensor], specs: tuple[ArraySpec, ...]) -> dict[s
 def refuse_targets(targets: TargetsConfig, kind: str, takes: Sequence[str]) -> None:
     """Raises RecipeError, naming the field, where `targets` holds one that a kind of target does not take."""
     for name, value in targets:
-        if value is not None and name not in takes:
+        if value and name not in takes:
             raise RecipeError(
                 f"targets.{name} is for another kind of target",
                 got=f"targets.{name} {value}",

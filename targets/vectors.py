@@ -1,11 +1,11 @@
 """What the kinds of vectors share: normalised targets, few-bit codes, losses, and a projector on the student's tokens.
 
-Shapes: B view, N vector of a view, Q sampled vector, C width, P prefix token.
+Shapes: B view, N vector of a view, Q sampled vector, C width, P calibration vector.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,12 +23,12 @@ from tinymim.targets.contract import (
     Loss,
     Projection,
     Tapped,
-    TargetHead,
     WholeHead,
     Yardstick,
 )
 from tinymim.targets.counter import spread, uniforms
 from tinymim.targets.dither import Dither
+from tinymim.targets.squares import square_statistics
 
 _EPS = 1e-6  # of LayerNorm
 LEAST_NORM = 1e-3  # of a student's vector: below it the gradient of the cosine stays finite, also in fp16
@@ -60,16 +60,16 @@ class Projector(WholeHead):
     Args:
         student: the student's shapes.
         width: the teacher's width.
-        mlp: two linear layers with a GELU between them, else one linear layer.
+        targets: whether there are two linear layers with a GELU between them, or one; whether it is exported.
         patches: answer for every patch token; else for the first prefix token (the class token), or the mean over
             patches where there is no prefix.
     """
 
-    def __init__(self, student: Shapes, width: int, mlp: bool, patches: bool) -> None:
+    def __init__(self, student: Shapes, width: int, targets: TargetsConfig, patches: bool) -> None:
         super().__init__()
-        self.prefix, self.patches = student.prefix_tokens, patches
+        self.prefix, self.patches, self.exported = student.prefix_tokens, patches, targets.keep_projector
         layers: list[nn.Module] = [nn.Linear(student.width, width)]
-        if mlp:
+        if targets.projector == "mlp":
             layers += [nn.GELU(), nn.Linear(width, width)]
         self.projection = nn.Sequential(*layers)
         for layer in layers:
@@ -80,6 +80,10 @@ class Projector(WholeHead):
     def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:
         """See `TargetHead`: float [B, N, C]."""
         return (self.projection(tokens[:, self.prefix :] if self.patches else embedding(tokens, self.prefix)),)
+
+    def kept(self) -> dict[str, Tensor]:
+        """See `TargetHead`: weights and biases of the layers, by their number in a `nn.Sequential`."""
+        return self.projection.state_dict() if self.exported else {}
 
 
 def embedding(tokens: Float[Tensor, "B T C"], prefix: int) -> Float[Tensor, "B 1 C"]:
@@ -102,22 +106,12 @@ class Vectors(ChosenKind):
     **Biased** with `smooth_l1`: its gradient, min(max(s - d, -1), 1), is not linear in d, so the mean over d is that
     of a smoother loss, the convolution of smooth L1 with the distribution of the rounding error. With `int8` that
     error is below 1/255 of a vector's largest component, and the bias as small.
-
-    Attributes:
-        config: the codec section.
-        targets: loss and projector of the student.
-        block: the teacher's block, counted from 1.
-        constants: mean and whitening matrix, on the device of the records; empty without `whiten`.
     """
 
     config: FeaturesCodec | ClsCodec
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    block: int = 1
-    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     measure: ClassVar[str] = "distance"
     loss_name: ClassVar[str]
     streams: ClassVar[int]
-    version: ClassVar[int] = 1
     default_loss: ClassVar[VectorLoss] = "mse"
 
     @abstractmethod
@@ -132,11 +126,6 @@ class Vectors(ChosenKind):
     @abstractmethod
     def sampled(self) -> int | None:
         """Number of vectors in a record, where there are more; None for all."""
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # of the config
-        """See `TargetKind`."""
-        return self.config.name
 
     @property
     def loss(self) -> VectorLoss:
@@ -156,7 +145,8 @@ class Vectors(ChosenKind):
     @property
     def meaning(self) -> tuple[object, ...]:
         """See `TargetKind`."""
-        return (self.loss_name, self.taps, self.config.target)
+        whitened_by = self.config.calibration_views if self.config.target == "whiten" else 0
+        return (self.loss_name, self.taps, self.config.target, whitened_by)
 
     # ---- records
 
@@ -179,7 +169,7 @@ class Vectors(ChosenKind):
         vectors = self.vectors(tapped)
         _, count, width = vectors.shape
         index = self._index(view_keys, count)
-        exact = self._target(vectors if index is None else _rows(vectors, index), torch.float64)
+        exact = self._target(vectors if index is None else rows_of(vectors, index), torch.float64)
         code, step = self._dither(width).encode(exact, self._uniform(view_keys, *exact.shape[1:]))
         return {"code": code, "step": step, "length": _length(exact).float()}
 
@@ -239,7 +229,7 @@ class Vectors(ChosenKind):
         [student] = answers
         dtype = torch.promote_types(student.dtype, torch.float32)
         with torch.autocast(student.device.type, enabled=False):
-            s = student.to(dtype) if target.index is None else _rows(student.to(dtype), target.index)
+            s = student.to(dtype) if target.index is None else rows_of(student.to(dtype), target.index)
             t, length = target.value.to(dtype), target.length.to(dtype)
             assert s.shape == t.shape, f"student {s.shape}, teacher {t.shape}"
             if self.loss == "cosine":
@@ -270,11 +260,8 @@ class Vectors(ChosenKind):
     def statistics(self, tapped: Tapped, target: VectorTarget) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
         """See `TargetKind`: `rms` of the components, and `relative_error`, the squared error over the squared norm."""
         vectors = self.vectors(tapped)
-        exact = self._target(vectors if target.index is None else _rows(vectors, target.index), torch.float64)
-        square = exact.square().mean((1, 2))
-        error = (target.value - exact).square().mean((1, 2))
-        found = {"rms": square.sqrt(), "relative_error": error / square.clamp(min=torch.finfo(torch.float32).tiny)}
-        return {self.loss_name: {name: value[:, None] for name, value in found.items()}}
+        exact = self._target(vectors if target.index is None else rows_of(vectors, target.index), torch.float64)
+        return {self.loss_name: square_statistics(exact, target.value)}
 
     # ---- constants
 
@@ -288,15 +275,17 @@ class Vectors(ChosenKind):
 
     @torch.no_grad()
     def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
-        """See `TargetKind`: `mean` [C] and `whiten` [C, C], the inverse root of the covariance, float32.
+        """See `TargetKind`: the constants of whitening."""
+        if not self.calibration_views:
+            return {}
+        return self._whitening(torch.cat([self.vectors(each).cpu().double().flatten(0, 1) for each in tapped]))
+
+    @staticmethod
+    def _whitening(vectors: Float64[Tensor, "P C"]) -> dict[str, Tensor]:
+        """`mean` [C] and `whiten` [C, C], the inverse root of the covariance, float32.
 
         Every direction's variance is raised by 0.001 of the mean variance, so that directions without any stay finite.
         """
-        if not self.calibration_views:
-            return {}
-        vectors: Float64[Tensor, "P C"] = torch.cat(
-            [self.vectors(each).cpu().double().flatten(0, 1) for each in tapped]
-        )
         variance, axes = torch.linalg.eigh(torch.cov(vectors.T))
         variance = variance.clamp(min=0)
         raised = (variance + _SHRINK * variance.mean()).clamp(min=torch.finfo(torch.float32).tiny)
@@ -313,15 +302,11 @@ def check_grid(student: Shapes, teacher: Shapes) -> None:
         )
 
 
-def _rows(vectors: Float[Tensor, "B N C"], index: Int64[Tensor, "B Q"]) -> Float[Tensor, "B Q C"]:
+def rows_of(vectors: Float[Tensor, "B N C"], index: Int64[Tensor, "B Q"]) -> Float[Tensor, "B Q C"]:
+    """The vectors of these numbers."""
     return vectors.gather(1, index[..., None].expand(-1, -1, vectors.shape[-1]))
 
 
 def _length(vectors: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
     length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
     return length
-
-
-def head_for(kind: Vectors, student: Shapes, teacher: Shapes, patches: bool) -> TargetHead:
-    """The projector that a kind's `targets` choose."""
-    return Projector(student, teacher.width, kind.targets.projector == "mlp", patches)

@@ -11,11 +11,27 @@ from tinymim.stages.pages.tables import markdown_table
 from tinymim.storage.atomic import write_bytes_atomic
 
 NOISE_FLOOR: Final = 1e-4  # the noise ratio at which codecs without noise are drawn
-COLOURS: Final = {"sketch": "tab:blue", "hidden": "tab:green", "dense": "tab:grey"}
+COLOURS: Final = {
+    "relations": "tab:blue",
+    "ff": "tab:cyan",
+    "gram": "tab:olive",
+    "features": "tab:green",
+    "cls": "tab:purple",
+    "bank": "tab:pink",
+    "attention": "tab:orange",
+    "logits": "tab:brown",
+}  # by kind of target
+# Statistics of a kind that the second table has a column for, where a codec in it has them.
+STATISTICS: Final = {
+    "entropy_nats": ("entropy", "{:.2f}"),
+    "kept_mass": ("kept", "{:.3f}"),
+    "rms": ("rms", "{:.3g}"),
+    "relative_error": ("relative error", "{:.2g}"),
+}
 
 
 def format_tables(result: Mapping[str, Any]) -> str:
-    """Two tables per student: the gradient of all parameters, and per relation that of the tap (means over heads)."""
+    """Two tables per student: the gradient of all parameters, and per loss that of the head (means over its parts)."""
     teacher = result["teacher"]
     lines = [
         f"{teacher['name']}, block {teacher['block']}, {teacher['tokens']} tokens; {result['num_views']} images, one "
@@ -36,15 +52,16 @@ def format_tables(result: Mapping[str, Any]) -> str:
         ]
         lines += [
             "",
-            f"Student {student}: gradient of all its parameters, against dense maps",
+            f"Student {student}: gradient of all its parameters, against dense targets",
             "",
             *markdown_table(header, rows),
         ]
-        lines += ["", f"Student {student}: gradient of the tap, means over heads", ""]
-        header = ["codec", "relation", "entropy", "kept", "KL", "bias ± se", "noise ratio", "angle °", "norm"]
-        lines += markdown_table(
-            header, [row for name, values in by_codec.items() for row in _relation_rows(name, values)]
-        )
+        lines += ["", f"Student {student}: gradient of its head, means over parts", ""]
+        parts = [(name, loss, values[loss]) for name, values in by_codec.items() for loss in values if loss != "all"]
+        stated = [each for each in STATISTICS if any(each in part for *_, part in parts)]
+        words = [STATISTICS[each][0] for each in stated]
+        header = ["codec", "target", *words, "loss", "bias ± se", "noise ratio", "angle °", "norm"]
+        lines += markdown_table(header, [_part_row(*each, stated) for each in parts])
     return "\n".join(lines)
 
 
@@ -55,7 +72,7 @@ def is_biased(values: Mapping[str, Any]) -> bool:
 
 def _student_row(name: str, values: Mapping[str, Any], cost: Mapping[str, Any]) -> list[str]:
     whole = values["all"]
-    error = [v for relation, part in values.items() if relation != "all" for v in part["loss_error_nats"]]
+    error = [v for loss, part in values.items() if loss != "all" for v in part["loss_error_nats"]]
     mark = " (biased)" if is_biased(values) else ""
     return [
         name,
@@ -70,21 +87,16 @@ def _student_row(name: str, values: Mapping[str, Any], cost: Mapping[str, Any]) 
     ]
 
 
-def _relation_rows(name: str, values: Mapping[str, Any]) -> list[list[str]]:
+def _part_row(name: str, loss: str, part: Mapping[str, Any], stated: Sequence[str]) -> list[str]:
     return [
-        [
-            name,
-            relation,
-            f"{_mean(part['entropy_nats']):.2f}",
-            f"{_mean(part['kept_mass']):.3f}",
-            f"{_mean(part['kl_nats']):.3f}",
-            f"{_mean(part['bias']):.3f} ± {_mean(part['bias_se']):.3f}",
-            f"{_mean(part['noise_ratio']):.4f}",
-            f"{_mean(part['angle_deg']):.1f}",
-            f"{_mean(part['norm_ratio']):.3f}",
-        ]
-        for relation, part in values.items()
-        if relation != "all"
+        name,
+        loss,
+        *(STATISTICS[each][1].format(_mean(part[each])) if each in part else "" for each in stated),
+        f"{_mean(part['kl_nats']):.3f}",
+        f"{_mean(part['bias']):.3f} ± {_mean(part['bias_se']):.3f}",
+        f"{_mean(part['noise_ratio']):.4f}",
+        f"{_mean(part['angle_deg']):.1f}",
+        f"{_mean(part['norm_ratio']):.3f}",
     ]
 
 
@@ -109,9 +121,9 @@ def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
         unbiased = [point for point in points if not is_biased(by_codec[point[2]])]
         best = [p for p in unbiased if not any(q[0] <= p[0] and q[1] < p[1] for q in unbiased)]
         for x, y, name in points:
-            values, kind = by_codec[name]["all"], result["codecs"][name]["name"]
+            values = by_codec[name]["all"]
             biased = is_biased(by_codec[name])
-            colour = "tab:red" if biased else COLOURS.get(kind, "tab:grey")
+            colour = "tab:red" if biased else COLOURS[result["codecs"][name]["parameters"].get("kind", "relations")]
             axis.plot(x, y, "o", color=colour, markerfacecolor="none" if biased else colour)
             left = biased or (
                 (x, y, name) in best and best.index((x, y, name)) % 2 == 1

@@ -16,8 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from tinymim.configs.codecs import CodecConfig
-from tinymim.configs.errors import RecipeError, SourceError
+from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.models.taps import Tapped
+from tinymim.models.teacher import Teacher, taps_of
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.replay import CachedSource, join
@@ -120,8 +122,8 @@ class _StageOne:
         if not self.first.keys:
             raise SourceError(f"the first images of shard {self.shard.name} are unreadable", got=self.first.unreadable)
         self._begin = int(self.first.items[0, 1])  # a readable image: no unit is empty
-        self.tapped = prepared.teacher(self.first.pixels.to(prepared.device))
-        self.kind, self.constants = self._kind(recipe.codec)
+        self.tapped: Tapped = prepared.teacher(self.first.pixels.to(prepared.device))
+        self.kind, self.constants = self._kind(recipe.codec, self.tapped)
         shapes = prepared.layer.shapes
         reference = reference_student(self.kind, recipe.views.size, shapes)
         self._probe = GradientProbe(self.kind, reference.to(prepared.device), shapes)
@@ -131,11 +133,11 @@ class _StageOne:
         samples = np.repeat(np.arange(self._begin, min(self._begin + images, self.shard.num_samples)), views)
         return np.stack([np.full_like(samples, self.number), samples, np.arange(len(samples)) % views], axis=1)
 
-    def _kind(self, config: CodecConfig) -> tuple[TargetKind, dict[str, Tensor]]:
+    def _kind(self, config: CodecConfig, tapped: Tapped) -> tuple[TargetKind, dict[str, Tensor]]:
         """A codec and its constants, from fewer views than those of a cache, of the same size."""
         teacher, block = self.prepared.teacher, self.recipe.teacher.block
         kind = make_kind(config, block)
-        made = kind.calibrate([self.tapped], teacher.projection) if kind.calibration_views else {}
+        made = kind.calibrate([tapped], teacher.projection) if kind.calibration_views else {}
         constants = {name: array.to(self.prepared.device) for name, array in made.items()}
         return make_kind(config, block, constants=constants), constants
 
@@ -172,13 +174,27 @@ class _StageOne:
     def payload_bytes(self) -> dict[str, float]:
         """Bytes that the codec's arrays of a view take on disk, by codec; the recipe's own comes first."""
         found: dict[str, float] = {}
+        tapped = self._tapped_for_all()
         for config in (self.recipe.codec, *ALTERNATIVES):
             with contextlib.suppress(RecipeError):  # a codec that does not fit the teacher
-                kind, _ = self._kind(config)
-                arrays = kind.encode(self.tapped, self.first.view_keys.to(self.prepared.device)).values()
+                if not set(make_kind(config, self.recipe.teacher.block).taps) <= tapped.keys():
+                    continue
+                kind, _ = self._kind(config, tapped)
+                arrays = kind.encode(tapped, self.first.view_keys.to(self.prepared.device)).values()
                 size_bytes = sum(stored_bytes(array.cpu().numpy()) for array in arrays)
                 found[describe_codec(config)] = size_bytes / len(self.first.keys)
         return found
+
+    def _tapped_for_all(self) -> Tapped:
+        """The tensors of the first views at the taps of all alternatives that the teacher has."""
+        config, device = self.recipe.teacher, self.prepared.device
+        wanted = {tap for each in ALTERNATIVES for tap in make_kind(each, config.block).taps} - self.tapped.keys()
+        with contextlib.suppress(CheckpointError):  # weights that end at the tapped block have no final norm
+            # A teacher of its own: the recipe's is cut after its last tap.
+            more = Teacher(config, [*self.tapped, *taps_of(config, sorted(wanted))]).to(device)
+            tapped: Tapped = more(self.first.pixels.to(device))
+            return tapped
+        return self.tapped
 
 
 # ---------------------------------------------------------------- the disk or store

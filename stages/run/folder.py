@@ -35,6 +35,7 @@ BOARD_NAME = "tensorboard"  # a folder
 STUDENT_NAME = "student.safetensors"  # train-student
 STUDENT_EMA_NAME = "student-ema.safetensors"
 TRAINED_NAME = "trained.json"
+PROJECTOR_NAME = "projector.safetensors"  # in the folders of the student and its average, where it is kept
 ENCODER_NAME = "encoder.safetensors"  # pretrain-mae
 ENCODER_EMA_NAME = "encoder-ema.safetensors"
 LAST_NAME = "last.safetensors"  # finetune

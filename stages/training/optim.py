@@ -172,7 +172,7 @@ def _terms_identity(layers: Sequence[LayerConfig]) -> dict[str, Any]:
         {
             name: value
             for name, value in layer.targets.model_dump(mode="json").items()
-            if value is not None or name not in ("loss", "projector")
+            if name != "keep_projector" and (value is not None or name not in ("loss", "projector"))
         }
         for layer in layers
     ]

@@ -8,14 +8,14 @@ Shapes: B view, H teacher head, S student head, Q query row, T token, P prefix t
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tinymim.configs.codecs import AttentionCodec, TargetsConfig
+from tinymim.configs.codecs import AttentionCodec
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import (
@@ -29,6 +29,7 @@ from tinymim.targets.contract import (
     Yardstick,
 )
 from tinymim.targets.counter import spread, uniforms
+from tinymim.targets.squares import square_statistics, square_yardstick, squared_error
 from tinymim.targets.vectors import check_grid
 
 _ROWS, _ROUNDING = 320, 321  # streams
@@ -92,24 +93,10 @@ class Attention(ChosenKind):
       (`counter.spread`), and sample and rounding are independent. The gradient of (s - x)^2 by the student's logit s
       is 2 (s - x), linear in x. So the gradient is **unbiased**; the floor, the exact mean square, is stored.
     - `dense`: all rows in fp32, for audits. fp16 could not hold large logits.
-
-    Attributes:
-        config: the codec section.
-        targets: takes no field.
-        block: the tapped block of the teacher, counted from 1.
     """
 
     config: AttentionCodec
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    block: int = 1
-    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     measure: ClassVar[str] = "distance"
-    version: ClassVar[int] = 1
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # of the config
-        """See `TargetKind`."""
-        return self.config.name
 
     @property
     def whole(self) -> bool:
@@ -219,28 +206,18 @@ class Attention(ChosenKind):
         with torch.autocast(q.device.type, enabled=False):
             s = torch.einsum("bhs,bsqt->bhqt", adapter.to(own.dtype), own)
         assert s.shape == target.logits.shape, f"student {s.shape}, teacher {target.logits.shape}"
-        return {"attention": _squared_error(s, target)}
+        return {"attention": squared_error(s, target.logits, target.square)}
 
     # ---- audits
 
     def yardsticks(self, targets: Sequence[AttentionTarget]) -> dict[str, Yardstick]:
         """See `TargetKind`: the error of zeros, and of the mean over all other views."""
-        count = sum(len(each.logits) for each in targets)
-        total = torch.stack([each.logits.sum(0, dtype=torch.float64) for each in targets]).sum(0)
-        even = common = 0.0
-        for each in targets:
-            others = ((total - each.logits) / (count - 1)).to(each.logits.dtype)
-            even += float(_squared_error(torch.zeros_like(others), each).mean()) * len(others)
-            common += float(_squared_error(others, each).mean()) * len(others)
-        return {"attention": Yardstick(even / count, common / count)}
+        return {"attention": square_yardstick([(each.logits, each.square) for each in targets])}
 
     def statistics(self, tapped: Tapped, target: AttentionTarget) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
         """See `TargetKind`: `rms` of the logits, and `relative_error`, the squared error over the mean square."""
         exact = attention_logits(*self.sides(tapped), target.rows).double()
-        square = exact.square().mean((1, 2, 3))
-        error = (target.logits - exact).square().mean((1, 2, 3))
-        found = {"rms": square.sqrt(), "relative_error": error / square.clamp(min=torch.finfo(torch.float32).tiny)}
-        return {"attention": {name: value[:, None] for name, value in found.items()}}
+        return {"attention": square_statistics(exact, target.logits)}
 
 
 def attention_logits(
@@ -253,8 +230,3 @@ def attention_logits(
     with torch.autocast(q.device.type, enabled=False):
         logits: Tensor = (q.to(dtype) / math.sqrt(q.shape[-1])) @ k.to(dtype).transpose(-2, -1)
     return logits
-
-
-def _squared_error(student: Float[Tensor, "B H Q T"], target: AttentionTarget) -> Loss:
-    parts = (student * (student - 2 * target.logits.to(student.dtype))).mean((1, 2, 3))[:, None]
-    return Loss(parts, -target.square.to(student.dtype))

@@ -12,7 +12,12 @@ from torch import Tensor
 from tinymim.configs.codecs import ClsCodec, VectorLoss
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Tapped, TargetHead
-from tinymim.targets.vectors import Vectors, head_for
+from tinymim.targets.vectors import Projector, Vectors
+
+
+def embedding_tap(at: str, block: int) -> Tap:
+    """The tap of the class embedding for a codec's `at`."""
+    return {"block": Tap("cls", block), "final": Tap("cls"), "pooled": Tap("pooled")}[at]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Cls(Vectors):
     @property
     def taps(self) -> tuple[Tap, ...]:
         """See `TargetKind`."""
-        return ({"block": Tap("cls", self.block), "final": Tap("cls"), "pooled": Tap("pooled")}[self.config.at],)
+        return (embedding_tap(self.config.at, self.block),)
 
     @property
     def sampled(self) -> None:
@@ -46,4 +51,4 @@ class Cls(Vectors):
 
     def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
         """See `TargetKind`."""
-        return head_for(self, student, teacher, patches=False)
+        return Projector(student, teacher.width, self.targets, patches=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tinymim.configs.codecs import FeaturesCodec
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Tapped, TargetHead
-from tinymim.targets.vectors import Vectors, check_grid, head_for
+from tinymim.targets.vectors import Projector, Vectors, check_grid
 
 
 def token_tap(at: str, block: int) -> Tap:
@@ -54,4 +54,4 @@ class Features(Vectors):
     def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
         """See `TargetKind`."""
         check_grid(student, teacher)
-        return head_for(self, student, teacher, patches=True)
+        return Projector(student, teacher.width, self.targets, patches=True)

@@ -4,14 +4,14 @@ Shapes: B view, L class, K kept class.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tinymim.configs.codecs import LogitsCodec, TargetsConfig
+from tinymim.configs.codecs import LogitsCodec
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import (
@@ -88,23 +88,10 @@ class Logits(ChosenKind):
 
     The values of the head are rounded at random to the grid of `relations.sparsify` (`uint8`), or stored in fp16. A
     class number takes the bits that the number of classes needs: its low 8 bits are a byte, the others are packed.
-
-    Attributes:
-        config: the codec section.
-        targets: takes no field.
     """
 
     config: LogitsCodec
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    block: int = 1
-    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     measure: ClassVar[str] = "kl"
-    version: ClassVar[int] = 1
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # of the config
-        """See `TargetKind`."""
-        return self.config.name
 
     @property
     def unbiased(self) -> bool:

@@ -8,7 +8,7 @@ Shapes: B view, N patch, Q query row, C width.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Final
 
@@ -38,24 +38,10 @@ class FF(ChosenKind):
 
     `sketch` is unbiased and `topk` biased for the reasons given there. The student answers with a projector to the
     teacher's width.
-
-    Attributes:
-        config: the codec section.
-        targets: the student's projector.
-        block: the teacher's block, counted from 1.
     """
 
     config: FFCodec
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    block: int = 1
-    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     measure: ClassVar[str] = "kl"
-    version: ClassVar[int] = 1
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # of the config
-        """See `TargetKind`."""
-        return self.config.name
 
     @property
     def unbiased(self) -> bool:
@@ -87,7 +73,7 @@ class FF(ChosenKind):
             chosen = SketchCodec(
                 relations=(_AS,), rows=config.rows, head_k=config.head_k, tail_k=config.tail_k, tail=tail
             )
-        return make_relations(chosen, self.block, TargetsConfig(), {})
+        return make_relations(chosen, TargetsConfig(), self.block, {})
 
     def sides(self, tokens: Float[Tensor, "B N C"], least_norm: float = 1e-12) -> QKV:
         """The rows' sides, one head, in fp32 (fp64 for fp64 tokens)."""
@@ -143,7 +129,7 @@ class FF(ChosenKind):
     def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
         """See `TargetKind`."""
         check_grid(student, teacher)
-        return Projector(student, teacher.width, self.targets.projector == "mlp", patches=True)
+        return Projector(student, teacher.width, self.targets, patches=True)
 
     def losses(self, answers: Answers, target: Rows) -> dict[str, Loss]:
         """See `TargetKind`: KL(teacher row || student row) in nats, mean over the target's rows."""

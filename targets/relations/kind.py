@@ -33,6 +33,11 @@ class RelationKind(TargetKind):
     block: int
 
     @property
+    def meaning(self) -> tuple[object, ...]:
+        """See `TargetKind`."""
+        return ("relations", self.taps)
+
+    @property
     def taps(self) -> tuple[Tap, ...]:
         """See `TargetKind`."""
         return (Tap("qkv", self.block),)

@@ -9,12 +9,12 @@ from tinymim.configs.codecs import DenseCodec, HiddenCodec, Relation, RelationCo
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import TargetKind
-from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations.dense import Dense
 from tinymim.targets.relations.hidden import Hidden
 from tinymim.targets.relations.kind import RelationKind
 from tinymim.targets.relations.sketch import Sketch, TopK
 
+TAKES = ("relations", "relation_heads", "rows")  # fields of `targets`
 # Codec settings whose sizes `tinymim plan` compares: the default, 300 views of ImageNet in 2 TB, less, all, and dense.
 ALTERNATIVES: tuple[RelationCodec, ...] = (
     SketchCodec(),
@@ -26,10 +26,9 @@ ALTERNATIVES: tuple[RelationCodec, ...] = (
 
 
 def make_relations(
-    config: RelationCodec, block: int, targets: TargetsConfig, constants: Mapping[str, Tensor]
+    config: RelationCodec, targets: TargetsConfig, block: int, constants: Mapping[str, Tensor]
 ) -> RelationKind:
     """The relations of a block under one codec; arguments and errors as `targets.kinds.make_kind`."""
-    refuse_targets(targets, "relations", ("relations", "relation_heads", "rows"))
     match config:
         case SketchCodec():
             _refuse_others(targets, rows=config.rows, relation_heads=config.relation_heads)

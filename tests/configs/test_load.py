@@ -235,6 +235,21 @@ def test_an_evaluator_is_named_by_its_place_in_the_list(tmp_path: Path, override
     assert f"\n  {line}" in message
 
 
+@pytest.mark.parametrize(
+    ("codec", "line"),
+    [
+        ("{kind: cls, bitz: 3}", "codec.bitz: unknown key (value 3); did you mean `bits`?"),
+        ("{kind: features, name: pq, stages: 0}", "codec.stages: got 0; "),
+        ("{kind: features, name: pq, stagez: 2}", "codec.stagez: unknown key (value 2); did you mean `stages`?"),
+        ("{name: hidden, basis: none}", "codec.basis: got 'none'; "),
+    ],
+)
+def test_a_field_of_a_codec_is_named_without_the_kind_that_chose_it(codec: str, line: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Path("imagenet-sample-cache"), "cache-teacher", [f"codec={codec}"])
+    assert f"\n  {line}" in str(caught.value)
+
+
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     assert "run: required, but missing" in _error(tmp_path, STUDENT.partition("run:")[0])
 

@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.models.teacher import Teacher
+from tinymim.models.teacher import Teacher, taps_of
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.tests.stages.tiny import STATED
 
@@ -136,3 +136,18 @@ def test_the_end_of_the_model_needs_its_final_norm_and_logits_a_classifier(tmp_p
     save_file(small_vit().state_dict(), tmp_path / "w.safetensors", STATED)
     with pytest.raises(RecipeError, match="no classifier"):
         Teacher(config, [Tap("logits")])
+
+
+def test_the_taps_that_a_teacher_has_are_known_without_its_weights() -> None:
+    config = TeacherConfig(name="vit_medium_patch16_gap_240", img_size=240, weights="/nowhere.safetensors", block=2)
+    wanted = [
+        Tap("qkv", 12),
+        Tap("qkv", 13),
+        Tap("attention", 3),
+        Tap("cls"),
+        Tap("pooled"),
+        Tap("tokens"),
+        Tap("logits"),
+    ]
+    found = taps_of(config, wanted)  # 12 blocks, no class token, no classifier
+    assert found == [Tap("qkv", 12), Tap("attention", 3), Tap("pooled"), Tap("tokens")]

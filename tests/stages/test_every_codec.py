@@ -1,4 +1,4 @@
-"""Every codec, and every published tail, through both stages: what it stores teaches."""
+"""Every codec, every published tail, and every kind, through both stages: what it stores teaches."""
 
 from pathlib import Path
 from typing import Any
@@ -31,3 +31,27 @@ def test_every_codec_teaches(home: Path, codec: dict[str, Any]) -> None:
     reader = CacheReader(place)
     fidelity = reader.units(reader.layer().name)[0].statistics["fidelity"]
     assert set(fidelity) == {"views", "all", *codec.get("relations", ["qk", "vv"])}
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        {"kind": "ff", "rows": 8},
+        {"kind": "gram", "rows": 8, "columns": 8},
+        {"kind": "features", "tokens": 8},
+        {"kind": "features", "name": "pq", "stages": 3, "calibration_views": 8, "target": "whiten"},
+        {"kind": "cls"},
+        {"kind": "bank", "anchors": 20, "tau": 0.5},
+        {"kind": "attention", "rows": 8},
+    ],
+    ids=str,
+)
+def test_every_kind_teaches(home: Path, codec: dict[str, Any]) -> None:
+    place = home / "other"
+    cache_teacher.run(cache_recipe(home, cache=place, codec=codec, audit_views=4))
+    train_student.run(student_recipe(home, cache=place, optim={"batch_size": 8, "steps": 30, "base_lr": 0.3}))
+    found = losses(home)
+    assert np.isfinite(found).all() and np.mean(found[-6:]) < np.mean(found[:6])
+    reader = CacheReader(place)
+    fidelity = reader.units(reader.layer().name)[0].statistics["fidelity"]
+    assert set(fidelity) == {"views", "all", codec["kind"]}

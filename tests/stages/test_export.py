@@ -18,9 +18,9 @@ from tinymim.configs.taps import Tap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
 from tinymim.models.weights import load_weights
-from tinymim.stages import export, train_student
+from tinymim.stages import cache_teacher, export, train_student
 from tinymim.tests import official
-from tinymim.tests.stages.tiny import STUDENT, run_in, student_recipe
+from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, run_in, student_recipe
 
 Run = Callable[..., tuple[int, str, str]]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -82,6 +82,46 @@ def test_what_is_exported_comes_back_with_the_same_features(root: Path, tmp_path
     assert found == {
         "file": str(target), "source": str(weights), "tensors": len(own), "embed_dim": 8, "depth": 2, "num_heads": 2,
     }  # fmt: skip
+
+
+def test_a_kept_projector_lies_beside_weights_that_timm_loads_as_before(made: Path, tmp_path: Path) -> None:
+    codec = {"kind": "features", "tokens": 4}
+    cache_teacher.run(cache_recipe(made, cache=tmp_path / "cache", codec=codec, run=run_in(tmp_path / "run-cache")))
+
+    def trained(name: str, **targets: Any) -> Path:
+        changes: dict[str, Any] = {
+            "cache": tmp_path / "cache",
+            "optim": {"batch_size": 8, "steps": 2, "base_lr": 0.1},
+            "targets": targets,
+            "ema": {"decay": 0.5},
+            "checkpoint": {"resume": False},
+            "run": run_in(tmp_path / name),
+        }
+        train_student.run(student_recipe(made, **changes))
+        return tmp_path / name
+
+    plain, kept = trained("plain"), trained("kept", keep_projector=True, projector="mlp")
+    assert not list(plain.rglob("*projector*"))
+    assert export.run(plain, tmp_path / "plain.pth").keys() == export.run(kept, tmp_path / "k.pth").keys() - {
+        "projector"
+    }
+    assert [path.name for path in tmp_path.glob("*projector*")] == ["k-projector.safetensors"]
+    answers = []
+    for name in ("student", "student-ema"):
+        encoder: Any = timm.create_model(f"local-dir:{kept / name}", pretrained=True).eval()
+        weights = load_file(kept / name / "projector.safetensors")
+        wide, narrow = weights["0.weight"].shape
+        assert (narrow, wide) == (STUDENT["embed_dim"], TEACHER["embed_dim"])
+        layers = [torch.nn.Linear(narrow, wide), torch.nn.GELU(), torch.nn.Linear(wide, wide)]
+        torch.nn.Sequential(*layers).load_state_dict(weights)
+        with torch.no_grad():
+            answers.append(torch.nn.Sequential(*layers)(encoder.forward_features(IMAGES)))
+    assert answers[0].shape == (2, 17, wide) and not torch.equal(*answers)
+    assert (tmp_path / "k-projector.safetensors").read_bytes() == (
+        kept / "student" / "projector.safetensors"
+    ).read_bytes()
+    trained("kept")
+    assert not list(kept.rglob("*projector*"))  # not that of the run before
 
 
 def test_an_exported_student_teaches_as_before(root: Path, tmp_path: Path) -> None:

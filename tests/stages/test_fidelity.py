@@ -74,6 +74,40 @@ def test_table_json_and_picture(root: Path) -> None:
         assert picture.width > 500
 
 
+def test_codecs_of_all_kinds_side_by_side_each_against_its_own_target(root: Path) -> None:
+    codecs: dict[str, Any] = {
+        "sketch": {"rows": 9, "tail_k": 4},
+        "ff": {"kind": "ff", "rows": 5, "tail_k": 4},
+        "gram": {"kind": "gram", "rows": 5, "columns": 5},
+        "dither": {"kind": "features", "tokens": 5},
+        "dither, normed": {"kind": "features", "tokens": 5, "at": "normed"},
+        "pq": {"kind": "features", "name": "pq", "stages": 1, "calibration_views": 4},
+        "cls": {"kind": "cls"},
+        "bank": {"kind": "bank", "anchors": 30, "tau": 0.5},
+        "attention": {"kind": "attention", "rows": 5},
+    }
+    text = fidelity.run(recipe(root, codecs=codecs, targets={"loss": "mse", "relation_heads": None}))
+    result = json.loads((root / "run" / "fidelity.json").read_text())
+    [seen] = result["students"].values()
+    assert {name: [loss for loss in values if loss != "all"] for name, values in seen.items()} == {
+        "sketch": ["qk", "vv"], "ff": ["ff"], "gram": ["gram"], "dither": ["features"], "dither, normed": ["features"],
+        "pq": ["features"], "cls": ["cls"], "bank": ["bank"], "attention": ["attention"],
+    }  # fmt: skip
+    biased = {name for name, values in seen.items() if values["all"]["biased"][0]}
+    assert biased == {"pq"} and text.count("(biased)") == 1
+    assert seen["dither"]["features"]["kl_nats"] != seen["dither, normed"]["features"]["kl_nats"]
+    assert "relative error" in text and "entropy" in text
+    assert (root / "run" / "frontier.png").stat().st_size > 10_000
+
+
+def test_targets_and_trained_students_must_fit_the_kinds(root: Path) -> None:
+    two: dict[str, Any] = {"ff": {"kind": "ff"}, "cls": {"kind": "cls"}}
+    with pytest.raises(RecipeError, match=r"targets\.rows is for another kind"):
+        fidelity.run(recipe(root, codecs=two, targets={"rows": 3}))
+    with pytest.raises(RecipeError, match=r"the head of one kind(.|\n)*cls, ff"):
+        fidelity.run(recipe(root, codecs=two, student_state=root / "run-student"))
+
+
 def test_the_same_recipe_gives_the_same_numbers(root: Path) -> None:
     def numbers(folder: str, **changes: Any) -> Any:
         run = {"folder": root / folder, "device": "cpu", "threads": 1}

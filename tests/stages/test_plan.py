@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tinymim.configs import shipped
+from tinymim.configs.codecs import codec_config
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
@@ -25,6 +26,7 @@ from tinymim.stages.run.preflight import preflight_plan
 from tinymim.stages.units import timing
 from tinymim.stages.units.draft import UnitPart
 from tinymim.storage.writer import CacheWriter
+from tinymim.targets.kinds import describe_codec
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_teacher
 
 QUICK = plan.Options(seconds=1.0)
@@ -135,6 +137,19 @@ def test_every_codec_is_measured(codec: dict[str, Any], root: Path) -> None:
     found = plan.run(cache_recipe(root, codec=codec), {"student": student_recipe(root)}, QUICK)
     sizes = found["forecast"]["stage_one"]["codec_bytes"]
     assert len(sizes) > 3 and min(sizes.values()) > 0
+
+
+@pytest.mark.parametrize("codec", [{}, {"kind": "cls", "name": "int8"}, {"kind": "features", "at": "normed"}])
+def test_all_kinds_that_the_teacher_has_are_compared(codec: dict[str, Any], root: Path) -> None:
+    """Also where the recipe's own kind reads other places than theirs."""
+    found = plan.run(cache_recipe(root, codec=codec), {}, QUICK)
+    words = list(found["forecast"]["stage_one"]["codec_bytes"])
+    assert words[0] == describe_codec(codec_config(**codec))
+    kinds = {word.partition(",")[0] for word in words}
+    assert kinds >= {
+        "sketch", "hidden", "dense", "ff sketch", "gram entries", "features dither", "features pq", "cls dither",
+        "bank draws", "attention rows",
+    }  # fmt: skip
 
 
 def test_a_cache_in_a_store_is_measured_there(root: Path, tmp_path: Path) -> None:

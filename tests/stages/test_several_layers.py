@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, UserError
 from tinymim.configs.schema import TrainStudentRecipe
@@ -118,6 +119,14 @@ def test_parts_and_ranks_train_like_one(made: Path, home: Path) -> None:
     one, two = (read_metrics(home / name) for name in ("one", "two"))
     for name in ("loss", "kl_rel/qk", "distance_feat/features", "weight_other.cls"):
         np.testing.assert_allclose([line[name] for line in two], [line[name] for line in one], rtol=1e-4)
+
+
+def test_a_kept_projector_has_the_name_of_its_layer(made: Path, home: Path) -> None:
+    layers = LAYERS | {"feat": {"weight": 0.25, "targets": {"keep_projector": True}}}
+    train_student.run(recipe(home, layers=layers))
+    kept = load_file(home / "run-student" / "student" / "projector.safetensors")
+    assert set(kept) == {"feat/0.weight", "feat/0.bias"} and losses(home) == losses(made)
+    assert not (made / "run-student" / "student" / "projector.safetensors").exists()
 
 
 def test_mistakes_name_the_layer(home: Path) -> None:

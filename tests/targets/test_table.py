@@ -12,7 +12,7 @@ from tinymim.targets import kinds
 PAGE = (Path(__file__).parents[2] / "docs" / "targets.md").read_text()
 
 
-@pytest.mark.parametrize("section", kinds._MAKE, ids=lambda section: str(section.__name__))
+@pytest.mark.parametrize("section", kinds._KINDS, ids=lambda section: str(section.__name__))
 def test_the_page_has_a_row_for_every_codec(section: Any) -> None:
     kind = get_args(section.model_fields["kind"].annotation)[0] if "kind" in section.model_fields else "relations"
     rows, current = dict[str, set[str]](), ""
@@ -29,9 +29,12 @@ def test_the_page_has_a_row_for_every_codec(section: Any) -> None:
         ({}, "b9-sketch", "sketch, 64 rows x 8 draws"),
         ({"kind": "features"}, "b9-features-dither", "features dither"),
         ({"kind": "features", "at": "final", "bits": 1}, "final-features-dither", "features dither, bits 1, at final"),
+        ({"kind": "features", "name": "pq"}, "b9-features-pq", "features pq"),
         ({"kind": "cls", "at": "pooled", "name": "int8"}, "pooled-cls-int8", "cls int8, bits 8, at pooled"),
         ({"kind": "logits", "classes": 10}, "final-logits-draws", "logits draws, classes 10"),
         ({"kind": "ff"}, "final-ff-sketch", "ff sketch"),
+        ({"kind": "gram"}, "final-gram-entries", "gram entries"),
+        ({"kind": "bank", "tau": 0.1}, "final-bank-draws", "bank draws, tau 0.1"),
         ({"kind": "attention"}, "b9-attention-rows", "attention rows"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Attention logits: the contract, loss and gradient against float64, extreme inputs, refusals."""
+"""Attention logits: the contract, loss and gradient against float64, refusals."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -40,6 +40,7 @@ def made(**fields: Any) -> Attention:
 class TestAttention(TargetKindContract):
     shapes: ClassVar[Shapes] = SHAPES
     student: ClassVar[Shapes] = STUDENT
+    largest: ClassVar[float] = 155.0  # of q and k: logits of 6e4
     cases: ClassVar[Mapping[str, Any]] = {
         "rows": {"rows": 5},
         "all rows": {"rows": 99},
@@ -103,26 +104,6 @@ def test_a_decoded_row_is_within_a_step_of_the_teachers() -> None:
     assert ((target.logits - rows).abs() <= arrays["step"][..., None] * 1.001).all()
     torch.testing.assert_close(target.square, rows.square().mean((1, 2, 3)))
     assert float(kind.statistics(tapped, target)["attention"]["relative_error"].max()) < 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["rows", "dense"])
-def test_extreme_logits_stay_finite(name: Any, dtype: torch.dtype) -> None:
-    kind, keys = made(name=name), torch.tensor([1])
-    large = torch.full((1, HEADS, TOKENS, HEAD_DIM), 155.0)  # logits of 6e4
-    turned = large * torch.tensor([1.0, -1.0]).repeat(TOKENS // 2)[:, None]
-    for q, k in ((large, large), (large, turned), (large * 0, large), (large * 0, large * 0)):
-        tapped = given(q.to(dtype), k.to(dtype))
-        for target in (kind.decode(kind.encode(tapped, keys), keys, SHAPES), kind.exact(tapped)):
-            for scale in (0.0, 1.0):
-                sides = [(scale * side[:, :3, :, :4]).to(dtype) for side in (large, turned)]
-                own = tuple(each.requires_grad_() for each in (*sides, torch.full((1, HEADS, 3), 0.1, dtype=dtype)))
-                with torch.autocast("cpu", dtype=dtype):
-                    found = kind.losses(own, target)["attention"]
-                found.mean().backward()
-                assert found.per_part().isfinite().all()
-                if dtype == torch.bfloat16 or not scale:  # else the gradient itself is beyond fp16
-                    assert all(each.grad is not None and bool(each.grad.isfinite().all()) for each in own)
 
 
 def test_heads_without_an_equal_number_and_with_one_have_an_adapter() -> None:

@@ -98,25 +98,6 @@ def test_a_perfect_student_has_no_loss() -> None:
     torch.testing.assert_close(kind.losses(tapped[TAP], kind.exact(tapped))["logits"].per_part(), torch.zeros(3, 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", ["draws", "topk", "dense"])
-def test_extreme_logits_stay_finite(name: Any, dtype: torch.dtype) -> None:
-    kind, keys = made(name=name), torch.tensor([1])
-    peak = torch.full((1, CLASSES), -6e4)
-    peak[0, 7] = 6e4
-    low = torch.zeros(1, CLASSES)
-    low[0, 1:] = -200.0
-    for given in (peak, -peak, torch.zeros(1, CLASSES), low):
-        tapped = {TAP: (given.to(dtype),)}
-        for target in (kind.decode(kind.encode(tapped, keys), keys, SHAPES), kind.exact(tapped)):
-            for student in (peak, -peak, torch.zeros(1, CLASSES)):
-                z = student.to(dtype).clone().requires_grad_()
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    found = kind.losses((z,), target)["logits"]
-                found.mean().backward()
-                assert found.per_part().isfinite().all() and z.grad is not None and bool(z.grad.isfinite().all())
-
-
 # ---------------------------------------------------------------- records
 
 

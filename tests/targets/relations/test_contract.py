@@ -40,6 +40,7 @@ def made(fields: dict[str, Any], **targets: Any) -> TargetKind:
 class TestRelations(TargetKindContract):
     shapes: ClassVar[Shapes] = Shapes(HEADS, WIDTH // HEADS, TOKENS, 1, (4, 4))
     student: ClassVar[Shapes] = Shapes(3, 4, TOKENS, 1, (4, 4))
+    largest: ClassVar[float] = 155.0  # of q and k: logits of 6e4
     cases: ClassVar[Mapping[str, Any]] = {
         "sketch": {"rows": 6},
         "sketch, exact head": {"rows": 6, "head_k": 3, "tail_k": 2},

@@ -1,0 +1,1 @@
+"""The class embedding of a view, against a bank of anchors."""

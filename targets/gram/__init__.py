@@ -1,0 +1,1 @@
+"""Plain cosines between the patch tokens of a block."""
