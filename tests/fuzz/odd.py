@@ -1,6 +1,7 @@
 """Odd values in any place of a JSON value; shared by the fuzz of recipes, caches and run folders."""
 
 import copy
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -49,4 +50,4 @@ def altered(stored: Any, rng: random.Random) -> Any:
                 owner[keys[-1]] = copy.deepcopy(owner[rng.choice(list(owner)) if isinstance(owner, dict) else 0])
             case _:
                 owner[keys[-1]] = copy.deepcopy(rng.choice(VALUES))
-    return changed
+    return json.loads(json.dumps(changed))

@@ -36,7 +36,7 @@ OLD = ("cache_v1", "cache_v1_first", "cache_v1_hidden", "cache_v1_sketch")
 Read = Callable[[Path], Any]
 
 
-def numbers(small: int, large: int) -> Any:
+def numbers(small: int, large: int) -> pytest.MarkDecorator:
     """A few inputs always, many in the slow suite: 100,000 in all of this file, ten minutes."""
     return pytest.mark.parametrize("count", [small, pytest.param(large, marks=pytest.mark.slow)])
 

@@ -24,7 +24,7 @@ from tinymim.tests.fuzz.damage import damaged, outcomes
 from tinymim.tests.fuzz.odd import altered
 
 
-def numbers(small: int, large: int) -> Any:
+def numbers(small: int, large: int) -> pytest.MarkDecorator:
     """A few inputs always, many in the slow suite."""
     return pytest.mark.parametrize("count", [small, pytest.param(large, marks=pytest.mark.slow)])
 

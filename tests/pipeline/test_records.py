@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tinymim.cli import _explained
 from tinymim.configs.errors import CacheCorrupt, ViewMismatch
 from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig, ViewConfig
 from tinymim.pipeline import replay
@@ -300,7 +301,7 @@ def test_workers_get_no_unit(source: ShardSet, digests: dict[tuple[str, int], li
     assert len(pickle.dumps(views.pixels)) < len(pickle.dumps(alone)) + 1000
 
 
-def test_a_killed_worker_is_torchs_error(source: ShardSet, digests: dict[tuple[str, int], list[int]]) -> None:
+def test_a_killed_worker_is_named_with_the_remedy(source: ShardSet, digests: dict[tuple[str, int], list[int]]) -> None:
     order = order_of()
     views = replayed(CountingReader(source, digests), source, order)
     loader = LoaderConfig(workers=1, prefetch=1)
@@ -309,5 +310,7 @@ def test_a_killed_worker_is_torchs_error(source: ShardSet, digests: dict[tuple[s
     next(stream)
     (worker,) = [child for child in multiprocessing.active_children() if child.daemon and child not in before]
     os.kill(worker.pid or 0, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
         list(stream)
+    message, code = _explained(caught.value)
+    assert code == 2 and "a loader worker was killed" in message and "/dev/shm" in message and "prefetch" in message
