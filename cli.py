@@ -15,7 +15,7 @@ from tinymim.commands.plan import plan
 from tinymim.commands.shared import StdoutClosed
 from tinymim.commands.stages import stages_app
 from tinymim.commands.tools import tools_app
-from tinymim.configs.errors import TinymimError, is_refusal, lost_worker, printable, refusal_text
+from tinymim.configs.errors import TinymimError, is_refusal, printable, refusal_text
 from tinymim.stages.run.interrupt import Interrupted
 
 EXIT_USAGE = 2
@@ -94,8 +94,6 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"error: {error}", error.exit_code
     if isinstance(error, OSError) and is_refusal(error):
         return f"error: {refusal_text(error)}", EXIT_USAGE
-    if (lost := lost_worker(error)) is not None:
-        return f"error: {lost}", lost.exit_code
     hint = "run the same command with --debug and report the traceback"
     return f"internal error: {type(error).__name__}: {error}\n  hint: {hint}", 1
 

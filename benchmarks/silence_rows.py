@@ -163,7 +163,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     ),
     "C4": ("FIFO or dangling link among shards", ["pipeline/test_tar.py::test_a_fifo"]),
     "C5": ("a shard that is shortened or gone under a training", ["pipeline/test_shards.py::test_a_shard_shortened"]),
-    "C6": ("killed loader workers, a small /dev/shm", ["pipeline/test_records.py::test_a_killed_worker"]),
+    "C6": (
+        "killed loader workers, a small /dev/shm",
+        ["pipeline/test_records.py::test_a_killed_worker", "pipeline/test_loader.py::test_a_small_shared"],
+    ),
     "C7": (
         "any value in any recipe field",
         ["fuzz/test_recipes.py", "fuzz/test_runs.py", "configs/test_load.py::test_values_that"],
@@ -192,6 +195,23 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         "foreign text cannot command the terminal",
         ["configs/test_errors.py", "test_cli.py::test_an_unknown", "stages/pages/test_shards.py::test_foreign"],
     ),
+    "D1": (
+        "a full disk is named with file and file system",
+        ["configs/test_errors.py::test_a_full_disk", "configs/test_errors.py::test_a_write_to_a_full"],
+    ),
+    "D2": ("after growth a resumed run continues, or num_views is named", ["stages/test_grown_cache.py"]),
+    "D3": ("units of other images are named by layer and views", ["pipeline/test_replay.py::test_units_of_other"]),
+    "D4": (
+        "a cache in part is described alike by info and train-student",
+        ["stages/cache/test_info.py::test_coverage", "pipeline/test_replay.py::test_shards_without_any"],
+    ),
+    "D5": ("less than one batch: both numbers and a size that fits", ["stages/training/test_optim.py::test_less_than"]),
+    "D6": ("errors of az and gs name their own variables", ["storage/test_stores.py::test_a_refusal_names"]),
+    "D7": ("`--set train.pattern=*.tar` is taken as text", ["configs/test_load.py::test_an_override_of_a_text"]),
+    "D8": ("a file of several models names them", ["models/test_checkpoints.py::test_a_file_of_several"]),
+    "D9": ("no network is said at once", ["models/test_hub.py"]),
+    "D10": ("a safetensors file named .pth loads", ["models/test_checkpoints.py::test_the_content_decides"]),
+    "D11": ("a file without read permission is named as one", ["models/test_checkpoints.py::test_a_file_that_must"]),
     "E1": (
         "a student is a folder that timm loads with its mean, std, sizes and heads",
         [

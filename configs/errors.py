@@ -121,20 +121,6 @@ def refusal_text(error: OSError) -> str:
     return f"{text}\n  got: {free:.2f} of {total:,.2f} GiB are free on {folder}\n  hint: make room there (quotas count)"
 
 
-def lost_worker(error: BaseException) -> "UserError | None":
-    """The error for a loader worker that died, of which torch knows only that it is gone; None for any other error."""
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
-        return None
-    if not any(word in str(error) for word in ("exited unexpectedly", "killed by signal", "</torch_")):
-        return None
-    return UserError(
-        "a loader worker was killed, or found no shared memory",
-        got=first_line(error),
-        hint="if memory ran out, fewer loader.workers or a smaller loader.prefetch; if /dev/shm is full, enlarge it "
-        "(docker: --shm-size=8g); the same command resumes",
-    )
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of a foreign error message, at most 200 characters, or its type if it is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from tinymim.cli import _explained
 from tinymim.configs.errors import CacheCorrupt, ViewMismatch
 from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig, ViewConfig
 from tinymim.pipeline import replay
@@ -301,7 +300,7 @@ def test_workers_get_no_unit(source: ShardSet, digests: dict[tuple[str, int], li
     assert len(pickle.dumps(views.pixels)) < len(pickle.dumps(alone)) + 1000
 
 
-def test_a_killed_worker_is_named_with_the_remedy(source: ShardSet, digests: dict[tuple[str, int], list[int]]) -> None:
+def test_a_killed_worker_is_torchs_error(source: ShardSet, digests: dict[tuple[str, int], list[int]]) -> None:
     order = order_of()
     views = replayed(CountingReader(source, digests), source, order)
     loader = LoaderConfig(workers=1, prefetch=1)
@@ -310,7 +309,5 @@ def test_a_killed_worker_is_named_with_the_remedy(source: ShardSet, digests: dic
     next(stream)
     (worker,) = [child for child in multiprocessing.active_children() if child.daemon and child not in before]
     os.kill(worker.pid or 0, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
         list(stream)
-    message, code = _explained(caught.value)
-    assert code == 2 and "a loader worker was killed" in message and "/dev/shm" in message and "prefetch" in message
