@@ -212,6 +212,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "D9": ("no network is said at once", ["models/test_hub.py"]),
     "D10": ("a safetensors file named .pth loads", ["models/test_checkpoints.py::test_the_content_decides"]),
     "D11": ("a file without read permission is named as one", ["models/test_checkpoints.py::test_a_file_that_must"]),
+    "D12": (
+        "`cache=s3:/bucket/x` makes no local folder",
+        ["pipeline/test_remote.py::test_urls_that_are", "configs/test_load.py::test_values_that"],
+    ),
     "E1": (
         "a student is a folder that timm loads with its mean, std, sizes and heads",
         [
