@@ -162,7 +162,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "C4": ("FIFO or dangling link among shards", ["pipeline/test_tar.py::test_a_fifo"]),
-    "C5": ("a shard that is shortened or gone under a training", ["pipeline/test_shards.py::test_a_shard_shortened"]),
+    "C5": ("a shard that is shortened after it was opened", ["pipeline/test_shards.py::test_a_shard_shortened"]),
     "C6": (
         "killed loader workers, a small /dev/shm",
         ["pipeline/test_records.py::test_a_killed_worker", "pipeline/test_loader.py::test_a_small_shared"],
