@@ -360,7 +360,7 @@ def _load_members(path: Path) -> tuple[Members, str] | None:
         places = np.array(kept["places"], dtype=np.int64).reshape(len(kept["keys"]), 3)
         members = Members(Keys.of(kept["keys"]), places[:, 0].copy(), places[:, 1].copy(), places[:, 2].copy())
         return members, str(kept["content_hash"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # the tar is scanned again
 
 

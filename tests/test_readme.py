@@ -37,11 +37,6 @@ def test_a_shown_command_names_a_verb_and_a_recipe_that_exist(command: list[str]
         return
     assert verb in RECIPES
     overrides = [value for flag, value in pairwise(rest) if flag == "--set"]
-    copies = {
-        "cache.yaml": "imagenet-mae-l-cache",
-        "eval.yaml": "tinyimagenet40-eval",
-    }  # made in the README's lines above
-    rest[0] = copies.get(rest[0], rest[0])
     load_recipe(Path(rest[0]), verb, overrides)
 
 

@@ -21,7 +21,7 @@ def next_commands(index: Index, target: Path) -> list[str]:
     count, short = index["num_samples"], index["report"]["short_side"].get("median", 0)
     large = count >= _LARGE_SET and short >= _LARGE_SIDE
     cache, student, most = (
-        ("imagenet-mae-l-cache", "imagenet-tinymim-t", 4096) if large else ("demo-cache", "demo-narrow", 64)
+        ("imagenet-mae-l-cache", "imagenet-tinymim-t", 4096) if large else ("own-cache", "own-student", 32)
     )
     name = target.name or "mine"
     shared = [f"source.shards={target}", f"cache=caches/{name}"]
@@ -51,8 +51,8 @@ def format_report(index: Index, target: Path) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name.ljust(width)}  {text}" for name, text in rows]
     unreadable = [f"  unreadable: {_shown(row['origin'])}: {_shown(row['reason'])}" for row in index["unreadable"][:10]]
-    commands = [f"  {_shown(line)}" for line in next_commands(index, target)]
-    return "\n".join([*lines, *unreadable, "next:", *commands])
+    commands = [f"    {_shown(line)}" for line in next_commands(index, target)]
+    return "\n".join([*lines, *unreadable, "  next:", *commands])
 
 
 def _lines(index: Index) -> Iterator[tuple[str, str]]:

@@ -12,12 +12,14 @@ from tinymim.configs.errors import RecipeError, UserError, first_line
 from tinymim.configs.load import parse_yaml
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.stages.run.folder import (
+    AUDIT_NAME,
     ENCODER_EMA_NAME,
     EVALUATION_NAME,
     FINETUNED_NAME,
     LAST_EMA_NAME,
     METRICS_NAME,
     RECIPE_NAME,
+    SESSIONS_NAME,
     STUDENT_EMA_NAME,
     VERSIONS_NAME,
     read_audits,
@@ -28,6 +30,7 @@ from tinymim.stages.run.metrics import EMA, audit_metrics, members, metric
 
 STAGES: Final = ("train-student", "pretrain-mae", "finetune", "evaluate", "cache-teacher")
 _AVERAGES = (STUDENT_EMA_NAME, ENCODER_EMA_NAME, LAST_EMA_NAME)
+_READ = (METRICS_NAME, AUDIT_NAME, SESSIONS_NAME, EVALUATION_NAME, FINETUNED_NAME)
 Line = Mapping[str, Any]
 
 
@@ -102,7 +105,15 @@ def read_runs(folders: Sequence[Path]) -> list[RunSummary]:
         recipe = _recipe_of(folder)
         students = recipe.get("students")
         for place in [folder / name for name in students] if isinstance(students, dict) else [folder]:
-            found.append(_read(place, _recipe_of(place)))
+            recipe = _recipe_of(place)
+            try:
+                found.append(_read(place, recipe))
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"a file of {place} holds what tinymim does not write",
+                    got=first_line(error),
+                    hint=f"look into {', '.join(_READ)}; without the damaged line or file the rest is compared",
+                ) from error
     places = [run.folder.resolve() for run in found]
     if twice := [run.folder for run, place in zip(found, places, strict=True) if places.count(place) > 1]:
         raise RecipeError("a run is named twice", got=str(twice[0]), expected="every run once")
@@ -147,20 +158,26 @@ def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
             for name, value in line.items():
                 if metric(name).curve == METRICS_NAME and isinstance(value, int | float):
                     epoch = done / epoch_steps if epoch_steps else None
-                    run.curves.setdefault(name, []).append(Point(done, epoch, value))
+                    run.curves.setdefault(name, []).append(Point(done, epoch, float(value)))
         for line in audits:
             for name in (found := audit_metrics(line)):
                 if metric(name).curve:
-                    run.curves.setdefault(name, []).append(Point(line["step"], line.get("epoch"), found[name]))
+                    run.curves.setdefault(name, []).append(
+                        Point(line["step"], _float(line.get("epoch")), float(found[name]))
+                    )
         if audits:
             run.results["alarms"] = sum(len(line.get("alarms", ())) for line in audits)
     _read_results(run, metrics)
     sessions = read_sessions(folder)
     if sessions:
-        run.elapsed_s = sum(session["elapsed_s"] for session in sessions)
-        run.device_s = sum(session["device_s"] for session in sessions)
-        run.sessions, run.devices = len(sessions), list(dict.fromkeys(session["device"] for session in sessions))
+        run.elapsed_s = sum(float(session["elapsed_s"]) for session in sessions)
+        run.device_s = sum(float(session["device_s"]) for session in sessions)
+        run.sessions, run.devices = len(sessions), list(dict.fromkeys(str(session["device"]) for session in sessions))
     return run
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _steps_per_epoch(metrics: Sequence[Line], audits: Sequence[Line]) -> float | None:
@@ -184,7 +201,7 @@ def _read_results(run: RunSummary, metrics: Sequence[Line]) -> None:
     run.results |= {name: value for name, value in evaluation.items() if isinstance(value, float)}  # counts are whole
     for name, entry in _json(run.folder / FINETUNED_NAME).get("weights", {}).items():
         kind = name.removesuffix(".safetensors")
-        run.results |= {f"finetuned_{kind}_{key}": entry[key] for key in ("top1", "top5") if key in entry}
+        run.results |= {f"finetuned_{kind}_{key}": float(entry[key]) for key in ("top1", "top5") if key in entry}
 
 
 def _give_evaluations(runs: Sequence[RunSummary]) -> None:
@@ -269,6 +286,6 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

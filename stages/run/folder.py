@@ -165,19 +165,20 @@ def read_audits(folder: Path) -> list[dict[str, Any]]:
 def read_sessions(folder: Path) -> list[Mapping[str, Any]]:
     """The last line of every session of a run, oldest session first."""
     lines = read_lines(folder / SESSIONS_NAME)
-    return list({line["session"]: line for line in lines if "session" in line}.values())
+    return list({str(line["session"]): line for line in lines if "session" in line}.values())
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
 def _has_step(line: Mapping[str, Any]) -> bool:
-    return isinstance(line.get("step"), int | float)
+    step = line.get("step")
+    return isinstance(step, int | float) and 0 <= step < 2**63  # no nan either
 
 
 def _drop_from(path: Path, first_step: int) -> None:

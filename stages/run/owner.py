@@ -135,7 +135,7 @@ def _content(file: Any) -> dict[str, Any] | None:
     data = os.pread(file.fileno(), 4096, 0)
     try:
         found = json.loads(data) if data.strip(b"\0 ") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"unreadable": data.hex()[:100]}
     return found if isinstance(found, dict) else None
 

@@ -1,9 +1,7 @@
 """Any value in any field of any recipe gives a RecipeError that names the field, or a recipe that loads back equal."""
 
 import json
-import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from tinymim.configs.load import dump_recipe, load_recipe, parse_yaml, recipe_di
 from tinymim.configs.schema import RECIPES
 from tinymim.configs.shipped import recipe_file, shipped_recipes
 from tinymim.tests.fuzz.damage import damaged, outcomes
+from tinymim.tests.fuzz.odd import VALUES, places, put
 
 STARTS = {
     "pretrain-mae": "mae-lite-tiny",
@@ -24,27 +23,6 @@ STARTS = {
     "fidelity": "imagenet-sample-fidelity",
     "chain": "imagenet-tinymim-chain",
 }
-VALUES: list[Any] = [
-    *(None, True, False, "", " ", "x" * 5000, "a\nb", "\x1b[31m", "null", "/", "..", "s3:/b", "s3://b/x", "~", "é"),
-    *(0, 1, -1, 3, 255, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**40),
-    *(0.0, -0.0, 0.5, 1e-320, 1e-9, 1.5, 1e308, -1e308, math.inf, -math.inf, math.nan),
-    *([], [[]], {}, {"": {}}, {"a": {}}, {"name": "knn"}, {1: 2}, [0.5, 0.5], [1, 2, 3], [math.nan] * 3, ["qk", "qk"]),
-    *("cuda:0", "auto", "random", "hub", "*.tar", "[", "**", "rand-m9", "rand-m", "rand--", "local-dir:", "a.b", "a:b"),
-]
-
-
-def places(section: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Keys that lead to every value of a recipe, sections and entries of lists included."""
-    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
-    for key, value in items:
-        yield (*at, key)
-        yield from places(value, (*at, key))
-
-
-def put(section: Any, keys: tuple[Any, ...], value: Any) -> None:
-    for key in keys[:-1]:
-        section = section[key]
-    section[keys[-1]] = value
 
 
 def whole(stage: str) -> Any:

@@ -370,7 +370,7 @@ def test_stage_one_commits_nothing_of_a_shard_that_its_index_does_not_describe(
 
 
 @pytest.mark.parametrize(
-    ("count", "short", "batch"), [(1, 10, 1), (3, 10, 1), (36, 500, 16), (500, 64, 64), (3068, 64, 64)]
+    ("count", "short", "batch"), [(1, 10, 1), (3, 10, 1), (36, 500, 16), (500, 64, 32), (3068, 64, 32)]
 )
 def test_the_next_commands_are_recipes_that_fit(tmp_path: Path, count: int, short: int, batch: int) -> None:
     index = {"num_samples": count, "report": {"short_side": {"median": short}}}

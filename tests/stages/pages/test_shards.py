@@ -26,7 +26,7 @@ def index(tmp_path: Path) -> dict[str, Any]:
 def test_screen_and_page_hold_every_part_of_the_report(index: dict[str, Any]) -> None:
     assert headline(index) == "make-shards: 26 images in 1 shard, 1 unreadable"
     parts = ["class folders, 2 classes", "unreadable image", "many/cut.jpg", "heic", "RGB"]
-    parts += ["tinymim cache-teacher demo-cache", "tinymim train-student demo-narrow", "optim.batch_size=8", "124"]
+    parts += ["tinymim cache-teacher own-cache", "tinymim train-student own-student", "optim.batch_size=8", "124"]
     for text in (format_report(index, Path("shards")), text_of(report_page(index, Path("shards")))):
         for part in parts:
             assert part in text, part
