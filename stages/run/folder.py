@@ -1,5 +1,6 @@
 """The folder of a run: resolved recipe and versions first, then metrics as JSON lines and TensorBoard scalars."""
 
+import contextlib
 import json
 import platform
 import sys
@@ -78,11 +79,12 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.end(*_outcome(error))
-        self._progress.__exit__(kind, error, trace)
-        self.session.tick(last=True)
-        self._metrics.close()
-        self._board.close()
+        with contextlib.ExitStack() as last:  # in reverse order, each although another fails
+            last.callback(self._board.close)
+            last.callback(self._metrics.close)
+            last.callback(self.session.tick, last=True)
+            last.callback(self._progress.__exit__, kind, error, trace)
+            last.callback(self._progress.end, *_outcome(error))
 
     def log(self, step: int, **values: float) -> None:
         """Append a line {"step": step, ...} to the metrics, and the same scalars to TensorBoard."""
