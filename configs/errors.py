@@ -186,12 +186,18 @@ class LoaderKilled(UserError):
     """The system killed a loader worker, as it does where memory is short. The same command may well succeed."""
 
 
-def killed_loader(error: BaseException) -> LoaderKilled | None:
+def killed_loader(error: BaseException, of_loader: bool = False) -> LoaderKilled | None:
     """The error for torch's RuntimeError about a killed loader worker; None for any other.
 
     torch raises it out of a signal handler, so it can come up anywhere in the process that the batches are for.
+
+    Args:
+        error: what was raised.
+        of_loader: the loader itself raised it, so that a lost connection to a worker means the same.
     """
-    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
+    told = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    lost = of_loader and isinstance(error, OSError | EOFError) and not str(error).startswith("Caught ")  # in a worker
+    if not told and not lost:
         return None
     return LoaderKilled(
         "a loader worker was killed",

@@ -153,5 +153,5 @@ def _made(
     )
     try:
         yield from loader
-    except RuntimeError as error:
-        raise killed_loader(error) or error from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise killed_loader(error, of_loader=True) or error from error

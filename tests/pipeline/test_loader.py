@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinymim.configs.errors import UserError
+from tinymim.configs.errors import LoaderKilled, UserError
 from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
 from tinymim.pipeline import dataset
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
@@ -182,7 +182,7 @@ def test_no_worker_outlives_a_killed_training(drawn_shards: Path, tmp_path: Path
 CROWDED = """
 import sys
 from pathlib import Path
-from tinymim.configs.errors import UserError
+from tinymim.configs.errors import LoaderKilled, UserError
 from tinymim.configs.sections import LoaderConfig
 from tinymim.pipeline.loader import batches
 from tinymim.tests.pipeline.test_loader import image_views, tar_order
@@ -207,3 +207,18 @@ def test_a_small_shared_memory_is_named_and_nothing_waits(drawn_shards: Path, tm
     )
     assert done.stdout.startswith("a loader worker found no shared memory for a batch"), done.stderr
     assert "No space left on device" in done.stdout and "--shm-size" in done.stdout
+
+
+@pytest.mark.parametrize("lost", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no socket")])
+def test_a_lost_connection_to_a_worker_is_a_killed_worker(
+    lost: Exception, drawn_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch fetches a batch's memory from its worker, which may be dead by then."""
+
+    def fetch(self: object) -> object:
+        raise lost
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", fetch)
+    views = image_views(drawn_shards)
+    with pytest.raises(LoaderKilled, match="a loader worker was killed"):
+        list(batches(views, tar_order(views, 10), LoaderConfig(workers=1)))
