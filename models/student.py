@@ -3,6 +3,8 @@
 Shapes: B view, S pixel, T token, C width.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,28 +18,22 @@ from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 Answers = tuple[Tensor, ...]  # of one head; first axis views
 
 
-class Heads(nn.ModuleList):
-    """Several heads on the same tokens [B, T, C]; their answers are a tuple of tuples."""
-
-    def forward(self, tokens: Tensor) -> tuple[Answers, ...]:
-        """The answers of each head."""
-        return tuple(head(tokens) for head in self)
-
-
 class StudentModel(nn.Module):
     """A plain ViT with one or more heads on its final tokens, whose answers are compared with the teacher.
 
     Args:
         vit: the model to export.
         heads: each maps final tokens [B, T, C] to answers, a tuple of tensors.
+        pools: for each head the side of the squares of patches whose mean it gets, from `pool_side`; none: 1.
     """
 
-    def __init__(self, vit: VisionTransformer, *heads: nn.Module) -> None:
+    def __init__(self, vit: VisionTransformer, *heads: nn.Module, pools: Sequence[int] = ()) -> None:
         super().__init__()
         self.vit = vit
+        self.pools = tuple(pools) or (1,) * len(heads)
         self.drop_paths = replace_drop_path(vit)
         # A single head is not in a list, so that the names of its weights in a state are those of older states.
-        self.head: nn.Module = heads[0] if len(heads) == 1 else Heads(heads)
+        self.head: nn.Module = heads[0] if len(heads) == 1 else nn.ModuleList(heads)
 
     def draw(self, generator: torch.Generator, places: Tensor, batch_size: int) -> None:
         """Draw the stochastic depth of the next forward pass in training; arguments as `set_drop_masks`."""
@@ -50,17 +46,43 @@ class StudentModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Any, ...]:
         """The answers for normalised images [B, 3, S, S]: of the only head, or a tuple of them."""
-        answers: tuple[Any, ...] = self.head(self.tokens(images))
-        return answers
+        tokens = self.tokens(images)
+        answers = tuple(
+            head(_pooled(tokens, shapes_of(self.vit), side)) for head, side in zip(self.heads, self.pools, strict=True)
+        )
+        return answers if isinstance(self.head, nn.ModuleList) else answers[0]
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:
         """The heads, in the order given."""
-        return tuple(self.head) if isinstance(self.head, Heads) else (self.head,)
+        return tuple(self.head) if isinstance(self.head, nn.ModuleList) else (self.head,)
 
     def by_head(self, answers: tuple[Any, ...]) -> tuple[Answers, ...]:
         """What `forward` returned, as a tuple over heads."""
-        return answers if isinstance(self.head, Heads) else (answers,)
+        return answers if isinstance(self.head, nn.ModuleList) else (answers,)
+
+
+def pool_side(student: Shapes, teacher: Shapes) -> int:
+    """The whole number of student patches along a side of a teacher patch; 1 where there is none."""
+    sides = {own / its for own, its in zip(student.grid, teacher.grid, strict=True)}
+    side = sides.pop()
+    return 1 if sides or side != int(side) else int(side)
+
+
+def pooled_shapes(student: Shapes, side: int) -> Shapes:
+    """The shapes of a student's tokens after `side` x `side` patches have become one."""
+    rows, columns = (each // side for each in student.grid)
+    return replace(student, tokens=student.prefix_tokens + rows * columns, grid=(rows, columns))
+
+
+def _pooled(tokens: Tensor, shapes: Shapes, side: int) -> Tensor:
+    """Tokens [B, T, C] with the mean of every square of `side` x `side` patches; prefix tokens stay."""
+    if side == 1:
+        return tokens
+    prefix, patches = tokens[:, : shapes.prefix_tokens], tokens[:, shapes.prefix_tokens :]
+    rows, columns = (each // side for each in shapes.grid)
+    squares = patches.unflatten(1, (rows, side, columns, side))
+    return torch.cat([prefix, squares.mean((2, 4)).flatten(1, 2)], 1)
 
 
 def shapes_of(vit: nn.Module) -> Shapes:

@@ -15,7 +15,7 @@ from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
-from tinymim.models.student import StudentModel, shapes_of
+from tinymim.models.student import StudentModel, pool_side, pooled_shapes, shapes_of
 from tinymim.models.vit import build_vit, count_parameters
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.order import SampleOrder
@@ -69,8 +69,12 @@ def make_students(
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
         vit = build_vit(own.student, drop_path=own.drop_path)
-        heads = [term.kind.head(shapes_of(vit), term.shapes) for term in terms]
-        model = StudentModel(vit, *heads).to(device)
+        shapes = shapes_of(vit)
+        pools = [pool_side(shapes, term.shapes) for term in terms]
+        heads = [
+            term.kind.head(pooled_shapes(shapes, side), term.shapes) for term, side in zip(terms, pools, strict=True)
+        ]
+        model = StudentModel(vit, *heads, pools=pools).to(device)
         about = f"{name or 'student'} of {count_parameters(model.vit):,} parameters"
         example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
         learner = Learner(name, about, own, "student", model, example, ranks, order, content)
@@ -188,17 +192,8 @@ def check_student_fits(student: ModelConfig, term: Term) -> None:
     """Compare the student's tokens and width with a teacher's; allocates no weights.
 
     Raises:
-        CacheMismatch: the student's tokens are not the teacher's.
-        RecipeError: the kind of target cannot compare a student of this width.
+        CacheMismatch, RecipeError: the kind of target cannot compare a student of these tokens, or of this width.
     """
-    teacher = term.shapes
     with naming(term.layer), torch.device("meta"):
         own = shapes_of(build_vit(student))
-        term.kind.head(own, teacher)
-        if (own.grid, own.prefix_tokens) != (teacher.grid, teacher.prefix_tokens):
-            raise CacheMismatch(
-                "the student's tokens are not the teacher's",
-                got=f"a grid of {own.grid[0]} x {own.grid[1]} and {own.prefix_tokens} prefix tokens",
-                expected=f"{teacher.grid[0]} x {teacher.grid[1]} and {teacher.prefix_tokens}",
-                hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
-            )
+        term.kind.head(pooled_shapes(own, pool_side(own, term.shapes)), term.shapes)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tinymim.configs.codecs import DenseCodec, Relation, SketchCodec
-from tinymim.configs.errors import RecipeError
+from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Answers, Loss, Tapped, TargetHead, TargetKind, Yardstick
 from tinymim.targets.relations.draws import sample_rows
@@ -108,6 +108,14 @@ class RelationKind(TargetKind):
 
     def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
         """See `TargetKind`."""
+        if (student.grid, student.prefix_tokens) != (teacher.grid, teacher.prefix_tokens):
+            rows, columns = student.grid
+            raise CacheMismatch(
+                "the student's tokens are not the teacher's",
+                got=f"a grid of {rows} x {columns} and {student.prefix_tokens} prefix tokens",
+                expected=f"{teacher.grid[0]} x {teacher.grid[1]}, or a whole multiple, and {teacher.prefix_tokens}",
+                hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
+            )
         heads, width = self.relation_heads(teacher.heads), student.width
         if width % heads:
             raise RecipeError(

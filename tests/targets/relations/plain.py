@@ -1,5 +1,6 @@
 """Relation kinds on plain q, k and v, as these tests have them: no taps, no shapes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,9 @@ def tapped(qkv: QKV) -> Tapped:
 
 
 def shapes(heads: int, tokens: int, head_dim: int = 8) -> Shapes:
-    """With one prefix token and one row of patches."""
-    return Shapes(heads, head_dim, tokens, 1, (1, tokens - 1))
+    """With one prefix token, and a square of patches where their number allows it, else one row."""
+    side = math.isqrt(tokens - 1)
+    return Shapes(heads, head_dim, tokens, 1, (side, side) if side**2 == tokens - 1 else (1, tokens - 1))
 
 
 @dataclass(frozen=True)
