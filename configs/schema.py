@@ -232,6 +232,8 @@ class CacheTeacherRecipe(Section):
                 )
             if not self.targets:
                 raise ValueError("targets is empty: name at least one layer")
+        if "views" in self.layers:
+            raise ValueError("no target layer can be named views, which is the view layer's name")
         return self
 
     @model_validator(mode="after")

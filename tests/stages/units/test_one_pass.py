@@ -214,6 +214,8 @@ def test_one_layer_and_several_are_two_forms(made: Path, tmp_path: Path) -> None
         ({"targets": {}}, "targets is empty"),
         ({"targets": None}, "codec: null needs targets"),
         ({"targets": {"a.b": {}}}, "pattern"),
+        ({"targets": {"views": {}}}, "named views"),
+        ({"targets": None, "codec": {}, "layer": "views"}, "named views"),
     ):
         with pytest.raises(ValueError, match=message):
             recipe(made, tmp_path, **wrong)
