@@ -159,7 +159,8 @@ def anchors(options: argparse.Namespace) -> torch.Tensor:
             break
     tokens = torch.cat(found)[: options.classes]
     apart = tokens - tokens.mean(0)
-    return torch.nn.functional.normalize(apart, dim=1) / apart.norm(dim=1).mean()
+    rows: torch.Tensor = torch.nn.functional.normalize(apart, dim=1) / apart.norm(dim=1).mean()
+    return rows
 
 
 if __name__ == "__main__":

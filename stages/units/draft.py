@@ -68,8 +68,7 @@ def encode(
     audit_views: int,
     device: torch.device,
 ) -> EncodedBatch:
-    """Launch on a batch the teacher, once, and the codecs of the unit's layers; on a GPU the work goes on after this
-    returns.
+    """Launch teacher and codecs of the unit's layers on a batch; on a GPU the work goes on after this returns.
 
     Args:
         teacher: the teacher, on `device`.

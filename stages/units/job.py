@@ -97,12 +97,14 @@ class TeacherJob:
     ) -> None:
         self.recipe, self.device, self.source, self.teacher, self.writer = recipe, device, source, teacher, writer
         self.kinds: dict[str, TargetKind] = {}
-        self._probes: dict[str, GradientProbe] = {}
+        self._probes: dict[str, GradientProbe | None] = {}
         for name, target in recipe.layers.items():
             constants = settle_constants(writer, name, recipe, source, teacher)
             kind, shapes = make_kind(*target, constants=constants), writer.layers[name].shapes
-            reference = reference_student(kind, recipe.views.size, shapes)
-            self.kinds[name], self._probes[name] = kind, GradientProbe(kind, reference.to(device), shapes)
+            self.kinds[name], self._probes[name] = kind, None
+            if recipe.audit_views:
+                reference = reference_student(kind, recipe.views.size, shapes)
+                self._probes[name] = GradientProbe(kind, reference.to(device), shapes)
         self._views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
         self._shards = source.by_name()
         self._counts = {shard.name: shard.num_samples for shard in source.shards}
