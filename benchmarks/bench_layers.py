@@ -159,7 +159,7 @@ def anchors(options: argparse.Namespace) -> torch.Tensor:
             break
     tokens = torch.cat(found)[: options.classes]
     apart = tokens - tokens.mean(0)
-    rows: torch.Tensor = torch.nn.functional.normalize(apart, dim=1) / apart.norm(dim=1).mean()
+    rows: torch.Tensor = torch.nn.functional.normalize(apart, dim=1) / torch.linalg.vector_norm(apart, dim=1).mean()
     return rows
 
 
