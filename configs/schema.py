@@ -118,7 +118,7 @@ class LayerTarget(NamedTuple):
     block: int
 
 
-class LayerConfig(Section):
+class TargetConfig(Section):
     """One of several layers that one pass of the teacher writes (docs/targets.md)."""
 
     block: Positive | None = Field(default=None, description="Tapped block of this layer. Default: `teacher.block`.")
@@ -142,7 +142,7 @@ class CacheTeacherRecipe(Section):
         description="How a target becomes bytes. Part of a layer's identity.",
         json_schema_extra={"default": "a sketch; none with `targets`"},
     )
-    targets: dict[TargetName, LayerConfig] | None = Field(
+    targets: dict[TargetName, TargetConfig] | None = Field(
         default=None,
         description="Several layers from one pass of the teacher, by name. Instead of `codec` and `layer`.",
     )

@@ -1,6 +1,6 @@
 """The teacher of a recipe: build, load, cut, freeze, and describe it for a layer."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any
 

@@ -77,8 +77,9 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
             alike = recipe.source == cache.source or options.num_images is not None
             images = count if alike else open_shards(recipe.source).num_samples
             seconds = 0.4 * options.seconds / len(students)
-            layer = recipe.layer if len(reader.layers) > 1 else None  # the only one has the cache recipe's name
-            joined = join(shards, reader, layer, on_missing="skip")
+            # The only layer has the cache recipe's name, whatever the student's recipe calls it.
+            layers = [name for name, _ in recipe.each_layer()] if len(reader.layers) > 1 else [None]
+            joined = join(shards, reader, layers, on_missing="skip")
             trained.append(measured_student(name, recipe, images, cache.num_views, reader, joined, seconds))
 
     # ---- forecast
