@@ -239,7 +239,7 @@ def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[Model
 def held_out_kl(lab: Lab, model: ModelConfig, folder: Path, num_images: int = 512) -> dict[str, float]:
     """KL in nats of a trained student's relations against dense ones, of one view of validation images each."""
     cache = lab.cache("64x8")
-    kind = make_kind(cache.codec, cache.teacher.block)
+    kind = make_kind(*cache.layers[cache.layer_name])
     teacher = Teacher(cache.teacher, kind.taps)
     vit = build_vit(model)
     student = StudentModel(vit, kind.head(shapes_of(vit), teacher.shapes()))

@@ -81,7 +81,7 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted)
     # ---- teacher in the loop
     ranks = Ranks()
     device = set_up(recipe, ranks)
-    relations = make_kind(cache.codec, cache.teacher.block)
+    relations = make_kind(*cache.layers[cache.layer_name])
     teacher = Teacher(cache.teacher, relations.taps).to(device)
     kind: Features | TargetKind = Features(relations.taps[0]) if wanted == "features" else relations
 

@@ -104,7 +104,7 @@ def cache_verify(
     Reads all files of the cache: sizes, digests, decoding, keys, commit records,
     groups, constants, files that belong to nothing, and the layers against one
     another. --deep also reads the images and the teacher: it draws, renders and
-    encodes a sample of views of the recipe's layer again. All digests of the pixels
+    encodes a sample of views of the recipe's layers again. All digests of the pixels
     must equal the stored ones, and of the elements of records --min-agreement.
     Writes nothing. Prints all findings. Exit code 0 without findings, else 2.
 
@@ -152,9 +152,9 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
 
     Reads all files of the recipe's cache, the images and the teacher. A recipe that
     did not make the cache is refused before anything is touched.
-    Writes damaged metadata, manifest, the description of the recipe's layer and its
+    Writes damaged metadata, manifest, the descriptions of the recipe's layers and their
     constants again, removes stray files and damaged units, then runs cache-teacher
-    for the missing units of the view layer and the recipe's layer. They get their
+    for the missing units of the view layer and the recipe's layers. They get their
     original bytes. Other layers need their own recipes.
 
     Example: tinymim cache repair cache.yaml --set cache=caches/mine

@@ -5,7 +5,8 @@ fields are sections (`configs/sections.py`).
 """
 
 import re
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -110,6 +111,24 @@ class PretrainMaeRecipe(_Training):
     mae: MaeConfig = Field(default=MaeConfig(), description="Mask and decoder.")
 
 
+class LayerTarget(NamedTuple):
+    """What a layer holds: a codec, and the teacher's block that it taps."""
+
+    codec: CodecConfig
+    block: int
+
+
+class TargetConfig(Section):
+    """One of several layers that one pass of the teacher writes (docs/targets.md)."""
+
+    block: Positive | None = Field(default=None, description="Tapped block of this layer. Default: `teacher.block`.")
+    codec: CodecConfig = Field(default=SketchCodec(), description="As `codec` of the recipe.")
+
+
+# A layer's name without dots, which would divide the path of a --set.
+TargetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+
+
 class CacheTeacherRecipe(Section):
     """`tinymim cache-teacher`: run the teacher once over every view and store its targets."""
 
@@ -118,12 +137,19 @@ class CacheTeacherRecipe(Section):
     views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
     num_views: Width = Field(default=2, description="Views per image. Raising it later adds views to the cache.")
     teacher: TeacherConfig = Field(description="Teacher and tapped block.")
-    codec: CodecConfig = Field(
-        default=SketchCodec(), description="How a target becomes bytes. Part of a cache's identity."
+    codec: CodecConfig | None = Field(
+        default=SketchCodec(),
+        description="How a target becomes bytes. Part of a layer's identity.",
+        json_schema_extra={"default": "a sketch; none with `targets`"},
+    )
+    targets: dict[TargetName, TargetConfig] | None = Field(
+        default=None,
+        description="Several layers from one pass of the teacher, by name. Instead of `codec` and `layer`.",
     )
     cache: Place | None = Field(default=None, description="The cache to write: a folder, or a URL in an object store.")
     cache_root: Place | None = Field(
-        default=None, description="Instead of `cache`: a folder of shared caches, each named by its layer's `spec_id`."
+        default=None,
+        description="Instead of `cache`: a folder of shared caches, each named by the `spec_id` of what it holds.",
     )
     layer: LayerName | None = Field(
         default=None,
@@ -158,10 +184,26 @@ class CacheTeacherRecipe(Section):
     run: RunConfig = Field(description=_RUN)
 
     @property
+    def layers(self) -> dict[str, LayerTarget]:
+        """The layers to write, by name."""
+        if self.targets is not None:
+            block = self.teacher.block
+            return {name: LayerTarget(own.codec, own.block or block) for name, own in self.targets.items()}
+        assert self.codec is not None  # by `_one_or_several`
+        return {self.layer_name: LayerTarget(self.codec, self.teacher.block)}
+
+    @property
     def layer_name(self) -> str:
-        """The layer's name: `layer`, or one made from teacher, block and codec."""
+        """The name of the only layer: `layer`, or one made from teacher, block and codec."""
+        assert self.codec is not None, "a recipe with `targets` has several layers"
         made = f"{self.teacher.name}-{codec_label(self.codec, self.teacher.block)}".lower()
         return self.layer or re.sub(r"[^a-z0-9._-]", "-", made)[-64:].lstrip("._-")
+
+    def only(self, names: Collection[str]) -> "CacheTeacherRecipe":
+        """The recipe for some of its layers."""
+        if self.targets is None:
+            return self
+        return self.model_copy(update={"targets": {name: own for name, own in self.targets.items() if name in names}})
 
     @property
     def views_per_batch(self) -> int:
@@ -172,6 +214,27 @@ class CacheTeacherRecipe(Section):
     def given_batch_size(self) -> int:
         """`batch_size`, or 64 for `auto`: used by calibration and checks, where speed does not matter."""
         return 64 if self.batch_size == "auto" else self.batch_size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_codec_beside_targets(cls, data: Any) -> Any:
+        return {"codec": None, **data} if isinstance(data, dict) and data.get("targets") is not None else data
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "CacheTeacherRecipe":
+        if self.targets is None and self.codec is None:
+            raise ValueError("codec: null needs targets, the layers to write by name")
+        if self.targets is not None:
+            given = [name for name in ("codec", "layer") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} describe one layer, and targets several: leave one of them out"
+                )
+            if not self.targets:
+                raise ValueError("targets is empty: name at least one layer")
+        if "views" in self.layers:
+            raise ValueError("no target layer can be named views, which is the view layer's name")
+        return self
 
     @model_validator(mode="after")
     def _one_place(self) -> "CacheTeacherRecipe":

@@ -6,7 +6,7 @@ embeddings, from fused, split and biased qkv layers, without a copy of any model
 Shapes: B view, H head, T token, P prefix token, D head width, C width, L class.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -89,27 +89,28 @@ class CutTeacher(nn.Module):
             if number not in tapped:
                 block.compile()
 
-    def forward(self, images: Tensor) -> Tapped:
-        """The tensors of every tap for normalised images [B, 3, S, S]."""
+    def forward(self, images: Tensor, taps: Collection[Tap] | None = None) -> Tapped:
+        """The tensors of some taps, by default of all, for normalised images [B, 3, S, S]."""
+        wanted = [tap for tap in self.taps if taps is None or tap in taps]
         found: dict[Tap, tuple[Tensor, ...]] = {}
 
         def take(tap: Tap, *tensors: Tensor) -> None:
             found[tap] = tensors
-            if len(found) == len(self.taps):
+            if len(found) == len(wanted):
                 raise _Done
 
         with ExitStack() as hooks:
-            for tap in self.taps:
+            for tap in wanted:
                 for handle in self._hooked(tap, take) if tap.place else ():
                     hooks.callback(handle.remove)
             try:
                 tokens = self.model.forward_features(images)  # type: ignore[operator]
-                for tap in self.taps:
+                for tap in wanted:
                     if not tap.place:
                         self._take_at_end(tap, tokens, take)
             except _Done:
                 return found
-        missing = next(tap for tap in self.taps if tap not in found)
+        missing = next(tap for tap in wanted if tap not in found)
         raise RecipeError(
             f"the teacher never reached its tap {missing}",
             got=type(self.attention(missing)).__name__,

@@ -1,6 +1,6 @@
 """The teacher of a recipe: build, load, cut, freeze, and describe it for a layer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -43,31 +43,36 @@ class Teacher(nn.Module):
         CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
     """
 
-    def __init__(self, config: TeacherConfig, taps: Sequence[Tap]) -> None:
+    def __init__(self, config: TeacherConfig, taps: Collection[Tap]) -> None:
         super().__init__()
-        # The final norm may be absent from the file if everything after the last tap is cut off.
-        unread = () if any(tap.place == 0 for tap in taps) else (backbone.FINAL_NORM,)
-        classifier = any(tap.kind in ("pooled", "logits") for tap in taps)
-        model = build_with_weights(config, config.weights, unread, classifier)
-        self.weights_sha256 = tensors_sha256(model.state_dict())
+        model = _built(config, taps)
+        self._sha256 = {_at_classifier(taps): tensors_sha256(model.state_dict())}
+        # A layer's identity is that of a run that writes it alone. Without a tap at the classifier, the model of such
+        # a run has none, and may have another last norm: so its tensors are those of another model.
+        others = [tap for tap in taps if not _at_classifier([tap])]
+        if _at_classifier(taps) and others:
+            self._sha256[False] = tensors_sha256(_built(config, others).state_dict())
         self.mean, self.std, _, self.license = stated(model, config, config.weights, config.mean, config.std)
         self.grid, self.prefix_tokens = backbone.grid(model), backbone.prefix_tokens(model)
         self.normalise = Normalise(self.mean, self.std)
-        self.cut = CutTeacher(model, taps).to(_DTYPES[config.precision])
+        self.cut = CutTeacher(model, tuple(taps)).to(_DTYPES[config.precision])
         self.config = config
         self.eval().requires_grad_(False)
         if config.compile:
             self.cut.compile_blocks()
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, check: bool = True) -> Tapped:
-        """The tensors of every tap. `check` waits for the device and raises RecipeError unless they are finite."""
+    def forward(self, pixels: Tensor, check: bool = True, taps: Collection[Tap] | None = None) -> Tapped:
+        """The tensors of some taps, by default of all; nothing after the last of them is computed.
+
+        `check` waits for the device and raises RecipeError unless they are finite.
+        """
         images = self.normalise(pixels).to(_DTYPES[self.config.precision])
         cudnn = torch.backends.cudnn
         kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
         # By default an fp32 convolution, here the patch embedding, is TF32 on a GPU; matrix products are not.
         with cudnn.flags(**kept, allow_tf32=self.config.precision != "fp32"):
-            tapped: Tapped = self.cut(images)
+            tapped: Tapped = self.cut(images, taps)
         if check:
             require_finite(finite_views(tapped))
         return tapped
@@ -76,32 +81,44 @@ class Teacher(nn.Module):
         """`backbone.qkv_projection` of a tapped block."""
         return backbone.qkv_projection(self.cut.attention(tap))
 
-    def black(self) -> Tapped:
-        """The tensors of every tap for one black view."""
+    def black(self, taps: Collection[Tap] | None = None) -> Tapped:
+        """The tensors of some taps, by default of all, for one black view."""
         size = self.config.img_size
-        black: Tapped = self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.normalise.mean.device))
+        pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.normalise.mean.device)
+        black: Tapped = self(pixels, taps=taps)
         return black
 
-    def shapes(self) -> Shapes:
-        """Sizes of a view's tensors, from a forward pass."""
+    def shapes(self, taps: Collection[Tap] | None = None) -> Shapes:
+        """Sizes of a view's tensors at some taps, by default at all, from a forward pass."""
         rows, columns = self.grid
         heads, width = backbone.heads(self.cut.model) or 1, backbone.widths(self.cut.model)[-1]
         head_dim, tokens = width // heads, rows * columns + self.prefix_tokens
-        for tap, tensors in self.black().items():
+        for tap, tensors in self.black(taps).items():
             if tap.kind in ("qkv", "attention"):
                 _, heads, tokens, head_dim = tensors[0].shape
         return Shapes(heads, head_dim, tokens, self.prefix_tokens, self.grid)
 
-    def describe(self) -> dict[str, Any]:
-        """The teacher's identity in a layer of a cache: everything about it that changes a number."""
+    def describe(self, taps: Collection[Tap] | None = None) -> dict[str, Any]:
+        """The teacher's identity in a layer that reads some taps, by default all: whatever of it changes a number."""
         config = self.config
         return {
             "name": config.name,
             "arch": {"img_size": config.img_size, **size_overrides(config)},
-            "weights_sha256": self.weights_sha256,
+            "weights_sha256": self._sha256[_at_classifier(self.cut.taps if taps is None else taps)],
             "weights_origin": config.weights,
             "license": self.license,
             "precision": config.precision,
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+
+def _at_classifier(taps: Collection[Tap]) -> bool:
+    return any(tap.kind in ("pooled", "logits") for tap in taps)
+
+
+def _built(config: TeacherConfig, taps: Collection[Tap]) -> nn.Module:
+    """The model with its weights; with a classifier if a tap needs it."""
+    # The final norm may be absent from the file if everything after the last tap is cut off.
+    unread = () if any(tap.place == 0 for tap in taps) else (backbone.FINAL_NORM,)
+    return build_with_weights(config, config.weights, unread, _at_classifier(taps))

@@ -13,14 +13,14 @@ def run(recipe: CacheTeacherRecipe) -> None:
         recipe: the cache recipe to run.
 
     Raises:
-        RecipeError: views, teacher and codec do not fit one another.
+        RecipeError: views, teacher and codecs do not fit one another.
         CacheMismatch: the existing cache was made from another recipe or other data.
         SourceError: bad shards, before anything is written.
         UnitsFailed: some units could not be made; the others are committed.
         Interrupted: stopped by a signal; committed units are safe.
     """
     parts = prepare(recipe if recipe.cluster is None else _on_cpu(recipe))
-    require_rebuildable(parts.kind, parts.teacher)
+    require_rebuildable(parts.kinds.values(), parts.teacher)
     fill(recipe, parts)
 
 

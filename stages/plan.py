@@ -17,6 +17,7 @@ from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
+from tinymim.pipeline.replay import join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.planning.clocks import available_cores
 from tinymim.stages.planning.forecast import forecast
@@ -68,7 +69,7 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
         logger.info(f"plan: measuring the teacher on {prepared.device}")
         count = options.num_images or prepared.source.num_samples
         seconds = options.seconds * (0.6 if students else 1.0)
-        teacher, reader, joined = stack.enter_context(measured_teacher(cache, prepared, count, seconds))
+        teacher, reader, shards = stack.enter_context(measured_teacher(cache, prepared, count, seconds))
         for name, recipe in students.items():
             if recipe.run.threads:
                 torch.set_num_threads(recipe.run.threads)
@@ -76,6 +77,9 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
             alike = recipe.source == cache.source or options.num_images is not None
             images = count if alike else open_shards(recipe.source).num_samples
             seconds = 0.4 * options.seconds / len(students)
+            # The only layer has the cache recipe's name, whatever the student's recipe calls it.
+            layers = [name for name, _ in recipe.each_layer()] if len(reader.layers) > 1 else [None]
+            joined = join(shards, reader, layers, on_missing="skip")
             trained.append(measured_student(name, recipe, images, cache.num_views, reader, joined, seconds))
 
     # ---- forecast

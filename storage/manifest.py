@@ -6,7 +6,7 @@ target. Neither says how many views there are: that follows from the commit reco
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -279,6 +279,11 @@ def vars_of(described: Manifest | Layer) -> dict[str, Any]:
 
 def _spec_id(spec: Mapping[str, Any]) -> str:
     return digest_hex(canonical_json(spec))[:SPEC_ID_CHARS]
+
+
+def joint_spec_id(spec_ids: Sequence[str]) -> str:
+    """The id of several layers in any order; of one layer its own `spec_id`."""
+    return spec_ids[0] if len(spec_ids) == 1 else _spec_id({"layers": sorted(spec_ids)})
 
 
 def _fields(stored: object, kind: type[Manifest] | type[Layer], owner: str) -> dict[str, Any]:

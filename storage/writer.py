@@ -147,12 +147,17 @@ class CacheWriter:
         return sorted(unit for unit in found if unit is not None)
 
     def claim(self, layer: str, unit: UnitId) -> bool:
+        """`claim_for` a single layer. False if it does not lack the unit, or a living writer works on the shard."""
+        return bool(self.claim_for([layer], unit))
+
+    def claim_for(self, layers: Sequence[str], unit: UnitId) -> list[str]:
         """Claim a unit, which keeps living writers off its shard. May be called repeatedly.
 
         Its cost does not depend on the size of the cache.
 
         Returns:
-            False if a living writer works on the same shard, or some of the views are already committed.
+            The layers that lack all views of the unit. Nothing is claimed where there are none, or where a living
+            writer works on the same shard.
 
         Raises:
             CacheGone: the cache was removed or renamed.
@@ -161,18 +166,22 @@ class CacheWriter:
         self._check_unit(unit)
         leases = self._open_leases()
         with self._lock, explained_write_errors(self.store):
-            if unit in self._claimed:
-                return True
-            self._require_cache(layer)
-            if not leases.claim(shard_lease(unit.shard)):
-                return False
-            if any(unit.overlaps(other) for other in self.of_shard(layer, unit.shard)):
+            new = unit not in self._claimed
+            if new:
+                for layer in layers:
+                    self._require_cache(layer)
+                if not leases.claim(shard_lease(unit.shard)):
+                    return []
+            lacking = [
+                layer for layer in layers if not any(unit.overlaps(other) for other in self.of_shard(layer, unit.shard))
+            ]
+            if new and not lacking:
                 self._release(unit)
-                return False
-            if not any(other.shard == unit.shard for other in self._claimed):
-                self._remove_leftovers(unit.shard)
-            self._claimed.add(unit)
-        return True
+            elif new:
+                if not any(other.shard == unit.shard for other in self._claimed):
+                    self._remove_leftovers(unit.shard)
+                self._claimed.add(unit)
+        return lacking
 
     def give_back(self, unit: UnitId) -> None:
         """Release a claim, so that other writers can take the unit. May be called without a claim."""
@@ -254,8 +263,7 @@ class CacheWriter:
 
     @contextmanager
     def _begin(self, layer: str, unit: UnitId, keys: Sequence[str]) -> Iterator["UnitDraft"]:
-        # Checked although it may be claimed: a claim is for one layer, and other layers are filled along with it.
-        if not self.claim(layer, unit) or any(unit.overlaps(other) for other in self.of_shard(layer, unit.shard)):
+        if not self.claim(layer, unit):
             raise self._taken(unit)
         with self._file(layer, unit) as file:
             yield UnitDraft(self, layer, unit, keys, file)

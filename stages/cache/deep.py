@@ -2,7 +2,6 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tinymim.storage.catalog import resolve
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.manifest import check_same, check_same_layer
 from tinymim.storage.reader import CacheReader
+from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
 
 LISTED_EXAMPLES = 5
@@ -54,12 +54,12 @@ def run(
     min_agreement: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Recompute records of the recipe's layer; compare the digests of pixels (I1, I2) and every array of the codec.
+    """Recompute records of the recipe's layers; compare the digests of pixels (I1, I2) and every array of the codecs.
 
     Args:
-        recipe: the cache recipe, which names the images, the teacher and the layer.
+        recipe: the cache recipe, which names the images, the teacher and the layers.
         place: the cache, or a root that holds exactly one.
-        sample: number of records to recompute, spread over the units.
+        sample: number of records of each layer to recompute, spread over the units.
         min_agreement: the smallest share of equal elements that passes, 0 to 1.
         seed: selects the records.
 
@@ -72,30 +72,34 @@ def run(
         UserError: the cache holds no such layer, or no record of the recipe's shards in it.
         RecipeError, SourceError, CheckpointError: as `cache-teacher`.
     """
-    # ---- source, teacher and codec, compared with the manifest and the layer
+    # ---- source, teacher and codecs, compared with the manifest and the layers
     parts = prepare(recipe)
     device, source, teacher = parts.device, parts.source, parts.teacher
     reader = CacheReader(resolve(place))
-    layer = reader.layer(parts.layer.name)
-    warnings = check_same(reader.manifest, parts.manifest) + check_same_layer(layer, parts.layer)
-    kind = make_kind(recipe.codec, recipe.teacher.block, constants=on_device(reader.constants(layer.name), device))
+    warnings = check_same(reader.manifest, parts.manifest)
     shards = {shard.name: number for number, shard in enumerate(source.shards)}
-    units = [info for info in reader.units(layer.name) if info.unit.shard in shards and info.num_records]
-    if not units:
-        raise UserError(
-            f"layer {layer.name} of {reader.place} holds no record of this source",
-            got=str(reader.coverage(layer.name)),
-            hint="name the recipe that made the layer",
-        )
+    chosen: list[tuple[str, UnitInfo, npt.NDArray[np.int64]]] = []
+    kinds: dict[str, TargetKind] = {}
+    for name, wanted in parts.layers.items():
+        layer = reader.layer(name)
+        warnings += check_same_layer(layer, wanted)
+        kinds[name] = make_kind(*recipe.layers[name], constants=on_device(reader.constants(name), device))
+        units = [info for info in reader.units(name) if info.unit.shard in shards and info.num_records]
+        if not units:
+            raise UserError(
+                f"layer {name} of {reader.place} holds no record of this source",
+                got=str(reader.coverage(name)),
+                hint="name the recipe that made the layer",
+            )
+        rows_of_units = spread_records([info.num_records for info in units], sample, f"{layer.spec_id}/{seed}")
+        chosen += [(name, info, rows) for info, rows in zip(units, rows_of_units, strict=True) if len(rows)]
 
     # ---- unit by unit: draw the views, run the teacher, encode, compare
-    chosen = spread_records([info.num_records for info in units], sample, f"{layer.spec_id}/{seed}")
     views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
     tally = _Tally()
-    with Meter("cache verify --deep", sum(map(len, chosen)), "views") as meter:
-        for info, rows in zip(units, chosen, strict=True):
-            if not len(rows):
-                continue
+    with Meter("cache verify --deep", sum(len(rows) for _, _, rows in chosen), "views") as meter:
+        for layer_name, info, rows in chosen:
+            kind, prefix = kinds[layer_name], f"{layer_name}." if len(kinds) > 1 else ""
             stored = _Stored(reader, info, rows)
             items = _items(stored, info, source, shards[info.unit.shard])
             for start in range(0, len(rows), recipe.given_batch_size):
@@ -107,9 +111,9 @@ def run(
                     tally.add_example(f"image '{key}' is unreadable: {reason}")
                 if len(kept):
                     _compare_pixels(batch, stored.digests[kept], info, tally)
-                    made = kind.encode(teacher(batch.pixels.to(device)), batch.view_keys.to(device))
-                    for name, values in made.items():
-                        _compare_array(name, values.cpu().numpy(), stored.arrays, kept, tally)
+                    tapped = teacher(batch.pixels.to(device), taps=kind.taps)
+                    for name, values in kind.encode(tapped, batch.view_keys.to(device)).items():
+                        _compare_array(prefix + name, values.cpu().numpy(), stored.arrays.get(name), kept, tally)
                 meter.advance(len(part))
 
     # ---- verdict
@@ -117,9 +121,9 @@ def run(
     agreement = sum(tally.equal.values()) / max(1, sum(tally.elements.values()))
     clean = not (tally.wrong_pixels or tally.unreadable)
     return {
-        "layer": layer.name,
+        "layer": ", ".join(kinds),
         "records": tally.records,
-        "units": sum(1 for rows in chosen if len(rows)),
+        "units": len(chosen),
         "wrong_pixels": tally.wrong_pixels,
         "unreadable": tally.unreadable,
         "agreement": agreement,
@@ -220,13 +224,12 @@ def _compare_pixels(batch: ViewBatch, stored: npt.NDArray[np.uint32], info: Unit
 def _compare_array(
     name: str,
     made: npt.NDArray[Any],
-    arrays: Mapping[str, npt.NDArray[Any]],
+    held: npt.NDArray[Any] | None,
     rows: npt.NDArray[np.int64],
     tally: _Tally,
 ) -> None:
     """Count the equal elements of a codec's array; none are if the stored array is missing or has another shape."""
     tally.elements[name] += made.size
-    held = arrays.get(name)
     if held is None or held.shape[1:] != made.shape[1:]:
         return
     same = np.isclose(made, held[rows], CLOSE_RTOL, CLOSE_ATOL) if made.dtype.kind == "f" else made == held[rows]

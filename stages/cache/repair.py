@@ -1,6 +1,7 @@
 """`tinymim cache repair`: recompute damaged or missing parts of a recipe's cache, and nothing else."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -26,7 +27,7 @@ from tinymim.storage.writer import CacheWriter
 def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     """Inspect the recipe's cache, repair what needs no teacher, drop damaged units, and recompute missing ones.
 
-    The view layer and the recipe's layer are repaired. Units and constants of other layers need their own recipes.
+    The view layer and the recipe's layers are repaired. Units and constants of other layers need their own recipes.
     Sound files are not touched. On the same hardware and libraries, recomputed units get their original bytes.
 
     Returns:
@@ -41,16 +42,18 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     """
     # ---- refuse another recipe before anything changes
     parts = prepare(recipe)
-    store = open_store(cache_place(recipe, parts.layer))
+    store = open_store(cache_place(recipe, parts.layers))
     manifest, rebuilt = _settled_manifest(store, parts.manifest)
-    layer, rebuilt_layer = _settled_layer(store, parts.layer, manifest)
-    rebuilt += rebuilt_layer
+    layers: dict[str, Layer] = {}
+    for name, wanted in parts.layers.items():
+        layers[name], rebuilt_layer = _settled_layer(store, wanted, manifest)
+        rebuilt += rebuilt_layer
 
     # ---- findings
     inspection = inspect_cache(store, "cache repair", manifest)
     for finding in inspection.findings:
         logger.info(f"cache repair: {finding}")
-    ours = [f for f in inspection.findings if f.kind in ("group", "stray") or f.layer in (VIEWS, layer.name)]
+    ours = [f for f in inspection.findings if f.kind in ("group", "stray") or f.layer in (VIEWS, *layers)]
     left = [finding for finding in inspection.findings if finding not in ours and finding.kind != "views"]
     shards = parts.source.by_name()
     lost = [f for f in ours if f.kind in ("commit", "unit", "views") and f.unit and f.unit.shard not in shards]
@@ -63,10 +66,12 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
         )
 
     # ---- constants first, because units are checked against them; then groups, strays, damaged units
-    restored = _restore_constants(store, recipe, parts, layer, inspection)
-    layers = inspection.survey.layers
+    restored = [
+        path for layer in layers.values() for path in _restore_constants(store, recipe, parts, layer, inspection)
+    ]
+    digests = {name: constants_digest(store, layer) for name, layer in layers.items()}
     others = [finding for finding in ours if finding.kind not in ("constants", "layer", "views")]
-    done = repair(store, manifest, layers, {layer.name: constants_digest(store, layer)}, others)
+    done = repair(store, manifest, inspection.survey.layers, digests, others)
     if done.held:
         raise UserError(
             f"{len(done.held)} finding(s) in {store.place} could not be repaired: a writer is active on these shards",
@@ -86,17 +91,22 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     new = parts.manifest.shards.keys() - manifest.shards.keys()
     if new:
         logger.info(f"cache repair: {len(new)} shards of the source are new to the cache and are computed as well")
-    own = [unit for name, unit in (*good, *done.dropped) if name == layer.name]
-    num_views = max((unit.first_view + unit.num_views for unit in own), default=recipe.num_views)
-    require_rebuildable(parts.kind, parts.teacher)
-    cut_like = [unit for name, unit in former if name in (VIEWS, layer.name)]
-    fill(recipe.model_copy(update={"num_views": num_views}), parts, cut_like)
+    require_rebuildable(parts.kinds.values(), parts.teacher)
+    by_views: defaultdict[int, list[str]] = defaultdict(list)  # layers may have grown apart
+    for layer_name in layers:
+        own = [unit for name, unit in (*good, *done.dropped) if name == layer_name]
+        by_views[max((unit.first_view + unit.num_views for unit in own), default=recipe.num_views)].append(layer_name)
+    for num_views, names in by_views.items():
+        cut_like = [unit for name, unit in former if name in (VIEWS, *names)]
+        # The place is given, because in `cache_root` it depends on all of the recipe's layers.
+        here = {"num_views": num_views, "cache": store.place, "cache_root": None}
+        fill(recipe.only(names).model_copy(update=here), parts, cut_like)
     reader = CacheReader(store.place)
-    now = [info for name in (VIEWS, layer.name) for info in reader.units(name)]
+    now = [info for name in (VIEWS, *layers) for info in reader.units(name)]
     return {
         "path": str(store.place),
         "spec_id": manifest.spec_id,
-        "layer": layer.name,
+        "layer": ", ".join(layers),
         "findings": len(inspection.findings) + len(rebuilt),
         "rewritten": rebuilt + done.rewritten + restored,
         "computed": [f"{info.layer} {info.unit}" for info in now if (info.layer, info.unit) not in good],
@@ -210,11 +220,12 @@ def _restore_constants(
         return []
     path, record_path = constants_places(layer.name)
     named = {info.constants for info in inspection.survey.units[layer.name]}
-    if not named or not parts.kind.calibration_views:
+    kind = parts.kinds[layer.name]
+    if not named or not kind.calibration_views:
         # No unit depends on them, so `fill` may calibrate new ones.
         store.remove([record_path, path])
         return []
-    arrays = calibrated(parts.kind, recipe.views, recipe.given_batch_size, parts.source, parts.teacher)
+    arrays = calibrated(kind, recipe.views, recipe.given_batch_size, parts.source, parts.teacher)
     data, record = encode_constants(layer, {name: array.numpy() for name, array in arrays.items()})
     digest = json.loads(record)["record_digest"]
     if named != {digest}:

@@ -56,7 +56,7 @@ def measured_student(
     manifest, names = reader.manifest, [name for name, _ in recipe.each_layer()]
     if len(names) > 1:
         raise RecipeError(
-            f"{name} learns from several layers, and a cache recipe makes one",
+            f"{name} learns from several layers, and a plan measures one",
             got=f"layers {', '.join(map(str, names))}",
             expected="one layer",
             hint=f"plan with each of them alone: --set layers=null --set layer={names[0]}",

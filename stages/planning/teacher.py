@@ -10,19 +10,17 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from torch import Tensor
 
-from tinymim.configs.codecs import CodecConfig
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher, taps_of
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.order import Items
-from tinymim.pipeline.replay import CachedSource, join
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.planning import clocks
@@ -33,7 +31,7 @@ from tinymim.stages.units.draft import UnitPart, encode
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.prepare import Prepared
-from tinymim.storage.blocks import DIGEST, stored_bytes
+from tinymim.storage.blocks import stored_bytes
 from tinymim.storage.commit import UnitInfo, encode_commit
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.reader import CacheReader
@@ -51,8 +49,8 @@ UNITS: Final = 4  # that the budget is for; two at least are made, of which the 
 @contextlib.contextmanager
 def measured_teacher(
     recipe: CacheTeacherRecipe, prepared: Prepared, num_images: int, seconds: float
-) -> Iterator[tuple[TeacherCosts, CacheReader, CachedSource]]:
-    """The costs of stage one, and within the context a cache of one unit, joined with its images.
+) -> Iterator[tuple[TeacherCosts, CacheReader, ShardSet]]:
+    """The costs of stage one, and within the context a cache of one unit of each layer, and its images.
 
     Args:
         recipe: the cache recipe.
@@ -71,22 +69,23 @@ def measured_teacher(
     began, laps = clocks.now_s(), Laps([prepared.device])
     stage = _StageOne(recipe, prepared, filled[len(filled) // 2], laps)
     view_s = (clocks.now_s() - began) / len(stage.first.keys)
-    images_per_shard, layer = prepared.source.num_samples / len(filled), prepared.layer
+    images_per_shard = prepared.source.num_samples / len(filled)
     with (
         _temporary_place(recipe) as place,
-        CacheWriter.open(place, prepared.manifest, [layer], recipe.lease_s) as writer,
+        CacheWriter.open(place, prepared.manifest, list(prepared.layers.values()), recipe.lease_s) as writer,
     ):
-        if stage.constants:
-            writer.write_constants(layer.name, {name: array.cpu().numpy() for name, array in stage.constants.items()})
+        for layer, constants in stage.constants.items():
+            if constants:
+                writer.write_constants(layer, {name: array.cpu().numpy() for name, array in constants.items()})
         units = 0
         while units < 2 or clocks.now_s() - began < seconds * (1 - 1 / UNITS):
             part = stage.part(int(seconds / UNITS / view_s))
-            record_bytes = _write_and_read(writer, layer.name, part, images_per_shard, laps)
+            record_bytes = _write_and_read(writer, part, images_per_shard, laps)
             # The first views may have been slow, because kernels were loaded: each unit is sized by the one before.
             view_s = sum(map(laps.latest_s, ("decode", "models", "digest")))
             units += 1
         payload = stage.payload_bytes()
-        own = payload[describe_codec(recipe.codec)]
+        own = next(iter(payload.values()))
         costs = TeacherCosts(
             num_images=num_images,
             num_views=recipe.num_views,
@@ -98,8 +97,7 @@ def measured_teacher(
             cores=laps.cores("models"),
             codec_bytes={name: record_bytes + size - own for name, size in payload.items()},
         )
-        reader = CacheReader(place)
-        yield costs, reader, join(ShardSet((stage.shard,)), reader, on_missing="skip")
+        yield costs, CacheReader(place), ShardSet((stage.shard,))
 
 
 class _StageOne:
@@ -123,23 +121,26 @@ class _StageOne:
             raise SourceError(f"the first images of shard {self.shard.name} are unreadable", got=self.first.unreadable)
         self._begin = int(self.first.items[0, 1])  # a readable image: no unit is empty
         self.tapped: Tapped = prepared.teacher(self.first.pixels.to(prepared.device))
-        self.kind, self.constants = self._kind(recipe.codec, self.tapped)
-        shapes = prepared.layer.shapes
-        reference = reference_student(self.kind, recipe.views.size, shapes)
-        self._probe = GradientProbe(self.kind, reference.to(prepared.device), shapes)
+        self.kinds: dict[str, TargetKind] = {}
+        self.constants: dict[str, dict[str, Tensor]] = {}
+        self._probes: dict[str, GradientProbe] = {}
+        for name, target in recipe.layers.items():
+            kind, self.constants[name] = self._kind(target, self.tapped)
+            shapes = prepared.layers[name].shapes
+            reference = reference_student(kind, recipe.views.size, shapes)
+            self.kinds[name], self._probes[name] = kind, GradientProbe(kind, reference.to(prepared.device), shapes)
 
     def items(self, images: int, views: int) -> Items:
         """The first views of some images, int64 [images x views, 3], those of an image adjacent."""
         samples = np.repeat(np.arange(self._begin, min(self._begin + images, self.shard.num_samples)), views)
         return np.stack([np.full_like(samples, self.number), samples, np.arange(len(samples)) % views], axis=1)
 
-    def _kind(self, config: CodecConfig, tapped: Tapped) -> tuple[TargetKind, dict[str, Tensor]]:
+    def _kind(self, target: LayerTarget, tapped: Tapped) -> tuple[TargetKind, dict[str, Tensor]]:
         """A codec and its constants, from fewer views than those of a cache, of the same size."""
-        teacher, block = self.prepared.teacher, self.recipe.teacher.block
-        kind = make_kind(config, block)
+        teacher, kind = self.prepared.teacher, make_kind(*target)
         made = kind.calibrate([tapped], teacher.projection) if kind.calibration_views else {}
         constants = {name: array.to(self.prepared.device) for name, array in made.items()}
-        return make_kind(config, block, constants=constants), constants
+        return make_kind(*target, constants=constants), constants
 
     def part(self, most_records: int) -> UnitPart:
         """A unit of as many images as `most_records` allows, in batches like the recipe's."""
@@ -147,8 +148,9 @@ class _StageOne:
         images = min(most_records, MOST_RECORDS[device.type]) // num_views
         items = self.items(max(images, 2), num_views)
         rows = max(recipe.given_batch_size * recipe.views_per_batch // num_views, 1) * num_views
-        audit = UnitAudit(self._probe, recipe.audit_views)
-        unit_part = UnitPart(self.unit, self.unit.views, len(items) // num_views, audit)
+        audits = {name: UnitAudit(probe, recipe.audit_views) for name, probe in self._probes.items()}
+        audit = next(iter(audits.values()))  # all get the same views
+        unit_part = UnitPart(self.unit, self.unit.views, len(items) // num_views, audits)
         for start in range(0, len(items), rows):
             some = items[start : start + rows]
             with loader_threads(recipe.loader.workers), self.laps.lap("decode", len(some)):
@@ -158,8 +160,8 @@ class _StageOne:
             batch = batch.pin_memory() if device.type == "cuda" else batch
             audited = min(1, recipe.audit_views - audit.views)
             with self.laps.lap("models", len(some)):
-                piece = Piece(self.unit, self.unit.views, True, True)
-                encoded = encode(self.prepared.teacher, self.kind, batch, piece, audited, device)
+                piece = Piece(self.unit, tuple(self.kinds), self.unit.views, True, True)
+                encoded = encode(self.prepared.teacher, self.kinds, batch, piece, audited, device)
             assert encoded.marks is not None  # of a batch that is not empty
             teacher_s, codec_s, copy_s = encoded.marks.between_s()
             self.laps.add("teacher", teacher_s / len(batch.keys))
@@ -172,18 +174,27 @@ class _StageOne:
         return unit_part
 
     def payload_bytes(self) -> dict[str, float]:
-        """Bytes that the codec's arrays of a view take on disk, by codec; the recipe's own comes first."""
+        """Bytes that the arrays of a view take on disk, by codec; what the recipe writes comes first.
+
+        The other entries are other codecs for its only layer, or each of its layers.
+        """
+        layers = self.recipe.layers
+        if len(layers) > 1:
+            each = {name: self._size_bytes(kind, self.tapped) for name, kind in self.kinds.items()}
+            return {f"{len(layers)} layers": sum(each.values()), **each}
         found: dict[str, float] = {}
         tapped = self._tapped_for_all()
-        for config in (self.recipe.codec, *ALTERNATIVES):
+        [(own, block)] = layers.values()
+        for config in (own, *ALTERNATIVES):
             with contextlib.suppress(RecipeError):  # a codec that does not fit the teacher
-                if not set(make_kind(config, self.recipe.teacher.block).taps) <= tapped.keys():
-                    continue
-                kind, _ = self._kind(config, tapped)
-                arrays = kind.encode(tapped, self.first.view_keys.to(self.prepared.device)).values()
-                size_bytes = sum(stored_bytes(array.cpu().numpy()) for array in arrays)
-                found[describe_codec(config)] = size_bytes / len(self.first.keys)
+                if set(make_kind(config, block).taps) <= tapped.keys():
+                    kind, _ = self._kind(LayerTarget(config, block), tapped)
+                    found[describe_codec(config)] = self._size_bytes(kind, tapped)
         return found
+
+    def _size_bytes(self, kind: TargetKind, tapped: Tapped) -> float:
+        arrays = kind.encode(tapped, self.first.view_keys.to(self.prepared.device)).values()
+        return sum(stored_bytes(array.cpu().numpy()) for array in arrays) / len(self.first.keys)
 
     def _tapped_for_all(self) -> Tapped:
         """The tensors of the first views at the taps of all alternatives that the teacher has."""
@@ -200,7 +211,7 @@ class _StageOne:
 # ---------------------------------------------------------------- the disk or store
 
 
-def _write_and_read(writer: CacheWriter, layer: str, part: UnitPart, images_per_shard: float, laps: Laps) -> float:
+def _write_and_read(writer: CacheWriter, part: UnitPart, images_per_shard: float, laps: Laps) -> float:
     """Write a unit and read it back, and return its bytes per record; laps "write" and "read".
 
     A unit of one image and the whole one tell what each view of a unit costs from what each record costs. The result is
@@ -208,11 +219,11 @@ def _write_and_read(writer: CacheWriter, layer: str, part: UnitPart, images_per_
     """
     num_views, timed, found = part.unit.num_views, Laps(), []
     for count in (1, len(part.keys)):
-        for each in (VIEWS, layer):
+        for each in (VIEWS, *part.audits):
             if part.unit in writer.committed(each):
                 writer.drop_unit(each, part.unit)
         with timed.lap("write", 1):
-            infos = _written(writer, layer, part, count)
+            infos = _written(writer, part, count)
         reader = CacheReader(writer.place)
         with timed.lap("read", 1):
             for info in infos:
@@ -228,13 +239,15 @@ def _write_and_read(writer: CacheWriter, layer: str, part: UnitPart, images_per_
     return float(record_bytes)
 
 
-def _written(writer: CacheWriter, layer: str, part: UnitPart, count: int) -> list[UnitInfo]:
-    """Commit the first `count` images of a unit to the view layer and the target layer."""
-    unit, keys = part.unit, part.keys[:count]
-    with writer.begin(VIEWS, unit, keys) as views, writer.begin(layer, unit, keys) as target:
-        views.add({DIGEST: part.digests()[:, :count]})
-        target.add({name: values[:, :count] for name, values in part.records().items()})
-        infos = [views.commit({"unreadable": []}), target.commit({"fidelity": part.audit.summary()})]
+def _written(writer: CacheWriter, part: UnitPart, count: int) -> list[UnitInfo]:
+    """Commit the first `count` images of a unit to the view layer and the target layers."""
+    unit, infos = part.unit, []
+    statistics: dict[str, dict[str, Any]] = {VIEWS: {"unreadable": []}}
+    statistics |= {layer: {"fidelity": audit.summary()} for layer, audit in part.audits.items()}
+    for layer, about in statistics.items():
+        with writer.begin(layer, unit, part.keys[:count]) as draft:
+            draft.add({name: values[:, :count] for name, values in part.records(layer).items()})
+            infos.append(draft.commit(about))
     writer.give_back(unit)
     return infos
 

@@ -31,7 +31,12 @@ def pick_device(name: str) -> torch.device:
 def require_view_size(size: int, model: ModelConfig, section: str) -> None:
     """Raises RecipeError unless views of `size` pixels fit the model in the recipe's section `section`."""
     if size != model.img_size:
-        raise RecipeError(f"views.size is not {section}.img_size", got=size, expected=model.img_size)
+        raise RecipeError(
+            f"views.size is not {section}.img_size",
+            got=size,
+            expected=model.img_size,
+            hint=f"set {section}.img_size to views.size, if the model can have that size, or give both another",
+        )
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -17,11 +17,11 @@ class UnitAudit:
     """Compares the first views of a unit with their dense targets.
 
     Args:
-        probe: gradients of the reference student.
+        probe: gradients of the reference student; may be None if `max_views` is 0.
         max_views: views to compare; later ones are ignored.
     """
 
-    def __init__(self, probe: GradientProbe, max_views: int) -> None:
+    def __init__(self, probe: GradientProbe | None, max_views: int) -> None:
         self.probe, self.max_views = probe, max_views
         self.views = 0
         self._statistics, self._gradients = StatisticMoments(), CodecMoments(max_views)
@@ -35,6 +35,7 @@ class UnitAudit:
             records: the codec's arrays, first axis B.
             view_keys: int64 [B].
         """
+        assert self.probe is not None, "an audit of no views gets none"
         kind = self.probe.kind
         target = kind.decode(records, view_keys, self.probe.shapes)
         for row in range(min(self.max_views - self.views, len(pixels))):

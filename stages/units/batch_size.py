@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Collection
 
 import torch
 
@@ -17,19 +18,23 @@ HOST_SHARE = 0.25  # share of the free host memory for all batches that the load
 
 
 def find_images_per_batch(
-    teacher: Teacher, kind: TargetKind, recipe: CacheTeacherRecipe, largest_shard: int, device: torch.device
+    teacher: Teacher,
+    kinds: Collection[TargetKind],
+    recipe: CacheTeacherRecipe,
+    largest_shard: int,
+    device: torch.device,
 ) -> int:
-    """The largest power of two of images whose views fit into memory with teacher and codec; at least 1.
+    """The largest power of two of images whose views fit into memory with teacher and codecs; at least 1.
 
     A GPU tries batches, from one image up. A CPU takes `MAX_CPU_VIEWS`, because its memory is not what limits it.
     Two bounds hold on both: the host memory for the loader's batches, and the images of a shard, rounded up.
 
     Args:
         teacher: the teacher, on `device`.
-        kind: the codec, on `device`.
+        kinds: the codecs, on `device`.
         recipe: the cache recipe: number and size of views, loader.
         largest_shard: images of the largest shard.
-        device: the device that runs teacher and codec.
+        device: the device that runs teacher and codecs.
     """
     views, size, loader = recipe.views_per_batch, recipe.views.size, recipe.loader
     ready_batches = max(1, loader.workers * loader.prefetch) + 2  # 2 more are on their way to the teacher
@@ -38,13 +43,13 @@ def find_images_per_batch(
     max_views = MAX_CPU_VIEWS if on_cpu else MAX_GPU_VIEWS
     max_images = min(host_images, max_views / views, _ceiling_power(largest_shard))
     images = 1
-    while 2 * images <= max_images and (on_cpu or _fits(teacher, kind, 2 * images * views, size, device)):
+    while 2 * images <= max_images and (on_cpu or _fits(teacher, kinds, 2 * images * views, size, device)):
         images *= 2
     logger.info(f"cache-teacher: batch_size auto is {images} images, {images * views} views at once on {device.type}")
     return images
 
 
-def _fits(teacher: Teacher, kind: TargetKind, views: int, size: int, device: torch.device) -> bool:
+def _fits(teacher: Teacher, kinds: Collection[TargetKind], views: int, size: int, device: torch.device) -> bool:
     """Whether a batch of `views` views leaves GPU memory to spare."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device)  # torch's own cache counts as used, but can be reused
@@ -54,7 +59,9 @@ def _fits(teacher: Teacher, kind: TargetKind, views: int, size: int, device: tor
     torch.cuda.reset_peak_memory_stats(device)
     try:
         pixels = torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device)
-        kind.encode(teacher(pixels), torch.arange(views, device=device))
+        tapped, view_keys = teacher(pixels), torch.arange(views, device=device)
+        # A job holds the records of all layers until they are on their way to the host.
+        _records = [kind.encode(tapped, view_keys) for kind in kinds]
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) <= DEVICE_SHARE * free_bytes
     except torch.OutOfMemoryError:

@@ -1,7 +1,7 @@
 """Constants of codecs: calibrated on a few views when a cache is created, read from the cache afterwards."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,20 +23,28 @@ from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
 
 
-def require_rebuildable(kind: TargetKind, teacher: Teacher) -> None:
-    """Check, before a cache exists, that a codec with constants fits the teacher.
+def require_rebuildable(kinds: Iterable[TargetKind], teacher: Teacher) -> None:
+    """Check, before a cache exists, that codecs with constants fit the teacher.
 
     Raises:
         RecipeError: stored records could not be rebuilt.
     """
-    if kind.calibration_views:
-        kind.check_teacher(teacher.black(), teacher.projection)
+    for kind in kinds:
+        if kind.calibration_views:
+            kind.check_teacher(teacher.black(kind.taps), teacher.projection)
 
 
 def settle_constants(
-    writer: CacheWriter, recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher
+    writer: CacheWriter, layer: str, recipe: CacheTeacherRecipe, source: ShardSet, teacher: Teacher
 ) -> dict[str, Tensor] | None:
-    """The constants of the recipe's codec, on the teacher's device; calibrated and written if its layer has none.
+    """The constants of a layer's codec, on the teacher's device; calibrated and written if the layer has none.
+
+    Args:
+        writer: the writer of the cache.
+        layer: the name of the layer.
+        recipe: the cache recipe.
+        source: the shards.
+        teacher: the teacher, on its device.
 
     Returns:
         None for a codec without constants.
@@ -47,11 +55,10 @@ def settle_constants(
         CacheMismatch: the source lists its shards in another order than the job that created the cache.
         CacheCorrupt: the stored constants are damaged.
     """
-    kind = make_kind(recipe.codec, recipe.teacher.block)
+    kind = make_kind(*recipe.layers[layer])
     if not kind.calibration_views:
         return None
     device = teacher.normalise.mean.device
-    layer = recipe.layer_name
     stored = on_device(writer.constants(layer), device)
     if stored is not None:
         return stored
@@ -110,7 +117,7 @@ def calibrated(
             batch = views.batch(items[start : start + batch_size])
             count += len(batch.keys)
             if batch.keys:
-                yield teacher(batch.pixels.to(device))
+                yield teacher(batch.pixels.to(device), taps=kind.taps)
         if not count:
             raise SourceError("none of the images to calibrate the codec on can be read", got=f"{len(items)} images")
         logger.info(f"codec {kind.name}: calibrating on {count:,} views")

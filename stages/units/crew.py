@@ -82,8 +82,8 @@ class CacheWorker:
             if 0 < gpus < 1 and torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(gpus)
             parts = prepare(recipe, source)
-            place = cache_place(recipe, parts.layer)
-            writer = CacheWriter.open(place, parts.manifest, [parts.layer], recipe.lease_s)
+            place = cache_place(recipe, parts.layers)
+            writer = CacheWriter.open(place, parts.manifest, list(parts.layers.values()), recipe.lease_s)
             try:
                 job = TeacherJob(recipe, parts.device, source, parts.teacher, writer)
             except BaseException:

@@ -1,5 +1,6 @@
 """Batches behind the teacher, and the part of a unit that they fill: keys, digests, records, audit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.timing import Marks
 from tinymim.storage.blocks import DIGEST
-from tinymim.storage.layout import UnitId
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.targets.contract import TargetKind
 
 
@@ -28,13 +29,13 @@ class AuditedViews:
     Attributes:
         tapped: the teacher's tapped tensors, first axis B.
         pixels: uint8 [B, 3, S, S].
-        records: the codec's arrays, first axis B.
+        records: by layer the codec's arrays, first axis B.
         view_keys: int64 [B].
     """
 
     tapped: Tapped
     pixels: Tensor
-    records: dict[str, Tensor]
+    records: dict[str, dict[str, Tensor]]
     view_keys: Tensor
 
 
@@ -45,33 +46,38 @@ class EncodedBatch:
     Attributes:
         piece: the batch's place in its unit.
         batch: the decoded views.
-        arrays: the codec's arrays on the CPU, first axis records.
-        marks: before the teacher, after it, after the codec, after the copy to the CPU.
+        arrays: by layer the codec's arrays on the CPU, first axis records.
+        marks: before the teacher, after it, after the codecs, after the copy to the CPU.
         audited: views for the unit audit; None after a unit's first batches.
         finite: bool [B] on the CPU, whether the tapped tensors of a view are finite.
     """
 
     piece: Piece
     batch: ViewBatch
-    arrays: dict[str, Tensor] = field(default_factory=dict)
+    arrays: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     marks: Marks | None = None
     audited: AuditedViews | None = None
     finite: Tensor | None = None
 
 
 def encode(
-    teacher: Teacher, kind: TargetKind, batch: ViewBatch, piece: Piece, audit_views: int, device: torch.device
+    teacher: Teacher,
+    kinds: Mapping[str, TargetKind],
+    batch: ViewBatch,
+    piece: Piece,
+    audit_views: int,
+    device: torch.device,
 ) -> EncodedBatch:
-    """Launch teacher and codec on a batch; on a GPU the work goes on after this returns.
+    """Launch teacher and codecs of the unit's layers on a batch; on a GPU the work goes on after this returns.
 
     Args:
         teacher: the teacher, on `device`.
-        kind: the codec, on `device`.
+        kinds: the codecs by layer, on `device`.
         batch: the decoded views; may be empty.
         piece: the batch's place in its unit.
         audit_views: views that the audit still needs. It gets one view per image, because views of one image are too
             alike to show how gradients vary.
-        device: the device that runs teacher and codec.
+        device: the device that runs teacher and codecs.
     """
     if not batch.keys:
         return EncodedBatch(piece, batch)
@@ -80,10 +86,13 @@ def encode(
     view_keys = batch.view_keys.to(device, non_blocking=True)
     marks = Marks(device)
     marks.mark()
-    tapped: Tapped = teacher(pixels, check=False)  # reading the check would wait; the collector reads `finite` later
+    used = {layer: kinds[layer] for layer in piece.layers}
+    taps = {tap for kind in used.values() for tap in kind.taps}
+    # Reading the check would wait; the collector reads `finite` later.
+    tapped: Tapped = teacher(pixels, check=False, taps=taps)
     finite = finite_views(tapped)
     marks.mark()
-    records = kind.encode(tapped, view_keys)
+    records = {layer: kind.encode(tapped, view_keys) for layer, kind in used.items()}
     marks.mark()
     audited = None
     if audit_views > 0:
@@ -92,10 +101,12 @@ def encode(
         audited = AuditedViews(
             {tap: tuple(tensor[rows] for tensor in tensors) for tap, tensors in tapped.items()},
             pixels[rows],
-            {name: _picked(array, rows) for name, array in records.items()},
+            {layer: {name: _picked(each, rows) for name, each in own.items()} for layer, own in records.items()},
             view_keys[rows],
         )
-    arrays = {name: array.to("cpu", non_blocking=True) for name, array in records.items()}
+    arrays = {
+        layer: {name: each.to("cpu", non_blocking=True) for name, each in own.items()} for layer, own in records.items()
+    }
     finite = finite.to("cpu", non_blocking=True)
     marks.mark()
     return EncodedBatch(piece, batch, arrays, marks, audited, finite)
@@ -114,19 +125,20 @@ class UnitPart:
         unit: the unit.
         views: k adjacent views of it.
         num_images: images of the shard.
-        audit: the unit's audit, which its parts share.
+        audits: by layer the unit's audit, which its parts share; these are the layers that lack the unit.
 
     Attributes:
         keys: one key per readable image, I of them.
         unreadable: (key, reason) of the others.
     """
 
-    def __init__(self, unit: UnitId, views: range, num_images: int, audit: UnitAudit) -> None:
-        self.unit, self.views, self.audit = unit, views, audit
+    def __init__(self, unit: UnitId, views: range, num_images: int, audits: Mapping[str, UnitAudit]) -> None:
+        self.unit, self.views, self.audits = unit, views, audits
         self.keys: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
         self._num_images = num_images
-        self._arrays: dict[str, npt.NDArray[Any]] = {}  # [k, images of the shard, ...]
+        # By layer and array, [k, images of the shard, ...].
+        self._arrays: dict[str, dict[str, npt.NDArray[Any]]] = {layer: {} for layer in (VIEWS, *audits)}
 
     @property
     def begins_unit(self) -> bool:
@@ -146,27 +158,27 @@ class UnitPart:
             return
         begin, keys = len(self.keys), batch.keys[::num_views]
         self.keys += keys
-        arrays = {DIGEST: low_digests(batch)} | {name: array.numpy() for name, array in encoded.arrays.items()}
-        for name, values in arrays.items():
-            shape = values.shape[1:]
-            if name not in self._arrays:
-                self._arrays[name] = np.empty((num_views, self._num_images, *shape), values.dtype)
-            # Batches hold the views of an image next to each other, units the images of a view. The copy also frees
-            # pinned memory: a whole part of it is too much, and torch never returns it to the system.
-            by_view = values.reshape(len(keys), num_views, *shape).swapaxes(0, 1)
-            self._arrays[name][:, begin : len(self.keys)] = by_view
+        found = {VIEWS: {DIGEST: low_digests(batch)}}
+        found |= {layer: {name: each.numpy() for name, each in own.items()} for layer, own in encoded.arrays.items()}
+        for layer, arrays in found.items():
+            held = self._arrays[layer]
+            for name, values in arrays.items():
+                shape = values.shape[1:]
+                if name not in held:
+                    held[name] = np.empty((num_views, self._num_images, *shape), values.dtype)
+                # Batches hold the views of an image next to each other, units the images of a view. The copy also
+                # frees pinned memory: a whole part of it is too much, and torch never returns it to the system.
+                by_view = values.reshape(len(keys), num_views, *shape).swapaxes(0, 1)
+                held[name][:, begin : len(self.keys)] = by_view
 
     def compare(self, views: AuditedViews) -> None:
-        """Add views to the unit audit (I5)."""
-        self.audit.add(views.tapped, views.pixels, views.records, views.view_keys)
+        """Add views to the unit audit of every layer (I5)."""
+        for layer, audit in self.audits.items():
+            audit.add(views.tapped, views.pixels, views.records[layer], views.view_keys)
 
-    def records(self) -> dict[str, npt.NDArray[Any]]:
-        """The codec's arrays, [k, I, ...]; empty without readable images."""
-        return {name: values[:, : len(self.keys)] for name, values in self._arrays.items() if name != DIGEST}
-
-    def digests(self) -> npt.NDArray[Any]:
-        """uint32 [k, I]: the digests that the view layer holds."""
-        return self._arrays[DIGEST][:, : len(self.keys)]
+    def records(self, layer: str) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a layer, also of the view layer, [k, I, ...]; empty without readable images."""
+        return {name: values[:, : len(self.keys)] for name, values in self._arrays[layer].items()}
 
     def refuse_too_many_unreadable(self, max_share: float) -> None:
         """Print how many of the shard's images are unreadable.

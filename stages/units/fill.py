@@ -22,39 +22,44 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
 
     Args:
         recipe: the cache recipe to run.
-        parts: the recipe's source, teacher, manifest and layer, from `prepare`.
-        cut_like: former units of the layer; their missing views become the same units again, not parts of longer ones.
+        parts: the source, teacher, manifest and layers, from `prepare`; further layers than the recipe's are left out.
+        cut_like: former units of the layers; their missing views become the same units again, not parts of longer ones.
 
     Raises:
         CacheMismatch: the existing cache was made from another recipe or other data.
         UnitsFailed: some units could not be made; the others are committed.
         Interrupted: stopped by a signal; committed units are safe.
     """
-    source, manifest, layer = parts.source, parts.manifest, parts.layer
+    source, manifest = parts.source, parts.manifest
+    layers = {name: parts.layers[name] for name in recipe.layers}
+    named = f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
     # ---- join the jobs that write this cache
-    place = cache_place(recipe, layer)
+    place = cache_place(recipe, layers)
     with (
         _cluster(recipe),
-        CacheWriter.open(place, manifest, [layer], recipe.lease_s) as writer,
+        CacheWriter.open(place, manifest, list(layers.values()), recipe.lease_s) as writer,
         RunFolder(recipe, None) as log,  # a metric line per committed unit, of every job
         StopFlag() as stop,
     ):
         for difference in writer.environment_differences:
             logger.info(f"cache-teacher: warning: {difference}")
-        record_bytes = sum(spec.size_bytes for spec in parts.kind.specs(layer.shapes))
+        record_bytes = sum(
+            spec.size_bytes for name, layer in layers.items() for spec in parts.kinds[name].specs(layer.shapes)
+        )
         logger.info(
             f"cache-teacher: {source.num_samples:,} images x {recipe.num_views} views x {record_bytes / 1024:.1f} KiB "
             f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
-            f"layer {layer.name}, spec {layer.spec_id}"
+            + "; ".join(f"layer {name}, spec {layer.spec_id}" for name, layer in layers.items())
         )
 
         def missing() -> list[UnitId]:
-            held, view_units = writer.refresh(layer.name), writer.refresh(VIEWS)
+            held, view_units = [writer.refresh(name) for name in layers], writer.refresh(VIEWS)
             return missing_units(source, held, view_units, recipe.num_views, recipe.views_per_unit, cut_like)
 
         ledger = Ledger(missing, recipe.retries)
-        complete = f"layer {layer.name} of {place} is complete: {recipe.num_views} views of every image"
+        is_complete = "is complete" if len(layers) == 1 else "are complete"
+        complete = f"{named} of {place} {is_complete}: {recipe.num_views} views of every image"
         if not ledger.left():
             logger.info(f"cache-teacher: nothing to do, {complete}")
             return
@@ -68,7 +73,7 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
                 _work_here(job, ledger, board, stop)
             else:
                 _work_on_cluster(recipe, source, ledger, board, stop)
-    raise_failures(ledger, f"layer {layer.name} of {place}")
+    raise_failures(ledger, f"{named} of {place}")
     logger.info(f"cache-teacher: {complete}; `tinymim cache info {place}` describes it")
 
 

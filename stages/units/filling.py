@@ -23,14 +23,14 @@ class _OpenUnit:
 
     Attributes:
         keys, unreadable: of the first part, and so of all.
-        target: the draft of the unit in the target layer.
+        targets: the drafts of the unit in the target layers that lack it, by layer.
         views: the draft in the view layer, None where that holds the views.
         known: the unit of the view layer that holds the views.
     """
 
     keys: list[str]
     unreadable: list[tuple[str, str]]
-    target: UnitDraft
+    targets: dict[str, UnitDraft]
     views: UnitDraft | None
     known: UnitInfo | None
 
@@ -40,12 +40,11 @@ class UnitFilling:
 
     Args:
         writer: the writer of the cache.
-        layer: the target layer.
         max_unreadable: share of unreadable images above which a unit fails.
     """
 
-    def __init__(self, writer: CacheWriter, layer: str, max_unreadable: float) -> None:
-        self._writer, self._layer, self._max_unreadable = writer, layer, max_unreadable
+    def __init__(self, writer: CacheWriter, max_unreadable: float) -> None:
+        self._writer, self._max_unreadable = writer, max_unreadable
         self._drafts = ExitStack()
         self._open: _OpenUnit | None = None
 
@@ -53,7 +52,7 @@ class UnitFilling:
         """Write the next part of a unit.
 
         Returns:
-            What was committed: with the last part the unit, after that of the view layer if it was new.
+            What was committed: with the last part the unit of every layer, after that of the view layer if it was new.
 
         Raises:
             SourceError: too many images are unreadable, or others than in the parts before.
@@ -70,15 +69,18 @@ class UnitFilling:
         if (part.keys, part.unreadable) != (unit.keys, unit.unreadable):
             raise _changed_images(unit, part)
         if unit.views is not None:
-            unit.views.add({DIGEST: part.digests()})
+            unit.views.add(part.records(VIEWS))
         else:
             self._compare(unit, part)
-        unit.target.add(part.records())
+        for layer, draft in unit.targets.items():
+            draft.add(part.records(layer))
         if not part.ends_unit:
             return []
-        # The view layer's first: a target unit lies within views that it holds.
+        # The view layer's first: a target unit lies within views that it holds. After a kill between two layers, the
+        # next run makes the unit for the others alone.
         done = [] if unit.views is None else [unit.views.commit({"unreadable": [list(row) for row in unit.unreadable]})]
-        done.append(unit.target.commit({"fidelity": part.audit.summary()}))
+        for layer, draft in unit.targets.items():
+            done.append(draft.commit({"fidelity": part.audits[layer].summary()}))
         self.close()
         self._writer.give_back(part.unit)
         return done
@@ -95,9 +97,12 @@ class UnitFilling:
         known = next((self._view_unit(other) for other in present if other.overlaps(unit)), None)
         if present:
             self._require_same_images(part, known or self._view_unit(present[0]))
-        target = self._drafts.enter_context(self._writer.begin(self._layer, unit, keys))
-        views = None if known else self._drafts.enter_context(self._writer.begin(VIEWS, unit, keys))
-        return _OpenUnit(keys, part.unreadable, target, views, known)
+        begun = {
+            layer: self._drafts.enter_context(self._writer.begin(layer, unit, keys))
+            for layer in (*part.audits, *(() if known else (VIEWS,)))
+        }
+        views = begun.pop(VIEWS, None)
+        return _OpenUnit(keys, part.unreadable, begun, views, known)
 
     def _view_unit(self, unit: UnitId) -> UnitInfo:
         writer = self._writer
@@ -119,7 +124,7 @@ class UnitFilling:
 
     def _compare(self, unit: _OpenUnit, part: UnitPart) -> None:
         assert unit.known is not None
-        stored, found = self._reader.read_views(unit.known, part.views)[DIGEST], part.digests()
+        stored, found = self._reader.read_views(unit.known, part.views)[DIGEST], part.records(VIEWS)[DIGEST]
         for view, image in np.argwhere(stored != found)[:1].tolist():
             made_with = self._writer.manifest.environment
             digests = int(found[view, image]), int(stored[view, image])

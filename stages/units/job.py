@@ -42,6 +42,7 @@ from tinymim.stages.units.ledger import Piece, UnitBatches, UnitReport
 from tinymim.stages.units.timing import Stopwatch
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.writer import CacheWriter, UnitTaken
+from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
 
 COLLECT_DEPTH = 2  # batches
@@ -73,17 +74,17 @@ class Stop(Protocol):
 
 
 class TeacherJob:
-    """A teacher, its codec and the writer of their layer.
+    """A teacher, its codecs and the writer of their layers.
 
     Args:
         recipe: the cache recipe.
-        device: the device of teacher and codec.
+        device: the device of teacher and codecs.
         source: the shards.
         teacher: the teacher, on `device`.
         writer: the writer of the cache.
 
     Raises:
-        RecipeError, SourceError, CacheMismatch, CacheCorrupt: the codec's constants cannot be read or made.
+        RecipeError, SourceError, CacheMismatch, CacheCorrupt: a codec's constants cannot be read or made.
     """
 
     def __init__(
@@ -95,16 +96,20 @@ class TeacherJob:
         writer: CacheWriter,
     ) -> None:
         self.recipe, self.device, self.source, self.teacher, self.writer = recipe, device, source, teacher, writer
-        constants = settle_constants(writer, recipe, source, teacher)
-        self.kind = make_kind(recipe.codec, recipe.teacher.block, constants=constants)
-        shapes = writer.layers[recipe.layer_name].shapes
-        reference = reference_student(self.kind, recipe.views.size, shapes)
-        self._probe = GradientProbe(self.kind, reference.to(device), shapes)
+        self.kinds: dict[str, TargetKind] = {}
+        self._probes: dict[str, GradientProbe | None] = {}
+        for name, target in recipe.layers.items():
+            constants = settle_constants(writer, name, recipe, source, teacher)
+            kind, shapes = make_kind(*target, constants=constants), writer.layers[name].shapes
+            self.kinds[name], self._probes[name] = kind, None
+            if recipe.audit_views:
+                reference = reference_student(kind, recipe.views.size, shapes)
+                self._probes[name] = GradientProbe(kind, reference.to(device), shapes)
         self._views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
         self._shards = source.by_name()
         self._counts = {shard.name: shard.num_samples for shard in source.shards}
         self.images_per_batch = (
-            find_images_per_batch(teacher, self.kind, recipe, max(source.counts), device)
+            find_images_per_batch(teacher, self.kinds.values(), recipe, max(source.counts), device)
             if recipe.batch_size == "auto"
             else recipe.batch_size
         )
@@ -130,7 +135,7 @@ class TeacherJob:
         # Reports go from "write" back to this thread, the only one that may call `units`. The queue needs no bound:
         # those before it limit how many drafts exist.
         self._finished: queue.SimpleQueue[UnitReport] = queue.SimpleQueue()
-        filling = UnitFilling(self.writer, self.recipe.layer_name, self.recipe.max_unreadable)
+        filling = UnitFilling(self.writer, self.recipe.max_unreadable)
         writing = _Writing(filling, self._shards, watch, self._finished)
         try:
             # Leaving the blocks ends "collect" before "write": what is collected can still be written.
@@ -186,7 +191,7 @@ class TeacherJob:
                     # first part: further views of the same images are too alike.
                     if piece.first:
                         audit_views = self.recipe.audit_views if piece.begins_unit else 0
-                    encoded = encode(self.teacher, self.kind, batch, piece, audit_views, self.device)
+                    encoded = encode(self.teacher, self.kinds, batch, piece, audit_views, self.device)
                     audit_views -= 0 if encoded.audited is None else len(encoded.audited.view_keys)
                     with watch.during("waited_behind"):
                         collect.give(encoded)  # back-pressure: blocks while two batches wait
@@ -198,8 +203,11 @@ class TeacherJob:
         cuda = self.device.type == "cuda"
         yield from batches(self._views, plan, self.recipe.loader, pin_memory=cuda, look_ahead=False)
 
-    def _claimed(self, units: Units, may_wait: bool, watch: Stopwatch) -> UnitId | None:
-        """The next unit, claimed. None: there is none now; with `may_wait`, there will be none."""
+    def _claimed(self, units: Units, may_wait: bool, watch: Stopwatch) -> tuple[UnitId, tuple[str, ...]] | None:
+        """The next unit, claimed, and the layers that lack it.
+
+        None: there is none now; with `may_wait`, there will be none.
+        """
         while True:
             # Here too, because this loop can wait long for a driver, which waits for these reports.
             self._settle_finished(units, watch)
@@ -208,9 +216,10 @@ class TeacherJob:
                 if may_wait and units.more_may_come:
                     continue
                 return None
-            if self.writer.claim(self.recipe.layer_name, unit):
+            lacking = self.writer.claim_for(list(self.kinds), unit)
+            if lacking:
                 if self._fits_views(unit):
-                    return unit
+                    return unit, tuple(lacking)
                 self.writer.give_back(unit)
             units.settle(UnitReport(unit, "elsewhere"))
 
@@ -235,16 +244,16 @@ class TeacherJob:
 
     # ---- in the thread "collect"
 
-    def new_audit(self) -> UnitAudit:
-        """An empty audit of a unit."""
-        return UnitAudit(self._probe, self.recipe.audit_views)
+    def new_audits(self, layers: Iterable[str]) -> dict[str, UnitAudit]:
+        """An empty audit of a unit for each layer."""
+        return {layer: UnitAudit(self._probes[layer], self.recipe.audit_views) for layer in layers}
 
     def num_images(self, unit: UnitId) -> int:
         """Images of the unit's shard."""
         return self._counts[unit.shard]
 
     def compare(self, part: UnitPart, views: AuditedViews) -> None:
-        """Add views to the audit of a part's unit; on a GPU this overlaps with the teacher."""
+        """Add views to the audits of a part's unit; on a GPU this overlaps with the teacher."""
         if self._audit_stream is None:
             part.compare(views)
             return
@@ -265,9 +274,9 @@ class _Collector:
         """Add the next batch; batches come in tar order, part after part, unit after unit."""
         piece: Piece = encoded.piece
         if piece.begins_unit:
-            self._audit = self._job.new_audit()
+            self._audits = self._job.new_audits(piece.layers)
         if piece.first or self._part is None:  # drops the part of a unit that ended half-way, with its loader
-            self._part = UnitPart(piece.unit, piece.views, self._job.num_images(piece.unit), self._audit)
+            self._part = UnitPart(piece.unit, piece.views, self._job.num_images(piece.unit), self._audits)
         if encoded.marks is not None:
             # The wait for the GPU is here, up to two batches behind, so that the launching thread never waits for it.
             encoded.marks.wait()

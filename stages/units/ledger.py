@@ -1,7 +1,8 @@
 """The ledger of units: which are left, how often each was tried; and the batches of a unit for the loader."""
 
+import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -117,11 +118,13 @@ class Piece:
 
     Attributes:
         unit: the unit.
+        layers: the layers that lack it.
         views: the views of the part.
         first, last: whether it is the first and the last batch of the part.
     """
 
     unit: UnitId
+    layers: tuple[str, ...]
     views: range
     first: bool
     last: bool
@@ -147,8 +150,8 @@ class UnitBatches:
         source: the shards.
         images_per_batch: images in one batch; each comes with all views of a part.
         views_per_part: the largest number of views of a part.
-        take: returns the next unit, or None where there is none now. Its argument is whether it may wait, which is so
-            when no batch is on its way through the loader.
+        take: returns the next unit and the layers that lack it, or None where there is none now. Its argument is
+            whether it may wait, which is so when no batch is on its way through the loader.
     """
 
     def __init__(
@@ -156,7 +159,7 @@ class UnitBatches:
         source: ShardSet,
         images_per_batch: int,
         views_per_part: int,
-        take: Callable[[bool], UnitId | None],
+        take: Callable[[bool], tuple[UnitId, tuple[str, ...]] | None],
     ) -> None:
         self._counts = {shard.name: (number, shard.num_samples) for number, shard in enumerate(source.shards)}
         self._images_per_batch, self._views_per_part, self._take = images_per_batch, views_per_part, take
@@ -165,13 +168,14 @@ class UnitBatches:
     def plan(self) -> Iterator[Items]:
         """Yield the items of each batch, int64 [views, 3], until no unit can be taken and no batch is in the loader."""
         while True:
-            unit = self._take(not any(self._loading))
-            if unit is not None:
+            taken = self._take(not any(self._loading))
+            if taken is not None:
+                unit, layers = taken
                 number, count = self._counts[unit.shard]
                 for views in parts_of(unit, self._views_per_part):
                     batches = list(view_batches(number, count, views, self._images_per_batch))
                     for place, items in enumerate(batches):
-                        self._loading.append(Piece(unit, views, place == 0, place == len(batches) - 1))
+                        self._loading.append(Piece(unit, layers, views, place == 0, place == len(batches) - 1))
                         yield items
             elif any(self._loading):
                 # The loader reads a further entry of the plan before it returns a batch. An empty batch lets it
@@ -198,37 +202,41 @@ def parts_of(unit: UnitId, views_per_part: int) -> list[range]:
 
 def missing_units(
     source: ShardSet,
-    committed: Iterable[UnitId],
+    committed: Sequence[Collection[UnitId]],
     view_units: Iterable[UnitId],
     num_views: int,
     views_per_unit: int,
     cut_like: Iterable[UnitId] = (),
 ) -> list[UnitId]:
-    """The units that a layer lacks: per shard with images, the runs of views that no committed unit holds.
+    """The units that any layer lacks: per shard with images, the runs of views that its committed units leave out.
 
     Runs are cut at multiples of `views_per_unit`, whoever cuts them. They are also cut at the borders of the view
-    layer's units, so that a unit lies inside one of them or outside all.
+    layer's units, so that a unit lies inside one of them or outside all, and at those of every layer's units, so that
+    each layer holds all of a run or nothing.
 
     Args:
         source: the shards.
-        committed: the committed units of the layer.
+        committed: the committed units of each layer.
         view_units: the committed units of the view layer.
-        num_views: number of views per image that the layer is to hold.
+        num_views: number of views per image that the layers are to hold.
         views_per_unit: the largest number of views of a unit.
         cut_like: former units; a run is cut where one of them began or ended.
     """
     regular = {*range(0, num_views, views_per_unit), num_views}
-    held: dict[str, list[UnitId]] = {shard.name: [] for shard in source.shards if shard.num_samples}
+    held: dict[str, list[list[UnitId]]] = {
+        shard.name: [[] for _ in committed] for shard in source.shards if shard.num_samples
+    }
     cuts: dict[str, set[int]] = {}
-    present = [unit for unit in committed if unit.shard in held]
-    for unit in present:
-        held[unit.shard].append(unit)
-    for unit in (*present, *view_units, *cut_like):
+    for number, units in enumerate(committed):
+        for unit in units:
+            if unit.shard in held:
+                held[unit.shard][number].append(unit)
+    for unit in itertools.chain(*committed, view_units, cut_like):
         cuts.setdefault(unit.shard, set()).update((unit.first_view, unit.first_view + unit.num_views))
     todo = []
-    for shard, units in held.items():
+    for shard, by_layer in held.items():
         borders = sorted(cut for cut in regular | cuts.get(shard, set()) if cut <= num_views)
         for first, end in pairwise(borders):
-            if not any(first in unit.views for unit in units):
+            if not all(any(first in unit.views for unit in units) for units in by_layer):
                 todo.append(UnitId(shard, first, end - first))
     return todo

@@ -1,5 +1,6 @@
-"""Open the source and load the teacher of a cache-teacher recipe; make the manifest of its cache and its layer."""
+"""Open the source and load the teacher of a cache-teacher recipe; make the manifest of its cache and its layers."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -7,12 +8,12 @@ from typing import NamedTuple
 import torch
 
 from tinymim.configs.place import joined
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.stages.run.device import pick_device, require_view_size
-from tinymim.storage.manifest import Layer, Manifest, SourceShard
+from tinymim.storage.manifest import Layer, Manifest, SourceShard, joint_spec_id
 from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
 
@@ -25,14 +26,14 @@ class Prepared(NamedTuple):
 
     device: torch.device
     source: ShardSet
-    kind: TargetKind  # without constants
+    kinds: dict[str, TargetKind]  # by layer, without constants
     teacher: Teacher
     manifest: Manifest
-    layer: Layer
+    layers: dict[str, Layer]  # by name
 
 
 def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepared:
-    """Open the source, load the teacher and make manifest and layer; writes nothing.
+    """Open the source, load the teacher and make manifest and layers; writes nothing.
 
     Args:
         recipe: the cache recipe.
@@ -48,18 +49,19 @@ def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepa
         torch.set_num_threads(recipe.run.threads)
     require_view_size(recipe.views.size, recipe.teacher, "teacher")
     source = open_shards(recipe.source) if source is None else source
-    kind = make_kind(recipe.codec, recipe.teacher.block)
-    teacher = Teacher(recipe.teacher, kind.taps).to(device)
+    kinds = {name: make_kind(*target) for name, target in recipe.layers.items()}
+    teacher = Teacher(recipe.teacher, {tap for kind in kinds.values() for tap in kind.taps}).to(device)
     manifest = make_manifest(recipe, source)
-    return Prepared(device, source, kind, teacher, manifest, make_layer(recipe, manifest, teacher, kind))
+    layers = {name: make_layer(name, target, manifest, teacher, kinds[name]) for name, target in recipe.layers.items()}
+    return Prepared(device, source, kinds, teacher, manifest, layers)
 
 
-def cache_place(recipe: CacheTeacherRecipe, layer: Layer) -> Path | str:
-    """The place of the recipe's cache: `cache`, or the id of the layer's spec in `cache_root`."""
+def cache_place(recipe: CacheTeacherRecipe, layers: Mapping[str, Layer]) -> Path | str:
+    """The place of the recipe's cache: `cache`, or the id of the layers' specs in `cache_root`."""
     if recipe.cache is not None:
         return recipe.cache
     assert recipe.cache_root is not None  # the schema requires exactly one of the two
-    return joined(recipe.cache_root, layer.spec_id)
+    return joined(recipe.cache_root, joint_spec_id([layer.spec_id for layer in layers.values()]))
 
 
 def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet) -> Manifest:
@@ -68,22 +70,22 @@ def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet) -> Manifest:
     return Manifest(source=shards, views=recipe.views.identity(), environment=environment())
 
 
-def make_layer(recipe: CacheTeacherRecipe, manifest: Manifest, teacher: Teacher, kind: TargetKind) -> Layer:
-    """The layer that this recipe writes.
+def make_layer(name: str, target: LayerTarget, manifest: Manifest, teacher: Teacher, kind: TargetKind) -> Layer:
+    """A layer of a recipe: the same whether the teacher is tapped for others, too.
 
     Raises:
         RecipeError: the codec does not fit the teacher.
     """
-    shapes = teacher.shapes()
+    shapes = teacher.shapes(kind.taps)
     return Layer(
-        name=recipe.layer_name,
+        name=name,
         cache=manifest.spec_id,
-        teacher={**teacher.describe(), "shapes": asdict(shapes)},
+        teacher={**teacher.describe(kind.taps), "shapes": asdict(shapes)},
         target={
             "taps": [str(tap) for tap in kind.taps],
             "name": kind.name,
             "version": kind.version,
-            "parameters": recipe.codec.model_dump(mode="json"),
+            "parameters": target.codec.model_dump(mode="json"),
             "arrays": {spec.name: {"dtype": spec.dtype, "shape": list(spec.shape)} for spec in kind.specs(shapes)},
         },
         environment={name: value for name, value in environment().items() if name not in _OF_IMAGES},

@@ -115,10 +115,10 @@ def test_views_of_more_than_256_tokens_are_picked_for_the_audit(tmp_path: Path) 
         views=[View(0, 0, 68, 68, False)] * 4,
         view_keys=torch.arange(4),
     )
-    piece = Piece(UnitId("shard-000000.tar", 0, 2), range(2), True, True)
+    piece = Piece(UnitId("shard-000000.tar", 0, 2), ("a",), range(2), True, True)
     with LikeCuda():  # type: ignore[no-untyped-call]  # torch's
-        encoded = encode(Teacher(config, kind.taps), kind, batch, piece, 16, torch.device("cpu"))
-    assert encoded.audited is not None and encoded.arrays["qk_tail_gap"].dtype == torch.uint16
-    for name, picked in encoded.audited.records.items():
-        whole: Tensor = encoded.arrays[name]
+        encoded = encode(Teacher(config, kind.taps), {"a": kind}, batch, piece, 16, torch.device("cpu"))
+    assert encoded.audited is not None and encoded.arrays["a"]["qk_tail_gap"].dtype == torch.uint16
+    for name, picked in encoded.audited.records["a"].items():
+        whole: Tensor = encoded.arrays["a"][name]
         assert picked.dtype == whole.dtype and torch.equal(picked.long(), whole.long()[[0, 2]]), name

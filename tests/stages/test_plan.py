@@ -89,9 +89,9 @@ def test_a_slow_start_does_not_make_units_small(root: Path, monkeypatch: pytest.
     real = teacher_of_plan._write_and_read
     sizes: list[int] = []
 
-    def sized(writer: CacheWriter, layer: str, part: UnitPart, *rest: Any) -> float:
+    def sized(writer: CacheWriter, part: UnitPart, *rest: Any) -> float:
         sizes.append(len(part.keys))
-        return real(writer, layer, part, *rest)
+        return real(writer, part, *rest)
 
     slow = iter([0.0, *[1000.0] * 10**6])  # the first reading of the clock, and all later ones
     monkeypatch.setattr(teacher_of_plan, "_write_and_read", sized)

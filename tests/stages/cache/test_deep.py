@@ -51,7 +51,7 @@ def test_a_cache_of_another_teacher_under_the_same_manifest_fails(
     write_teacher(home / "other.safetensors", seed=1)
     whole = Teacher(of(made).teacher, [Tap("qkv", 2)]).describe()
     with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "describe", lambda self: whole)
+        patch.setattr(Teacher, "describe", lambda self, taps: whole)
         teacher = of(made).teacher.model_copy(update={"weights": str(home / "other.safetensors")})
         cache_teacher.run(
             of(made, cache=home / "cache", run={"folder": home / "run"}).model_copy(update={"teacher": teacher})

@@ -125,6 +125,15 @@ def test_workers_on_two_nodes_make_the_bytes_of_one_process_but_for_a_broken_sha
     assert lines[-1]["gib_written"] > 0
 
 
+def test_workers_write_several_layers_and_only_those_that_lack(cluster: Cluster, made: Path, tmp_path: Path) -> None:
+    targets = {"first": {"codec": {"rows": 6, "head_k": 1, "tail_k": 3}}, "cls": {"codec": {"kind": "cls"}}}
+    both: dict[str, Any] = {"codec": None, "targets": targets}
+    cache_teacher.run(recipe(made, tmp_path / "one", cluster=None, **both))
+    cache_teacher.run(recipe(made, tmp_path, cluster=None, codec={"kind": "cls"}, layer="cls"))
+    cache_teacher.run(recipe(made, tmp_path, **both))
+    assert tree(tmp_path / "cache") == tree(tmp_path / "one" / "cache")
+
+
 def test_a_worker_is_killed_and_a_node_leaves(cluster: Cluster, made: Path, tmp_path: Path) -> None:
     killed: list[int] = []
 

@@ -254,9 +254,9 @@ def test_what_is_taken_over_is_dropped_and_not_tried_again(
 
 
 def others(unit: UnitId) -> Any:
-    """For copytree: the shards that are not the unit's."""
-    stem = unit.shard.removesuffix(".tar")
-    return lambda _folder, names: [name for name in names if name.startswith("shard-") and not name.startswith(stem)]
+    """For copytree: the shards that are not the unit's, and the descriptions, which the job reads meanwhile."""
+    own = unit.shard.removesuffix(".tar")
+    return lambda _folder, names: [n for n in names if n == "zarr.json" or (n.startswith("shard-") and n != own)]
 
 
 def test_units_failed_is_no_success(made: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def unit(number: int) -> UnitId:
 
 
 def test_batches_know_their_units_and_the_end_is_the_end(source: ShardSet) -> None:
-    given = iter([unit(0), unit(2), None])
+    given = iter([(unit(0), ("a",)), (unit(2), ("a", "b")), None])
     batches = UnitBatches(source, 10, 8, lambda _: next(given))
     plan = batches.plan()
     sizes, pieces = [], []
@@ -76,25 +76,25 @@ def test_batches_know_their_units_and_the_end_is_the_end(source: ShardSet) -> No
         sizes.append(len(items))
         pieces.append(batches.next_piece())
     assert sizes == [20, 20, 10, 20]
-    assert [(p.unit, p.first, p.last) for p in pieces if p] == [
-        (unit(0), True, False),
-        (unit(0), False, False),
-        (unit(0), False, True),
-        (unit(2), True, True),
+    assert [(p.unit, p.layers, p.first, p.last) for p in pieces if p] == [
+        (unit(0), ("a",), True, False),
+        (unit(0), ("a",), False, False),
+        (unit(0), ("a",), False, True),
+        (unit(2), ("a", "b"), True, True),
     ]
 
 
 def test_a_unit_that_comes_late_does_not_stop_those_in_progress(source: ShardSet) -> None:
     asked: list[bool] = []
 
-    def late() -> Iterator[UnitId | None]:
-        yield from (unit(2), None, None, unit(1), None)
+    def late() -> Iterator[tuple[UnitId, tuple[str, ...]] | None]:
+        yield from ((unit(2), ("a",)), None, None, (unit(1), ("a",)), None)
         while True:
             yield None
 
     given = late()
 
-    def take(may_wait: bool) -> UnitId | None:
+    def take(may_wait: bool) -> tuple[UnitId, tuple[str, ...]] | None:
         asked.append(may_wait)
         return next(given)
 
@@ -109,7 +109,7 @@ def test_a_unit_that_comes_late_does_not_stop_those_in_progress(source: ShardSet
 
 
 def test_a_unit_is_made_in_parts_of_all_images(source: ShardSet) -> None:
-    given = iter([UnitId("shard-000000.tar", 3, 5), None])
+    given = iter([(UnitId("shard-000000.tar", 3, 5), ("a",)), None])
     batches = UnitBatches(source, 20, 2, lambda _: next(given))
     found = []
     for items in batches.plan():
@@ -129,22 +129,26 @@ def test_a_unit_is_made_in_parts_of_all_images(source: ShardSet) -> None:
 @pytest.mark.parametrize(
     ("held", "views", "num_views", "cut_like", "wanted"),
     [
-        ([], [], 7, [], ["v0-2", "v3-5", "v6-6"]),
-        (["v0-1"], ["v0-1"], 7, [], ["v2-2", "v3-5", "v6-6"]),  # cut where a new cache would be
-        (["v3-5"], ["v3-5"], 7, [], ["v0-2", "v6-6"]),
-        ([], ["v0-1", "v2-3"], 6, [], ["v0-1", "v2-2", "v3-3", "v4-5"]),  # inside one of them, or outside all
-        (["v0-0"], ["v0-8"], 5, [], ["v1-2", "v3-4"]),
-        (["v0-0"], ["v0-0"], 3, ["v1-1", "v2-2"], ["v1-1", "v2-2"]),
-        (["v0-9"], ["v0-9"], 5, [], []),
+        ([[]], [], 7, [], ["v0-2", "v3-5", "v6-6"]),
+        ([["v0-1"]], ["v0-1"], 7, [], ["v2-2", "v3-5", "v6-6"]),  # cut where a new cache would be
+        ([["v3-5"]], ["v3-5"], 7, [], ["v0-2", "v6-6"]),
+        ([[]], ["v0-1", "v2-3"], 6, [], ["v0-1", "v2-2", "v3-3", "v4-5"]),  # inside one of them, or outside all
+        ([["v0-0"]], ["v0-8"], 5, [], ["v1-2", "v3-4"]),
+        ([["v0-0"]], ["v0-0"], 3, ["v1-1", "v2-2"], ["v1-1", "v2-2"]),
+        ([["v0-9"]], ["v0-9"], 5, [], []),
+        ([["v0-2", "v3-5"], ["v0-2"]], ["v0-5"], 6, [], ["v3-5"]),  # killed between two layers
+        ([["v0-2"], []], ["v0-2"], 6, [], ["v0-2", "v3-5"]),
+        ([["v0-1"], ["v0-2"]], ["v0-2"], 3, [], ["v2-2"]),  # each layer holds all of a run or nothing
+        ([["v0-1"], []], ["v0-2"], 3, [], ["v0-1", "v2-2"]),
     ],
 )
 def test_missing_views_are_cut_into_units_that_fit_the_view_layer(
-    source: ShardSet, held: list[str], views: list[str], num_views: int, cut_like: list[str], wanted: list[str]
+    source: ShardSet, held: list[list[str]], views: list[str], num_views: int, cut_like: list[str], wanted: list[str]
 ) -> None:
     def units(ranges: list[str]) -> list[UnitId]:
         ends = [tuple(map(int, each[1:].split("-"))) for each in ranges]
         return [UnitId("shard-000001.tar", first, last - first + 1) for first, last in ends]
 
     one = ShardSet(source.shards[1:2])
-    found = missing_units(one, units(held), units(views), num_views, 3, units(cut_like))
+    found = missing_units(one, list(map(units, held)), units(views), num_views, 3, units(cut_like))
     assert [unit.view_range for unit in found] == wanted
