@@ -6,7 +6,7 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from tinymim.stages.pages.numbers import format_bytes, format_value, plural
+from tinymim.stages.pages.numbers import format_bytes, format_value, plural, view_law
 from tinymim.stages.pages.tables import plain_table
 from tinymim.storage.catalog import listed, resolve
 from tinymim.storage.commit import UnitInfo
@@ -193,14 +193,6 @@ def format_info(info: Mapping[str, Any]) -> str:
     for layer in layers[1:]:
         lines += ["", *_layer_lines(layer)]
     return "\n".join([*lines, "", *_maker_lines(info)])
-
-
-def view_law(views: Mapping[str, Any]) -> str:
-    """The view law in one line."""
-    return (
-        f"{views['size']} px, scale {format_value(views['scale'])}, ratio {format_value(views['ratio'])}, "
-        f"{views['interpolation']}, flip {format_value(views['flip'])}, seed {views['seed']}"
-    )
 
 
 def format_views(coverage: Mapping[str, Any]) -> str:
