@@ -324,10 +324,17 @@ class MaeConfig(Section):
     """Masked autoencoder (He et al., CVPR 2022). Defaults are MAE-Lite's decoder for ViT-T."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of patches hidden from the encoder.")
+    mask_unit: Side = Field(
+        default=1, description="Patches are hidden in squares of N x N (1: MAE; SimMIM, FastMIM: 32 pixels)."
+    )
     decoder_dim: Width = Field(default=96, description="Width of the decoder.")
     decoder_depth: Depth = Field(default=1, description="Blocks of the decoder.")
     decoder_heads: Width = Field(default=3, description="Attention heads of the decoder.")
     norm_pixels: bool = Field(default=True, description="Predict pixels that are normalised per patch.")
+
+    def num_visible(self, patches: int) -> int:
+        """Patches that the encoder sees, a whole number of units."""
+        return round(patches // self.mask_unit**2 * (1 - self.mask_ratio)) * self.mask_unit**2
 
     @model_validator(mode="after")
     def _whole_heads(self) -> "MaeConfig":
