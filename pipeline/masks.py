@@ -32,7 +32,8 @@ def mask_order(seed: int, key: str, view: int, rows: int, columns: int, unit: in
     places = np.empty(units, np.int64)
     places[np.frombuffer(raw, ">u8").argsort(kind="stable")] = np.arange(units)
     y, x = np.divmod(np.arange(rows * columns), columns)
-    return places[y // unit * across + x // unit] * unit**2 + y % unit * unit + x % unit
+    order: npt.NDArray[np.int64] = places[y // unit * across + x // unit] * unit**2 + y % unit * unit + x % unit
+    return order
 
 
 def mask_orders(seed: int, named: Iterable[tuple[str, int]], rows: int, columns: int, unit: int = 1) -> Tensor:
