@@ -249,7 +249,9 @@ def _maker_lines(info: Mapping[str, Any]) -> list[str]:
             owners = ", ".join(f"{name} ({plural(n, 'unit')})" for name, n in history["units_by_owner"].items())
             by = f" by {owners}" if owners else ""
             lines.append(f"committed {layer['name']}: {history['first_commit']} to {history['last_commit']}{by}")
-    lines.append(f"made with {', '.join(f'{name} {value}' for name, value in info['environment'].items())}")
+    # Canaries of operations are for machines: stages name those that differ.
+    shown = {name: value for name, value in info["environment"].items() if not name.startswith("canary.")}
+    lines.append(f"made with {', '.join(f'{name} {value}' for name, value in shown.items())}")
     for writer in info["writers"]:
         lines.append(f"writer    {writer['holder'] or 'an unknown process'} holds {writer['lease']}")
     return lines

@@ -144,6 +144,7 @@ def test_the_manifest_states_the_law_and_its_canaries(strong: Path, made: Path) 
     assert all(manifest.environment[f"canary.{name}"] == CANARIES[name] for name in names)
     text = format_info(describe(strong / "cache"))
     assert "rand-m9-mstd0.5-inc1 + erasing (pixel) in 0.5 of views, fill [124, 116, 104]" in text
+    assert "canary.rotate" not in text
     assert "blur [0.1, 2] in 0.3 of views" in text and "rand-m9" in card(describe(strong / "cache"))
 
     plain = CacheReader(made / "cache").manifest
