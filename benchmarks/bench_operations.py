@@ -37,9 +37,9 @@ from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.operations import apply
 from tinymim.pipeline.order import view_batches
-from tinymim.pipeline.policies import _LEVELS, Constants, operation_rng
+from tinymim.pipeline.policies import _LEVELS, Constants
 from tinymim.pipeline.shards import Shard, open_shards
-from tinymim.pipeline.views import RandomViews
+from tinymim.pipeline.views import RandomViews, operation_rng
 
 SIZE, BATCH = 224, 50
 VIEWS = ViewConfig(size=SIZE, scale=(0.08, 1.0))

@@ -1,4 +1,4 @@
-"""The commands that take no recipe: flags and help, no logic. Each command imports its stage when it runs."""
+"""The commands outside the usual order: flags and help, no logic. Each command imports its stage when it runs."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from tinymim.commands.shared import print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
 from tinymim.configs import shipped
 from tinymim.configs.errors import RecipeError
 
@@ -85,6 +85,45 @@ def make_shards(
         "unreadable": len(index["unreadable"]),
     }
     print_text(json.dumps(summary))
+
+
+@tools_app.command(name="views", sort_key=7)
+def show_views(
+    recipe: RecipeArgument,
+    target: Annotated[Path, Parameter(name="FILE")],
+    /,
+    *,
+    overrides: SetOption = None,
+    images: int = 6,
+    views: int = 8,
+) -> None:
+    """Draw a contact sheet: what teacher and student see of some images.
+
+    Shows every view with its box, flip, operations and, for pretrain-mae, mask.
+
+    Reads a recipe of cache-teacher or pretrain-mae, and its shards.
+    Writes FILE, a self-contained page, and a picture of the same name, .png.
+    Prints JSON: page, picture, law, images, views.
+
+    Example: tinymim views demo-cache views.html --images 4
+
+    Parameters
+    ----------
+    target
+        The page to write, NAME.html; the picture becomes NAME.png.
+    images
+        Number of images, spread evenly over the shards.
+    views
+        Views of each image, from view 0.
+    """
+    from tinymim.configs.load import load_recipes
+    from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe
+
+    [loaded] = load_recipes([recipe], ("cache-teacher", "pretrain-mae"), overrides or ())
+    assert isinstance(loaded, CacheTeacherRecipe | PretrainMaeRecipe)  # `load_recipes` allows no other
+    from tinymim.stages import views as stage
+
+    print_json(stage.run(loaded, stage.Options(target, images, views)))
 
 
 @tools_app.command(name="export", sort_key=7)

@@ -36,6 +36,9 @@ Batch = Annotated[int, Field(ge=1, le=2**20)]
 Weight = Annotated[float, Field(ge=0.0, le=1e6)]  # of a loss
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Aspect = Annotated[float, Field(ge=1e-3, le=1e3)]
+Level = Annotated[int, Field(ge=0, le=255)]
+Spread = Annotated[float, Field(ge=0.0, le=255.0)]
+Sigma = Annotated[float, Field(gt=0.0, le=20.0)]
 ResizeRatio = Annotated[float, Field(ge=1.0, le=10.0)]
 Mean = tuple[Fraction, Fraction, Fraction]
 Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -95,8 +98,51 @@ class SourceConfig(Section):
     spool: SpoolConfig = Field(default=SpoolConfig(), description="Local copies of shards in an object store.")
 
 
+class OperationsConfig(Section):
+    """Operations on a view's pixels, in the order of the fields, drawn from (seed, sample key, view index) alone (I1).
+
+    They change the pixels that teacher and student see. Fill and noise are levels of 255 and part of the law, so they
+    do not depend on a model's normalisation.
+    """
+
+    version: Literal[1] = Field(default=1, description="Version of the laws of this section.")
+    color_jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]] = Field(
+        default=(0.0, 0.0, 0.0, 0.0), description="Largest changes of brightness, contrast, saturation and hue."
+    )
+    color_jitter_share: Fraction = Field(default=0.8, description="Share of the views that `color_jitter` changes.")
+    grayscale: Fraction = Field(default=0.0, description="Share of the views that become grey.")
+    blur: Fraction = Field(default=0.0, description="Share of the views with a Gaussian blur.")
+    blur_sigma: tuple[Sigma, Sigma] = Field(default=(0.1, 2.0), description="Limits of the blur's deviation in pixels.")
+    solarize: Fraction = Field(default=0.0, description="Share of the views whose values from 128 on are inverted.")
+    rand_augment: Annotated[str | None, AfterValidator(checked_rand_augment)] = Field(
+        default=None, description="RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1. null: none."
+    )
+    erasing: Fraction = Field(default=0.0, description="Share of the views in which a box is erased.")
+    erasing_mode: Literal["const", "pixel"] = Field(
+        default="pixel", description="Erase with the colour `fill` (const), or with normal noise per pixel (pixel)."
+    )
+    fill: tuple[Level, Level, Level] = Field(
+        default=(124, 116, 104), description="Colour of gaps in levels of 255. Default: ImageNet's mean."
+    )
+    noise_mean: tuple[Spread, Spread, Spread] = Field(
+        default=(123.675, 116.28, 103.53), description="Mean of the noise per channel in levels of 255."
+    )
+    noise_std: tuple[Spread, Spread, Spread] = Field(
+        default=(58.395, 57.12, 57.375), description="Standard deviation of the noise per channel in levels of 255."
+    )
+
+    @model_validator(mode="after")
+    def _draws_something(self) -> "OperationsConfig":
+        jitter = self.color_jitter_share and any(self.color_jitter)
+        if not any([jitter, self.grayscale, self.blur, self.solarize, self.rand_augment, self.erasing]):
+            raise ValueError("no operation is on; set operations to null for boxes and flips alone")
+        if self.blur_sigma[0] > self.blur_sigma[1]:
+            raise ValueError(f"blur_sigma must be low <= high, got {self.blur_sigma}")
+        return self
+
+
 class ViewConfig(Section):
-    """The view law: RandomResizedCrop and flip, drawn from (seed, sample key, view index) alone (I1).
+    """The view law: RandomResizedCrop, flip, operations, drawn from (seed, sample key, view index) alone (I1).
 
     These fields are part of a cache's identity: other values need another cache.
     """
@@ -113,10 +159,14 @@ class ViewConfig(Section):
         default=True,
         description="Decode JPEGs at 1/2, 1/4 or 1/8 if the crop stays at least `size` long (docs/views.md).",
     )
+    operations: OperationsConfig | None = Field(
+        default=None, description="Operations on the pixels: RandAugment, erasing and more (docs/views.md). null: none."
+    )
 
     def identity(self) -> dict[str, Any]:
-        """The law as a cache's manifest holds it: caches from before scaled decoding lack the field."""
-        return self.model_dump(mode="json", exclude=None if self.scaled_decode else {"scaled_decode"})
+        """The law as a cache's manifest holds it: a field that is newer than format 2 is left out where it is off."""
+        off = {name for name in ("scaled_decode", "operations") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=off)
 
     @model_validator(mode="after")
     def _ordered(self) -> "ViewConfig":
@@ -274,10 +324,17 @@ class MaeConfig(Section):
     """Masked autoencoder (He et al., CVPR 2022). Defaults are MAE-Lite's decoder for ViT-T."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of patches hidden from the encoder.")
+    mask_unit: Side = Field(
+        default=1, description="Patches are hidden in squares of N x N (1: MAE; SimMIM, FastMIM: 32 pixels)."
+    )
     decoder_dim: Width = Field(default=96, description="Width of the decoder.")
     decoder_depth: Depth = Field(default=1, description="Blocks of the decoder.")
     decoder_heads: Width = Field(default=3, description="Attention heads of the decoder.")
     norm_pixels: bool = Field(default=True, description="Predict pixels that are normalised per patch.")
+
+    def num_visible(self, patches: int) -> int:
+        """Patches that the encoder sees, a whole number of units."""
+        return round(patches // self.mask_unit**2 * (1 - self.mask_ratio)) * self.mask_unit**2
 
     @model_validator(mode="after")
     def _whole_heads(self) -> "MaeConfig":

@@ -32,17 +32,23 @@ class MaskedAutoencoder(nn.Module):
                 "masked pre-training needs a ViT with a class token and no register tokens",
                 got=f"{backbone.prefix_tokens(encoder)} prefix tokens",
             )
-        patches = math.prod(backbone.grid(encoder))
-        if not 0 < round(patches * (1 - config.mask_ratio)) < patches:
+        rows, columns = backbone.grid(encoder)
+        if rows % config.mask_unit or columns % config.mask_unit:
+            raise RecipeError(
+                "mae.mask_unit does not divide the patch grid",
+                got=f"{config.mask_unit}, grid {rows} x {columns}",
+                expected=f"a divisor of {math.gcd(rows, columns)}",
+            )
+        patches, units = rows * columns, rows * columns // config.mask_unit**2
+        if not 0 < config.num_visible(patches) < patches:
             raise RecipeError(
                 "mae.mask_ratio leaves no patch to see or none to predict",
-                got=f"{config.mask_ratio} of {patches} patches",
-                expected=f"{1 / patches:.3g} to {1 - 1 / patches:.3g}",
+                got=f"{config.mask_ratio} of {units} {'patches' if config.mask_unit == 1 else 'units'}",
+                expected=f"{1 / units:.3g} to {1 - 1 / units:.3g}" if units > 1 else "smaller mae.mask_unit",
             )
         self.encoder = encoder
         self.config = config
         self.patch = backbone.strides(encoder)[-1]
-        rows, columns = backbone.grid(encoder)
         dim = config.decoder_dim
         self.decoder_embed = nn.Linear(backbone.widths(encoder)[-1], dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -58,18 +64,18 @@ class MaskedAutoencoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, images: Tensor, order: Tensor) -> Tensor:
         """Mean squared error on masked patches.
 
         Args:
             images: normalised pixels [B, 3, S, S].
-            noise: float [B, patches]; the patches with the least noise stay visible (randomness is handed in).
+            order: int64 or float [B, patches], distinct per row; patches with the least values stay visible.
 
         Returns:
             The scalar loss.
         """
-        ranks = noise.argsort(dim=1)
-        num_visible = round(noise.shape[1] * (1 - self.config.mask_ratio))
+        ranks = order.argsort(dim=1)
+        num_visible = self.config.num_visible(order.shape[1])
         visible, masked = ranks[:, :num_visible], ranks[:, num_visible:]
         prediction = self._decode(backbone.tokens_of_patches(self.encoder, images, visible), ranks)
         return nn.functional.mse_loss(take(prediction, masked), take(self._target(images), masked).to(prediction.dtype))

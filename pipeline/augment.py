@@ -22,9 +22,9 @@ from tinymim.configs.sections import AugmentConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.operations import apply
 from tinymim.pipeline.order import Items
-from tinymim.pipeline.policies import Constants, Policy, RandAugment, RandomErasing, operation_rng
+from tinymim.pipeline.policies import Constants, Policy, RandAugment, RandomErasing
 from tinymim.pipeline.shards import UNLABELLED
-from tinymim.pipeline.views import View, view_key
+from tinymim.pipeline.views import View, operation_rng, view_key
 
 
 def policies_of(config: AugmentConfig, constants: Constants) -> tuple[Policy, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tinymim.configs.errors import SourceError
 from tinymim.pipeline.decode import decode, jpeg_size, pixel_digest, render
+from tinymim.pipeline.operations import apply
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import Shard
 from tinymim.pipeline.views import View, ViewLaw, reduced, reduction_of, view_key
@@ -115,7 +116,7 @@ def _cut(data: bytes, key: str, indices: list[int], law: ViewLaw) -> list[tuple[
 
 
 def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: int | None) -> ViewBatch:
-    """Decode, crop and resize the views of `items`, int64 [B, 3]; unreadable images are left out and listed."""
+    """The pixels of the views of `items`, int64 [B, 3], for every stage; unreadable images are left out and listed."""
     pixels = torch.empty((len(items), 3, law.size, law.size), dtype=torch.uint8)
     kept: list[int] = []
     keys: list[str] = []
@@ -129,8 +130,11 @@ def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: in
         except SourceError as error:
             unreadable.append((key, f"{error.what}: {error.got}"))
             continue
-        for (row, _), (view, crop) in zip(rows, cut, strict=True):
+        for (row, item), (view, crop) in zip(rows, cut, strict=True):
             pixels[len(kept)] = crop
+            if steps := law.steps(key, item[2]):
+                own = pixels[len(kept)].numpy()
+                own[:] = apply(own, steps)
             kept.append(row)
             keys.append(key)
             views.append(view)

@@ -8,15 +8,12 @@ Constants that depend on a model in timm, fill colour and noise, are arguments h
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Final, Literal, NamedTuple, Protocol
 
-from tinymim.configs.rand_augment import RandAugmentNotation
+from tinymim.configs.rand_augment import RandAugmentNotation, parse_rand_augment
+from tinymim.configs.sections import OperationsConfig
 from tinymim.pipeline.operations import Colour, Spread, Step, exponential, normal_quantiles
-from tinymim.pipeline.views import view_rng
-
-_BOX_DRAWS = 32  # more than RandomViews takes, and whole digests
-
 
 POLICIES_VERSION = 1  # another one where a policy makes other pixels: states of the old one are not resumed
 
@@ -45,12 +42,11 @@ class Constants(NamedTuple):
 class Policy(Protocol):
     """Draws steps for an image of `height` x `width` pixels."""
 
+    @property
+    def operations(self) -> frozenset[str]:
+        """Names of all operations that it may draw."""
+
     def draw(self, draws: Iterator[float], height: int, width: int) -> list[Step]: ...
-
-
-def operation_rng(seed: int, key: str, view: int) -> Iterator[float]:
-    """Uniform numbers in [0, 1) for the operations of a view; none of them is the box's."""
-    return islice(view_rng(seed, key, view), _BOX_DRAWS, None)
 
 
 def _normal(draws: Iterator[float]) -> float:
@@ -115,6 +111,10 @@ class RandAugment:
     notation: RandAugmentNotation
     fill: Colour
 
+    @property
+    def operations(self) -> frozenset[str]:
+        return frozenset(_LEVELS[name][0] for name in self.notation.weights)
+
     def draw(self, draws: Iterator[float], height: int, width: int) -> list[Step]:
         drawn = [self._step(name, draws, height, width) for name in self._names(draws)]
         return [step for step in drawn if step is not None]
@@ -162,6 +162,10 @@ class RandomErasing:
     mode: Literal["const", "pixel"]
     constants: Constants
 
+    @property
+    def operations(self) -> frozenset[str]:
+        return frozenset({f"erase_{self.mode}"})
+
     def draw(self, draws: Iterator[float], height: int, width: int) -> list[Step]:
         if next(draws) >= self.probability:
             return []
@@ -192,6 +196,16 @@ class ColorJitter:
     hue: float = 0.0
     probability: float = 1.0
 
+    @property
+    def operations(self) -> frozenset[str]:
+        strengths = {
+            "brightness": self.brightness,
+            "contrast": self.contrast,
+            "color": self.saturation,
+            "hue": self.hue,
+        }
+        return frozenset(name for name, strength in strengths.items() if strength)
+
     def draw(self, draws: Iterator[float], height: int, width: int) -> list[Step]:
         if next(draws) >= self.probability:
             return []
@@ -216,6 +230,10 @@ class GaussianBlur:
     probability: float
     sigma: tuple[float, float] = (0.1, 2.0)
 
+    @property
+    def operations(self) -> frozenset[str]:
+        return frozenset({"gaussian_blur"})
+
     def draw(self, draws: Iterator[float], height: int, width: int) -> list[Step]:
         return [] if next(draws) >= self.probability else [Step("gaussian_blur", (_between(draws, *self.sigma),))]
 
@@ -231,5 +249,30 @@ class Sometimes:
     probability: float
     step: Step
 
+    @property
+    def operations(self) -> frozenset[str]:
+        return frozenset({self.step.operation})
+
     def draw(self, draws: Iterator[float], height: int, width: int) -> list[Step]:
         return [] if next(draws) >= self.probability else [self.step]
+
+
+def policies_of_views(config: OperationsConfig | None) -> tuple[Policy, ...]:
+    """The policies of a view law, in the order in which they are applied."""
+    if config is None:
+        return ()
+    policies: list[Policy] = []
+    if config.color_jitter_share and any(config.color_jitter):
+        policies.append(ColorJitter(*config.color_jitter, config.color_jitter_share))
+    if config.grayscale:
+        policies.append(Sometimes(config.grayscale, Step("grayscale")))
+    if config.blur:
+        policies.append(GaussianBlur(config.blur, config.blur_sigma))
+    if config.solarize:
+        policies.append(Sometimes(config.solarize, Step("solarize", (128,))))
+    if config.rand_augment is not None:
+        policies.append(RandAugment(parse_rand_augment(config.rand_augment), config.fill))
+    if config.erasing:
+        constants = Constants(config.fill, config.noise_mean, config.noise_std)
+        policies.append(RandomErasing(config.erasing, config.erasing_mode, constants))
+    return tuple(policies)

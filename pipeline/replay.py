@@ -291,7 +291,7 @@ class ReplayedViews:
         per_lane: int = 1,
     ) -> None:
         self.reader, self.manifest, self.source, self.verify, self.lanes = reader, manifest, source, verify, lanes
-        self.pixels = ReplayedPixels(source.shards, law_of(manifest.views), verify)
+        self.pixels = ReplayedPixels(source.shards, law_of(manifest.views, manifest.environment), verify)
         self._slices = Slices(reader, source.units, {VIEWS: [DIGEST], **arrays}, per_lane)
         self._positions: OrderedDict[int, Future[_Index]] = OrderedDict()
         self._most_positions = 2 * lanes * per_lane

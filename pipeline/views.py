@@ -1,4 +1,4 @@
-"""The view law: the box and flip of view v of an image (I1). A cache stores the law, not what it draws.
+"""The view law: box, flip and operations of view v of an image (I1). A cache stores the law, not what it draws.
 
 The law is RandomResizedCrop as in torchvision (uniform area share, log-uniform aspect ratio, ten tries, central
 fallback). Its numbers come from blake2b instead of a library's generator, so no version, worker, rank or batch can
@@ -7,15 +7,20 @@ change them.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.sections import ViewConfig
+from tinymim.pipeline.operations import Step, canaries
+from tinymim.pipeline.policies import policies_of_views
+from tinymim.storage.manifest import check_canaries
 
 _TRIES = 10
+_BOX_DRAWS = 32  # more than RandomViews takes, and whole digests
 
 
 class View(NamedTuple):
@@ -36,6 +41,9 @@ class ViewLaw(Protocol):
     scaled_decode: bool  # whether large boxes are cut from a reduced image, see `reduction_of`
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View: ...
+
+    def steps(self, key: str, view: int) -> Sequence[Step]:
+        """The operations on the pixels of a view, after its flip."""
 
 
 def reduction_of(view: View, size: int) -> int:
@@ -78,14 +86,34 @@ def view_rng(seed: int, key: str, view: int) -> Iterator[float]:
         counter += 1
 
 
+def operation_rng(seed: int, key: str, view: int) -> Iterator[float]:
+    """Uniform numbers in [0, 1) for the operations of a view; none of them is the box's."""
+    return islice(view_rng(seed, key, view), _BOX_DRAWS, None)
+
+
 class RandomViews:
-    """RandomResizedCrop and flip of `ViewConfig`, the law of both stages and of masked pre-training."""
+    """Boxes, flips and operations of `ViewConfig`, the law of both stages and of masked pre-training.
+
+    Attributes:
+        canaries: digests of all operations that the law may draw, as a manifest's environment holds them.
+
+    Raises:
+        ViewMismatch: an operation makes other pixels on this machine than it should; names all that do.
+    """
 
     def __init__(self, config: ViewConfig) -> None:
         self.config = config
         self.size = config.size
         self.interpolation: str = config.interpolation
         self.scaled_decode = config.scaled_decode
+        self._policies = policies_of_views(config.operations)
+        self.canaries = canaries(frozenset[str]().union(*(policy.operations for policy in self._policies)))
+
+    def steps(self, key: str, view: int) -> Sequence[Step]:
+        if not self._policies:
+            return ()
+        draws = operation_rng(self.config.seed, key, view)
+        return [step for policy in self._policies for step in policy.draw(draws, self.size, self.size)]
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View:
         draws = view_rng(self.config.seed, key, view)
@@ -113,18 +141,22 @@ def _largest_within(height: int, width: int, ratio_low: float, ratio_high: float
     return height, width
 
 
-def law_of(stored: Mapping[str, Any]) -> RandomViews:
+def law_of(stored: Mapping[str, Any], made_with: Mapping[str, Any]) -> RandomViews:
     """The law by which the views of a cache were drawn.
 
     Args:
         stored: the law in the cache's manifest.
+        made_with: the environment in the manifest.
 
     Raises:
         CacheMismatch: this version cannot draw its views.
+        ViewMismatch: an operation of the law makes other pixels here; names all that do.
     """
     try:
         # Caches from before scaled decoding lack the field, and do not use it.
-        return RandomViews(ViewConfig.model_validate({"scaled_decode": False} | dict(stored)))
+        law = RandomViews(ViewConfig.model_validate({"scaled_decode": False} | dict(stored)))
+        check_canaries(made_with, law.canaries)
+        return law
     except ValidationError as error:
         raise CacheMismatch(
             "the views of this cache follow a law that this version of tinymim does not have",
@@ -145,6 +177,9 @@ class CentreView:
     def __init__(self, size: int, resize_ratio: float) -> None:
         self.size = size
         self.resize_ratio = resize_ratio
+
+    def steps(self, key: str, view: int) -> Sequence[Step]:
+        return ()
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View:
         side = max(1, round(min(height, width) / self.resize_ratio))

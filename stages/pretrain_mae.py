@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 
 import torch
 
@@ -17,6 +16,7 @@ from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_vit
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
+from tinymim.pipeline.masks import MASKS_VERSION, mask_orders
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
@@ -26,7 +26,7 @@ from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
-from tinymim.stages.training.optim import parts_of, seeded
+from tinymim.stages.training.optim import parts_of
 from tinymim.stages.training.ranks import Ranks, set_up
 
 
@@ -57,10 +57,10 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
     encoder = build_vit(recipe.model)
     model = MaskedAutoencoder(encoder, recipe.mae).to(device)
     normalise = Normalise().to(device)
-    num_patches, size = math.prod(backbone.grid(encoder)), recipe.model.img_size
+    (rows, columns), size = backbone.grid(encoder), recipe.model.img_size
     about = f"encoder of {count_parameters(encoder):,} parameters"
-    example = (torch.zeros(2, 3, size, size, device=device), torch.zeros(2, num_patches, device=device))
-    content = [shard.content_hash for shard in source.shards]
+    example = (torch.zeros(2, 3, size, size, device=device), torch.arange(rows * columns, device=device).expand(2, -1))
+    content = [f"masks {MASKS_VERSION}", *(shard.content_hash for shard in source.shards)]
     learner = Learner("", about, recipe, "model", model, example, ranks, order, content)
 
     # ---- resume
@@ -77,19 +77,18 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
         pin_memory=device.type == "cuda",
         batches_per_entry=recipe.order.views_per_decode,
     )
-    places = torch.from_numpy(order.places).to(device)
     with contextlib.closing(stream), books.running() as (stop, meter):  # closing ends the loader's processes
         for step, batch in enumerate(stream, start=books.first_step):
             if not batch.keys:
                 raise SourceError(f"no image of step {step} can be read", got=batch.unreadable[0])
             pixels = batch.pixels.to(device, non_blocking=True)
-            # Drawn for the whole batch over all ranks, so that a sample's mask does not depend on the number of ranks.
-            generator = seeded(device, recipe.run.seed, step)
-            noise = torch.rand(batch_size, num_patches, device=device, generator=generator)[places]
-            for part in parts_of(len(places), recipe.optim.accumulate, present=len(pixels)):
+            named = zip(batch.keys, batch.items[:, 2].tolist(), strict=True)
+            masks = mask_orders(recipe.run.seed, named, rows, columns, recipe.mae.mask_unit)
+            masks = masks.to(device, non_blocking=True)
+            for part in parts_of(len(order.places), recipe.optim.accumulate, present=len(pixels)):
                 with learner.part_of_step(part.first, part.last):
                     with autocast(device, recipe.precision):
-                        loss = learner.model(normalise(pixels[part.rows]), noise[part.rows])
+                        loss = learner.model(normalise(pixels[part.rows]), masks[part.rows])
                     learner.backward({"loss": loss}, part.share)
             learner.update(step)
             books.end_step(step + 1, stop, meter)

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from reprlib import Repr
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from tinymim.configs.errors import CacheCorrupt, CacheMismatch
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, ViewMismatch
 from tinymim.configs.sections import LAYER_NAME
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.storage.atomic import canonical_json, digest_hex
@@ -97,6 +97,7 @@ class _Environment(_Section):
     canary: str
 
 
+_CANARY: Final = "canary."
 # The place and licence of the weights change no number; `weights_sha256` identifies them.
 PROVENANCE_KEYS = frozenset({"weights_origin", "license"})
 
@@ -135,7 +136,8 @@ class Manifest(_Described):
     Attributes:
         source: the shards in order; new shards are appended.
         views: the view law.
-        environment: library versions, and `canary`, a digest of one decoded and resized image.
+        environment: library versions; `canary`, a digest of one decoded and resized image; `canary.OPERATION`, one
+            for every operation of the view law.
 
     Raises:
         ValueError: a required key is missing or has another type, or two shards have one name.
@@ -351,7 +353,29 @@ def check_same(stored: Manifest, wanted: Manifest) -> list[str]:
         differences += _differences(ours, theirs, f"source.{name}.")
     differences.sort(key=lambda difference: difference[0].startswith("source."))
     _refuse(differences, "the cache", "change the recipe back, or give this recipe a cache folder of its own")
+    check_canaries(stored.environment, wanted.environment)
     return _environments(stored, wanted)
+
+
+def check_canaries(stored: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Check that every operation on views makes the same pixels now: the entries `canary.OPERATION` are equal.
+
+    Args:
+        stored: the environment in a manifest, or what else states the digests.
+        found: the digests of this machine, by the same names.
+
+    Raises:
+        ViewMismatch: an operation differs; names all that do.
+    """
+    names = sorted(name for name in stored.keys() | found.keys() if name.startswith(_CANARY))
+    differ = [name for name in names if stored.get(name) != found.get(name)]
+    if differ:
+        raise ViewMismatch(
+            f"augmentations make other pixels here: {', '.join(name.removeprefix(_CANARY) for name in differ)}",
+            got=", ".join(str(found.get(name, "no such operation")) for name in differ),
+            expected=", ".join(str(stored.get(name, "no such operation")) for name in differ),
+            hint="compare the version of numpy; `tinymim` and numpy of the machine that made them reproduce them",
+        )
 
 
 def check_same_layer(stored: Layer, wanted: Layer) -> list[str]:

@@ -6,7 +6,7 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from tinymim.stages.pages.numbers import format_bytes, format_value, plural
+from tinymim.stages.pages.numbers import format_bytes, format_value, plural, view_law
 from tinymim.stages.pages.tables import plain_table
 from tinymim.storage.catalog import listed, resolve
 from tinymim.storage.commit import UnitInfo
@@ -195,14 +195,6 @@ def format_info(info: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_maker_lines(info)])
 
 
-def view_law(views: Mapping[str, Any]) -> str:
-    """The view law in one line."""
-    return (
-        f"{views['size']} px, scale {format_value(views['scale'])}, ratio {format_value(views['ratio'])}, "
-        f"{views['interpolation']}, flip {format_value(views['flip'])}, seed {views['seed']}"
-    )
-
-
 def format_views(coverage: Mapping[str, Any]) -> str:
     """`10`, or `3 to 10` where some shards have more views than others."""
     least, most = coverage["views"], coverage["most_views"]
@@ -257,7 +249,9 @@ def _maker_lines(info: Mapping[str, Any]) -> list[str]:
             owners = ", ".join(f"{name} ({plural(n, 'unit')})" for name, n in history["units_by_owner"].items())
             by = f" by {owners}" if owners else ""
             lines.append(f"committed {layer['name']}: {history['first_commit']} to {history['last_commit']}{by}")
-    lines.append(f"made with {', '.join(f'{name} {value}' for name, value in info['environment'].items())}")
+    # Canaries of operations are for machines: stages name those that differ.
+    shown = {name: value for name, value in info["environment"].items() if not name.startswith("canary.")}
+    lines.append(f"made with {', '.join(f'{name} {value}' for name, value in shown.items())}")
     for writer in info["writers"]:
         lines.append(f"writer    {writer['holder'] or 'an unknown process'} holds {writer['lease']}")
     return lines

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tinymim.stages.pages.numbers import format_bytes, format_value
+from tinymim.stages.pages.numbers import format_bytes, format_value, view_law
 from tinymim.stages.pages.tables import markdown_table
 
 # Names that hubs know, by what teachers call their licences.
@@ -59,11 +59,9 @@ def card(info: Mapping[str, Any]) -> str:
             format_bytes(layer["bytes"]),
         ]
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    law = info["views"]
     lines += [
         "",
-        f"Views: {law['size']} px, scale {format_value(law['scale'])}, ratio {format_value(law['ratio'])}, "
-        f"{law['interpolation']}, flip {format_value(law['flip'])}, seed {law['seed']}. Cache {info['spec_id']}, "
+        f"Views: {view_law(info['views'])}. Cache {info['spec_id']}, "
         f"format {info['format_version']}, {info['num_shards']:,} shards.",
         "",
         "## Teachers and licences",

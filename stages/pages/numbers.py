@@ -1,4 +1,7 @@
-"""Numbers as text: bytes, times, rates, counts."""
+"""Numbers and view laws as text: bytes, times, rates, counts."""
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -50,3 +53,35 @@ def format_cores(count: float) -> str:
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def view_law(views: Mapping[str, Any]) -> str:
+    """The view law of a manifest in one line."""
+    parts = [
+        f"{views['size']} px, scale {format_value(views['scale'])}, ratio {format_value(views['ratio'])}",
+        f"{views['interpolation']}, flip {format_value(views['flip'])}, seed {views['seed']}",
+    ]
+    if operations := views.get("operations"):
+        parts.append("operations " + operations_law(operations))
+    return ", ".join(parts)
+
+
+def operations_law(operations: Mapping[str, Any]) -> str:
+    """The operations of a view law that are on, with their shares of the views, and the fill."""
+    on = {
+        "color_jitter": f"color jitter {format_value(operations['color_jitter'])}",
+        "grayscale": "grayscale",
+        "blur": f"blur {format_value(operations['blur_sigma'])}",
+        "solarize": "solarize",
+        "rand_augment": f"{operations['rand_augment']}",
+        "erasing": f"erasing ({operations['erasing_mode']})",
+    }
+    shares = {name: operations[name] for name in on} | {"color_jitter": operations["color_jitter_share"]}
+    if not any(operations["color_jitter"]):
+        shares["color_jitter"] = 0
+    named = [
+        text if name == "rand_augment" else f"{text} in {format_value(shares[name])} of views"
+        for name, text in on.items()
+        if shares[name]
+    ]
+    return f"{' + '.join(named)}, fill {format_value(operations['fill'])}"

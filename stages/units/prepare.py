@@ -12,6 +12,7 @@ from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
+from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.device import pick_device, require_view_size
 from tinymim.storage.manifest import Layer, Manifest, SourceShard, joint_spec_id
 from tinymim.targets.contract import TargetKind
@@ -67,7 +68,8 @@ def cache_place(recipe: CacheTeacherRecipe, layers: Mapping[str, Layer]) -> Path
 def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet) -> Manifest:
     """The manifest of the cache that this recipe writes to, which is its identity (I6)."""
     shards = tuple(SourceShard(s.name, s.size_bytes, s.num_samples, s.content_hash) for s in source.shards)
-    return Manifest(source=shards, views=recipe.views.identity(), environment=environment())
+    made_with = environment() | RandomViews(recipe.views).canaries
+    return Manifest(source=shards, views=recipe.views.identity(), environment=made_with)
 
 
 def make_layer(name: str, target: LayerTarget, manifest: Manifest, teacher: Teacher, kind: TargetKind) -> Layer:

@@ -22,7 +22,7 @@ Ranges = Sequence[tuple[int, int]]  # first view and number of views of each uni
 
 def manifest_of(source: ShardSet, law: ViewConfig) -> Manifest:
     shards = [SourceShard(each.name, each.size_bytes, each.num_samples, each.content_hash) for each in source.shards]
-    return Manifest(tuple(shards), law.identity(), environment())
+    return Manifest(tuple(shards), law.identity(), environment() | RandomViews(law).canaries)
 
 
 Records = Callable[[Sequence[str], Sequence[int]], dict[str, npt.NDArray[Any]]]

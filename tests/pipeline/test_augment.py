@@ -22,9 +22,9 @@ from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.operations import apply
 from tinymim.pipeline.order import Items
-from tinymim.pipeline.policies import Constants, operation_rng
+from tinymim.pipeline.policies import Constants
 from tinymim.pipeline.shards import Shard, open_shards
-from tinymim.pipeline.views import RandomViews
+from tinymim.pipeline.views import RandomViews, operation_rng
 
 STRONG = "rand-m9-mstd0.5-inc1"
 CLASSES = 10

@@ -20,7 +20,6 @@ from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline import views
 from tinymim.pipeline.operations import OPERATIONS, Step
 from tinymim.pipeline.policies import (
-    _BOX_DRAWS,
     ColorJitter,
     Constants,
     GaussianBlur,
@@ -28,9 +27,8 @@ from tinymim.pipeline.policies import (
     RandAugment,
     RandomErasing,
     Sometimes,
-    operation_rng,
 )
-from tinymim.pipeline.views import RandomViews, view_rng
+from tinymim.pipeline.views import _BOX_DRAWS, RandomViews, operation_rng, view_rng
 
 CONSTANTS = Constants.of(IMAGENET_MEAN, IMAGENET_STD)
 VIEWS = 6000

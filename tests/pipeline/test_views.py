@@ -134,15 +134,15 @@ def test_centre_view() -> None:
 def test_the_law_of_a_cache_draws_its_views() -> None:
     config = ViewConfig(size=48, scale=(0.1, 0.9), flip=0.25, seed=7, scaled_decode=True)
     stored = json.loads(json.dumps(config.identity()))
-    law = law_of(stored)
+    law = law_of(stored, {})
     assert law.config == config
     assert [law("a", view, 300, 400) for view in range(50)] == [
         RandomViews(config)("a", view, 300, 400) for view in range(50)
     ]
-    assert not law_of({name: value for name, value in stored.items() if name != "scaled_decode"}).scaled_decode
+    assert not law_of({name: value for name, value in stored.items() if name != "scaled_decode"}, {}).scaled_decode
 
 
 def test_a_law_of_another_version_is_refused() -> None:
     with pytest.raises(CacheMismatch, match="a law that this version of tinymim does not have") as caught:
-        law_of(ViewConfig().identity() | {"erasing": 0.5})
+        law_of(ViewConfig().identity() | {"erasing": 0.5}, {})
     assert "erasing" in str(caught.value.got)

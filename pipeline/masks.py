@@ -1,0 +1,42 @@
+"""Masks on the patch grid: which patches of a view are hidden, a function of (seed, sample key, view index) (I1).
+
+Units of u x u patches are hidden whole: u = 1 is MAE's random mask (He et al., CVPR 2022), u > 1 the blocks of SimMIM
+and FastMIM (32 pixels there, so u = 2 for patches of 16). A mask is an order of the patches. The first ones are
+visible, so every view of a batch has the same number of them.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+MASKS_VERSION = 1  # another one where a mask hides other patches: states of the old one are not resumed
+
+
+def mask_order(seed: int, key: str, view: int, rows: int, columns: int, unit: int = 1) -> npt.NDArray[np.int64]:
+    """The place of every patch in the order in which patches stay visible.
+
+    Args:
+        seed, key, view: what the mask is a function of.
+        rows, columns: the patch grid; multiples of `unit`.
+        unit: side of a unit in patches.
+
+    Returns:
+        int64 [rows * columns] in raster order, a permutation. Patches of a unit are neighbours in it.
+    """
+    across, units = columns // unit, rows * columns // unit**2
+    raw = hashlib.shake_128(f"tinymim/mask/{seed}/{view}/{key}".encode()).digest(8 * units)
+    places = np.empty(units, np.int64)
+    places[np.frombuffer(raw, ">u8").argsort(kind="stable")] = np.arange(units)
+    y, x = np.divmod(np.arange(rows * columns), columns)
+    order: npt.NDArray[np.int64] = places[y // unit * across + x // unit] * unit**2 + y % unit * unit + x % unit
+    return order
+
+
+def mask_orders(seed: int, named: Iterable[tuple[str, int]], rows: int, columns: int, unit: int = 1) -> Tensor:
+    """`mask_order` of B views, given as (sample key, view index): int64 [B, rows * columns]."""
+    found = [mask_order(seed, key, view, rows, columns, unit) for key, view in named]
+    return torch.from_numpy(np.stack(found))
