@@ -15,6 +15,7 @@ from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
+from tinymim.configs.taps import Shapes
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.vit import build_vit, count_parameters
 from tinymim.pipeline.dataset import ViewBatch
@@ -195,10 +196,15 @@ def check_student_fits(student: ModelConfig, term: Term) -> None:
     with naming(term.layer), torch.device("meta"):
         own = shapes_of(build_vit(student))
         term.kind.head(own, teacher)
-        if (own.grid, own.prefix_tokens) != (teacher.grid, teacher.prefix_tokens):
-            raise CacheMismatch(
-                "the student's tokens are not the teacher's",
-                got=f"a grid of {own.grid[0]} x {own.grid[1]} and {own.prefix_tokens} prefix tokens",
-                expected=f"{teacher.grid[0]} x {teacher.grid[1]} and {teacher.prefix_tokens}",
-                hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
-            )
+        check_tokens_fit(own, teacher)
+
+
+def check_tokens_fit(own: Shapes, teacher: Shapes) -> None:
+    """Raises CacheMismatch where a student's tokens are not the teacher's."""
+    if (own.grid, own.prefix_tokens) != (teacher.grid, teacher.prefix_tokens):
+        raise CacheMismatch(
+            "the student's tokens are not the teacher's",
+            got=f"a grid of {own.grid[0]} x {own.grid[1]} and {own.prefix_tokens} prefix tokens",
+            expected=f"{teacher.grid[0]} x {teacher.grid[1]} and {teacher.prefix_tokens}",
+            hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
+        )
