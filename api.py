@@ -313,7 +313,8 @@ class TeacherCache:
         """
         if not 0 <= rank < world_size:
             raise RecipeError("rank is not below world_size", got=f"rank {rank}, world_size {world_size}")
-        names = [self._reader.layer(name).name for name in dict.fromkeys(layers or self.layers or [None])]
+        wanted: Iterable[str | None] = dict.fromkeys(layers or self.layers) or [None]  # None: the reader's error
+        names = [self._reader.layer(name).name for name in wanted]
         order_config = _section(
             OrderConfig,
             "the loader's order",

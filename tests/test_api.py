@@ -1,6 +1,7 @@
 """The library: the same batches, targets and losses as `train-student`, in a loop of one's own."""
 
 import itertools
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 
 import tinymim
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError
-from tinymim.stages import cache_teacher
+from tinymim.pipeline.dataset import ViewBatch
+from tinymim.stages import cache_teacher, train_student
+from tinymim.stages.training.student_step import StudentStep
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_set
 
 HEAVY = ("torch", "timm", "zarr", "numpy", "pydantic")
@@ -31,7 +34,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student() -> timm.models.VisionTransformer:
     sizes = {name: value for name, value in STUDENT.items() if name != "name"}
     torch.manual_seed(0)
-    return timm.create_model(STUDENT["name"], num_classes=0, **sizes)
+    model = timm.create_model(STUDENT["name"], num_classes=0, **sizes)
+    assert isinstance(model, timm.models.VisionTransformer)
+    return model
 
 
 def loader(root: Path, **changes: Any) -> tinymim.Loader:
@@ -49,11 +54,17 @@ def test_import_loads_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
+def test_the_page_is_made_of_the_docstrings() -> None:
+    root = Path(__file__).parents[1]
+    page = runpy.run_path(str(root / "docs" / "make_api.py"))["page"]()
+    assert (root / "docs" / "api.md").read_text() == page, "run: python docs/make_api.py > docs/api.md"
+
+
 def test_names_are_loaded_at_first_use_and_others_do_not_exist() -> None:
     assert tinymim.open_cache is sys.modules["tinymim.api"].open_cache
     assert set(tinymim.__all__) <= set(dir(tinymim))
     with pytest.raises(AttributeError, match="no attribute 'opencache'"):
-        tinymim.opencache  # type: ignore[attr-defined]  # noqa: B018
+        tinymim.opencache  # noqa: B018
 
 
 def test_a_cache_describes_itself(root: Path) -> None:
@@ -100,12 +111,14 @@ def test_heads_and_losses_train_a_student_on_both_layers(root: Path) -> None:
 
 
 def test_the_stream_is_that_of_train_student(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinymim.stages import train_student
-    from tinymim.stages.training.student_step import StudentStep
-
     seen: list[list[str]] = []
     step = StudentStep.take
-    monkeypatch.setattr(StudentStep, "take", lambda self, n, batch: (seen.append(batch.keys), step(self, n, batch))[1])
+
+    def take(self: StudentStep, number: int, batch: ViewBatch) -> None:
+        seen.append(batch.keys)
+        step(self, number, batch)
+
+    monkeypatch.setattr(StudentStep, "take", take)
     changes = {"optim": {"batch_size": 8, "steps": 8}, "run": {"folder": root / "run-s", "device": "cpu"}}
     train_student.run(student_recipe(root, layer="sketch", **changes))
     own = loader(root, layers=["sketch"], shuffle_units=2)
