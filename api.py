@@ -4,12 +4,12 @@
 
     cache = tinymim.open_cache("caches/mine")
     loader = cache.loader("shards/mine", batch_size=64)
-    head = cache.head("qkv", student)
+    head = cache.head("mae", student)
     for batch in loader:
-        answers = {"qkv": head(student.forward_features(batch.images()))}
+        answers = {"mae": head(student.forward_features(batch.images()))}
         loss = sum(cache.losses(answers, batch).values())
 
-`tinymim cache info` lists the names of the layers, here `qkv`. `tinymim train-student` is made of the same parts. Code
+`tinymim cache info` lists the names of the layers, here `mae`. `tinymim train-student` is made of the same parts. Code
 is never loaded from a cache.
 
 Shapes: B view, S pixel, T token, C width.
@@ -61,7 +61,7 @@ def open_cache(place: str | Path, targets: Mapping[str, Mapping[str, Any]] | Non
 
     Args:
         place: the cache's folder or URL, or a root that holds exactly one cache.
-        targets: by layer, the fields of a recipe's `targets` section, such as `{"qkv": {"relations": ["vv"]}}`.
+        targets: by layer, the fields of a recipe's `targets` section, such as `{"mae": {"rows": 8}}`.
             Default: everything that a layer holds.
 
     Raises:

@@ -16,7 +16,7 @@ from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.training.student_step import StudentStep
-from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_set
+from tinymim.tests.stages.tiny import STUDENT, cache_recipe, copied, student_recipe, write_set
 
 HEAVY = ("torch", "timm", "zarr", "numpy", "pydantic")
 
@@ -144,6 +144,19 @@ def test_ranks_share_every_batch_and_workers_change_nothing(root: Path) -> None:
     ranks = [loader(root, lanes=2, rank=rank, world_size=2, workers=rank) for rank in range(2)]
     parts = zip(*([names(batch) for batch in each] for each in ranks), strict=True)
     assert [one + other for one, other in parts] == alone
+
+
+def test_layers_that_hold_less_limit_the_views_and_shards(root: Path, tmp_path: Path) -> None:
+    home = copied(root, tmp_path / "home")
+    first, *others = sorted(path.name for path in (home / "shards").glob("*.tar"))
+    part = {"shards": home / "shards", "pattern": first}
+    classes = {"kind": "cls", "name": "int8"}
+    cache_teacher.run(cache_recipe(home, layer="part", codec=classes, source=part, num_views=1))
+    with pytest.raises(tinymim.UserError, match="lacks 2 of 3 shards"):
+        loader(home)
+    some = loader(home, on_missing="skip")
+    assert (some.images, some.num_views, list(some.skipped)) == (12, 1, others)
+    assert set(next(iter(some)).targets) == {"features", "part", "sketch"}
 
 
 def test_mistakes_have_a_remedy(root: Path) -> None:
