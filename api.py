@@ -16,7 +16,6 @@ Shapes: B view, S pixel, T token, C width.
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,13 +37,13 @@ from tinymim.models.student import shapes_of
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.order import Items, SampleOrder
+from tinymim.pipeline.order import SampleOrder
+from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.cache.info import describe
 from tinymim.stages.cache.opened import opened_kind
 from tinymim.stages.training.student_step import check_tokens_fit
-from tinymim.storage.blocks import DIGEST
 from tinymim.storage.catalog import resolve
 from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader, Coverage, views_from_zero
@@ -52,7 +51,6 @@ from tinymim.targets.contract import Answers, Target, TargetHead, TargetKind
 
 __all__ = ["Batch", "Loader", "Shapes", "TeacherCache", "TinymimError", "UserError", "open_cache"]
 
-_NOT_CHECKED = VerifyConfig(first=0, every=0)
 _S = TypeVar("_S", bound=Section)
 
 
@@ -126,35 +124,6 @@ class Batch:
         )
 
 
-class _Joined:
-    """The records of several layers for one stream of views; the first one checks the pixels."""
-
-    def __init__(self, parts: Mapping[str, ReplayedViews]) -> None:
-        self.parts = parts
-
-    def prepared(self, plan: Iterable[Items]) -> Iterator[Items | TinymimError]:
-        """See `pipeline.loader.RankPart`; all layers request the same entries."""
-        plans = itertools.tee(plan, len(self.parts))
-        own = (part.prepared(each) for part, each in zip(self.parts.values(), plans, strict=True))
-        for entries in zip(*own, strict=True):
-            yield next((entry for entry in entries if isinstance(entry, TinymimError)), entries[0])
-
-    def completed(self, made: list[ViewBatch], pin_memory: bool) -> list[ViewBatch]:
-        """See `pipeline.loader.RankPart`; the records' names are `layer/array`."""
-        by_layer = {layer: part.completed(made, pin_memory) for layer, part in self.parts.items()}
-        return [
-            replace(
-                batch,
-                records={
-                    f"{layer}/{name}": array
-                    for layer, found in by_layer.items()
-                    for name, array in found[number].records.items()
-                },
-            )
-            for number, batch in enumerate(made)
-        ]
-
-
 class Loader(IterableDataset[Batch]):
     """Batches of cached views in a fixed order; `TeacherCache.loader` makes it.
 
@@ -171,17 +140,16 @@ class Loader(IterableDataset[Batch]):
 
     def __init__(
         self,
-        parts: Mapping[str, ReplayedViews],
+        views: ReplayedViews,
         order: SampleOrder,
         config: LoaderConfig,
         pin_memory: bool,
         decode: Callable[[str, Batch], Target],
     ) -> None:
-        self._first = next(iter(parts.values()))
-        self._joined, self._order, self._config = _Joined(parts), order, config
+        self._views, self._order, self._config = views, order, config
         self._pin_memory, self._decode = pin_memory, decode
-        source = self._first.source
-        self.images, self.num_views, self.layers = sum(source.counts), source.num_views, tuple(parts)
+        source = views.source
+        self.images, self.num_views, self.layers = sum(source.counts), source.num_views, tuple(source.layers)
         self.skipped = source.skipped
 
     def __len__(self) -> int:
@@ -198,12 +166,12 @@ class Loader(IterableDataset[Batch]):
         """
         order = self._order
         stream = batches(
-            self._first.pixels,
+            self._views.pixels,
             order.plan((order.step // len(self) + 1) * len(self)),
             self._config,
             pin_memory=self._pin_memory,
             batches_per_entry=order.order.views_per_decode,
-            rank_part=self._joined,
+            rank_part=self._views,
         )
         with contextlib.closing(stream):  # ends the workers, also after a break
             for batch in stream:
@@ -223,10 +191,7 @@ class Loader(IterableDataset[Batch]):
         self._order.load_state_dict(state)
 
     def _batch(self, batch: ViewBatch) -> Batch:
-        records: dict[str, dict[str, Tensor]] = {layer: {} for layer in self.layers}
-        for name, array in batch.records.items():
-            layer, _, own = name.partition("/")
-            records[layer][own] = array
+        records = {layer: of_layer(batch.records, layer) for layer in self.layers}
         views = torch.from_numpy(batch.items[:, 2].copy())
         return Batch(batch.pixels, batch.keys, views, batch.view_keys, batch.labels, records, self._decode)
 
@@ -328,24 +293,17 @@ class TeacherCache:
         )
         config = _section(LoaderConfig, "the loader", {"workers": workers, "prefetch": prefetch})
         verify = _section(VerifyConfig, "the comparison", {"first": verify_first, "every": verify_every})
-        sources = self._join(source, names, num_views, on_missing)
-        first = sources[0]
-        order = SampleOrder(first.counts, order_config, batch_size, first.num_views, rank, world_size)
+        joined = join(open_shards(SourceConfig(shards=source)), self._reader, names, num_views, on_missing)
+        order = SampleOrder(joined.counts, order_config, batch_size, joined.num_views, rank, world_size)
         if not order.steps_per_epoch:
-            raise RecipeError("batch_size is more than the images", got=f"{batch_size} of {sum(first.counts)} images")
-        parts = {
-            each.layer: ReplayedViews(
-                self._reader,
-                self._reader.manifest,
-                each,
-                [spec.name for spec in self._kind(each.layer).specs(self._reader.layers[each.layer].shapes)],
-                verify if each is first else _NOT_CHECKED,
-                len(order.lanes),
-                order.slices_per_lane,
-            )
-            for each in sources
+            raise RecipeError("batch_size is more than the images", got=f"{batch_size} of {sum(joined.counts)} images")
+        arrays = {
+            name: [spec.name for spec in self._kind(name).specs(self._reader.layers[name].shapes)]
+            for name in joined.layers
         }
-        return Loader(parts, order, config, pin_memory, self._decode)
+        reader, lanes = self._reader, len(order.lanes)
+        views = ReplayedViews(reader, reader.manifest, joined, arrays, verify, lanes, order.slices_per_lane)
+        return Loader(views, order, config, pin_memory, self._decode)
 
     def head(self, layer: str, student: VisionTransformer | Shapes) -> TargetHead:
         """A new head, which maps a student's final tokens [B, T, C] to answers. Train it, and drop it afterwards.
@@ -419,31 +377,14 @@ class TeacherCache:
             held, keys = views_from_zero(units[shard.name]), self._reader.keys(shard.name)
             if key not in keys or not 0 <= view < held:
                 break
-            one = CachedSource((shard,), VIEWS, held, {VIEWS: {shard.name: units[shard.name]}})
-            views = ReplayedViews(self._reader, self._reader.manifest, one, [DIGEST], VerifyConfig(first=1, every=0))
+            one = CachedSource((shard,), held, {VIEWS: {shard.name: units[shard.name]}})
+            views = ReplayedViews(self._reader, self._reader.manifest, one, {}, VerifyConfig(first=1, every=0))
             return views.batch(np.array([[0, keys.index(key), view, 0]])).pixels[0]
         raise UserError(
             f"the cache {self._reader.place} holds no view {view} of an image '{key}' of this source",
             got=f"shards {source}",
             hint="a batch of the loader has `keys` and `views` that exist",
         )
-
-    def _join(
-        self, source: str | Path, layers: Sequence[str], num_views: int | None, on_missing: Literal["refuse", "skip"]
-    ) -> list[CachedSource]:
-        """The source joined with every layer: the same shards and views for all of them."""
-        shards = open_shards(SourceConfig(shards=source))
-        found = [join(shards, self._reader, layer, num_views, on_missing) for layer in layers]
-        if (least := min(each.num_views for each in found)) != num_views and len(found) > 1:
-            found = [join(shards, self._reader, layer, least, on_missing) for layer in layers]
-        skipped = {name for each in found for name in each.skipped}
-        if not skipped:
-            return found
-        common = tuple(shard for shard in found[0].shards if shard.name not in skipped)
-        if not common:
-            raise UserError("no shard has records in all of these layers", got=", ".join(layers))
-        ordered = tuple(shard.name for shard in shards.shards if shard.name in skipped)
-        return [replace(each, shards=common, skipped=ordered) for each in found]
 
     def _kind(self, layer: str, device: torch.device | None = None) -> TargetKind:
         at = (layer, device or torch.device("cpu"))
