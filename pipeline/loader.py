@@ -154,4 +154,6 @@ def _made(
     try:
         yield from loader
     except (RuntimeError, OSError, EOFError) as error:
-        raise killed_loader(error, of_loader=True) or error from error
+        if (killed := killed_loader(error, of_loader=True)) is not None:
+            raise killed from error
+        raise

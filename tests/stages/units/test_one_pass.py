@@ -124,6 +124,7 @@ def test_the_teacher_sees_a_view_once_and_stops_after_the_last_tap_that_is_neede
     assert not seen
 
 
+@pytest.mark.slow  # 6 s; changes with the cutting of units only
 def test_layers_that_were_cut_otherwise_share_a_pass(
     made: Path, tmp_path: Path, seen: list[tuple[int, list[str]]]
 ) -> None:
@@ -137,6 +138,7 @@ def test_layers_that_were_cut_otherwise_share_a_pass(
     assert names["qkv"] == names["features"]
 
 
+@pytest.mark.slow  # 15 s: starts and kills processes; tests of a single layer kill too
 def test_a_kill_between_two_layers_leaves_only_what_lacks_to_be_made(
     made: Path, tmp_path: Path, seen: list[tuple[int, list[str]]]
 ) -> None:
@@ -152,6 +154,7 @@ def test_a_kill_between_two_layers_leaves_only_what_lacks_to_be_made(
     assert tree(tmp_path / "cache") == tree(made / "cache")
 
 
+@pytest.mark.slow  # 6 s; changes with repair only
 def test_damage_in_two_layers_is_repaired_at_once_and_layers_may_have_grown_apart(
     made: Path, tmp_path: Path, seen: list[tuple[int, list[str]]]
 ) -> None:
@@ -187,6 +190,7 @@ def test_a_root_names_the_cache_by_all_of_its_layers(made: Path, tmp_path: Path)
     assert list(reader.layers) == ["cls", "qkv"]
 
 
+@pytest.mark.slow  # 6 s; changes with `plan` only
 def test_the_plan_is_for_all_layers_and_a_student_names_its_own(made: Path, tmp_path: Path) -> None:
     wanted = recipe(made, tmp_path, views_per_unit=50, views_per_decode=8)
     student = student_recipe(made, cache=tmp_path / "cache", layer="features", num_views=2)
