@@ -165,7 +165,14 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "C5": ("a shard that is shortened after it was opened", ["pipeline/test_shards.py::test_a_shard_shortened"]),
     "C6": (
         "killed loader workers, a small /dev/shm",
-        ["pipeline/test_records.py::test_a_killed_worker", "pipeline/test_loader.py::test_a_small_shared"],
+        [
+            "pipeline/test_records.py::test_a_killed_worker",
+            "pipeline/test_loader.py::test_a_small_shared",
+            "pipeline/test_loader.py::test_the_signal",
+            "pipeline/test_loader.py::test_a_connection",
+            "stages/training/test_launch.py::test_a_killing",
+            "stages/units/test_crew.py::test_a_killed_loader",
+        ],
     ),
     "C7": (
         "any value in any recipe field",
@@ -197,7 +204,13 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     ),
     "D1": (
         "a full disk is named with file and file system",
-        ["configs/test_errors.py::test_a_full_disk", "configs/test_errors.py::test_a_write_to_a_full"],
+        [
+            "configs/test_errors.py::test_a_full_disk",
+            "configs/test_errors.py::test_a_write_to_a_full",
+            "stages/test_make_shards.py::test_a_file_that",
+            "storage/test_writer.py::test_a_draft_that",
+            "stages/run/test_folder.py::test_a_full",
+        ],
     ),
     "D2": ("after growth a resumed run continues, or num_views is named", ["stages/test_grown_cache.py"]),
     "D3": ("units of other images are named by layer and views", ["pipeline/test_replay.py::test_units_of_other"]),
@@ -215,6 +228,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "D12": (
         "`cache=s3:/bucket/x` makes no local folder",
         ["pipeline/test_remote.py::test_urls_that_are", "configs/test_load.py::test_values_that"],
+    ),
+    "D13": (
+        "unreadable images are refused with the limit that was passed",
+        ["stages/units/test_layers.py::test_unreadable_images_are_refused"],
     ),
     "E1": (
         "a student is a folder that timm loads with its mean, std, sizes and heads",

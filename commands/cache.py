@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, print_data
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.place import parse_place
 
@@ -56,10 +56,7 @@ def cache_list(
 
     place = parse_place(root)
     rows = stage.run(place)
-    if as_json:
-        print_json(rows)
-    else:
-        print_text(stage.format_list(rows, place))
+    print_data(rows, stage.format_list(rows, place), as_json)
 
 
 @cache_app.command(name="info", sort_key=1)
@@ -81,10 +78,7 @@ def cache_info(path: PathArgument, /, *, more_views: int = 10, as_json: JsonOpti
     if more_views < 1:
         raise RecipeError("--more-views is too small", got=more_views, expected="at least 1")
     info = stage.describe(parse_place(path), more_views)
-    if as_json:
-        print_json(info)
-    else:
-        print_text(stage.format_info(info))
+    print_data(info, stage.format_info(info), as_json)
 
 
 @cache_app.command(name="verify", sort_key=2)
@@ -139,10 +133,7 @@ def cache_verify(
         from tinymim.stages.cache import deep as deep_check
 
         report["deep"] = deep_check.run(recipe, place, sample, min_agreement, seed) if report["sound"] else None
-    if as_json:
-        print_json(report)
-    else:
-        print_text(stage.format_report(report))
+    print_data(report, stage.format_report(report), as_json)
     stage.refuse_unsound(report)
 
 
@@ -166,10 +157,7 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
     from tinymim.stages.cache import repair as stage
 
     report = stage.run(loaded)
-    if as_json:
-        print_json(report)
-    else:
-        print_text(stage.format_report(report))
+    print_data(report, stage.format_report(report), as_json)
     stage.refuse_left(report)
 
 
@@ -213,16 +201,10 @@ def cache_copy(
         if layers and len(layers) > 1:
             raise RecipeError("a cache in format 1 becomes one layer", got=f"--layer {' --layer '.join(layers)}")
         upgraded = upgrade.run(parse_place(source), parse_place(target), layers[0] if layers else None)
-        if as_json:
-            print_json(upgraded)
-        else:
-            print_text(upgrade.format_report(upgraded))
+        print_data(upgraded, upgrade.format_report(upgraded), as_json)
         return
     report = stage.run(parse_place(source), parse_place(target), layers)
-    if as_json:
-        print_json(report)
-    else:
-        print_text(stage.format_report(report))
+    print_data(report, stage.format_report(report), as_json)
 
 
 @cache_app.command(name="pack", sort_key=5)
@@ -245,10 +227,7 @@ def cache_pack(
     from tinymim.stages.cache import pack as stage
 
     report = stage.run(parse_place(path), parse_place(target))
-    if as_json:
-        print_json(report)
-    else:
-        print_text(stage.format_report(report))
+    print_data(report, stage.format_report(report), as_json)
 
 
 @cache_app.command(name="remove", sort_key=6)
@@ -280,7 +259,4 @@ def cache_remove(
     from tinymim.stages.cache import remove as stage
 
     report = stage.run(parse_place(path), yes, layers)
-    if as_json:
-        print_json(report)
-    else:
-        print_text(stage.format_report(report))
+    print_data(report, stage.format_report(report), as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tinymim.commands.shared import print_json, print_text
+from tinymim.commands.shared import print_data
 
 
 def compare(
@@ -35,7 +35,4 @@ def compare(
     from tinymim.stages import compare as stage
 
     runs = stage.run([run, *more], out)
-    if as_json:
-        print_json(stage.as_json(runs))
-    else:
-        print_text(stage.as_text(runs))
+    print_data(stage.as_json(runs), stage.as_text(runs), as_json)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, print_data
 
 
 def plan(
@@ -67,7 +67,4 @@ def plan(
     from tinymim.stages.pages.plan import format_plan
 
     result = stage.run(cache, students, stage.Options(seconds, trainings, images, random_weights))
-    if as_json:
-        print_json(result)
-    else:
-        print_text(format_plan(result))
+    print_data(result, format_plan(result), as_json)

@@ -29,4 +29,9 @@ def print_text(text: str) -> None:
 
 def print_json(data: dict[str, Any] | list[Any]) -> None:
     """Print JSON to stdout. Raises StdoutClosed like `print_text`."""
-    print_text(json.dumps(data, indent=2))
+    print_data(data, "", as_json=True)
+
+
+def print_data(data: dict[str, Any] | list[Any], text: str, as_json: bool) -> None:
+    """Print data to stdout as JSON or as a text about it. Raises StdoutClosed like `print_text`."""
+    print_text(json.dumps(data, indent=2) if as_json else text)

@@ -27,6 +27,7 @@ from typing import Final, Self, overload
 import numpy as np
 import numpy.typing as npt
 
+from tinymim.configs.errors import naming
 from tinymim.storage.atomic import fsync_folder, partial_path, remove_partials
 
 MEMBERS_NAME: Final = "index.members"
@@ -147,8 +148,9 @@ class MembersWriter:
         ends, text = members.keys.packed()
         arrays = (members.offsets, members.sizes, members.labels, ends)
         data = b"".join([*(array.astype("<i8").tobytes() for array in arrays), text.tobytes()])
-        start = self._pad()
-        self._file.write(data)
+        with naming(self._path):
+            start = self._pad()
+            self._file.write(data)
         block = Block(start, len(ends), text.size, zlib.crc32(data))
         self._entries.append(Entry(name, size_bytes, content_hash, mtime_ns, block))
 
@@ -156,7 +158,7 @@ class MembersWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._file:
+            with naming(self._path), self._file:
                 if error is not None:
                     return
                 table = json.dumps([asdict(entry) for entry in self._entries]).encode()

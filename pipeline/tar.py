@@ -9,7 +9,7 @@ from typing import IO, Final
 
 import numpy as np
 
-from tinymim.configs.errors import SourceError, first_line
+from tinymim.configs.errors import SourceError, first_line, is_refusal
 from tinymim.pipeline.members import Keys, Members
 
 # Endings of images. A fixed list, because a shard must hold the same images on every machine.
@@ -167,7 +167,10 @@ def survey_tar(file: IO[bytes], name: str, size_bytes: int, prefer: str = "", la
 
 
 def not_a_tar(name: str, error: Exception) -> SourceError:
-    """The error for a shard that cannot be read as a tar."""
+    """The error for a shard that cannot be read as a tar, or that the system refuses to open."""
+    if isinstance(error, OSError) and is_refusal(error):
+        hint = "restore it, or the permission to read it, and run the same command again"
+        return SourceError(f"shard {name} cannot be opened", got=error.strerror, hint=hint)
     return SourceError(f"shard {name} is not a readable tar", got=first_line(error), hint=_ASK_FOR_REPACK)
 
 

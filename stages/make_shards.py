@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import PIL.Image
 import webdataset
 from torch import Tensor
 
-from tinymim.configs.errors import SourceError, first_line
+from tinymim.configs.errors import SourceError, UserError, first_line, naming
 from tinymim.pipeline import drawn, labels
 from tinymim.pipeline.candidates import COMPRESSED_TAR, Candidate, images_of_tars, walk
 from tinymim.pipeline.decode import decode, facts_of
@@ -215,7 +216,7 @@ def _write_shard(path: Path, first: Image, rest: Iterator[Image], most: int) -> 
     """Write `first` and up to `most - 1` of `rest`. The tar appears complete, by rename. Returns the number written."""
     partial = path.with_suffix(".tar.partial")
     count = 0
-    with open(partial, "wb") as file:
+    with naming(path), open(partial, "wb") as file:
         # Time and owner are fixed, so that the same images give the same bytes.
         with webdataset.TarWriter(file, mtime=0, user="", group="", encoder=False) as tar:
             image: Image | None = first
@@ -285,8 +286,15 @@ def _from_drawn(options: Options, chunk: int = 100) -> Iterator[Found]:
         if len(starts) > 1:
             pool = ProcessPoolExecutor(os.cpu_count(), mp_context=worker_context(), initializer=prepare_worker)
             run = stack.enter_context(pool).map
-        for part in run(drawn.samples, seeds, starts, sizes):
-            yield from ((key, data, label, key) for key, data, label in part)
+        try:
+            for part in run(drawn.samples, seeds, starts, sizes):
+                yield from ((key, data, label, key) for key, data, label in part)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that draws images was killed",
+                hint="where memory is short, the system kills processes (`dmesg` shows it); remove what was written "
+                "and run the same command again",
+            ) from error
 
 
 def _from_candidates(chosen: labels.Labelled) -> Iterator[Found]:

@@ -104,7 +104,7 @@ def partial_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """A temporary file in the folder of `path`, open for writing; it is removed when the block is left."""
     temp = partial_path(path)
     try:
-        with open(temp, "wb") as file:
+        with naming(path), open(temp, "wb") as file:
             yield temp, file
     finally:
         with suppress(OSError):

@@ -1,9 +1,11 @@
 """What all tests share: two processes, skipping by marker with the reason printed, the folder of photographs."""
 
 import os
+import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,3 +101,19 @@ def drawn_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn") / "shards"
     make_shards.run("drawn", folder, make_shards.Options(count=60, images_per_shard=25))
     return folder
+
+
+@pytest.fixture
+def limited() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which no file can grow beyond N bytes: the system's error names no file, as that of a full disk."""
+
+    @contextmanager
+    def limit(size_bytes: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

@@ -79,7 +79,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.ExitStack() as last:  # in reverse order, each although another fails
+        with naming(self.path), contextlib.ExitStack() as last:  # in reverse order, each although another fails
             last.callback(self._board.close)
             last.callback(self._metrics.close)
             last.callback(self.session.tick, last=True)

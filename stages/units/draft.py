@@ -191,11 +191,16 @@ class UnitPart:
             logger.info(f"cache-teacher: {lost} of {count} images of {self.unit.shard} are unreadable and skipped")
         if lost > max_share * count or lost == count:
             key, reason = self.unreadable[0]
+            if lost == count:
+                what, expected, hint = "no readable image", "at least one readable image", "repair or remove the shard"
+            else:
+                what, expected = "too many unreadable images", f"at most {max_share:.1%} unreadable"
+                hint = "repair the shard, or raise max_unreadable"
             raise SourceError(
-                f"too many unreadable images in shard {self.unit.shard}, the first is '{key}' ({reason})",
-                got=f"{lost} of {count}",
-                expected=f"at most {max_share:.1%} unreadable, and at least one readable image",
-                hint="repair the shard, or raise max_unreadable" if max_share < 1 else "repair or remove the shard",
+                f"{what} in shard {self.unit.shard}, the first is '{key}' ({reason})",
+                got=f"{lost} of {count} unreadable",
+                expected=expected,
+                hint=hint,
             )
 
 

@@ -60,6 +60,9 @@ def test_a_full_disk_is_named_with_the_file_and_its_free_space(tmp_path: Path) -
     with pytest.raises(OSError, match="full") as caught, naming(path):
         raise OSError(errno.EDQUOT, "full", "named")
     assert refusal_text(caught.value).startswith("full: named\n")
+    with pytest.raises(FileNotFoundError) as missing, naming(path):
+        raise FileNotFoundError("s3://bucket/absent")
+    assert str(missing.value) == "s3://bucket/absent"  # a store's error names its own file
     assert refusal_text(PermissionError(errno.EACCES, "Permission denied", "x")) == "Permission denied: x"
 
 

@@ -4,6 +4,9 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinymim.configs.errors import SourceError
+from tinymim.configs.errors import SourceError, UserError
 from tinymim.configs.sections import SourceConfig
 from tinymim.pipeline import drawn
 from tinymim.pipeline.members import MEMBERS_NAME
@@ -278,3 +281,22 @@ def test_bad_resize_options_write_nothing(tmp_path: Path, options: dict[str, int
     with pytest.raises(SourceError, match=message):
         make(source, tmp_path / "dst", **options)
     assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize(("limit", "named"), [(1000, "shard-000000.tar"), (11_000, MEMBERS_NAME)])
+def test_a_file_that_cannot_be_written_is_named(
+    limit: int, named: str, tmp_path: Path, limited: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    source = fill(tmp_path / "src", {f"{number}.jpg": picture(number) for number in range(4)})
+    with pytest.raises(OSError, match="File too large") as caught, limited(limit):
+        make(source, tmp_path / "dst", images_per_shard=1)
+    assert caught.value.filename == str(tmp_path / "dst" / named)
+
+
+def test_a_killed_process_of_the_pool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Iterator[Any]:
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.map", broken)
+    with pytest.raises(UserError, match=r"was killed\n  hint: .*memory is short"):
+        make("drawn", tmp_path / "dst", count=200)

@@ -5,7 +5,8 @@ import os
 import random
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tinymim.storage.commit import encode_commit
 from tinymim.storage.layout import VIEWS, UnitId, shard_stem
 from tinymim.storage.manifest import Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
+from tinymim.storage.store import LocalStore
 from tinymim.storage.writer import CacheGone, CacheWriter, UnitTaken
 from tinymim.tests.storage import tiny, workers
 from tinymim.tests.storage.tiny import CLS, REL
@@ -388,3 +390,16 @@ def test_beats_do_not_bring_a_renamed_cache_back(tmp_path: Path) -> None:
             time.sleep(0.02)
             assert not place.exists(), round_
             (tmp_path / "moved").rename(place)
+
+
+def test_a_draft_that_cannot_be_written_is_named(
+    tmp_path: Path, limited: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    def write() -> None:
+        with LocalStore(tmp_path).draft("layers/unit") as draft:
+            draft.file.write(bytes(4000))
+            draft.create()
+
+    with pytest.raises(OSError, match="File too large") as caught, limited(1000):
+        write()
+    assert caught.value.filename == str(tmp_path / "layers" / "unit")

@@ -1,8 +1,11 @@
 """The files of a run folder, and what its readers make of a line that a kill has cut short."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,3 +74,17 @@ def test_a_resumed_run_has_every_step_once_and_no_torn_line(tmp_path: Path) -> N
         log.log(5, loss=0.0)
     assert len(read_metrics(folder)) == 7
     assert {RECIPE_NAME, VERSIONS_NAME} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_full_disk_at_the_end_names_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is buffered is written when the file is closed, and that error knows no file."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = RunFolder(student_recipe(tmp_path))
+    folder._metrics.close()
+    monkeypatch.setattr(folder, "_metrics", SimpleNamespace(close=full))
+    with pytest.raises(OSError, match="No space left") as caught, folder:
+        pass
+    assert caught.value.filename == str(folder.path)

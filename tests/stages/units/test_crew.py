@@ -10,15 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tinymim.configs.errors import CacheMismatch, RecipeError, UnitsFailed
+from tinymim.configs.errors import CacheMismatch, LoaderKilled, RecipeError, UnitsFailed
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.shards import ShardSet
@@ -26,6 +27,7 @@ from tinymim.stages import cache_teacher
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.units import crew
 from tinymim.stages.units.crew import CacheWorker
+from tinymim.storage.layout import UnitId
 from tinymim.tests.stages.tiny import cache_recipe, tree, write_set, write_teacher
 
 SHARDS, IMAGES = 20, 10
@@ -227,3 +229,24 @@ def test_what_a_worker_refuses_ends_the_run(cluster: Cluster, made: Path, tmp_pa
 
     with meanwhile(exchange), pytest.raises(CacheMismatch, match=r"teacher\.weights_sha256"):
         cache_teacher.run(recipe(made, tmp_path, teacher=teacher))
+
+
+@pytest.mark.parametrize(
+    ("error", "ends_run"), [(CacheMismatch("another cache"), True), (LoaderKilled("a loader worker was killed"), False)]
+)
+def test_a_killed_loader_worker_replaces_the_cache_worker_and_ends_no_run(error: Exception, ends_run: bool) -> None:
+    class Job:
+        def run(self, *_: Any) -> None:
+            raise error
+
+    job: Any = Job()
+    worker, unit = CacheWorker(), UnitId("shard-000000.tar", 0, 1)
+    promise = worker._promised[unit] = Future()
+    worker._work(job, cast(Any, nullcontext()))
+    if ends_run:  # the driver raises an answer, and replaces the worker of an exception
+        assert promise.result() is error is worker.compute(unit)
+    else:
+        with pytest.raises(LoaderKilled):
+            promise.result()
+        with pytest.raises(LoaderKilled):
+            worker.compute(unit)

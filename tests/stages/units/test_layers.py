@@ -1,6 +1,7 @@
 """A layer that is added to a cache: what it may change, what it compares, and what memory it takes."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from tinymim.configs.errors import CacheMismatch, UnitsFailed, ViewMismatch
+from tinymim.configs.errors import CacheMismatch, SourceError, UnitsFailed, ViewMismatch
 from tinymim.pipeline import dataset
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.stages import cache_teacher
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.units import draft
 from tinymim.stages.units.draft import UnitPart
-from tinymim.storage.layout import VIEWS
+from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import cache_recipe, copied, tree, unit_names, write_set, write_teacher
 
@@ -231,3 +232,20 @@ def test_no_more_than_two_parts_are_held(made: Path, tmp_path: Path, monkeypatch
 def _leases_are_given_back(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     yield
     assert not list(tmp_path.rglob("leases/**/*.json"))
+
+
+@pytest.mark.parametrize(
+    ("lost", "most", "text"),
+    [
+        (24, 1.0, "no readable image.*got: 24 of 24 unreadable.*expected: at least one readable image.*or remove"),
+        (24, 0.1, "no readable image.*expected: at least one readable image.*or remove"),
+        (3, 0.1, "too many unreadable.*got: 3 of 24 unreadable.*expected: at most 10.0% unreadable.*max_unreadable"),
+    ],
+)
+def test_unreadable_images_are_refused_with_a_limit_that_was_passed(lost: int, most: float, text: str) -> None:
+    audit: Any = None
+    part = UnitPart(UnitId("shard-000000.tar", 0, 1), range(1), 24, audit)
+    part.unreadable = [(f"k{number}", "cut short") for number in range(lost)]
+    with pytest.raises(SourceError) as caught:
+        part.refuse_too_many_unreadable(most)
+    assert re.search(text, str(caught.value), re.DOTALL)
