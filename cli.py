@@ -15,7 +15,7 @@ from tinymim.commands.plan import plan
 from tinymim.commands.shared import StdoutClosed
 from tinymim.commands.stages import stages_app
 from tinymim.commands.tools import tools_app
-from tinymim.configs.errors import TinymimError, is_refusal, killed_loader, printable, refusal_text
+from tinymim.configs.errors import TinymimError, is_refusal, printable, refusal_text
 from tinymim.stages.run.interrupt import Interrupted
 
 EXIT_USAGE = 2
@@ -90,7 +90,6 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def _explained(error: Exception) -> tuple[str, int]:
     """Message and exit code of an error."""
-    error = killed_loader(error) or error
     if isinstance(error, TinymimError):
         return f"error: {error}", error.exit_code
     if isinstance(error, OSError) and is_refusal(error):

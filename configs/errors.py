@@ -77,6 +77,11 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS
 
 
+def is_final(error: BaseException) -> bool:
+    """Return whether an error would come again at every restart: ours, or a refusal of the machine."""
+    return (isinstance(error, TinymimError) and not isinstance(error, LoaderKilled)) or is_refusal(error)
+
+
 def printable(text: str, line_feeds: str = "\n(?!  )") -> str:
     """The text with characters that a terminal would obey written as escapes, such as `\\x1b`.
 
@@ -184,27 +189,6 @@ class ViewMismatch(UserError):
 
 class LoaderKilled(UserError):
     """The system killed a loader worker, as it does where memory is short. The same command may well succeed."""
-
-
-def killed_loader(error: BaseException, of_loader: bool = False) -> LoaderKilled | None:
-    """The error for torch's RuntimeError about a killed loader worker; None for any other.
-
-    torch raises it out of a signal handler, so it can come up anywhere in the process that the batches are for.
-
-    Args:
-        error: what was raised.
-        of_loader: the loader itself raised it, so that a lost connection to a worker means the same.
-    """
-    told = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-    lost = of_loader and isinstance(error, OSError | EOFError) and not str(error).startswith("Caught ")  # in a worker
-    if not told and not lost:
-        return None
-    return LoaderKilled(
-        "a loader worker was killed",
-        got=first_line(error),
-        hint="where memory is short, the system kills processes (`dmesg` tells): lower loader.workers or "
-        "loader.prefetch; what was saved is intact, and the same command continues",
-    )
 
 
 class InternalError(TinymimError):

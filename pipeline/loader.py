@@ -1,19 +1,36 @@
 """Run a view source over a list of batches, in worker processes or in this one."""
 
-from collections.abc import Generator, Iterable, Iterator
+import errno
+import os
+import signal
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, Protocol
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from tinymim.configs.errors import TinymimError, UserError, first_line, killed_loader
+from tinymim.configs.errors import LoaderKilled, TinymimError, UserError, first_line
 from tinymim.configs.sections import LoaderConfig
 from tinymim.pipeline.ahead import spooling
 from tinymim.pipeline.dataset import ViewBatch, ViewSource
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.workers import prepare_loader, worker_context
+
+_MORE_MEMORY: Final = (
+    "where memory is short, the system kills processes (`dmesg` shows it): lower loader.workers or loader.prefetch, or "
+    "set loader.workers: 0; the same command continues from what was saved"
+)
+_MORE_SHARED_MEMORY: Final = (
+    "enlarge /dev/shm (`docker run --shm-size=8g`), lower loader.workers, loader.prefetch or the batch size, or set "
+    "loader.workers: 0"
+)
+_MORE_FILES: Final = "raise the limit of open files (`ulimit -n`), or lower loader.workers or loader.prefetch"
+_SERVER_LOST: Final = 255  # the exit code of a worker whose fork server was killed: nobody knows the worker's own
+_END_KNOWN_S: Final = 2.0  # a worker's connection is lost moments before its end is known
 
 _Made = list[ViewBatch] | TinymimError  # the batches of an entry, or why there are none
 
@@ -60,12 +77,12 @@ def _share(made: list[ViewBatch]) -> None:
             for tensor in (batch.pixels, batch.labels, batch.view_keys, *batch.records.values()):
                 tensor.share_memory_()
     except RuntimeError as error:
-        raise UserError(
-            "a loader worker found no shared memory for a batch",
-            got=first_line(error),
-            hint="enlarge /dev/shm (`docker run --shm-size=8g`), lower loader.workers, loader.prefetch or the batch "
-            "size, or set loader.workers: 0",
-        ) from error
+        raise _no_room("a loader worker found no shared memory for a batch", error) from error
+
+
+def _no_room(what: str, error: Exception) -> UserError:
+    files = any(os.strerror(code) in str(error) for code in (errno.EMFILE, errno.ENFILE))
+    return UserError(what, got=first_line(error), hint=_MORE_FILES if files else _MORE_SHARED_MEMORY)
 
 
 def _as_is(batches: Any) -> Any:
@@ -152,8 +169,28 @@ def _made(
         generator=torch.Generator(),  # the default one would be drawn from: workers must not change a training
     )
     try:
-        yield from loader
-    except (RuntimeError, OSError, EOFError) as error:
-        if (killed := killed_loader(error, of_loader=True)) is not None:
+        loaded: Any = iter(loader)
+    except OSError as error:
+        raise _no_room("no loader worker can be started", error) from error
+    workers = list(loaded._workers)
+    try:
+        yield from loaded
+    except (RuntimeError, OSError, EOFError) as error:  # what torch and the connection to a dead worker raise
+        if killed := _killed(workers):
             raise killed from error
         raise
+
+
+def _killed(workers: Sequence[BaseProcess]) -> LoaderKilled | None:
+    """The error for the first worker that a signal ended; None where all others live or ended by themselves."""
+    wait([worker.sentinel for worker in workers], _END_KNOWN_S)
+    for number, worker in enumerate(workers):
+        code = worker.exitcode
+        if code is not None and (code < 0 or code == _SERVER_LOST):
+            name = "the end of its fork server" if code == _SERVER_LOST else signal.Signals(-code).name
+            return LoaderKilled(
+                f"a loader worker was killed by {name}",
+                got=f"worker {number + 1} of {len(workers)}, process {worker.pid}",
+                hint=_MORE_SHARED_MEMORY if code == -signal.SIGBUS else _MORE_MEMORY,
+            )
+    return None

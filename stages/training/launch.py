@@ -7,7 +7,7 @@ of a worker, so that a run on many workers ends like a run in one process.
 import signal
 from pathlib import Path
 
-from tinymim.configs.errors import InternalError
+from tinymim.configs.errors import InternalError, LoaderKilled, in_one_line
 from tinymim.configs.schema import TrainingRecipe, TrainStudentRecipe
 from tinymim.stages.run.interrupt import Interrupted, on_signals
 from tinymim.stages.run.owner import owned
@@ -27,7 +27,7 @@ def on_ranks(train: Training[R], recipe: R) -> None:
     Raises:
         TinymimError, Interrupted: raised by `train`, in this process or in a worker.
         UserError: another run works in the run folder.
-        InternalError: workers were killed or crashed more than `recipe.max_restarts` times.
+        InternalError, LoaderKilled: workers were killed or crashed more than `recipe.max_restarts` times.
     """
     if not launched() and (recipe.workers > 1 or recipe.cluster == "ray"):
         with owned(run_folders(recipe)):  # by this process: its workers come and go
@@ -60,9 +60,11 @@ def _supervised(train: Training[R], recipe: R, start: Start) -> None:
         for restarts in range(recipe.max_restarts + 1):
             try:
                 stopped = start(train, recipe)
-            except WorkersDied as died:
+            except (WorkersDied, LoaderKilled) as died:
                 if stop.requested:  # a worker that is still starting has no handler, and the signal kills it
                     raise Interrupted("stopped; what was saved before is intact", stop.requeue) from None
+                if restarts == recipe.max_restarts and isinstance(died, LoaderKilled):
+                    raise
                 if restarts == recipe.max_restarts:
                     raise InternalError(
                         f"the workers failed {restarts + 1} times",
@@ -70,8 +72,9 @@ def _supervised(train: Training[R], recipe: R, start: Start) -> None:
                         hint=f"what was saved in {recipe.run.folder} is intact and the same command continues; "
                         "--debug shows more",
                     ) from died.__cause__
+                cause = in_one_line(died) if isinstance(died, LoaderKilled) else str(died)
                 logger.info(
-                    f"{recipe.stage}: {died}; restart {restarts + 1} of {recipe.max_restarts} from the last state"
+                    f"{recipe.stage}: {cause}; restart {restarts + 1} of {recipe.max_restarts} from the last state"
                 )
                 recipe = resuming(recipe, former)
                 continue

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from tinymim.configs.errors import LoaderKilled, TinymimError, is_refusal
 from tinymim.configs.schema import FinetuneRecipe, PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.stages.training.ranks import Ranks
 
@@ -17,11 +16,6 @@ class WorkersDied(Exception):
     """Workers were killed or crashed, not by a final error; the text names the workers and the cause."""
 
 
-def is_final(error: BaseException) -> bool:
-    """Whether the error would come again at every restart: ours, or a refusal of the machine. A killing may not."""
-    return (isinstance(error, TinymimError) and not isinstance(error, LoaderKilled)) or is_refusal(error)
-
-
 class Start(Protocol):
     """Starts all workers of a run, and stops them."""
 
@@ -32,7 +26,7 @@ class Start(Protocol):
             message and `requeue` of their Interrupted; None after a complete run.
 
         Raises:
-            TinymimError: raised by a worker.
+            TinymimError: raised by a worker; a LoaderKilled may not come again.
             WorkersDied: workers ended for any other reason.
         """
 

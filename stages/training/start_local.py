@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tinymim.configs.errors import TinymimError, is_final, is_refusal
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training.ranks import joined
-from tinymim.stages.training.start import R, Training, WorkersDied, is_final
+from tinymim.stages.training.start import R, Training, WorkersDied
 
 EXIT_STOPPED = 130
 
@@ -87,7 +89,7 @@ def _worker(train: Training[R], recipe: R, errors: Path) -> tuple[str, bool] | N
     except KeyboardInterrupt:
         raise SystemExit(EXIT_STOPPED) from None  # torch's wrapper treats a KeyboardInterrupt as success
     except Exception as error:
-        if not is_final(error):
+        if not isinstance(error, TinymimError) and not is_refusal(error):
             raise
         # Elastic passes on only text, and the parent must raise the error itself. Renamed when whole: elastic kills
         # the other ranks as soon as one has failed, perhaps while they write theirs.
@@ -98,15 +100,17 @@ def _worker(train: Training[R], recipe: R, errors: Path) -> tuple[str, bool] | N
 
 
 def _raise_worker_error(errors: Path) -> None:
-    """Raise the TinymimError that a worker left, if any: it would come again at every restart."""
-    for path in sorted(errors.iterdir()):
-        if path.suffix != ".partial":
-            raise pickle.loads(path.read_bytes())  # written by our own worker, in a folder that only we can read
+    """Raise the error that a worker left, if any; the first of those that would come again at every restart."""
+    paths = [path for path in sorted(errors.iterdir()) if path.suffix != ".partial"]
+    left = [pickle.loads(path.read_bytes()) for path in paths]  # by our own workers, in a folder that only we can read
+    for error in sorted(left, key=is_final, reverse=True):
+        raise error
 
 
 def _described(rank: int, failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
-        return f"worker {rank} was killed by {failure.signal_name()}"
+        memory = ", as by the system where memory is short" if failure.exitcode == -signal.SIGKILL else ""
+        return f"worker {rank} was killed by {failure.signal_name()}{memory}"
     message = failure.error_file_data.get("message")
     text = message["message"] if isinstance(message, dict) else f"exit code {failure.exitcode}"
     return f"worker {rank} failed: {text.splitlines()[0][:200]}"

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinymim.configs.errors import RecipeError
+from tinymim.configs.errors import RecipeError, TinymimError, is_final, is_refusal
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.stages.run.interrupt import Interrupted, ask_to_stop
 from tinymim.stages.run.ray import join_ray
 from tinymim.stages.training.ranks import backend_of, environment_ranks, joined
-from tinymim.stages.training.start import R, Training, WorkersDied, is_final
+from tinymim.stages.training.start import R, Training, WorkersDied
 from tinymim.storage.atomic import write_json_atomic
 
 STOP_NAME = "stop-requested"  # written by the driver
@@ -89,8 +89,8 @@ class RayStart:
 
 def _reason(failures: dict[int, Exception]) -> Exception:
     """The error to raise for the workers' errors: a TinymimError if there is one, else WorkersDied."""
-    for error in failures.values():
-        if is_final(error):
+    for error in sorted(failures.values(), key=is_final, reverse=True):
+        if isinstance(error, TinymimError) or is_refusal(error):
             return error
     rank, error = min(failures.items())
     lines = str(error).strip().splitlines() or [type(error).__name__]

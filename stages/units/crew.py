@@ -17,7 +17,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from tinymim.configs.errors import InternalError, RecipeError, TinymimError
+from tinymim.configs.errors import InternalError, LoaderKilled, RecipeError, TinymimError, is_final
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import ClusterConfig
 from tinymim.pipeline.shards import ShardSet
@@ -102,7 +102,7 @@ class CacheWorker:
         self._promised[unit] = promise
         self._inbox.put(unit)
         # Checked only now: `_work` may have broken between an earlier check and the promise, and nobody would keep it.
-        if isinstance(self._broken, TinymimError):
+        if isinstance(self._broken, TinymimError) and is_final(self._broken):
             return self._broken
         if self._broken is not None:
             raise self._broken
@@ -126,8 +126,10 @@ class CacheWorker:
         for unit, promise in list(self._promised.items()):
             if promise.done():
                 continue
-            if self._broken is None or isinstance(self._broken, TinymimError):
-                promise.set_result(self._broken or UnitReport(unit, "unfinished"))
+            if self._broken is None:
+                promise.set_result(UnitReport(unit, "unfinished"))
+            elif isinstance(self._broken, TinymimError) and is_final(self._broken):
+                promise.set_result(self._broken)
             else:
                 promise.set_exception(self._broken)
 
@@ -308,6 +310,8 @@ class Crew:
         # As many deaths as all workers and retries could cause: then the cause is the cluster or the recipe, not units.
         self._deaths += 1
         if self._deaths > (self.retries + 1) * (len(self.members) + 1):
+            if isinstance(cause, LoaderKilled):
+                raise cause
             raise InternalError(
                 f"{self._deaths} workers were lost since the last unit was committed",
                 got=_reason(cause),

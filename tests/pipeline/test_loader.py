@@ -1,13 +1,16 @@
 """The same views for any workers and order, one decode per image, and errors that reach the main process."""
 
+import errno
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import torch
 
 from tinymim.configs.errors import LoaderKilled, UserError
 from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
-from tinymim.pipeline import dataset
+from tinymim.pipeline import dataset, loader
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, pixel_digest
 from tinymim.pipeline.loader import batches
@@ -182,7 +185,7 @@ def test_no_worker_outlives_a_killed_training(drawn_shards: Path, tmp_path: Path
 CROWDED = """
 import sys
 from pathlib import Path
-from tinymim.configs.errors import LoaderKilled, UserError
+from tinymim.configs.errors import UserError
 from tinymim.configs.sections import LoaderConfig
 from tinymim.pipeline.loader import batches
 from tinymim.tests.pipeline.test_loader import image_views, tar_order
@@ -195,30 +198,79 @@ if __name__ == "__main__":
 """
 
 
-def test_a_small_shared_memory_is_named_and_nothing_waits(drawn_shards: Path, tmp_path: Path) -> None:
-    """Containers have 64 MB unless told otherwise; torch loses such a batch, and would wait for it for ever."""
+@pytest.mark.parametrize(
+    ("size", "what"),
+    [
+        ("64k", "a loader worker found no shared memory for a batch"),  # torch loses such a batch and waits for it
+        ("4k", "no loader worker can be started"),  # not even its semaphores fit
+    ],
+)
+def test_a_small_shared_memory_is_named_and_nothing_waits(
+    size: str, what: str, drawn_shards: Path, tmp_path: Path
+) -> None:
+    """Containers have 64 MB unless told otherwise."""
     (tmp_path / "crowded.py").write_text(CROWDED)
-    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
         pytest.skip("no mount namespaces")
     command = f"{mount} && exec {sys.executable} {tmp_path}/crowded.py {drawn_shards}"
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.stdout.startswith("a loader worker found no shared memory for a batch"), done.stderr
+    assert done.stdout.startswith(what), done.stderr
     assert "No space left on device" in done.stdout and "--shm-size" in done.stdout
 
 
-@pytest.mark.parametrize("lost", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no socket")])
-def test_a_lost_connection_to_a_worker_is_a_killed_worker(
+class Ended:
+    """A loader worker with this exit code."""
+
+    def __init__(self, exitcode: int | None) -> None:
+        self.exitcode, self.pid = exitcode, 77
+        self.sentinel, self._open = os.pipe()
+        if exitcode is not None:
+            os.close(self._open)
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        (-signal.SIGKILL, r"killed by SIGKILL\n.*worker 2 of 2, process 77\n.*memory is short"),
+        (-signal.SIGBUS, r"killed by SIGBUS\n.*\n.*--shm-size"),
+        (255, "killed by the end of its fork server"),
+    ],
+)
+def test_the_signal_that_ended_a_worker_decides_what_is_named(code: int, named: str) -> None:
+    workers: list[Any] = [Ended(None), Ended(code)]
+    assert re.search(named, str(loader._killed(workers)))
+
+
+@pytest.mark.parametrize("code", [None, 0, 1])
+def test_a_worker_that_ends_by_itself_was_not_killed(code: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_END_KNOWN_S", 0.1)
+    workers: list[Any] = [Ended(code)]
+    assert loader._killed(workers) is None
+
+
+def test_too_many_open_files_are_not_too_little_shared_memory() -> None:
+    for error in (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), RuntimeError("... : Too many open files (24)")):
+        assert "ulimit -n" in str(loader._no_room("no", error)) and "shm" not in str(loader._no_room("no", error))
+
+
+@pytest.mark.parametrize("lost", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), RuntimeError("x")])
+def test_a_connection_that_a_killed_worker_loses_is_its_killing(
     lost: Exception, drawn_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch fetches a batch's memory from its worker, which may be dead by then."""
+    """A worker that dies while it hands over a batch breaks the connection before anybody knows that it died."""
+    views, before = image_views(drawn_shards), set(multiprocessing.active_children())
+    stream = batches(views, tar_order(views, 2), LoaderConfig(workers=1, prefetch=1))
+    next(stream)
+    (worker,) = [child for child in multiprocessing.active_children() if child.daemon and child not in before]
 
-    def fetch(self: object) -> object:
+    def reset(_loader: object, timeout: float = 0) -> tuple[bool, object]:
+        os.kill(worker.pid or 0, signal.SIGKILL)
         raise lost
 
-    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", fetch)
-    views = image_views(drawn_shards)
-    with pytest.raises(LoaderKilled, match="a loader worker was killed"):
-        list(batches(views, tar_order(views, 10), LoaderConfig(workers=1)))
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", reset)
+    with pytest.raises(LoaderKilled, match="killed by SIGKILL") as caught:
+        list(stream)
+    assert caught.value.__cause__ is lost

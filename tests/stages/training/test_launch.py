@@ -1,6 +1,7 @@
 """What the parent of workers decides by itself; what takes workers is in test_distributed.py."""
 
 import os
+import pickle
 import signal
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from tinymim.configs.errors import CacheCorrupt, InternalError, LoaderKilled, TinymimError
 from tinymim.stages.run.interrupt import Interrupted, on_signals
-from tinymim.stages.training import launch
+from tinymim.stages.training import launch, start_local
 from tinymim.stages.training.launch import resuming
+from tinymim.stages.training.start import WorkersDied
 from tinymim.stages.training.start_local import LocalStart
 from tinymim.tests.stages.tiny import student_recipe
 
@@ -76,3 +79,37 @@ def test_signals_reach_spawned_workers_once_and_kill_them_the_second_time(monkey
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [worker.got for worker in workers] == [["TERM", "KILL"], ["TERM", "KILL"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "starts"),
+    [
+        (LoaderKilled("a loader worker was killed", hint="lower loader.workers"), LoaderKilled, 3),
+        (WorkersDied("worker 0 was killed by SIGKILL"), InternalError, 3),
+        (CacheCorrupt("damaged"), CacheCorrupt, 1),
+    ],
+)
+def test_a_killing_is_tried_again_and_named_at_the_end(
+    error: Exception, raised: type[TinymimError], starts: int, tmp_path: Path
+) -> None:
+    tried: list[Any] = []
+
+    class Start(LocalStart):
+        def __call__(self, train: Any, recipe: Any) -> None:
+            tried.append(recipe)
+            raise error
+
+    with pytest.raises(raised) as caught:
+        launch._supervised(lambda *_: None, student_recipe(tmp_path, max_restarts=2), Start())
+    assert len(tried) == starts and (caught.value is error or error.args[0] in str(caught.value))
+
+
+def test_an_error_that_would_come_again_goes_before_a_killing(tmp_path: Path) -> None:
+    killed, damaged = LoaderKilled("killed"), CacheCorrupt("damaged")
+    (tmp_path / "0").write_bytes(pickle.dumps(killed))
+    with pytest.raises(LoaderKilled):
+        start_local._raise_worker_error(tmp_path)
+    (tmp_path / "1").write_bytes(pickle.dumps(damaged))
+    (tmp_path / "2.partial").write_bytes(b"?")
+    with pytest.raises(CacheCorrupt):
+        start_local._raise_worker_error(tmp_path)
