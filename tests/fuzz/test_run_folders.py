@@ -82,7 +82,7 @@ def changed(path: Path, data: bytes, rng: random.Random) -> bytes:
     return lines(*altered(rows, rng))
 
 
-@numbers(25, 3_000)
+@numbers(10, 3_000)
 def test_compare_reads_any_run_folder(count: int, tmp_path: Path) -> None:
     folders, intact = make_runs(tmp_path)
     rng, page = random.Random(0), tmp_path / "page.html"

@@ -52,6 +52,7 @@ def test_its_first_shard_is_drawn_again_to_the_byte(tmp_path: Path) -> None:
     assert hash_file(tmp_path / "shards" / "shard-000000.tar") == source["shard-000000.tar"]
 
 
+@pytest.mark.slow  # 12 s; guards a file that does not change
 def test_its_features_tell_textures_apart_far_better_than_random_ones() -> None:
     torch.manual_seed(0)
     model = build_vit(recipe().model).eval()

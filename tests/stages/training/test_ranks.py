@@ -143,6 +143,7 @@ def four(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Four:
     return Four(one, many, caught.value)
 
 
+@pytest.mark.slow  # 35 s: four ranks on two cores; the default run has two
 @pytest.mark.parametrize("student", list(STUDENTS))
 def test_four_ranks_go_on_with_what_one_process_began(four: Four, student: str) -> None:
     whole, found = (read_metrics(root / "run-student" / student) for root in (four.one, four.four))
@@ -158,6 +159,7 @@ def test_four_ranks_go_on_with_what_one_process_began(four: Four, student: str) 
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow  # 35 s: four ranks on two cores; the default run has two
 def test_a_signal_to_one_rank_stops_all_and_the_same_number_goes_on_to_the_bit_with_audits(four: Four) -> None:
     for name in STUDENTS:
         whole, resumed = (four.four / run / name for run in ("run-whole", "run-resumed"))
@@ -170,12 +172,14 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_number_goes_on_to_the_bit_w
             assert torch.equal(tensor, wanted[tensor_name]), tensor_name
 
 
+@pytest.mark.slow  # 35 s: four ranks on two cores; the default run has two
 def test_masked_pre_training_on_four_ranks_is_that_of_one(four: Four) -> None:
     whole, found = ([line["loss"] for line in read_metrics(root / "run-mae")] for root in (four.one, four.four))
     np.testing.assert_allclose(found, whole, rtol=1e-5)
     assert len(found) == 6 and (four.four / "run-mae" / "encoder.safetensors").exists()
 
 
+@pytest.mark.slow  # 35 s: four ranks on two cores; the default run has two
 def test_a_loss_that_breaks_on_one_rank_stops_all(four: Four) -> None:
     folder = four.four / "run-broken" / "eager"
     said = [(four.four / f"broken-on-{rank}").read_text() for rank in range(4)]
@@ -189,6 +193,7 @@ def test_a_loss_that_breaks_on_one_rank_stops_all(four: Four) -> None:
     assert not list(folder.parent.rglob("state-*.pt"))  # nothing that is broken was saved
 
 
+@pytest.mark.slow  # 35 s: four ranks on two cores; the default run has two
 def test_an_error_of_one_rank_is_raised_as_it_is_and_not_tried_again(four: Four) -> None:
     assert str(four.error) == str(LAST_ERROR) and four.error.hint == LAST_ERROR.hint
     assert len(list((four.four / "run-broken" / "eager" / "tensorboard").iterdir())) == 1  # one start

@@ -127,6 +127,7 @@ def test_workers_on_two_nodes_make_the_bytes_of_one_process_but_for_a_broken_sha
     assert lines[-1]["gib_written"] > 0
 
 
+@pytest.mark.slow  # 13 s; test_one_pass has the same without Ray
 def test_workers_write_several_layers_and_only_those_that_lack(cluster: Cluster, made: Path, tmp_path: Path) -> None:
     targets = {"first": {"codec": {"rows": 6, "head_k": 1, "tail_k": 3}}, "cls": {"codec": {"kind": "cls"}}}
     both: dict[str, Any] = {"codec": None, "targets": targets}

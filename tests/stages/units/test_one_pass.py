@@ -80,6 +80,7 @@ def test_a_layer_has_the_bytes_of_a_run_of_its_own(made: Path, tmp_path: Path, n
     assert fidelity == [4] * len(UNITS)
 
 
+@pytest.mark.slow  # 5 s; guards one field of the teacher's identity
 def test_another_norm_of_the_classifier_changes_no_other_layer(made: Path, tmp_path: Path) -> None:
     """The model without classifier has a norm over tokens, which these weights lack: what needs it is refused."""
     teacher = recipe(made, tmp_path).teacher.model_copy(update={"weights": str(made / "mean.safetensors"), "block": 1})
