@@ -29,12 +29,12 @@ MANY_PROCESSES = [
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Without paths, -n, --pdb and `-p no:xdist`, share the files among two processes of one thread each."""
+    """Without paths, -n, --pdb and `-p no:xdist`, share the files among three processes of one thread each: a test often waits."""
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return  # a worker must not start workers
     everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if everything and config.option.numprocesses is None and not config.option.usepdb:
-        config.option.numprocesses = 2
+        config.option.numprocesses = 3
     if config.option.numprocesses and config.option.dist == "no":
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # pytest_collection_modifyitems says what comes first

@@ -274,7 +274,10 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_serv
 PLACE = f"s3://{s3_server.BUCKET}/cache"
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "cut", "hang"])
+@pytest.mark.parametrize(
+    "fault",
+    ["500", "503", "cut", pytest.param("hang", marks=pytest.mark.slow)],  # slow: waits 9 s for time limits
+)
 def test_a_store_that_fails_for_a_moment_is_asked_again(
     failing: s3_server.Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:

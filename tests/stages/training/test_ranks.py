@@ -199,6 +199,7 @@ def test_an_error_of_one_rank_is_raised_as_it_is_and_not_tried_again(four: Four)
     assert len(list((four.four / "run-broken" / "eager" / "tensorboard").iterdir())) == 1  # one start
 
 
+@pytest.mark.slow  # 20 s; test_interrupt has what one process does at a signal
 def test_sigterm_saves_and_asks_to_be_requeued(made: Path, home: Path) -> None:
     """To the parent alone, as from `kill`; the workers' step is agreed, and one process continues."""
     (home / "recipe.yaml").write_text(dump_recipe(recipe(home, workers=2)))
