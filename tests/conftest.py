@@ -29,7 +29,10 @@ MANY_PROCESSES = [
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Without paths, -n, --pdb and `-p no:xdist`, share the files among three processes of one thread each: a test often waits."""
+    """Without paths, -n, --pdb and `-p no:xdist`, share the files among three processes of one thread each.
+
+    Three on two cores, because tests of processes and stores often wait.
+    """
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return  # a worker must not start workers
     everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
