@@ -202,6 +202,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         "foreign text cannot command the terminal",
         ["configs/test_errors.py", "test_cli.py::test_an_unknown", "stages/pages/test_shards.py::test_foreign"],
     ),
+    "C14": (
+        "shards, cache or run folder that vanish under a training",
+        ["stages/training/test_vanishing.py"],
+    ),
     "D1": (
         "a full disk is named with file and file system",
         [
