@@ -218,7 +218,7 @@ def test_a_small_shared_memory_is_named_and_nothing_waits(
         ["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.startswith(what), done.stderr
-    assert "No space left on device" in done.stdout and "--shm-size" in done.stdout
+    assert "--shm-size" in done.stdout
 
 
 class Ended:
