@@ -149,7 +149,8 @@ def _numbers(statistics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # A record may hold any number, and the sums over all units must stay finite: JSON has no word for infinity.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e200
 
 
 def _describe_old(old: OldCache) -> dict[str, Any]:
