@@ -92,7 +92,9 @@ def test_fidelity_is_the_mean_over_heads_and_over_units_weighted_by_records(tmp_
 
 
 def test_numbers_whose_sum_is_infinite_are_left_out(tmp_path: Path) -> None:
-    huge = [{"fidelity": {"views": 8, "qk": {"kl": [1e308, 1e308], "angle": 0.5}, "cosine": 1e308}}] * 2
+    huge: list[dict[str, object]] = [
+        {"fidelity": {"views": 8, "qk": {"kl": [1e308, 1e308], "angle": 0.5}, "cosine": 1e308}}
+    ] * 2
     described = describe(complete(tmp_path / "cache", huge))
     assert described["layers"][1]["fidelity"] == {"audited_views": 16, "qk.angle": 0.5}
     json.dumps(described, allow_nan=False)
