@@ -10,8 +10,8 @@ Shapes: B view, P part of a loss (a head, or 1), T token, C width, N gradient co
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -240,6 +240,17 @@ class TargetKind(ABC):
 
 
 @dataclass(frozen=True)
+class Views:
+    """Base of decoded targets: a dataclass of tensors, first axis views, some of which may be None."""
+
+    def pick(self, some: slice, device: torch.device | None = None) -> Self:
+        """The target of some views, moved to `device` where one is given."""
+        held = {own.name: getattr(self, own.name) for own in fields(self)}
+        picked = {name: value[some] for name, value in held.items() if value is not None}
+        return replace(self, **{n: v if device is None else v.to(device) for n, v in picked.items()})
+
+
+@dataclass(frozen=True)
 class ChosenKind(TargetKind):
     """A kind that follows two sections of a recipe: `codec`, and `targets` for a student's losses and head.
 
@@ -260,3 +271,12 @@ class ChosenKind(TargetKind):
     def name(self) -> str:  # type: ignore[override]  # of the config
         """See `TargetKind`."""
         return str(self.config.name)
+
+    @property
+    def whole(self) -> bool:
+        """See `TargetKind`."""
+        return self.name == "dense"
+
+    def pick(self, target: Any, some: slice, device: torch.device | None = None) -> Target:
+        """See `TargetKind`; the target is a `Views`."""
+        return target.pick(some, device)

@@ -23,6 +23,7 @@ from tinymim.targets.contract import (
     Loss,
     Projection,
     Tapped,
+    Views,
     WholeHead,
     Yardstick,
 )
@@ -37,21 +38,12 @@ _SAMPLE, _ROUNDING = 0, 1  # streams, from `Vectors.streams` on
 
 
 @dataclass(frozen=True)
-class VectorTarget:
+class VectorTarget(Views):
     """The vectors of B views."""
 
     index: Int64[Tensor, "B Q"] | None  # which of the N vectors; None: all in order
     value: Float[Tensor, "B Q C"]
     length: Float[Tensor, "B Q"]  # of the exact vectors
-
-    def pick(self, some: slice, device: torch.device | None = None) -> "VectorTarget":
-        """The target of some views."""
-        index, value, length = (
-            each if each is None else each[some] if device is None else each[some].to(device)
-            for each in (self.index, self.value, self.length)
-        )
-        assert value is not None and length is not None
-        return VectorTarget(index, value, length)
 
 
 class Projector(WholeHead):
@@ -188,10 +180,6 @@ class Vectors(ChosenKind):
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         value = self._target(vectors, dtype)
         return VectorTarget(None, value, _length(value))
-
-    def pick(self, target: VectorTarget, some: slice, device: torch.device | None = None) -> VectorTarget:
-        """See `TargetKind`."""
-        return target.pick(some, device)
 
     def _dither(self, width: int) -> Dither:
         return Dither(width, self.config.bits, rotated=self.config.name == "dither")

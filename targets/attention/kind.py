@@ -25,6 +25,7 @@ from tinymim.targets.contract import (
     Loss,
     Tapped,
     TargetHead,
+    Views,
     WholeHead,
     Yardstick,
 )
@@ -38,21 +39,12 @@ _MARGIN = 1 + 2.0**-20  # keeps the largest logit within the codes, although `st
 
 
 @dataclass(frozen=True)
-class AttentionTarget:
+class AttentionTarget(Views):
     """Rows of the attention logits of B views."""
 
     rows: Int64[Tensor, "B Q"] | None  # the same in all heads; None: all T in order
     logits: Float[Tensor, "B H Q T"]
     square: Float[Tensor, " B"]  # mean square of the exact logits in these rows
-
-    def pick(self, some: slice, device: torch.device | None = None) -> "AttentionTarget":
-        """The target of some views."""
-        rows, logits, square = (
-            each if each is None else each[some] if device is None else each[some].to(device)
-            for each in (self.rows, self.logits, self.square)
-        )
-        assert logits is not None and square is not None
-        return AttentionTarget(rows, logits, square)
 
 
 class AttentionHead(WholeHead):
@@ -97,11 +89,6 @@ class Attention(ChosenKind):
 
     config: AttentionCodec
     measure: ClassVar[str] = "distance"
-
-    @property
-    def whole(self) -> bool:
-        """See `TargetKind`."""
-        return self.config.name == "dense"
 
     @property
     def meaning(self) -> tuple[object, ...]:
@@ -171,10 +158,6 @@ class Attention(ChosenKind):
         """See `TargetKind`: float32 (float64 for float64 inputs) [B, H, T, T]."""
         logits = attention_logits(*self.sides(tapped), None)
         return AttentionTarget(None, logits, logits.square().mean((1, 2, 3)))
-
-    def pick(self, target: AttentionTarget, some: slice, device: torch.device | None = None) -> AttentionTarget:
-        """See `TargetKind`."""
-        return target.pick(some, device)
 
     def _sampled(self, view_keys: Tensor, tokens: int) -> Tensor | None:
         if self.config.name == "dense" or self.config.rows >= tokens:

@@ -40,11 +40,6 @@ class Bank(ChosenKind):
     measure: ClassVar[str] = "kl"
 
     @property
-    def whole(self) -> bool:
-        """See `TargetKind`."""
-        return self._logits.whole
-
-    @property
     def meaning(self) -> tuple[object, ...]:
         """See `TargetKind`."""
         return ("bank", self.taps, self.config.anchors, self.config.tau)
@@ -100,10 +95,6 @@ class Bank(ChosenKind):
         target = self._logits.exact(self._tapped(tapped))
         dtype = torch.promote_types(tapped[self.taps[0]][0].dtype, torch.float32)
         return LogitTarget(None, *(each.to(dtype) for each in (target.weight, target.share, target.entropy)))
-
-    def pick(self, target: LogitTarget, some: slice, device: torch.device | None = None) -> LogitTarget:
-        """See `TargetKind`."""
-        return target.pick(some, device)
 
     # ---- students
 

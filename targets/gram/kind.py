@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from tinymim.configs.codecs import GramCodec
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.targets.contract import Answers, ArraySpec, ChosenKind, Loss, Tapped, TargetHead, Yardstick
+from tinymim.targets.contract import Answers, ArraySpec, ChosenKind, Loss, Tapped, TargetHead, Views, Yardstick
 from tinymim.targets.counter import spread, uniforms
 from tinymim.targets.features.kind import token_tap
 from tinymim.targets.squares import square_statistics, square_yardstick, squared_error
@@ -27,22 +27,13 @@ _STEP = 2 / 254  # codes 0..254 are -1..1; the last one takes what rounding lift
 
 
 @dataclass(frozen=True)
-class GramTarget:
+class GramTarget(Views):
     """Entries of the Gram matrices of B views."""
 
     rows: Int64[Tensor, "B Q"] | None  # None, as for columns: all N in order
     columns: Int64[Tensor, "B K"] | None
     cosines: Float[Tensor, "B Q K"]
     square: Float[Tensor, " B"]  # mean square of the exact entries
-
-    def pick(self, some: slice, device: torch.device | None = None) -> "GramTarget":
-        """The target of some views."""
-
-        def of(tensor: Tensor) -> Tensor:
-            return tensor[some] if device is None else tensor[some].to(device)
-
-        rows, columns = (None if each is None else of(each) for each in (self.rows, self.columns))
-        return GramTarget(rows, columns, of(self.cosines), of(self.square))
 
 
 @dataclass(frozen=True)
@@ -58,11 +49,6 @@ class Gram(ChosenKind):
 
     config: GramCodec
     measure: ClassVar[str] = "distance"
-
-    @property
-    def whole(self) -> bool:
-        """See `TargetKind`."""
-        return self.config.name == "dense"
 
     @property
     def meaning(self) -> tuple[object, ...]:
@@ -121,10 +107,6 @@ class Gram(ChosenKind):
         cosines = self._exact(tapped)
         dtype = torch.promote_types(tapped[self.taps[0]][0].dtype, torch.float32)
         return GramTarget(None, None, cosines.to(dtype), cosines.square().mean((1, 2)).to(dtype))
-
-    def pick(self, target: GramTarget, some: slice, device: torch.device | None = None) -> GramTarget:
-        """See `TargetKind`."""
-        return target.pick(some, device)
 
     def _sampled(self, view_keys: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
         if self.config.name == "dense":

@@ -21,6 +21,7 @@ from tinymim.targets.contract import (
     Loss,
     Tapped,
     TargetHead,
+    Views,
     WholeHead,
     Yardstick,
 )
@@ -34,22 +35,13 @@ _LEAST_PROBABILITY = 2.0**-24  # the smallest positive fp16 number
 
 
 @dataclass(frozen=True)
-class LogitTarget:
+class LogitTarget(Views):
     """The class probabilities of B views: some with their weights, and one share for each other class."""
 
     index: Int64[Tensor, "B K"] | None  # classes, which may repeat where `share` is zero; None: all in order
     weight: Float[Tensor, "B K"]
     share: Float[Tensor, " B"]
     entropy: Float[Tensor, " B"]  # nats
-
-    def pick(self, some: slice, device: torch.device | None = None) -> "LogitTarget":
-        """The target of some views."""
-
-        def of(tensor: Tensor) -> Tensor:
-            return tensor[some] if device is None else tensor[some].to(device)
-
-        index = None if self.index is None else of(self.index)
-        return LogitTarget(index, of(self.weight), of(self.share), of(self.entropy))
 
     def dense(self, classes: int) -> Float[Tensor, "B L"]:
         """The probabilities written out, for audits."""
@@ -97,11 +89,6 @@ class Logits(ChosenKind):
     def unbiased(self) -> bool:
         """See `TargetKind`."""
         return self.config.name != "topk"
-
-    @property
-    def whole(self) -> bool:
-        """See `TargetKind`."""
-        return self.config.name == "dense"
 
     @property
     def meaning(self) -> tuple[object, ...]:
@@ -199,10 +186,6 @@ class Logits(ChosenKind):
         """See `TargetKind`: float32 (float64 for float64 inputs) [B, L]."""
         probs, dtype = self.probabilities(tapped), torch.promote_types(tapped[self.taps[0]][0].dtype, torch.float32)
         return _dense(probs.to(dtype), torch.special.entr(probs).sum(-1).to(dtype))
-
-    def pick(self, target: LogitTarget, some: slice, device: torch.device | None = None) -> LogitTarget:
-        """See `TargetKind`."""
-        return target.pick(some, device)
 
     @property
     def _high_bits(self) -> int:

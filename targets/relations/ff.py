@@ -49,11 +49,6 @@ class FF(ChosenKind):
         return self._rows.unbiased
 
     @property
-    def whole(self) -> bool:
-        """See `TargetKind`."""
-        return self._rows.whole
-
-    @property
     def meaning(self) -> tuple[object, ...]:
         """See `TargetKind`."""
         return ("ff", self.taps, self.config.tau)
