@@ -46,7 +46,7 @@ from tinymim.stages.cache.opened import opened_kind
 from tinymim.storage.catalog import resolve
 from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader, Coverage, views_from_zero
-from tinymim.targets.contract import Answers, Target, TargetHead, TargetKind
+from tinymim.targets.contract import Answers, Labels, Target, TargetHead, TargetKind
 
 __all__ = ["Batch", "Loader", "Shapes", "TeacherCache", "TinymimError", "UserError", "open_cache"]
 
@@ -335,6 +335,8 @@ class TeacherCache:
     def losses(self, answers: Mapping[str, Answers], batch: Batch) -> dict[str, Tensor]:
         """The losses as scalars, means over views and parts. Their names are `layer/loss`.
 
+        With `label_weight` in the layer's `targets`, the batch's labels give a loss, too.
+
         Args:
             answers: by layer, the output of its head for this batch.
             batch: the batch, on the device of the answers.
@@ -351,7 +353,8 @@ class TeacherCache:
         found = {}
         for layer, own in answers.items():
             kind = self._kind(layer, batch.view_keys.device)
-            for name, loss in kind.losses(own, batch.targets[layer]).items():
+            losses = kind.losses(own, batch.targets[layer]) | kind.label_losses(own, Labels.hard(batch.labels))
+            for name, loss in losses.items():
                 found[f"{layer}/{kind.measure}_{name}"] = loss.mean()
         return found
 

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from tinymim.configs.sections import Positive, Section, Width
+from tinymim.configs.class_map import class_map_sha256, read_class_map
+from tinymim.configs.sections import Folder, Positive, Section, Weight, Width
 
 Draws = Annotated[int, Field(ge=0, le=65536)]  # of a row; no view has more tokens
 Relation = Literal["qk", "vv", "qq", "kk"]
@@ -192,8 +193,28 @@ class BankCodec(Section):
         return self
 
 
+class ClassMapConfig(Section):
+    """The teacher's class of each stored class, as TinyViT maps 22k classes to 1k (docs/targets.md)."""
+
+    file: Folder | None = Field(
+        default=None, description="Text file, one number a line: the teacher's class of that class; -1: it has none."
+    )
+    absent: Literal["zero", "mean"] = Field(
+        default="zero", description="Logit of a class that the teacher lacks: 0, or the mean of the other classes."
+    )
+    sha256: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$")] = Field(
+        default=None, description="Digest of the numbers, which a cache states instead of `file`. Default: the file's."
+    )
+
+    @model_validator(mode="after")
+    def _some_map(self) -> "ClassMapConfig":
+        if self.file is None and self.sha256 is None:
+            raise ValueError("file: a class map needs its file")
+        return self
+
+
 class LogitsCodec(Section):
-    """Class probabilities of a teacher with a classifier: a softmax over all its classes."""
+    """Class probabilities of a teacher with a classifier: a softmax over all its classes, or over those of a map."""
 
     kind: Literal["logits"] = Field(description=_KIND)
     name: Literal["draws", "topk", "dense"] = Field(
@@ -201,7 +222,12 @@ class LogitsCodec(Section):
         description="`draws`: the largest and a sample of the rest, unbiased; `topk`: the largest, and the rest spread "
         "evenly, biased; `dense`: all, for audits.",
     )
-    classes: int = Field(ge=2, le=65536, description="Classes of the teacher's classifier.")
+    classes: int = Field(
+        ge=2, le=65536, description="Classes of the teacher's classifier; with `class_map`, lines of the map."
+    )
+    class_map: ClassMapConfig | None = Field(
+        default=None, description="Store other classes than the teacher's. Default: its own."
+    )
     temperature: float = Field(default=1.0, gt=0, description="Divides the logits of teacher and student.")
     head_k: int = Field(
         default=4,
@@ -332,6 +358,23 @@ def codec_label(config: CodecConfig, block: int) -> str:
     return "-".join([f"b{block}" if place == "block" else place, *([kind] if kind else []), config.name])
 
 
+def codec_parameters(config: CodecConfig) -> dict[str, Any]:
+    """The section as a layer holds it: a class map by its digest; no field newer than format 2 where it is off.
+
+    Raises:
+        RecipeError: the file of a class map is none.
+    """
+    held = config.model_dump(mode="json")
+    if not isinstance(config, LogitsCodec):
+        return held
+    own = held.pop("class_map")
+    if config.class_map is not None:
+        file, sha256 = config.class_map.file, config.class_map.sha256
+        own |= {"file": None, "sha256": class_map_sha256(read_class_map(file)) if file else sha256}
+        held["class_map"] = own
+    return held
+
+
 def codec_config(**fields: Any) -> CodecConfig:
     """The codec section with these fields. Raises pydantic's ValidationError."""
     return TypeAdapter(CodecConfig).validate_python(fields)
@@ -366,4 +409,13 @@ class TargetsConfig(Section):
     )
     keep_projector: bool = Field(
         default=False, description="Write the trained projector beside the student's weights (docs/targets.md)."
+    )
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="Temperature of class logits in the loss, of teacher and student. Default: the codec's; `draws` "
+        "takes no other.",
+    )
+    label_weight: Weight = Field(
+        default=0.0, description="Weight of a cross entropy with the images' labels, beside class logits. 0: none."
     )

@@ -63,6 +63,19 @@ class Loss(NamedTuple):
         return self.parts - (self.floor if self.floor.ndim == 2 else self.floor[:, None])
 
 
+class Labels(NamedTuple):
+    """The labels of B views: a `share` of class `first`, the rest of class `second`, as of a mixed pair of images."""
+
+    first: Int64[Tensor, " B"]
+    second: Int64[Tensor, " B"]
+    share: Float[Tensor, " B"]
+
+    @classmethod
+    def hard(cls, labels: Int64[Tensor, " B"]) -> "Labels":
+        """The labels of whole images."""
+        return cls(labels, labels, torch.ones_like(labels, dtype=torch.float32))
+
+
 class Yardstick(NamedTuple):
     """Losses of two imagined students, means over views; they depend on the teacher alone.
 
@@ -212,6 +225,19 @@ class TargetKind(ABC):
     @abstractmethod
     def losses(self, answers: Answers, target: Target) -> dict[str, Loss]:
         """The losses by name, in fp32 (fp64 for fp64 answers). The training loss is the sum of their means."""
+
+    @property
+    def label_classes(self) -> int:
+        """The number of classes, where `label_losses` compares a student with labels; else 0."""
+        return 0
+
+    def label_losses(self, answers: Answers, labels: Labels) -> dict[str, Loss]:
+        """Further losses, which compare a student with the labels of its images instead of the teacher's target."""
+        return {}
+
+    def hits(self, tapped: Tapped, labels: Int64[Tensor, " B"]) -> Float[Tensor, " B"] | None:
+        """1 where the teacher's first class is the label, 0 where not, nan without a label; None: no classes."""
+        return None
 
     # ---- audits
 

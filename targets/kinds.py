@@ -31,7 +31,7 @@ from tinymim.targets.contract import ChosenKind, TargetKind
 from tinymim.targets.features.kind import Features
 from tinymim.targets.features.pq import FeaturesPq
 from tinymim.targets.gram.kind import Gram
-from tinymim.targets.logits.kind import Logits
+from tinymim.targets.logits.kind import make_logits
 from tinymim.targets.record import refuse_targets
 from tinymim.targets.relations import make as relations
 from tinymim.targets.relations.ff import FF
@@ -52,7 +52,7 @@ _KINDS: dict[type, tuple[Make, tuple[str, ...]]] = {
     FeaturesPqCodec: (FeaturesPq, ("loss", *_PROJECTOR)),
     ClsCodec: (Cls, ("loss", *_PROJECTOR)),
     BankCodec: (Bank, _PROJECTOR),
-    LogitsCodec: (Logits, ()),
+    LogitsCodec: (make_logits, ("temperature", "label_weight")),
     FFCodec: (FF, _PROJECTOR),
     GramCodec: (Gram, _PROJECTOR),
     AttentionCodec: (Attention, ()),

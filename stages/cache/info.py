@@ -17,6 +17,8 @@ from tinymim.storage.reader import CacheReader, views_from_zero
 from tinymim.storage.store import Entry
 from tinymim.storage.v1 import UPGRADE_HINT, OldCache, is_v1
 
+TOP1 = "teacher_top1"  # among the statistics of a commit record
+
 
 def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
     """Everything that manifest, layers and commit records contain, as JSON values. Reads no record.
@@ -66,6 +68,7 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
             # Constants are stored once, so further views do not add to them.
             "bytes_per_view": (size_bytes - sizes[name].get("constants", 0)) / max(1, coverage.num_records),
             "fidelity": _means(units),
+            "teacher_top1": _teacher_top1(units),
             "history": _history(files[name].entries),
         }
         if name != VIEWS:
@@ -127,7 +130,7 @@ def _means(units: Sequence[UnitInfo]) -> dict[str, float]:
     weights: defaultdict[str, int] = defaultdict(int)
     audited = 0.0
     for info in units:
-        for name, value in _numbers(info.statistics):
+        for name, value in _numbers({k: v for k, v in info.statistics.items() if k != TOP1}):
             if name == "fidelity.views":
                 audited += value
             elif name != "unreadable":
@@ -135,6 +138,19 @@ def _means(units: Sequence[UnitInfo]) -> dict[str, float]:
                 weights[name] += info.num_records
     means = {name.removeprefix("fidelity."): sums[name] / weights[name] for name in sorted(sums) if weights[name]}
     return {"audited_views": audited, **means} if audited else means
+
+
+def _teacher_top1(units: Sequence[UnitInfo]) -> dict[str, Any] | None:
+    """The share of labelled views whose label is the teacher's first class; None where no unit counted any."""
+    sums: Counter[str] = Counter()
+    for info in units:
+        counted = info.statistics.get(TOP1)
+        hits, labelled = (counted.get(n) if isinstance(counted, Mapping) else None for n in ("hits", "labelled"))
+        if isinstance(hits, int) and isinstance(labelled, int) and 0 <= hits <= labelled:
+            sums.update(hits=hits, labelled=labelled)
+    return (
+        {"accuracy": sums["hits"] / sums["labelled"], "labelled_views": sums["labelled"]} if sums["labelled"] else None
+    )
 
 
 def _numbers(statistics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -238,6 +254,11 @@ def _layer_lines(layer: Mapping[str, Any]) -> list[str]:
         f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {teacher['license']}",
         f"codec     {target['name']} version {target['version']}: {parameters}",
     ]
+    if top1 := layer["teacher_top1"]:
+        lines.append(
+            f"labels    the teacher's first class is the label of {top1['accuracy']:.2%} of "
+            f"{plural(top1['labelled_views'], 'labelled view')}"
+        )
     return lines + (_fidelity_lines(layer["fidelity"]) if layer["fidelity"] else [])
 
 

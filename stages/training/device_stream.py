@@ -15,7 +15,7 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.pipeline.records import of_layer
 from tinymim.stages.training.optim import seeded
-from tinymim.targets.contract import Target, TargetKind
+from tinymim.targets.contract import Labels, Target, TargetKind
 
 CPU = torch.device("cpu")
 
@@ -63,6 +63,7 @@ class DeviceStream:
         self._step = 0
         self._rows = slice(0)
         self._pixels, self._keys = torch.empty(0), torch.empty(0)
+        self._labels = torch.empty(0)
         self._records: dict[str, Tensor] = {}
         self._images: dict[JitterConfig, Tensor] = {}
         self.targets: tuple[Target, ...] = ()
@@ -74,6 +75,7 @@ class DeviceStream:
         self._pixels = batch.pixels.to(self.device, non_blocking=True)
         self._records = {name: array.to(self.device, non_blocking=True) for name, array in batch.records.items()}
         self._keys = batch.view_keys.to(self.device, non_blocking=True)
+        self._labels = batch.labels.to(self.device, non_blocking=True)
 
     def cut(self, rows: slice) -> None:
         """Select a part of the batch and compute its `targets`."""
@@ -81,6 +83,11 @@ class DeviceStream:
         records = {name: array[rows] for name, array in self._records.items()}
         with current(self.device):
             self.targets = self._make_targets(self._pixels[rows], records, self._keys[rows])
+
+    @property
+    def labels(self) -> Labels:
+        """The part's labels."""
+        return Labels.hard(self._labels[self._rows])
 
     def images(self, config: JitterConfig) -> Tensor:
         """The part's images with this jitter, normalised float32 [B, 3, S, S]."""

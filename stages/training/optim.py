@@ -166,13 +166,16 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))
 
 
+_FIRST_TARGETS = ("relations", "relation_heads", "rows")  # others are left out where off, as in older states
+
+
 def _terms_identity(layers: Sequence[LayerConfig]) -> dict[str, Any]:
     """Choices of targets, and weights. A single layer of weight 1 has the identity of states without weights."""
     targets = [
         {
             name: value
             for name, value in layer.targets.model_dump(mode="json").items()
-            if name != "keep_projector" and (value is not None or name not in ("loss", "projector"))
+            if name != "keep_projector" and (value or name in _FIRST_TARGETS)
         }
         for layer in layers
     ]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinymim.configs.errors import CacheMismatch, RecipeError
+from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
@@ -20,6 +20,7 @@ from tinymim.models.vit import build_vit, count_parameters
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource
+from tinymim.pipeline.tar import UNLABELLED
 from tinymim.stages.run.device import autocast
 from tinymim.stages.run.folder import RECIPE_NAME
 from tinymim.stages.training.device_stream import CPU, DeviceStream, MakeTargets, current
@@ -30,6 +31,7 @@ from tinymim.stages.training.states import has_state
 from tinymim.stages.training.terms import Term, naming
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
+from tinymim.targets.contract import TargetKind
 
 
 class Student(NamedTuple):
@@ -117,7 +119,10 @@ class StudentStep:
         self.update(step)
 
     def take(self, step: int, batch: ViewBatch) -> None:
-        """Copy the batch to every device."""
+        """Copy the batch to every device. Raises SourceError where a loss needs a label that an image does not have."""
+        for term in self.terms:
+            if isinstance(term.kind, TargetKind) and term.kind.label_classes:
+                _require_labels(batch, term.kind.label_classes)
         for stream in self.streams.values():
             stream.take(step, batch)
 
@@ -137,6 +142,8 @@ class StudentStep:
                     weighted: list[Tensor] = []
                     for term, own, target in zip(self.terms, answers, stream.targets, strict=True):
                         losses = term.kind.losses(own, target)
+                        if isinstance(term.kind, TargetKind):
+                            losses |= term.kind.label_losses(own, stream.labels)
                         found = {term.metric(name): loss.mean() for name, loss in losses.items()}
                         weight = term.weight(step, learner.schedule.total_steps)
                         means |= found
@@ -149,6 +156,19 @@ class StudentStep:
         for *_, learner in self.students:
             with current(learner.device):
                 learner.update(step)
+
+
+def _require_labels(batch: ViewBatch, classes: int) -> None:
+    """Raises SourceError unless all images of a batch have labels below `classes`."""
+    wrong = ((batch.labels < 0) | (batch.labels >= classes)).nonzero()[:1, 0].tolist()
+    for place in wrong:
+        label = int(batch.labels[place])
+        raise SourceError(
+            f"image '{batch.keys[place]}' has no label of the teacher's classes, as targets.label_weight needs",
+            got="no label" if label == UNLABELLED else f"class {label}",
+            expected=f"a class from 0 to {classes - 1}",
+            hint="pack the images with labels (docs/shards.md), or set targets.label_weight: 0",
+        )
 
 
 def views_in_use(recipe: TrainStudentRecipe, ranks: Ranks) -> int | None:

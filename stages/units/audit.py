@@ -1,4 +1,7 @@
-"""The unit audit: the fidelity of some of a unit's views to their dense targets, kept in its commit record (I5)."""
+"""The unit audit: the fidelity of some of a unit's views to their dense targets, kept in its commit record (I5).
+
+Of class logits, also the number of views whose label is the teacher's first class.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -25,6 +28,7 @@ class UnitAudit:
         self.probe, self.max_views = probe, max_views
         self.views = 0
         self._statistics, self._gradients = StatisticMoments(), CodecMoments(max_views)
+        self._hits = self._labelled = 0
 
     def add(self, tapped: Tapped, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> None:
         """Compare a batch of views.
@@ -46,6 +50,16 @@ class UnitAudit:
             self._gradients.add(dense, [drawn])
             self._statistics.add(kind.statistics(one, stored), 1)
             self.views += 1
+
+    def count_hits(self, hits: Tensor) -> None:
+        """Count views by `TargetKind.hits`."""
+        self._labelled += int(hits.isfinite().sum())
+        self._hits += int(hits.nansum())
+
+    def statistics(self) -> dict[str, Any]:
+        """The statistics of the unit's commit record; `teacher_top1` where views of class logits have labels."""
+        top1 = {"teacher_top1": {"hits": self._hits, "labelled": self._labelled}} if self._labelled else {}
+        return {"fidelity": self.summary(), **top1}
 
     def summary(self) -> dict[str, Any]:
         """{"views": N}; from `MIN_VIEWS` on also lists over parts, by loss and "all" (see `targets/fidelity.py`)."""

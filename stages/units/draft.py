@@ -50,6 +50,7 @@ class EncodedBatch:
         marks: before the teacher, after it, after the codecs, after the copy to the CPU.
         audited: views for the unit audit; None after a unit's first batches.
         finite: bool [B] on the CPU, whether the tapped tensors of a view are finite.
+        hits: by layer of class logits, `TargetKind.hits` of the B views, on the CPU.
     """
 
     piece: Piece
@@ -58,6 +59,7 @@ class EncodedBatch:
     marks: Marks | None = None
     audited: AuditedViews | None = None
     finite: Tensor | None = None
+    hits: dict[str, Tensor] = field(default_factory=dict)
 
 
 def encode(
@@ -93,6 +95,8 @@ def encode(
     finite = finite_views(tapped)
     marks.mark()
     records = {layer: kind.encode(tapped, view_keys) for layer, kind in used.items()}
+    labels = batch.labels.to(device, non_blocking=True)
+    hits = {layer: found for layer, kind in used.items() if (found := kind.hits(tapped, labels)) is not None}
     marks.mark()
     audited = None
     if audit_views > 0:
@@ -108,8 +112,9 @@ def encode(
         layer: {name: each.to("cpu", non_blocking=True) for name, each in own.items()} for layer, own in records.items()
     }
     finite = finite.to("cpu", non_blocking=True)
+    hits = {layer: each.to("cpu", non_blocking=True) for layer, each in hits.items()}
     marks.mark()
-    return EncodedBatch(piece, batch, arrays, marks, audited, finite)
+    return EncodedBatch(piece, batch, arrays, marks, audited, finite, hits)
 
 
 def _picked(array: Tensor, rows: Tensor) -> Tensor:
@@ -156,6 +161,8 @@ class UnitPart:
         self.unreadable += batch.unreadable
         if not batch.keys:
             return
+        for layer, hits in encoded.hits.items():
+            self.audits[layer].count_hits(hits)
         begin, keys = len(self.keys), batch.keys[::num_views]
         self.keys += keys
         found = {VIEWS: {DIGEST: low_digests(batch)}}

@@ -80,7 +80,7 @@ class UnitFilling:
         # next run makes the unit for the others alone.
         done = [] if unit.views is None else [unit.views.commit({"unreadable": [list(row) for row in unit.unreadable]})]
         for layer, draft in unit.targets.items():
-            done.append(draft.commit({"fidelity": part.audits[layer].summary()}))
+            done.append(draft.commit(part.audits[layer].statistics()))
         self.close()
         self._writer.give_back(part.unit)
         return done

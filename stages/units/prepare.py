@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from tinymim.configs.codecs import codec_parameters
 from tinymim.configs.place import joined
 from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
 from tinymim.models.teacher import Teacher
@@ -87,7 +88,7 @@ def make_layer(name: str, target: LayerTarget, manifest: Manifest, teacher: Teac
             "taps": [str(tap) for tap in kind.taps],
             "name": kind.name,
             "version": kind.version,
-            "parameters": target.codec.model_dump(mode="json"),
+            "parameters": codec_parameters(target.codec),
             "arrays": {spec.name: {"dtype": spec.dtype, "shape": list(spec.shape)} for spec in kind.specs(shapes)},
         },
         environment={name: value for name, value in environment().items() if name not in _OF_IMAGES},

@@ -1,9 +1,12 @@
-"""Class probabilities as a target kind.
+"""Class probabilities as a target kind, with a term for labels.
+
+Sources: the sparse loss of Wu et al., "TinyViT", ECCV 2022; temperature and label term of Hinton et al., "Distilling
+the Knowledge in a Neural Network", 2015.
 
 Shapes: B view, L class, K kept class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,14 +14,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tinymim.configs.codecs import LogitsCodec
+from tinymim.configs.class_map import ABSENT, class_map_sha256, read_class_map
+from tinymim.configs.codecs import LogitsCodec, TargetsConfig
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import (
     Answers,
     ArraySpec,
     ChosenKind,
+    Labels,
     Loss,
+    Projection,
     Tapped,
     TargetHead,
     Views,
@@ -78,6 +84,13 @@ class Logits(ChosenKind):
       published method.
     - `dense`: every probability in fp16, for audits.
 
+    `class_map` replaces the teacher's logits z by those of other classes, y_i = z[map_i], before the softmax. A class
+    that the teacher lacks gets the logit 0, as TinyViT evaluates; or the mean of the others, which is the logit of the
+    mean of their weights and biases, as TinyViT converts a classifier. The map is a constant of the cache.
+
+    `targets.temperature` T changes the temperature t of a stored softmax: p^(t / T), scaled to a mass of one. For
+    `topk` that is the softmax at T of the decoded record. Draws are no sample of it, so `draws` refuses.
+
     The values of the head are rounded at random to the grid of `relations.sparsify` (`uint8`), or stored in fp16. A
     class number takes the bits that the number of classes needs: its low 8 bits are a byte, the others are packed.
     """
@@ -93,27 +106,49 @@ class Logits(ChosenKind):
     @property
     def meaning(self) -> tuple[object, ...]:
         """See `TargetKind`."""
-        return ("logits", self.config.classes, self.config.temperature)
+        mapped = self.config.class_map
+        return ("logits", self.config.classes, self.temperature, None if mapped is None else mapped.absent)
+
+    @property
+    def temperature(self) -> float:
+        """T of the loss."""
+        return self.targets.temperature or self.config.temperature
 
     @property
     def taps(self) -> tuple[Tap, ...]:
         """See `TargetKind`."""
         return (Tap("logits"),)
 
-    def probabilities(self, tapped: Tapped) -> Float[Tensor, "B L"]:
+    def probabilities(self, tapped: Tapped, temperature: float) -> Float[Tensor, "B L"]:
         """The teacher's softmax, float64.
 
         Raises:
             RecipeError: the teacher has another number of classes.
         """
+        return (self._logits(tapped) / temperature).softmax(-1)
+
+    def _logits(self, tapped: Tapped) -> Float[Tensor, "B L"]:
+        """The teacher's logits of the stored classes, float64."""
         [logits] = tapped[self.taps[0]]
+        if self.config.class_map is not None:
+            held = self.constants["class_map"].to(logits.device)
+            absent = held == ABSENT
+            found = logits.double()[:, held.clamp(min=0)].masked_fill(absent, 0.0)
+            if self.config.class_map.absent == "mean":
+                found = torch.where(absent, found.sum(-1, keepdim=True) / (~absent).sum(), found)
+            return found
         if logits.shape[-1] != self.config.classes:
             raise RecipeError(
                 "the teacher has another number of classes",
                 got=f"codec.classes {self.config.classes}",
                 expected=logits.shape[-1],
             )
-        return (logits.double() / self.config.temperature).softmax(-1)
+        return logits.double()
+
+    def hits(self, tapped: Tapped, labels: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """See `TargetKind`."""
+        first = self._logits(tapped).argmax(-1)
+        return torch.where(labels < 0, torch.nan, (first == labels).float())
 
     # ---- records
 
@@ -138,7 +173,8 @@ class Logits(ChosenKind):
     @torch.no_grad()
     def encode(self, tapped: Tapped, view_keys: Int64[Tensor, " B"]) -> dict[str, Tensor]:
         """See `TargetKind`."""
-        probs, config = self.probabilities(tapped), self.config
+        config = self.config
+        probs = self.probabilities(tapped, config.temperature)
         entropy = torch.special.entr(probs).sum(-1).float()
         if config.name == "dense":
             return {"probs": probs.half(), "entropy": entropy}
@@ -163,8 +199,13 @@ class Logits(ChosenKind):
     def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes) -> LogitTarget:
         """See `TargetKind`."""
         config = self.config
+        power = config.temperature / self.temperature
         if config.name == "dense":
-            return _dense(arrays["probs"].float(), arrays["entropy"])
+            probs, entropy = arrays["probs"].float(), arrays["entropy"]
+            if power != 1:
+                probs = probs**power / (probs**power).sum(-1, keepdim=True)
+                entropy = torch.special.entr(probs).sum(-1)
+            return _dense(probs, entropy)
         index = arrays["low"].long()
         if self._high_bits:
             index = index | (self._packing(index.device).unpack(arrays["high"]).long() << 8)
@@ -178,13 +219,18 @@ class Logits(ChosenKind):
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1.0)  # values may be rounded above a mass of one
         others = config.classes - config.head_k
         share = left.clamp(min=0.0) / others
+        if power != 1:
+            weight, share = weight**power, share**power
+            mass = weight.sum(-1) + others * share
+            weight, share = weight / mass[:, None], share / mass
         entropy = torch.special.entr(weight).sum(-1) + others * torch.special.entr(share)
         return LogitTarget(index, weight, share, entropy)
 
     @torch.no_grad()
     def exact(self, tapped: Tapped) -> LogitTarget:
         """See `TargetKind`: float32 (float64 for float64 inputs) [B, L]."""
-        probs, dtype = self.probabilities(tapped), torch.promote_types(tapped[self.taps[0]][0].dtype, torch.float32)
+        dtype = torch.promote_types(tapped[self.taps[0]][0].dtype, torch.float32)
+        probs = self.probabilities(tapped, self.temperature)
         return _dense(probs.to(dtype), torch.special.entr(probs).sum(-1).to(dtype))
 
     @property
@@ -215,7 +261,7 @@ class Logits(ChosenKind):
         so the target is never written out over all classes.
         """
         [logits] = answers
-        temperature = self.config.temperature
+        temperature = self.temperature
         dtype = torch.promote_types(logits.dtype, torch.float32)
         with torch.autocast(logits.device.type, enabled=False):
             z = logits.to(dtype) / temperature
@@ -230,6 +276,64 @@ class Logits(ChosenKind):
         square = temperature**2
         return {"logits": Loss(square * cross[:, None], square * target.entropy.to(dtype))}
 
+    @property
+    def label_classes(self) -> int:
+        """See `TargetKind`."""
+        return self.config.classes if self.targets.label_weight else 0
+
+    def label_losses(self, answers: Answers, labels: Labels) -> dict[str, Loss]:
+        """See `TargetKind`: cross entropy in nats at temperature 1, times `targets.label_weight`."""
+        if not self.label_classes:
+            return {}
+        [logits] = answers
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        with torch.autocast(logits.device.type, enabled=False):
+            z = logits.to(dtype)
+            z = z - z.detach().amax(-1, keepdim=True)  # as in `losses`
+            share = labels.share.to(dtype)
+            both = torch.stack([labels.first, labels.second], -1)
+            parts = torch.stack([share, 1 - share], -1)
+            cross = (parts * (z.logsumexp(-1, keepdim=True) - z.gather(1, both))).sum(-1)
+            floor = torch.where(labels.first == labels.second, 0.0, torch.special.entr(parts).sum(-1))
+        weight = self.targets.label_weight
+        return {"labels": Loss(weight * cross[:, None], weight * floor)}
+
+    # ---- constants
+
+    @property
+    def calibration_views(self) -> int:
+        """See `TargetKind`: a class map is a constant, and needs the teacher's number of classes alone."""
+        return 0 if self.config.class_map is None else 1
+
+    def check_teacher(self, tapped: Tapped, projection: Projection) -> None:
+        """See `TargetKind`."""
+        self.calibrate([tapped], projection)
+
+    def calibrate(self, tapped: Iterable[Tapped], projection: Projection) -> dict[str, Tensor]:
+        """See `TargetKind`: `class_map`, int64 [L]."""
+        config = self.config.class_map
+        if config is None:
+            return {}
+        if config.file is None:
+            raise RecipeError("codec.class_map has no file", got=f"sha256 {config.sha256}", expected="its file")
+        numbers = read_class_map(config.file)
+        if len(numbers) != self.config.classes:
+            raise RecipeError(
+                f"the class map {config.file} has another number of classes",
+                got=f"codec.classes {self.config.classes}",
+                expected=len(numbers),
+            )
+        if config.sha256 not in (None, class_map_sha256(numbers)):
+            raise RecipeError(
+                f"the class map {config.file} is not the one that the recipe states",
+                got=f"sha256 {class_map_sha256(numbers)}",
+                expected=config.sha256,
+            )
+        found = torch.tensor(numbers)
+        for each in tapped:
+            _check_map(found, each[self.taps[0]][0].shape[-1])
+        return {"class_map": found}
+
     # ---- audits
 
     def yardsticks(self, targets: Sequence[LogitTarget]) -> dict[str, Yardstick]:
@@ -239,19 +343,41 @@ class Logits(ChosenKind):
         even = common = 0.0
         for each in targets:
             others = ((total - each.weight) / (count - 1)).clamp(min=_LEAST_PROBABILITY)
-            for_even, for_common = torch.zeros_like(others), others.log() * self.config.temperature
+            for_even, for_common = torch.zeros_like(others), others.log() * self.temperature
             even += float(self.losses((for_even,), each)["logits"].mean()) * len(others)
             common += float(self.losses((for_common,), each)["logits"].mean()) * len(others)
         return {"logits": Yardstick(even / count, common / count)}
 
     def statistics(self, tapped: Tapped, target: LogitTarget) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
         """See `TargetKind`: `entropy_nats`, and `kept_mass`, the teacher's mass on the stored classes."""
-        probs = self.probabilities(tapped)
+        probs = self.probabilities(tapped, self.temperature)
         kept = torch.ones_like(probs)
         if target.index is not None:
             kept = torch.zeros_like(probs).scatter(1, target.index, 1.0)
         found = {"entropy_nats": torch.special.entr(probs).sum(-1), "kept_mass": (probs * kept).sum(-1)}
         return {"logits": {name: value[:, None] for name, value in found.items()}}
+
+
+def make_logits(config: LogitsCodec, targets: TargetsConfig, block: int, constants: Mapping[str, Tensor]) -> Logits:
+    """The kind; arguments and errors as `targets.kinds.make_kind`."""
+    if config.name == "draws" and targets.temperature not in (None, config.temperature):
+        raise RecipeError(
+            "targets.temperature is not the one that the draws were made at",
+            got=targets.temperature,
+            expected=f"{config.temperature:g}, or no targets.temperature",
+            hint="cache with codec.temperature, or with codec.name: topk or dense, which any temperature can read",
+        )
+    return Logits(config, targets, block, constants)
+
+
+def _check_map(class_map: Int64[Tensor, " L"], classes: int) -> None:
+    """Raises RecipeError where a map names a class that a teacher of so many `classes` lacks."""
+    if int(class_map.max()) >= classes:
+        raise RecipeError(
+            "the class map names a class that the teacher lacks",
+            got=f"class {int(class_map.max())}",
+            expected=f"0 to {classes - 1}, or -1",
+        )
 
 
 def _dense(probs: Float[Tensor, "B L"], entropy: Float[Tensor, " B"]) -> LogitTarget:
