@@ -380,7 +380,8 @@ def codec_config(**fields: Any) -> CodecConfig:
     return TypeAdapter(CodecConfig).validate_python(fields)
 
 
-VectorLoss = Literal["mse", "cosine", "smooth_l1"]
+VectorLoss = Literal["mse", "cosine", "smooth_l1", "l1"]
+RelationLoss = Literal["kl", "mse", "cosine", "l1"]
 
 
 class TargetsConfig(Section):
@@ -399,10 +400,13 @@ class TargetsConfig(Section):
     rows: Width | None = Field(
         default=None, description="Query rows per view, relation and head. Default: all that the cache holds."
     )
-    loss: VectorLoss | None = Field(
+    loss: Literal[VectorLoss, RelationLoss] | None = Field(
         default=None,
-        description="Loss of features and class embeddings. Default: `mse`, and `cosine` of class embeddings. "
-        "`smooth_l1` is biased with `dither`.",
+        description="Loss of features, class embeddings and relations. Default: `mse`, `cosine` of class embeddings, "
+        "`kl` of relations. `smooth_l1` and `l1` are biased with `dither`.",
+    )
+    before_softmax: bool = Field(
+        default=False, description="Compare the logits of relations, by `mse` as default. Needs a `hidden` cache."
     )
     projector: Literal["linear", "mlp"] | None = Field(
         default=None, description="From the student's width to the teacher's, for features. Default: `linear`."

@@ -43,6 +43,17 @@ def refuse_targets(targets: TargetsConfig, kind: str, takes: Sequence[str]) -> N
             )
 
 
+def refuse_loss(targets: TargetsConfig, takes: Sequence[str], kind: str, hint: str = "") -> None:
+    """Raises RecipeError where `targets.loss` is none of those that a kind of target, or its codec, has."""
+    if targets.loss not in (None, *takes):
+        raise RecipeError(
+            f"targets.loss {targets.loss} is not a loss of {kind}",
+            got=f"targets.loss {targets.loss}",
+            expected=", ".join(takes),
+            hint=hint or "leave targets.loss out for the default",
+        )
+
+
 def index_dtype(tokens: int) -> str:
     """The smallest unsigned dtype for token indices, and so for gaps between them."""
     return "uint8" if tokens <= 256 else "uint16"

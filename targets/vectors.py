@@ -6,12 +6,12 @@ Shapes: B view, N vector of a view, Q sampled vector, C width, P calibration vec
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast, get_args
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
-from torch.nn.functional import normalize, smooth_l1_loss
+from torch.nn.functional import l1_loss, normalize, smooth_l1_loss
 
 from tinymim.configs.codecs import ClsCodec, FeaturesCodec, TargetsConfig, VectorLoss
 from tinymim.configs.errors import RecipeError
@@ -29,6 +29,7 @@ from tinymim.targets.contract import (
 )
 from tinymim.targets.counter import spread, uniforms
 from tinymim.targets.dither import Dither
+from tinymim.targets.record import refuse_loss
 from tinymim.targets.squares import square_statistics
 
 _EPS = 1e-6  # of LayerNorm
@@ -97,7 +98,8 @@ class Vectors(ChosenKind):
 
     **Biased** with `smooth_l1`: its gradient, min(max(s - d, -1), 1), is not linear in d, so the mean over d is that
     of a smoother loss, the convolution of smooth L1 with the distribution of the rounding error. With `int8` that
-    error is below 1/255 of a vector's largest component, and the bias as small.
+    error is below 1/255 of a vector's largest component, and the bias as small. So is `l1`, whose gradient is the sign
+    of s - d.
     """
 
     config: FeaturesCodec | ClsCodec
@@ -105,6 +107,10 @@ class Vectors(ChosenKind):
     loss_name: ClassVar[str]
     streams: ClassVar[int]
     default_loss: ClassVar[VectorLoss] = "mse"
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for a loss of relations."""
+        refuse_loss(self.targets, get_args(VectorLoss), self.loss_name)
 
     @abstractmethod
     def vectors(self, tapped: Tapped) -> Float[Tensor, "B N C"]:
@@ -122,12 +128,12 @@ class Vectors(ChosenKind):
     @property
     def loss(self) -> VectorLoss:
         """The loss of the student."""
-        return self.targets.loss or self.default_loss
+        return cast(VectorLoss, self.targets.loss or self.default_loss)  # by `refuse_loss`
 
     @property
     def unbiased(self) -> bool:
         """See `TargetKind`."""
-        return self.loss != "smooth_l1"
+        return self.loss in ("mse", "cosine")
 
     @property
     def whole(self) -> bool:
@@ -213,7 +219,7 @@ class Vectors(ChosenKind):
         return {self.loss_name: 1}
 
     def losses(self, answers: Answers, target: VectorTarget) -> dict[str, Loss]:
-        """See `TargetKind`: means over vectors, and over components of squared error and smooth L1."""
+        """See `TargetKind`: means over vectors, and over components but for the cosine."""
         [student] = answers
         dtype = torch.promote_types(student.dtype, torch.float32)
         with torch.autocast(student.device.type, enabled=False):
@@ -228,7 +234,8 @@ class Vectors(ChosenKind):
                 parts = (s * (s - 2 * t)).mean((1, 2))[:, None]
                 floor = -length.square().mean(1) / t.shape[-1]
             else:
-                parts = smooth_l1_loss(s, t, reduction="none").mean((1, 2))[:, None]
+                distance = l1_loss if self.loss == "l1" else smooth_l1_loss
+                parts = distance(s, t, reduction="none").mean((1, 2))[:, None]
                 floor = torch.zeros_like(parts[:, 0])
         return {self.loss_name: Loss(parts, floor)}
 

@@ -129,8 +129,18 @@ class Hidden(RelationKind):
     @torch.no_grad()
     def decode(self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes) -> Rows:
         """See `TargetKind`; every relation is a `DenseRows`, float32."""
-        constants = self.constants
         target: Rows = {}
+        for relation, (rows, logits) in self.logits(arrays, view_keys, shapes).items():
+            probs = logits.softmax(-1)
+            target[relation] = DenseRows(rows, probs, mean_entropy(probs, self.entropy_by_head))
+        return target
+
+    @torch.no_grad()
+    def logits(
+        self, arrays: Mapping[str, Tensor], view_keys: Int64[Tensor, " B"], shapes: Shapes
+    ) -> dict[Relation, tuple[Int64[Tensor, "B H Q"] | None, Float[Tensor, "B H Q T"]]]:
+        """The rows of a decoded target, and their logits in float32, by relation."""
+        constants, found = self.constants, {}
         with torch.autocast(view_keys.device.type, enabled=False):
             codes = self._packing.unpack(arrays["code"]).float()
             sides = linear(codes, constants["qkv_weight"], constants["qkv_bias"]).chunk(3, dim=-1)
@@ -145,9 +155,8 @@ class Hidden(RelationKind):
             own = (torch.arange(shapes.tokens, device=codes.device) if rows is None else rows)[..., None]
             shape = (*logits.shape[:3], 1)
             logits.scatter_add_(-1, own.expand(shape), lost[:, None, None].expand(shape))
-            probs = logits.softmax(-1)
-            target[relation] = DenseRows(rows, probs, mean_entropy(probs, self.entropy_by_head))
-        return target
+            found[relation] = rows, logits
+        return found
 
     @cached_property
     def _packing(self) -> Packing:

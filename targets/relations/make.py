@@ -2,19 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast, get_args
 
 from torch import Tensor
 
-from tinymim.configs.codecs import DenseCodec, HiddenCodec, Relation, RelationCodec, SketchCodec, TargetsConfig
+from tinymim.configs.codecs import (
+    DenseCodec,
+    HiddenCodec,
+    Relation,
+    RelationCodec,
+    RelationLoss,
+    SketchCodec,
+    TargetsConfig,
+)
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import TargetKind
+from tinymim.targets.record import refuse_loss
 from tinymim.targets.relations.dense import Dense
+from tinymim.targets.relations.distances import RelationDistance
 from tinymim.targets.relations.hidden import Hidden
 from tinymim.targets.relations.kind import RelationKind
 from tinymim.targets.relations.sketch import Sketch, TopK
 
-TAKES = ("relations", "relation_heads", "rows")  # fields of `targets`
+TAKES = ("relations", "relation_heads", "rows", "loss", "before_softmax")  # fields of `targets`
 # Codec settings whose sizes `tinymim plan` compares: the default, 300 views of ImageNet in 2 TB, less, all, and dense.
 ALTERNATIVES: tuple[RelationCodec, ...] = (
     SketchCodec(),
@@ -29,6 +40,19 @@ def make_relations(
     config: RelationCodec, targets: TargetsConfig, block: int, constants: Mapping[str, Tensor]
 ) -> RelationKind:
     """The relations of a block under one codec; arguments and errors as `targets.kinds.make_kind`."""
+    codec = _make_codec(config, targets, block, constants)
+    if targets.loss in (None, "kl") and not targets.before_softmax:
+        return codec
+    assert isinstance(codec, Dense | Hidden)  # by `_refuse_distances`
+    loss = cast(RelationLoss, targets.loss or "mse")  # by `refuse_loss`
+    return RelationDistance(codec, loss, targets.before_softmax, block)
+
+
+def _make_codec(
+    config: RelationCodec, targets: TargetsConfig, block: int, constants: Mapping[str, Tensor]
+) -> RelationKind:
+    refuse_loss(targets, get_args(RelationLoss), "relations")
+    _refuse_distances(config, targets)
     match config:
         case SketchCodec():
             _refuse_others(targets, rows=config.rows, relation_heads=config.relation_heads)
@@ -51,7 +75,10 @@ def whole_targets(codec: str, training: RelationKind, shapes: Shapes) -> Targets
     """
     # A dense cache has its heads already; `for_audit` compares them.
     heads = training.relation_heads(shapes.heads) if codec == Hidden.name else None
-    return TargetsConfig(relations=training.relations, relation_heads=heads)
+    same: dict[str, Any] = {}
+    if isinstance(training, RelationDistance):
+        same = {"loss": training.loss, "before_softmax": training.before_softmax}
+    return TargetsConfig(relations=training.relations, relation_heads=heads, **same)
 
 
 def for_audit(kind: TargetKind, training: RelationKind, shapes: Shapes) -> TargetKind:
@@ -60,7 +87,7 @@ def for_audit(kind: TargetKind, training: RelationKind, shapes: Shapes) -> Targe
     Raises:
         CacheMismatch: the cache's relation heads differ from those of `training`.
     """
-    assert isinstance(kind, Dense | Hidden)  # the codecs of whole targets
+    assert isinstance(kind, Dense | Hidden | RelationDistance)  # the codecs of whole targets
     held, wanted = kind.relation_heads(shapes.heads), training.relation_heads(shapes.heads)
     if held != wanted:
         raise CacheMismatch(
@@ -69,7 +96,7 @@ def for_audit(kind: TargetKind, training: RelationKind, shapes: Shapes) -> Targe
             expected=wanted,
             hint="make audit.cache with the relation_heads of the training run's codec",
         )
-    return replace(kind, entropy_by_head=True)
+    return kind if isinstance(kind, RelationDistance) else replace(kind, entropy_by_head=True)
 
 
 def describe_codec(config: RelationCodec) -> str:
@@ -97,6 +124,25 @@ def _subset(targets: TargetsConfig, config: SketchCodec | DenseCodec) -> tuple[R
             hint="a cache made with codec.name: hidden gives any relation",
         )
     return wanted
+
+
+def _refuse_distances(config: RelationCodec, targets: TargetsConfig) -> None:
+    """Raises RecipeError where a codec does not hold what a distance compares."""
+    if targets.before_softmax and targets.loss == "kl":
+        raise RecipeError(
+            "the KL compares relations after their softmax",
+            got="targets.loss kl, targets.before_softmax true",
+            expected="mse, l1 or cosine",
+        )
+    if targets.before_softmax and not isinstance(config, HiddenCodec):
+        raise RecipeError(
+            "the cache does not hold relations before their softmax",
+            got=f"targets.before_softmax true, codec {config.name}",
+            expected="codec hidden",
+            hint="make a cache with codec.name: hidden",
+        )
+    if isinstance(config, SketchCodec):
+        refuse_loss(targets, ["kl"], "sampled relations", "make a cache with codec.name: hidden or dense")
 
 
 def _refuse_others(targets: TargetsConfig, **held: int | None) -> None:

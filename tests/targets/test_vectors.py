@@ -234,10 +234,12 @@ def plain(loss: str, s: Tensor, t: Tensor) -> Tensor:
         return 1 - torch.nn.functional.cosine_similarity(s, t, dim=-1).mean(1)
     if loss == "mse":
         return (s - t).square().mean((1, 2))
+    if loss == "l1":
+        return (s - t).abs().mean((1, 2))
     return torch.nn.functional.smooth_l1_loss(s, t, reduction="none").mean((1, 2))
 
 
-@pytest.mark.parametrize("loss", ["mse", "cosine", "smooth_l1"])
+@pytest.mark.parametrize("loss", ["mse", "cosine", "smooth_l1", "l1"])
 def test_losses_are_their_definitions_in_float64_and_gradcheck(loss: Any) -> None:
     kind = made({"kind": "features"}, loss=loss)
     s = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)

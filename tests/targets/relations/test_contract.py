@@ -30,7 +30,8 @@ def teacher(views: int, seed: int = 0) -> Tapped:
 
 
 def made(fields: dict[str, Any], **targets: Any) -> TargetKind:
-    wanted = TargetsConfig(**targets)
+    wanted = TargetsConfig(**targets | fields.get("targets", {}))
+    fields = {name: value for name, value in fields.items() if name != "targets"}
     kind = make_kind(codec_config(**fields), BLOCK, wanted)
     if not kind.calibration_views:
         return kind
@@ -52,6 +53,16 @@ class TestRelations(TargetKindContract):
         "dense": {"name": "dense"},
         "hidden": {"name": "hidden", "bits": 4},
         "hidden, pca": {"name": "hidden", "basis": "pca", "bits": 2},
+        "dense, mse": {"name": "dense", "targets": {"loss": "mse"}},
+        "dense, l1 of some rows": {"name": "dense", "targets": {"loss": "l1", "rows": 5}},
+        "dense, cosine": {"name": "dense", "relation_heads": 2, "targets": {"loss": "cosine"}},
+        "hidden, mse before the softmax": {"name": "hidden", "bits": 4, "targets": {"before_softmax": True}},
+        "hidden, l1 before the softmax": {
+            "name": "hidden",
+            "bits": 4,
+            "targets": {"before_softmax": True, "loss": "l1", "relations": ("qq", "kk", "vv")},
+        },
+        "hidden, cosine": {"name": "hidden", "bits": 4, "targets": {"loss": "cosine", "relation_heads": 6, "rows": 5}},
     }
     golden: ClassVar[Mapping[str, str]] = {
         "sketch": "50c6fc76bc1cf9fe",
@@ -62,11 +73,24 @@ class TestRelations(TargetKindContract):
         "topk, uniform": "badac1acc6f5ada3",
         "topk, ghost": "2f46d6863ee444b7",
         "dense": "9318b7f2e05e7885",
+        "dense, mse": "9318b7f2e05e7885",
+        "dense, l1 of some rows": "9318b7f2e05e7885",
     }
     refusals: ClassVar[Mapping[str, tuple[Callable[[], object], str]]] = {
         "head_k": (lambda: made({"head_k": TOKENS}).specs(TestRelations.shapes), r"codec\.head_k is too large"),
         "relations": (lambda: made({}, relations=("qq",)), "does not hold the relation qq"),
         "rows": (lambda: made({}, rows=3), r"targets\.rows is not what"),
+        "loss of a sketch": (lambda: made({}, loss="mse"), r"targets\.loss mse is not a loss of sampled relations"),
+        "loss of vectors": (lambda: made({"name": "dense"}, loss="smooth_l1"), "smooth_l1 is not a loss of relations"),
+        "logits of a sketch": (lambda: made({}, before_softmax=True), "hold relations before their softmax"),
+        "logits of dense rows": (
+            lambda: made({"name": "dense"}, before_softmax=True, loss="l1"),
+            "hold relations before their softmax",
+        ),
+        "kl of logits": (
+            lambda: made({"name": "hidden"}, before_softmax=True, loss="kl"),
+            "compares relations after their softmax",
+        ),
         "relation_heads": (lambda: made({}, relation_heads=2), r"targets\.relation_heads is not what"),
         "student's width": (
             lambda: made({}).head(Shapes(3, 3, TOKENS, 1, (4, 4)), TestRelations.shapes),
