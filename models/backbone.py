@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from timm.layers import DropPath
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
@@ -21,6 +21,8 @@ FINAL_NORM: Final = "norm."
 POOLED_NORM: Final = "fc_norm."
 POSITIONS: Final = "pos_embed"  # the name of the position table
 
+
+PlainViT = VisionTransformer | Eva  # Eva: timm's plain ViT with rotary positions, such as DINOv3
 
 # ---------------------------------------------------------------- sizes
 
@@ -51,6 +53,18 @@ def patch(model: nn.Module) -> tuple[int, int] | None:
 def prefix_tokens(model: nn.Module) -> int:
     """Tokens in front of the patches: class token and registers."""
     return int(getattr(model, "num_prefix_tokens", 0))
+
+
+def native_parts(model: nn.Module) -> frozenset[str]:
+    """Which parts the model has that the first ViT lacks."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    found = {
+        "registers": prefix_tokens(model) > has_class_token(model),
+        "LayerScale": not names.isdisjoint({"gamma", "gamma_1"}),  # of timm's plain ViT and of Eva
+        "norm before the blocks": isinstance(getattr(model, "norm_pre", None), nn.LayerNorm),  # of CLIP
+        "RoPE": getattr(model, "rope", None) is not None,
+    }
+    return frozenset(part for part, has in found.items() if has)
 
 
 def has_class_token(model: nn.Module) -> bool:
@@ -198,8 +212,11 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 # ---------------------------------------------------------------- a fresh plain ViT
 
 
-def initialise_like_mae(vit: VisionTransformer, table: Tensor) -> None:
-    """Initialise like He et al. (2022): Xavier-uniform linear layers, `table` [1, prefix + N, C] as fixed positions."""
+def initialise_like_mae(vit: PlainViT, table: Tensor | None) -> None:
+    """Initialise like He et al. (2022): Xavier-uniform linear layers, `table` [1, prefix + N, C] as fixed positions.
+
+    `table` is None for a model without a position table.
+    """
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -210,12 +227,14 @@ def initialise_like_mae(vit: VisionTransformer, table: Tensor) -> None:
     if vit.cls_token is not None:
         nn.init.normal_(vit.cls_token, std=0.02)
     held = positions(vit)
+    if table is None:
+        return
     assert held is not None
     held.table.data.copy_(table)
     held.table.requires_grad_(False)
 
 
-def set_drop_path(vit: VisionTransformer, rate: float) -> None:
+def set_drop_path(vit: PlainViT, rate: float) -> None:
     """Set stochastic depth to one rate in every block but the last, as TinyMIM does; timm's rate rises from 0."""
     for block in vit.blocks[:-1]:
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)

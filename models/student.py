@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.taps import Shapes
@@ -27,7 +26,7 @@ class StudentModel(nn.Module):
         pools: for each head the side of the squares of patches whose mean it gets, from `pool_side`; none: 1.
     """
 
-    def __init__(self, vit: VisionTransformer, *heads: nn.Module, pools: Sequence[int] = ()) -> None:
+    def __init__(self, vit: backbone.PlainViT, *heads: nn.Module, pools: Sequence[int] = ()) -> None:
         super().__init__()
         self.vit = vit
         self.pools = tuple(pools) or (1,) * len(heads)

@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError, first_line
@@ -69,6 +69,17 @@ def size_overrides(config: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in sizes.items() if value is not None}
 
 
+def build_student(config: ModelConfig, drop_path: float = 0.0) -> backbone.PlainViT:
+    """As `build_vit`, or a plain ViT with rotary positions alone, such as timm's DINOv3, initialised likewise."""
+    model = build_model(config)
+    if not isinstance(model, Eva) or backbone.positions(model) is not None:
+        return _initialised(config, model, drop_path)
+    backbone.initialise_like_mae(model, None)
+    if drop_path:
+        backbone.set_drop_path(model, drop_path)
+    return model
+
+
 def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> VisionTransformer:
     """As `build_model`, for students and masked pre-training, which need timm's plain VisionTransformer.
 
@@ -78,7 +89,10 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
     Raises:
         RecipeError: as `build_model`, or the model is not a plain ViT.
     """
-    model = build_model(config, **extra)
+    return _initialised(config, build_model(config, **extra), drop_path)
+
+
+def _initialised(config: ModelConfig, model: nn.Module, drop_path: float) -> VisionTransformer:
     held = backbone.positions(model) if isinstance(model, VisionTransformer) else None
     if not isinstance(model, VisionTransformer) or held is None:
         raise RecipeError(

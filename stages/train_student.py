@@ -36,6 +36,7 @@ from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.device_stream import cached_targets
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
+from tinymim.stages.training.native_parts import missing_parts
 from tinymim.stages.training.ranks import Ranks, set_up
 from tinymim.stages.training.student_step import (
     StudentStep,
@@ -101,6 +102,10 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         check_view_size(own.student, int(manifest.views["size"]))
     students = make_students(recipe, terms, ranks, order, trained_on(reader, source))
     learners = [student.learner for student in students]
+    for _, model, learner in students if ranks.first else ():
+        for layer, kind, _ in opened:
+            if warning := missing_parts(model.vit, layer.teacher, kind.taps):
+                logger.info(f"train-student: warning: {f'{learner.name}: ' if learner.name else ''}{warning}")
     targets = {
         each: cached_targets(kinds_of(opened_layers(reader, recipe, each)))
         for each in {learner.device: None for learner in learners}
