@@ -55,7 +55,7 @@ class TestRelations(TargetKindContract):
         "hidden, pca": {"name": "hidden", "basis": "pca", "bits": 2},
         "dense, mse": {"name": "dense", "targets": {"loss": "mse"}},
         "dense, l1 of some rows": {"name": "dense", "targets": {"loss": "l1", "rows": 5}},
-        "dense, cosine": {"name": "dense", "relation_heads": 2, "targets": {"loss": "cosine"}},
+        "dense, cosine": {"name": "dense", "targets": {"loss": "cosine"}},
         "hidden, mse before the softmax": {"name": "hidden", "bits": 4, "targets": {"before_softmax": True}},
         "hidden, l1 before the softmax": {
             "name": "hidden",
@@ -75,6 +75,7 @@ class TestRelations(TargetKindContract):
         "dense": "9318b7f2e05e7885",
         "dense, mse": "9318b7f2e05e7885",
         "dense, l1 of some rows": "9318b7f2e05e7885",
+        "dense, cosine": "9318b7f2e05e7885",
     }
     refusals: ClassVar[Mapping[str, tuple[Callable[[], object], str]]] = {
         "head_k": (lambda: made({"head_k": TOKENS}).specs(TestRelations.shapes), r"codec\.head_k is too large"),
