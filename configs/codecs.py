@@ -384,6 +384,9 @@ VectorLoss = Literal["mse", "cosine", "smooth_l1", "l1"]
 RelationLoss = Literal["kl", "mse", "cosine", "l1"]
 
 
+FIRST_TARGETS = ("relations", "relation_heads", "rows")  # others are no part of a state's identity where they are off
+
+
 class TargetsConfig(Section):
     """A choice among the targets that the cache holds, and what a student is compared by.
 

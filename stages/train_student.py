@@ -13,6 +13,7 @@ from torch import Tensor
 from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
+from tinymim.models.native_parts import missing_parts
 from tinymim.models.student import StudentModel
 from tinymim.models.timm_folder import Pixels, timm_config
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
@@ -36,7 +37,6 @@ from tinymim.stages.training.bookkeeping import Bookkeeping
 from tinymim.stages.training.device_stream import cached_targets
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
-from tinymim.stages.training.native_parts import missing_parts
 from tinymim.stages.training.ranks import Ranks, set_up
 from tinymim.stages.training.student_step import (
     StudentStep,

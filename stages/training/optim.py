@@ -10,6 +10,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from tinymim.configs.codecs import FIRST_TARGETS
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import LayerConfig, TrainingRecipe, TrainStudentRecipe
 from tinymim.configs.sections import LayerwiseOptimConfig, OptimConfig
@@ -166,16 +167,13 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))
 
 
-_FIRST_TARGETS = ("relations", "relation_heads", "rows")  # others are left out where off, as in older states
-
-
 def _terms_identity(layers: Sequence[LayerConfig]) -> dict[str, Any]:
     """Choices of targets, and weights. A single layer of weight 1 has the identity of states without weights."""
     targets = [
         {
             name: value
             for name, value in layer.targets.model_dump(mode="json").items()
-            if name != "keep_projector" and (value or name in _FIRST_TARGETS)
+            if name != "keep_projector" and (value or name in FIRST_TARGETS)
         }
         for layer in layers
     ]

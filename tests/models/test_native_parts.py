@@ -10,9 +10,9 @@ import torch
 from tinymim.configs.sections import ModelConfig
 from tinymim.configs.taps import Tap
 from tinymim.models import backbone
+from tinymim.models.native_parts import missing_parts
 from tinymim.models.vit import build_model, build_student
 from tinymim.stages import cache_teacher, train_student
-from tinymim.stages.training.native_parts import missing_parts
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_set
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -85,7 +85,7 @@ def test_training_prints_the_warning(
 ) -> None:
     root = write_set(tmp_path, 12, 12)
     cache_teacher.run(cache_recipe(root))
-    monkeypatch.setattr("tinymim.stages.training.native_parts._FAMILIES", ("vit_tiny",))
+    monkeypatch.setattr("tinymim.models.native_parts._FAMILIES", ("vit_tiny",))
     monkeypatch.setattr(backbone, "native_parts", lambda model: {"RoPE"} if model.cls_token.is_meta else set())
     train_student.run(student_recipe(root, optim={"batch_size": 6, "steps": 1}))
     assert "train-student: warning: the student lacks the RoPE of its teacher vit_tiny" in capsys.readouterr().err
