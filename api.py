@@ -342,7 +342,7 @@ class TeacherCache:
             batch: the batch, on the device of the answers.
 
         Raises:
-            UserError: the batch was loaded without one of these layers.
+            UserError: the batch was loaded without one of these layers, or lacks labels that a loss needs.
         """
         if absent := sorted(answers.keys() - batch.records.keys()):
             raise UserError(
@@ -353,7 +353,14 @@ class TeacherCache:
         found = {}
         for layer, own in answers.items():
             kind = self._kind(layer, batch.view_keys.device)
-            losses = kind.losses(own, batch.targets[layer]) | kind.label_losses(own, Labels.hard(batch.labels))
+            classes, labels = kind.label_classes, batch.labels
+            if classes and not bool(((labels >= 0) & (labels < classes)).all()):
+                raise UserError(
+                    f"an image of the batch has no label of the {classes} classes of layer {layer}",
+                    got=f"labels {int(labels.min())} to {int(labels.max())}, where -1 is none",
+                    hint="leave label_weight out of the layer's targets, or use labelled shards",
+                )
+            losses = kind.losses(own, batch.targets[layer]) | kind.label_losses(own, Labels.hard(labels))
             for name, loss in losses.items():
                 found[f"{layer}/{kind.measure}_{name}"] = loss.mean()
         return found

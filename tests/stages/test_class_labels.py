@@ -1,6 +1,7 @@
 """Class logits and labels: the teacher's accuracy in a cache's description, the label term, class maps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import tinymim
 from tinymim.configs.class_map import class_map_sha256
-from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError
+from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
@@ -89,6 +91,19 @@ def test_a_student_learns_from_labels_beside_logits(made: Path, tmp_path: Path) 
     assert "kl_labels" not in other and first["kl_logits"] == pytest.approx(other["kl_logits"])
     assert first["loss"] == pytest.approx(first["kl_logits"] + first["kl_labels"], rel=1e-5)
     assert 0.5 < first["kl_labels"] < 5 and found["with"][-1]["loss"] != found["without"][-1]["loss"]
+
+
+def test_losses_of_a_loop_of_ones_own_have_the_label_term(made: Path) -> None:
+    cache = tinymim.open_cache(made / "cache", targets={"logits": {"label_weight": 0.5}})
+    batch = next(iter(cache.loader(made / "shards", batch_size=4, workers=0)))
+    z = torch.randn(4, CLASSES)
+    losses = cache.losses({"logits": (z,)}, batch)
+    assert losses.keys() == {"logits/kl_logits", "logits/kl_labels"}
+    wanted = 0.5 * torch.nn.functional.cross_entropy(z, batch.labels)
+    torch.testing.assert_close(losses["logits/kl_labels"], wanted)
+    unlabelled = replace(batch, labels=torch.full((4,), -1))
+    with pytest.raises(UserError, match="has no label of the 10 classes of layer logits"):
+        cache.losses({"logits": (z,)}, unlabelled)
 
 
 def test_images_without_a_label_of_the_classes_are_refused(made: Path, tmp_path: Path) -> None:

@@ -53,15 +53,8 @@ class TestRelations(TargetKindContract):
         "dense": {"name": "dense"},
         "hidden": {"name": "hidden", "bits": 4},
         "hidden, pca": {"name": "hidden", "basis": "pca", "bits": 2},
-        "dense, mse": {"name": "dense", "targets": {"loss": "mse"}},
         "dense, l1 of some rows": {"name": "dense", "targets": {"loss": "l1", "rows": 5}},
-        "dense, cosine": {"name": "dense", "targets": {"loss": "cosine"}},
         "hidden, mse before the softmax": {"name": "hidden", "bits": 4, "targets": {"before_softmax": True}},
-        "hidden, l1 before the softmax": {
-            "name": "hidden",
-            "bits": 4,
-            "targets": {"before_softmax": True, "loss": "l1", "relations": ("qq", "kk", "vv")},
-        },
         "hidden, cosine": {"name": "hidden", "bits": 4, "targets": {"loss": "cosine", "relation_heads": 6, "rows": 5}},
     }
     golden: ClassVar[Mapping[str, str]] = {
@@ -73,9 +66,7 @@ class TestRelations(TargetKindContract):
         "topk, uniform": "badac1acc6f5ada3",
         "topk, ghost": "2f46d6863ee444b7",
         "dense": "9318b7f2e05e7885",
-        "dense, mse": "9318b7f2e05e7885",
         "dense, l1 of some rows": "9318b7f2e05e7885",
-        "dense, cosine": "9318b7f2e05e7885",
     }
     refusals: ClassVar[Mapping[str, tuple[Callable[[], object], str]]] = {
         "head_k": (lambda: made({"head_k": TOKENS}).specs(TestRelations.shapes), r"codec\.head_k is too large"),
