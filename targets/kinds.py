@@ -1,7 +1,7 @@
 """The table of target kinds: from the codec section of a recipe, or the target section of a layer, to its kind."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -18,8 +18,10 @@ from tinymim.configs.codecs import (
     HiddenCodec,
     LogitsCodec,
     RelationCodec,
+    RelationLoss,
     SketchCodec,
     TargetsConfig,
+    VectorLoss,
     codec_config,
 )
 from tinymim.configs.errors import CacheMismatch
@@ -56,6 +58,12 @@ _KINDS: dict[type, tuple[Make, tuple[str, ...]]] = {
     FFCodec: (FF, _PROJECTOR),
     GramCodec: (Gram, _PROJECTOR),
     AttentionCodec: (Attention, ()),
+}
+# The values of `targets.loss` by codec section, where it is one of the fields.
+_LOSSES: dict[type, tuple[str, ...]] = {
+    SketchCodec: ("kl",),
+    **dict.fromkeys((DenseCodec, HiddenCodec), get_args(RelationLoss)),
+    **dict.fromkeys((FeaturesCodec, FeaturesPqCodec, ClsCodec), get_args(VectorLoss)),
 }
 # Codec settings whose sizes `tinymim plan` compares: those of relations, and the default of each other kind. Logits are
 # not among them, because their number of classes is the teacher's.
@@ -104,7 +112,10 @@ def divided_targets(configs: Sequence[CodecConfig], targets: TargetsConfig) -> l
 
     Each gets the fields that its kind takes, and those that no kind takes, which `make_kind` refuses.
     """
-    takes = [_KINDS[type(config)][1] for config in configs]
+    takes = [
+        {name for name in _KINDS[type(each)][1] if name != "loss" or targets.loss in _LOSSES[type(each)]}
+        for each in configs
+    ]
     known = {name for names in takes for name in names}
     return [
         TargetsConfig(**{name: value for name, value in targets if name in names or name not in known})

@@ -133,7 +133,7 @@ def test_mistakes_name_the_layer(home: Path) -> None:
     with pytest.raises(UserError, match="has no layer none") as caught:
         train_student.run(recipe(home, layers={"rel": {}, "none": {}}))
     assert "feat, other.cls, rel" in str(caught.value.got)
-    with pytest.raises(RecipeError, match=r"layer rel: targets\.loss is for another kind"):
+    with pytest.raises(RecipeError, match=r"layer rel: targets\.loss mse is not a loss of sampled"):
         train_student.run(recipe(home, targets={"loss": "mse"}))
     with pytest.raises(RecipeError, match="layer rel: "):  # the others have no heads
         train_student.run(recipe(home, student=STUDENT | {"embed_dim": 9, "num_heads": 3}))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tinymim.configs.codecs import TargetsConfig, codec_config
 from tinymim.configs.errors import CacheMismatch, RecipeError
+from tinymim.targets.kinds import divided_targets
 from tinymim.targets.relations.draws import sample_rows
 from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.targets.relations.rows import DenseRows, Rows, SparseRows
@@ -247,3 +248,18 @@ def test_dense_rows_can_be_sampled_at_read(make_qkv: MakeQKV) -> None:
 def test_what_a_cache_does_not_hold_is_refused(fields: dict[str, Any], targets: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make_codec(codec_config(**fields), TargetsConfig(**targets))
+
+
+def test_a_shared_loss_goes_to_the_kinds_that_have_it() -> None:
+    configs = [codec_config(**fields) for fields in ({}, {"kind": "features"}, {"name": "hidden"}, {"kind": "ff"})]
+    losses = {
+        loss: [each.loss for each in divided_targets(configs, TargetsConfig(loss=loss))]
+        for loss in ("cosine", "smooth_l1", "kl", None)
+    }
+    assert losses == {
+        "cosine": [None, "cosine", "cosine", None],
+        "smooth_l1": [None, "smooth_l1", None, None],
+        "kl": ["kl", None, "kl", None],
+        None: [None] * 4,
+    }
+    assert divided_targets(configs[:1], TargetsConfig(loss="mse"))[0].loss == "mse"  # which `make_kind` refuses
