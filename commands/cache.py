@@ -98,8 +98,8 @@ def cache_verify(
     Reads all files of the cache: sizes, digests, decoding, keys, commit records,
     groups, constants, files that belong to nothing, and the layers against one
     another. --deep also reads the images and the teacher: it draws, renders and
-    encodes a sample of views of the recipe's layers again. All digests of the pixels
-    must equal the stored ones, and of the elements of records --min-agreement.
+    encodes a sample of views of the recipe's layers again. All digests of pixels must
+    equal the stored ones, and of the elements of records --min-agreement.
     Writes nothing. Prints all findings. Exit code 0 without findings, else 2.
 
     Example: tinymim cache verify caches/mine --deep cache.yaml --sample 256

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, print_data, print_json, print_text
 from tinymim.configs import shipped
 from tinymim.configs.errors import RecipeError
 
@@ -196,3 +196,26 @@ def demo(*, folder: Path = Path("runs/demo"), seed: int = 0) -> None:
     from tinymim.stages import demo as stage
 
     stage.run(folder, seed)
+
+
+@tools_app.command(name="doctor", sort_key=8)
+def doctor(*, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """Check this machine: versions, GPUs, decoders, limits, disk, weights hub.
+
+    Reads the machine and makes one connection to the hub, for 5 seconds at most.
+    Compares the pixels that the decoders and operations make with recorded digests.
+    Writes nothing. Prints one table, and what to do about each finding. Exit code 0
+    if nothing failed, also with warnings, such as an unreachable hub; else 2.
+
+    Example: tinymim doctor
+
+    Parameters
+    ----------
+    as_json
+        Print JSON instead of the table.
+    """
+    from tinymim.stages import doctor as stage
+
+    findings = stage.run()
+    print_data(stage.as_json(findings), stage.as_text(findings), as_json)
+    stage.refuse_failed(findings)
