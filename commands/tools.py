@@ -6,9 +6,10 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from tinymim.commands.shared import RecipeArgument, SetOption, print_data, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, load_cache_recipe, print_data, print_json, print_text
 from tinymim.configs import shipped
 from tinymim.configs.errors import RecipeError
+from tinymim.configs.place import parse_place
 
 tools_app = App()  # cli.py adds its commands to tinymim
 
@@ -124,6 +125,58 @@ def show_views(
     from tinymim.stages import views as stage
 
     print_json(stage.run(loaded, stage.Options(target, images, views)))
+
+
+@tools_app.command(name="look", sort_key=7)
+def look(
+    cache: Annotated[str, Parameter(name="CACHE", help="Folder or URL of a cache, or of a root that holds one.")],
+    /,
+    *,
+    key: str,
+    out: Path = Path("look.html"),
+    recipe: Path | None = None,
+    overrides: SetOption = None,
+    source: str | None = None,
+    students: Annotated[list[Path] | None, Parameter(name="--student", negative="")] = None,
+    views: int = 2,
+    lines: int = 3,
+) -> None:
+    """Show one image of a cache: its views, what each layer stores, what students say.
+
+    Draws relations, attention, features, classes: the teacher's exact target, the
+    decoded record, and the student's answer beside one another.
+
+    Reads the cache, with --source the images, with --recipe also the teacher, and
+    the training states of the students. Pixels are compared with the stored digests.
+    Writes a self-contained page, and a picture of the same name, .png.
+    Prints JSON: page, picture, shard, views, same_pixels, layers.
+
+    Example: tinymim look caches/mine --key cats/001 --recipe runs/cache/recipe.yaml
+
+    Parameters
+    ----------
+    key
+        Key of the image: its name in the tar without the ending.
+    out
+        The page to write, NAME.html; the picture becomes NAME.png.
+    recipe
+        Recipe that made the cache, for images and teacher: a YAML file or the name of a shipped one.
+    source
+        Folder or URL of the shards. Default: those of --recipe.
+    students
+        Run folder of a student, whose answers are shown. May be repeated.
+    views
+        Most views to show, from the first one.
+    lines
+        Most patches of a view to show.
+    """
+    if overrides and recipe is None:
+        raise RecipeError("--set changes the recipe of --recipe", got="--set without --recipe")
+    loaded = load_cache_recipe(recipe, overrides) if recipe is not None else None
+    from tinymim.stages import look as stage
+
+    options = stage.Options(key, out, loaded, source, students or (), views, lines)
+    print_json(stage.run(parse_place(cache), options))
 
 
 @tools_app.command(name="export", sort_key=7)

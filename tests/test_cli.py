@@ -26,7 +26,17 @@ from tinymim.stages.run.interrupt import Interrupted
 
 COMMITTED_CACHE = Path(__file__).parent / "data" / "cache_v1"
 VERBS = [["make-shards"], ["pretrain-mae"], ["cache-teacher"], ["train-student"], ["evaluate"], ["recipes"], ["demo"]]
-VERBS += [["chain"], ["plan"], ["finetune"], ["fidelity"], ["compare"], ["export"], ["doctor"], ["completion"]]
+VERBS += [
+    ["chain"],
+    ["plan"],
+    ["finetune"],
+    ["fidelity"],
+    ["compare"],
+    ["export"],
+    ["doctor"],
+    ["completion"],
+    ["look"],
+]
 VERBS += [["cache", verb] for verb in ("list", "info", "verify", "repair", "copy", "remove")]
 
 Run = Callable[..., tuple[int, str, str]]
