@@ -251,6 +251,42 @@ def demo(*, folder: Path = Path("runs/demo"), seed: int = 0) -> None:
     stage.run(folder, seed)
 
 
+@tools_app.command(name="live", sort_key=7)
+def live(
+    *places: Annotated[str, Parameter(name="PLACE", help="Run folders, caches, or folders or URLs of them.")],
+    port: int = 8360,
+    host: str = "127.0.0.1",
+    every: float = 5.0,
+) -> None:
+    """Serve a web page of running and finished jobs, until Ctrl-C.
+
+    Shows progress and time left, what limits a run, losses, audits and alarms, where
+    time goes, the units and writers of a cache, and the age of heartbeats. Anyone who
+    can read the folders can open it; the job need not run on this machine.
+
+    Reads run folders and caches at the places and up to two folders below, also in
+    object stores. Without PLACE, reads runs and caches here. Writes nothing.
+    Prints the address of the page.
+
+    Example: tinymim live runs s3://bucket/caches
+
+    Parameters
+    ----------
+    port
+        Port to listen on; 0 takes any free one.
+    host
+        Address to listen on. The default is reached from this machine alone.
+    every
+        Seconds between two updates of the page.
+    """
+    if not 0 <= port < 65536 or not 0.2 <= every <= 3600:
+        got = f"--port {port}, --every {every:g}"
+        raise RecipeError("--port or --every is out of range", got=got, expected="0 to 65535; 0.2 to 3600")
+    from tinymim.stages import live as stage
+
+    stage.run([parse_place(place) for place in places], host, port, every)
+
+
 @tools_app.command(name="doctor", sort_key=8)
 def doctor(*, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
     """Check this machine: versions, GPUs, decoders, limits, disk, weights hub.

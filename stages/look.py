@@ -248,7 +248,9 @@ def _layer(
         columns[TEACHER] = kind.exact(teacher(pixels, taps=kind.taps))
     columns[STORED] = stored
     losses = {}
-    for name, student in learners.items() if pixels is not None else ():
+    for name, student in learners.items():
+        if pixels is None:
+            continue
         answers = student.answers(pixels)[layer.name]
         columns[name] = kind.answered(answers, layer.shapes)
         found = kind.losses(answers, stored)

@@ -117,7 +117,20 @@ code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Conso
 .v td, .v th { overflow-wrap: anywhere; min-width: 3.8rem; }
 .w td { overflow-wrap: anywhere; }
 .v td:first-child { min-width: 6rem; }
-@media (max-width: 40rem) {
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --strong: #eee; }
+  @page { margin: 15mm; }
+  body { font-size: 10pt; }
+  main { max-width: none; padding: 0; }
+  h2 { break-after: avoid; margin-top: 1.5rem; }
+  tr, figure, .job { break-inside: avoid; }
+  thead { display: table-header-group; }
+  .wide { overflow: visible; background: none; }
+  figure { overflow: visible; display: block; }
+  figure img { max-width: 100%; width: auto; }
+  figure::after, input[type=radio], input[type=radio] ~ label { display: none; }
+}
+@media screen and (max-width: 40rem) {
   main { padding: 1.5rem 0.6rem 3rem; }
   table { font-size: 0.7rem; }
   th, td { padding-right: 0.4rem; }
@@ -141,6 +154,7 @@ def document(title: str, body: str) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
+<link rel="icon" href="data:,">
 <style>{_STYLE}</style>
 </head>
 <body>

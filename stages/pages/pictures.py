@@ -128,7 +128,7 @@ def _bars(axes: Axes, values: Values, columns: Mapping[str, Values], labels: Seq
     axes.set_ylim(low - 0.02 * (high - low), high + 0.02 * (high - low) or 1.0)
     if labels:
         axes.bar(places, values, color=COLOURS[0])
-        for place, label in zip(places, labels, strict=True):
+        for place, label in enumerate(labels):
             axes.text(place, high, label, rotation=90, ha="center", va="top", fontsize=5, color=FAINT)
     else:
         axes.fill_between(places, values, step="mid", color=COLOURS[0], linewidth=0)

@@ -26,7 +26,7 @@ TARGETS: dict[str, Any] = {
     "attention": {"codec": {"kind": "attention", "rows": 8}},
     "hidden": {"codec": {"name": "hidden", "calibration_views": 8}},
 }
-LEARNT = {name: {} for name in TARGETS if name != "hidden"}
+LEARNT: dict[str, Any] = {name: {} for name in TARGETS if name != "hidden"}
 
 
 def every_kind(root: Path, **changes: Any) -> CacheTeacherRecipe:
@@ -45,7 +45,7 @@ def made(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(root: Path, **changes: Any) -> look.Options:
     key = CacheReader(root / "kinds").keys("shard-000001.tar")[2]
-    fields = {"key": key, "target": root / "look.html", "recipe": None, "source": None, "students": ()}
+    fields: dict[str, Any] = {"key": key, "target": root / "look.html", "recipe": None, "source": None, "students": ()}
     return look.Options(**(fields | {"views": 2, "lines": 2} | changes))
 
 
