@@ -116,6 +116,7 @@ code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Conso
 .k td, .v td { overflow-wrap: anywhere; }
 .v td, .v th { overflow-wrap: anywhere; min-width: 3.8rem; }
 .w td { overflow-wrap: anywhere; }
+.k td:first-child { overflow-wrap: normal; }
 .v td:first-child { min-width: 6rem; }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --strong: #eee; }
@@ -137,6 +138,7 @@ code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Conso
   td:first-child, th:first-child { padding-left: 0.2rem; }
   figure { display: flex; }
   figure img { max-width: none; width: 46rem; }
+  .w figure img { width: auto; }
   .curves figure { display: block; }
   .curves figure img { max-width: 100%; width: 100%; }
   .curves figure::after { display: none; }
