@@ -28,7 +28,7 @@ class Browser:
 
     def __init__(self, to: int, back: int) -> None:
         self._to, self._back = to, back
-        self._buffer, self._number = b"", 0
+        self._buffer, self._number, self._loaded = b"", 0, False
         self._session: str | None = None
         self.errors: list[str] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
@@ -38,10 +38,10 @@ class Browser:
 
     def open(self, url: str, width: int, height: int = 900) -> None:
         """Load a page at a width in pixels; errors of the page before it are forgotten."""
-        self._call("Page.navigate", url="about:blank")
+        self._go("about:blank")
         self.errors.clear()
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        assert "errorText" not in self._call("Page.navigate", url=url)
+        self._go(url)
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
@@ -65,6 +65,12 @@ class Browser:
         """The page as it is printed."""
         return base64.b64decode(self._call("Page.printToPDF", printBackground=True)["data"])
 
+    def _go(self, url: str) -> None:
+        self._loaded = False
+        assert "errorText" not in self._call("Page.navigate", url=url)
+        while not self._loaded:
+            self._next()
+
     def _call(self, method: str, **parameters: Any) -> Any:
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
@@ -85,6 +91,7 @@ class Browser:
         line, _, self._buffer = self._buffer.partition(b"\0")
         found = json.loads(line)
         kind, about = found.get("method"), found.get("params", {})
+        self._loaded |= kind == "Page.loadEventFired"
         if kind in _ERRORS or (kind == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert")):
             self.errors.append(json.dumps(about))
         return found
