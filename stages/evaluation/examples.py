@@ -20,12 +20,13 @@ from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
-from tinymim.stages.cache.opened import opened_kind
 from tinymim.stages.pages.pictures import STORED, TEACHER, Example
 from tinymim.stages.run.folder import RECIPE_NAME
 from tinymim.stages.training.states import read_state
+from tinymim.stages.units.constants import on_device
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import Answers, Target, TargetKind
+from tinymim.targets.kinds import stored_kind
 
 EXAMPLE_IMAGES = (0, 3, 5, 8)  # in the first shard: stripes, rings, bricks, waves
 QUERIES_PER_IMAGE = 2
@@ -77,10 +78,10 @@ def load_student(folder: Path, reader: CacheReader) -> TrainedStudent:
     own = shapes_of(vit)
     shapes = {name: reader.layer(name).shapes for name in layers}
     pools = {name: pool_side(own, teacher) for name, teacher in shapes.items()}
-    heads = [
-        opened_kind(reader, reader.layer(name), targets, _CPU).head(pooled_shapes(own, pools[name]), shapes[name])
-        for name, targets in layers.items()
-    ]
+    heads = []
+    for name, targets in layers.items():
+        kind = stored_kind(reader.layer(name).target, targets, on_device(reader.constants(name), _CPU))
+        heads.append(kind.head(pooled_shapes(own, pools[name]), shapes[name]))
     model = StudentModel(vit, *heads, pools=list(pools.values())).eval()
     try:
         model.load_state_dict(read_state(folder)["parts"]["student"])
@@ -126,7 +127,7 @@ def relation_examples(
     # ---- the views, exactly as in training
     layer = reader.layer()
     source, shapes = join(open_shards(cache.source), reader), layer.shapes
-    kind = opened_kind(reader, layer, TargetsConfig(), _CPU)
+    kind = stored_kind(layer.target)
     images = sorted({image % source.counts[0] for image in EXAMPLE_IMAGES})
     arrays = {layer.name: [spec.name for spec in kind.specs(shapes)]}
     views = ReplayedViews(reader, reader.manifest, source, arrays, VerifyConfig())

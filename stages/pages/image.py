@@ -101,7 +101,7 @@ def image_page(page: ImagePage) -> str:
 
 
 def _views_table(views: Sequence[SeenView]) -> str:
-    header = "".join(f"<th>{name}</th>" for name in ("view", "pixels", "box", "operations", "digest"))
+    header = "".join(f"<th>{name}</th>" for name in ("view", "pixels", "crop", "operations", "digest"))
     rows = "".join(map(_view_row, views))
     return f'<div class="wide"><table class="w"><tr>{header}</tr>\n{rows}</table></div>\n'
 
