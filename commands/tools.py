@@ -147,7 +147,7 @@ def look(
     decoded record, and the student's answer beside one another.
 
     Reads the cache, with --source the images, with --recipe also the teacher, and
-    the training states of the students. Pixels are compared with the stored digests.
+    the training states of the students. Compares pixels with the stored digests.
     Writes a self-contained page, and a picture of the same name, .png.
     Prints JSON: page, picture, shard, views, same_pixels, layers.
 
