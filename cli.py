@@ -5,14 +5,15 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from tinymim import __version__
 from tinymim.commands.cache import cache_app
 from tinymim.commands.compare import compare
 from tinymim.commands.plan import plan
-from tinymim.commands.shared import StdoutClosed
+from tinymim.commands.shared import StdoutClosed, print_text
 from tinymim.commands.stages import stages_app
 from tinymim.commands.tools import tools_app
 from tinymim.configs.errors import TinymimError, is_refusal, printable, refusal_text
@@ -48,6 +49,25 @@ app.command(stages_app, name="*")
 app.command(tools_app, name="*")
 app.command(plan, name="plan", sort_key=7)
 app.command(compare, name="compare", sort_key=7)
+
+
+@app.command(name="completion", sort_key=10)
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(name="SHELL")], /) -> None:
+    """Print a script that completes commands, options and recipes in your shell.
+
+    Reads nothing. Writes nothing; the script goes to stdout.
+    bash: add `eval "$(tinymim completion bash)"` to ~/.bashrc.
+    zsh: write it to a file `_tinymim` in a folder of your $fpath.
+    fish: write it to ~/.config/fish/completions/tinymim.fish.
+
+    Example: tinymim completion bash >> ~/.bash_completion
+
+    Parameters
+    ----------
+    shell
+        The shell to print the script for.
+    """
+    print_text(app.generate_completion(prog_name="tinymim", shell=shell))
 
 
 # ---------------------------------------------------------------- output and errors

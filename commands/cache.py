@@ -1,16 +1,13 @@
 """The commands of `tinymim cache`: flags and help, no logic. Each command imports its stage when it runs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from tinymim.commands.shared import RecipeArgument, SetOption, print_data
+from tinymim.commands.shared import RecipeArgument, SetOption, load_cache_recipe, print_data
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.place import parse_place
-
-if TYPE_CHECKING:
-    from tinymim.configs.schema import CacheTeacherRecipe
 
 cache_app = App(
     name="cache",
@@ -26,15 +23,6 @@ PathArgument = Annotated[
     str, Parameter(name="PATH", help="Folder or URL of a cache, or of a root that holds exactly one.")
 ]
 JsonOption = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
-
-
-def _cache_recipe(recipe: Path, overrides: list[str] | None) -> "CacheTeacherRecipe":
-    from tinymim.configs.load import load_recipe
-    from tinymim.configs.schema import CacheTeacherRecipe
-
-    loaded = load_recipe(recipe, "cache-teacher", overrides or ())
-    assert isinstance(loaded, CacheTeacherRecipe)
-    return loaded
 
 
 @cache_app.command(name="list", sort_key=0)
@@ -98,8 +86,8 @@ def cache_verify(
     Reads all files of the cache: sizes, digests, decoding, keys, commit records,
     groups, constants, files that belong to nothing, and the layers against one
     another. --deep also reads the images and the teacher: it draws, renders and
-    encodes a sample of views of the recipe's layers again. All digests of the pixels
-    must equal the stored ones, and of the elements of records --min-agreement.
+    encodes a sample of views of the recipe's layers again. All digests of pixels must
+    equal the stored ones, and of the elements of records --min-agreement.
     Writes nothing. Prints all findings. Exit code 0 without findings, else 2.
 
     Example: tinymim cache verify caches/mine --deep cache.yaml --sample 256
@@ -121,7 +109,7 @@ def cache_verify(
         raise RecipeError("--sample or --min-agreement is out of range", got=got, expected="at least 1; 0 to 1")
     if overrides and deep is None:
         raise RecipeError("--set changes the recipe of --deep", got="--set without --deep", hint="add --deep RECIPE")
-    recipe = _cache_recipe(deep, overrides) if deep is not None else None
+    recipe = load_cache_recipe(deep, overrides) if deep is not None else None
     from tinymim.stages.cache import verify as stage
     from tinymim.stages.run.preflight import require_inputs
 
@@ -150,7 +138,7 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
 
     Example: tinymim cache repair cache.yaml --set cache=caches/mine
     """
-    loaded = _cache_recipe(recipe, overrides)
+    loaded = load_cache_recipe(recipe, overrides)
     from tinymim.stages.run.preflight import preflight
 
     preflight(loaded)

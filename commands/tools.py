@@ -6,9 +6,10 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from tinymim.commands.shared import RecipeArgument, SetOption, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, load_cache_recipe, print_data, print_json, print_text
 from tinymim.configs import shipped
 from tinymim.configs.errors import RecipeError
+from tinymim.configs.place import parse_place
 
 tools_app = App()  # cli.py adds its commands to tinymim
 
@@ -126,6 +127,58 @@ def show_views(
     print_json(stage.run(loaded, stage.Options(target, images, views)))
 
 
+@tools_app.command(name="look", sort_key=7)
+def look(
+    cache: Annotated[str, Parameter(name="CACHE", help="Folder or URL of a cache, or of a root that holds one.")],
+    /,
+    *,
+    key: str,
+    out: Path = Path("look.html"),
+    recipe: Path | None = None,
+    overrides: SetOption = None,
+    source: str | None = None,
+    students: Annotated[list[Path] | None, Parameter(name="--student", negative="")] = None,
+    views: int = 2,
+    lines: int = 3,
+) -> None:
+    """Show one image of a cache: its views, what each layer stores, what students say.
+
+    Draws relations, attention, features, classes: the teacher's exact target, the
+    decoded record, and the student's answer beside one another.
+
+    Reads the cache, with --source the images, with --recipe also the teacher, and
+    the training states of the students. Compares pixels with the stored digests.
+    Writes a self-contained page, and a picture of the same name, .png.
+    Prints JSON: page, picture, shard, views, same_pixels, layers.
+
+    Example: tinymim look caches/mine --key cats/001 --recipe runs/cache/recipe.yaml
+
+    Parameters
+    ----------
+    key
+        Key of the image: its name in the tar without the ending.
+    out
+        The page to write, NAME.html; the picture becomes NAME.png.
+    recipe
+        Recipe that made the cache, for images and teacher: a YAML file or the name of a shipped one.
+    source
+        Folder or URL of the shards. Default: those of --recipe.
+    students
+        Run folder of a student, whose answers are shown. May be repeated.
+    views
+        Most views to show, from the first one.
+    lines
+        Most patches of a view to show.
+    """
+    if overrides and recipe is None:
+        raise RecipeError("--set changes the recipe of --recipe", got="--set without --recipe")
+    loaded = load_cache_recipe(recipe, overrides) if recipe is not None else None
+    from tinymim.stages import look as stage
+
+    options = stage.Options(key, out, loaded, source, students or (), views, lines)
+    print_json(stage.run(parse_place(cache), options))
+
+
 @tools_app.command(name="export", sort_key=7)
 def export(source: Annotated[Path, Parameter(name="RUN")], target: Annotated[Path, Parameter(name="FILE")], /) -> None:
     """Export weights as a .pth that the code of MAE and TinyMIM reads.
@@ -196,3 +249,62 @@ def demo(*, folder: Path = Path("runs/demo"), seed: int = 0) -> None:
     from tinymim.stages import demo as stage
 
     stage.run(folder, seed)
+
+
+@tools_app.command(name="live", sort_key=7)
+def live(
+    *places: Annotated[str, Parameter(name="PLACE", help="Run folders, caches, or folders or URLs of them.")],
+    port: int = 8360,
+    host: str = "127.0.0.1",
+    every: float = 5.0,
+) -> None:
+    """Serve a web page of running and finished jobs, until Ctrl-C.
+
+    Shows progress and time left, what limits a run, losses, audits and alarms, where
+    time goes, the units and writers of a cache, and the age of heartbeats. Anyone who
+    can read the folders can open it; the job need not run on this machine.
+
+    Reads run folders and caches at the places and up to two folders below, also in
+    object stores. Without PLACE, reads runs and caches here. Writes nothing.
+    Prints the address of the page.
+
+    Example: tinymim live runs s3://bucket/caches
+
+    Parameters
+    ----------
+    port
+        Port to listen on; 0 takes any free one.
+    host
+        Address to listen on. The default is reached from this machine alone.
+    every
+        Seconds between two updates of the page.
+    """
+    if not 0 <= port < 65536 or not 0.2 <= every <= 3600:
+        got = f"--port {port}, --every {every:g}"
+        raise RecipeError("--port or --every is out of range", got=got, expected="0 to 65535; 0.2 to 3600")
+    from tinymim.stages import live as stage
+
+    stage.run([parse_place(place) for place in places], host, port, every)
+
+
+@tools_app.command(name="doctor", sort_key=8)
+def doctor(*, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """Check this machine: versions, GPUs, decoders, limits, disk, weights hub.
+
+    Reads the machine and makes one connection to the hub, for 5 seconds at most.
+    Compares the pixels that the decoders and operations make with recorded digests.
+    Writes nothing. Prints one table, and what to do about each finding. Exit code 0
+    if nothing failed, also with warnings, such as an unreachable hub; else 2.
+
+    Example: tinymim doctor
+
+    Parameters
+    ----------
+    as_json
+        Print JSON instead of the table.
+    """
+    from tinymim.stages import doctor as stage
+
+    findings = stage.run()
+    print_data(stage.as_json(findings), stage.as_text(findings), as_json)
+    stage.refuse_failed(findings)

@@ -88,6 +88,25 @@ class Yardstick(NamedTuple):
     common: float
 
 
+class PictureLine(NamedTuple):
+    """One line of a target's picture: the same place of a view, in every column.
+
+    Attributes:
+        title: names the place, such as "head 3".
+        query: (row, column) of the patch on the grid that the line is about; None for the whole view.
+        panels: by the title of a group and by column ("teacher", a student's name), a map [rows, columns], colours
+            [rows, columns, 3] from 0 to 1, or bars [N]. What a record does not hold is nan.
+        own_scale: columns of random draws, whose size cannot be compared with that of exact values.
+        labels: names of the bars.
+    """
+
+    title: str
+    query: tuple[int, int] | None
+    panels: dict[str, dict[str, Tensor]]
+    own_scale: frozenset[str] = frozenset()
+    labels: tuple[str, ...] = ()
+
+
 class TargetHead(nn.Module, ABC):
     """A student's final tokens to answers. It is trained with the student and dropped at export, but for `kept`."""
 
@@ -248,6 +267,23 @@ class TargetKind(ABC):
     @abstractmethod
     def statistics(self, tapped: Tapped, target: Target) -> dict[str, dict[str, Float[Tensor, "B P"]]]:
         """Named numbers of each loss that need no student, such as the entropy of the teacher's rows."""
+
+    # ---- pictures
+
+    @abstractmethod
+    def answered(self, answers: Answers, shapes: Shapes) -> Target:
+        """A student's answers as a whole target, in the form that `exact` gives for a teacher of these shapes."""
+
+    @abstractmethod
+    def picture(self, columns: Mapping[str, Target], shapes: Shapes, lines: int) -> list[PictureLine]:
+        """The picture of one view.
+
+        Args:
+            columns: targets of the same view by the title of their column, as `decode`, `exact` and `answered` return
+                them; an exact one comes before others.
+            shapes: the teacher's shapes.
+            lines: most lines, where the picture is of some patches.
+        """
 
     # ---- constants, which some codecs need
 

@@ -21,6 +21,7 @@ from tinymim.targets.contract import (
     ArraySpec,
     ChosenKind,
     Loss,
+    PictureLine,
     Projection,
     Tapped,
     Views,
@@ -29,6 +30,7 @@ from tinymim.targets.contract import (
 )
 from tinymim.targets.counter import spread, uniforms
 from tinymim.targets.dither import Dither
+from tinymim.targets.picture import bar_line, colour_line, written_out
 from tinymim.targets.record import refuse_loss
 from tinymim.targets.squares import square_statistics
 
@@ -257,6 +259,25 @@ class Vectors(ChosenKind):
         vectors = self.vectors(tapped)
         exact = self._target(vectors if target.index is None else rows_of(vectors, target.index), torch.float64)
         return {self.loss_name: square_statistics(exact, target.value)}
+
+    # ---- pictures
+
+    def answered(self, answers: Answers, shapes: Shapes) -> VectorTarget:
+        """See `TargetKind`."""
+        value = answers[0].float()
+        return VectorTarget(None, value, _length(value))
+
+    def picture(self, columns: Mapping[str, VectorTarget], shapes: Shapes, lines: int) -> list[PictureLine]:
+        """See `TargetKind`: the patches as colours, or the only vector as bars."""
+        count, cosine = self.count(shapes), self.loss == "cosine"
+        vectors = {
+            name: written_out(each.value[0], None if each.index is None else each.index[0], count)
+            for name, each in columns.items()
+        }
+        if count > 1:
+            return [colour_line("vectors of the patches", vectors, shapes, unit=cosine)]
+        bars = {name: (normalize(each, dim=-1) if cosine else each)[0] for name, each in vectors.items()}
+        return [bar_line("the vector" + (", at length 1" if cosine else ""), bars)]
 
     # ---- constants
 

@@ -3,6 +3,7 @@
 import errno
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,7 +26,17 @@ from tinymim.stages.run.interrupt import Interrupted
 
 COMMITTED_CACHE = Path(__file__).parent / "data" / "cache_v1"
 VERBS = [["make-shards"], ["pretrain-mae"], ["cache-teacher"], ["train-student"], ["evaluate"], ["recipes"], ["demo"]]
-VERBS += [["chain"], ["plan"], ["finetune"], ["fidelity"], ["compare"], ["export"]]
+VERBS += [
+    ["chain"],
+    ["plan"],
+    ["finetune"],
+    ["fidelity"],
+    ["compare"],
+    ["export"],
+    ["doctor"],
+    ["completion"],
+    ["look"],
+]
 VERBS += [["cache", verb] for verb in ("list", "info", "verify", "repair", "copy", "remove")]
 
 Run = Callable[..., tuple[int, str, str]]
@@ -120,7 +131,7 @@ def test_help_says_what_is_read_and_written_and_gives_an_example(verb: list[str]
     code, out, err = run(*verb, "--help")
     assert (code, err) == (0, "")
     assert "Reads " in out and "rites " in out
-    assert f"Example: tinymim {' '.join(verb)} " in out
+    assert f"Example: tinymim {' '.join(verb)}" in out
     assert "--debug" in out
 
 
@@ -314,3 +325,51 @@ def test_an_unknown_command_cannot_command_the_terminal(tmp_path: Path) -> None:
     # In a process of its own: cyclopts formats later help texts differently after an unknown command.
     done = installed("\x1b[31mred\x07", cwd=tmp_path)
     assert done.returncode == 2 and r"\x1b[31mred\x07" in done.stderr and "\x1b" not in done.stderr
+
+
+# ---------------------------------------------------------------- completion
+
+_COMPLETE = """
+source "$1"; shift
+complete -p tinymim > /dev/null || exit 3
+COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 ))
+_tinymim
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def completed(tmp_path: Path, *words: str) -> set[str]:
+    """The candidates that bash offers for the last of these words."""
+    script = tmp_path / "completion.bash"
+    if not script.exists():
+        script.write_text(installed("completion", "bash", cwd=tmp_path).stdout)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "--norc", "-c", _COMPLETE, "bash", str(script), "tinymim", *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return set(done.stdout.split())
+
+
+def test_bash_completes_commands_options_recipes_and_files(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "mind").mkdir()
+    (tmp_path / "mine.jpg").touch()
+    commands = {name for name in cli.app.resolved_commands() if not name.startswith("-")}
+    assert completed(tmp_path, "") == commands
+    assert completed(tmp_path, "cache", "in") == {"info"}
+    assert "--more-views" in completed(tmp_path, "cache", "info", "--")
+    assert completed(tmp_path, "train-student", "demo-") >= {"demo-wide", "demo-narrow"}
+    assert completed(tmp_path, "train-student", "min") == {"mine.yaml", "mind/"}
+    assert completed(tmp_path, "completion", "") == {"bash", "zsh", "fish"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_sound(shell: str, tmp_path: Path, run: Run) -> None:
+    code, out, err = run("completion", shell)
+    assert (code, err) == (0, "") and "tinymim" in out and "cache-teacher" in out
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed, so its script is not parsed")
+    (tmp_path / "script").write_text(out)
+    assert subprocess.run([shell, "-n", str(tmp_path / "script")], capture_output=True).stderr == b""

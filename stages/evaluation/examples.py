@@ -1,60 +1,144 @@
-"""Examples for the demo's report: relation rows of the teacher, the cache and the students."""
+"""Pictures of cached views: what teacher, cache and students say about them (`tinymim look`, the demo's report)."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.errors import CheckpointError
+from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import VerifyConfig
-from tinymim.models.student import StudentModel, shapes_of
+from tinymim.configs.taps import Shapes
+from tinymim.models.student import StudentModel, pool_side, pooled_shapes, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
-from tinymim.stages.pages.demo import SKETCH, Example
-from tinymim.stages.training.optim import state_identity
-from tinymim.stages.training.states import load_states
-from tinymim.stages.training.student_step import trained_on
+from tinymim.stages.pages.pictures import STORED, TEACHER, Example
+from tinymim.stages.run.folder import RECIPE_NAME
+from tinymim.stages.training.states import read_state
+from tinymim.stages.units.constants import on_device
 from tinymim.storage.reader import CacheReader
+from tinymim.targets.contract import Answers, Target, TargetKind
 from tinymim.targets.kinds import stored_kind
-from tinymim.targets.relations.kind import RelationKind
-from tinymim.targets.relations.picture import query_maps
 
 EXAMPLE_IMAGES = (0, 3, 5, 8)  # in the first shard: stripes, rings, bricks, waves
 QUERIES_PER_IMAGE = 2
+_CPU = torch.device("cpu")
+
+
+class TrainedStudent(NamedTuple):
+    """A student with its heads, from the training state of its run folder.
+
+    Attributes:
+        model: the student, on the CPU, in eval mode.
+        layers: names of the layers that it learns from, in the order of its heads.
+        targets: by layer, the part of the records that it is compared on.
+    """
+
+    model: StudentModel
+    layers: tuple[str, ...]
+    targets: Mapping[str, TargetsConfig]
+
+    @torch.no_grad()
+    def answers(self, pixels: Tensor) -> dict[str, Answers]:
+        """The answers for uint8 views [B, 3, S, S], by layer."""
+        found = self.model.by_head(self.model(Normalise()(pixels)))
+        return dict(zip(self.layers, found, strict=True))
+
+
+def load_student(folder: Path, reader: CacheReader) -> TrainedStudent:
+    """The student of a run folder. Heads are in the training state, not in the exported weights.
+
+    Args:
+        folder: the run folder of train-student; for several students, the folder of one.
+        reader: a cache with the layers that the student learnt from.
+
+    Raises:
+        CheckpointError: the folder is not that of one student, or its state does not fit this cache.
+        UserError: the cache has no such layer.
+    """
+    file = folder / RECIPE_NAME
+    recipe = load_recipe(file, "train-student") if file.exists() else None
+    if not isinstance(recipe, TrainStudentRecipe) or recipe.student is None:
+        raise CheckpointError(
+            "this is not the run folder of one student",
+            got=folder,
+            expected=f"a folder of train-student with {RECIPE_NAME} and a training state",
+            hint="a run of several students has a folder for each",
+        )
+    layers = {reader.layer(name).name: config.targets for name, config in recipe.each_layer()}
+    vit = build_vit(recipe.student)
+    own = shapes_of(vit)
+    shapes = {name: reader.layer(name).shapes for name in layers}
+    pools = {name: pool_side(own, teacher) for name, teacher in shapes.items()}
+    heads = []
+    for name, targets in layers.items():
+        kind = stored_kind(reader.layer(name).target, targets, on_device(reader.constants(name), _CPU))
+        heads.append(kind.head(pooled_shapes(own, pools[name]), shapes[name]))
+    model = StudentModel(vit, *heads, pools=list(pools.values())).eval()
+    try:
+        model.load_state_dict(read_state(folder)["parts"]["student"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the state in {folder} does not fit this cache",
+            got=str(error).splitlines()[0],
+            hint="name the cache that the student was trained from",
+        ) from error
+    return TrainedStudent(model, tuple(layers), layers)
+
+
+def examples(
+    kind: TargetKind,
+    shapes: Shapes,
+    columns: Mapping[str, Target],
+    pixels: Tensor | None,
+    lines: int,
+    views: int,
+) -> Iterator[Example]:
+    """The lines of every view's picture.
+
+    Args:
+        kind: the kind of the layer.
+        shapes: the teacher's shapes.
+        columns: targets of the same B views by the title of their column; exact ones first.
+        pixels: uint8 [B, 3, S, S]; None: not at hand.
+        lines: most lines of a view.
+        views: B.
+    """
+    for view in range(views):
+        one = {name: kind.pick(target, slice(view, view + 1)) for name, target in columns.items()}
+        image = None if pixels is None else pixels[view].permute(1, 2, 0).numpy()
+        for line in kind.picture(one, shapes, lines):
+            yield Example(image, line)
 
 
 @torch.no_grad()
 def relation_examples(
     cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], reader: CacheReader
 ) -> Iterator[Example]:
-    """Relation rows of some cached views by teacher, sketch and students, for queries whose sketch is in the cache."""
+    """Pictures of some views of the demo's cache by teacher, sketch and students."""
     # ---- the views, exactly as in training
     layer = reader.layer()
     source, shapes = join(open_shards(cache.source), reader), layer.shapes
     kind = stored_kind(layer.target)
-    assert isinstance(kind, RelationKind)  # the demo's recipe
     images = sorted({image % source.counts[0] for image in EXAMPLE_IMAGES})
     arrays = {layer.name: [spec.name for spec in kind.specs(shapes)]}
     views = ReplayedViews(reader, reader.manifest, source, arrays, VerifyConfig())
     batch = views.batch(np.array([[0, image, 0, number] for number, image in enumerate(images)], dtype=np.int64))
-    sketches = kind.decode(of_layer(batch.records, layer.name), batch.view_keys, shapes)
 
-    # ---- the students' answers (the head is in the training state, not in the export)
-    content = trained_on(reader, source)
-    answers = {}
+    # ---- teacher, cache and students
+    columns = {
+        TEACHER: kind.exact(Teacher(cache.teacher, kind.taps)(batch.pixels)),
+        STORED: kind.decode(of_layer(batch.records, layer.name), batch.view_keys, shapes),
+    }
     for name, recipe in students.items():
-        assert recipe.student is not None  # the demo's recipes have one each
-        vit = build_vit(recipe.student)
-        student = StudentModel(vit, kind.head(shapes_of(vit), shapes)).eval()
-        load_states([recipe.run.folder], [state_identity(recipe, content)], [{"student": student}])
-        answers[name] = student(Normalise()(batch.pixels))
-
-    # ---- the most selective queries of every view
-    tapped = Teacher(cache.teacher, kind.taps)(batch.pixels)
-    for found in query_maps(kind, shapes, tapped, (SKETCH, sketches), answers, QUERIES_PER_IMAGE):
-        pixels = batch.pixels[found.view].permute(1, 2, 0).numpy()
-        maps = {name: {who: row.numpy() for who, row in rows.items()} for name, rows in found.maps.items()}
-        yield Example(batch.keys[found.view], pixels, found.head + 1, divmod(found.query, shapes.grid[1]), maps)
+        answers = load_student(recipe.run.folder, reader).answers(batch.pixels)
+        columns[name] = kind.answered(answers[layer.name], shapes)
+    yield from examples(kind, shapes, columns, batch.pixels, QUERIES_PER_IMAGE, len(batch.keys))

@@ -3,24 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
-from matplotlib.patches import Rectangle
 
-from tinymim.stages.pages.look import COLOURS, DASHES, FAINT, INK, document, dress, html_figure, log_scale, png, prose
+from tinymim.stages.pages.look import COLOURS, DASHES, document, dress, html_figure, log_scale, png, prose
+from tinymim.stages.pages.pictures import Example, lines_figure
 from tinymim.stages.pages.tables import html_table, plain_table
 from tinymim.stages.run.metrics import formatted, members, metric
 from tinymim.storage.atomic import write_bytes_atomic
-from tinymim.targets.relations.picture import TITLES
 
 REPORT_NAME = "report.html"
 RELATIONS_NAME = "relations.png"
-SKETCH = "in the cache"  # its maps have a colour scale of their own
 
 
 @dataclass(frozen=True)
@@ -34,25 +27,6 @@ class Arm:
     teacher_passes: str
     knn_top1: float  # share of the validation images
     linear_top1: float
-
-
-@dataclass(frozen=True)
-class Example:
-    """One query patch of one cached view, with its relation rows in the teacher, the cache and the students.
-
-    Attributes:
-        key: the key of the image.
-        pixels: the view, uint8 [S, S, 3].
-        head: the relation head, counted from 1.
-        query: (row, column) of the patch on the grid.
-        maps: relation -> column title -> probabilities of the patches, float [rows, columns]; the teacher comes first.
-    """
-
-    key: str
-    pixels: npt.NDArray[np.uint8]
-    head: int
-    query: tuple[int, int]
-    maps: Mapping[str, Mapping[str, npt.NDArray[np.floating[Any]]]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ class Report:
 
 def write_report(report: Report, folder: Path) -> Path:
     """Write `report.html` and `relations.png` into `folder`. Returns the path of the page."""
-    relations = png(relations_figure(report.examples))
+    relations = png(lines_figure(report.examples))
     write_bytes_atomic(folder / RELATIONS_NAME, relations)
     path = folder / REPORT_NAME
     write_bytes_atomic(path, page(report, relations, png(curves_figure(report))).encode())
@@ -130,92 +104,6 @@ def curves_figure(report: Report) -> Figure:
         right.plot([line["step"] for line in lines], [line["loss"] for line in lines], style, color=colour, label=name)
     dress(right, "the same networks as masked autoencoders", "squared error of masked patches")
     return figure
-
-
-def relations_figure(examples: Sequence[Example]) -> Figure:
-    """Draw one line per example: the view, then for each relation the row of the teacher, the cache and the students.
-
-    Within one relation of one example the exact rows share the teacher's colour scale. The sketch has its own, because
-    it consists of a few draws of equal weight.
-    """
-    relations = list(examples[0].maps) if examples else []
-    columns = [len(examples[0].maps[relation]) for relation in relations]
-    # The view and the maps, with a narrow empty column before each relation.
-    widths = [1.0] + [width for count in columns for width in (0.14, *[1.0] * count)]
-    height_in = 1.22 * len(examples) + 0.62
-    figure = Figure(figsize=(1.22 * sum(widths) + 0.1, height_in), dpi=130)
-    grid = GridSpec(
-        max(1, len(examples)),
-        len(widths),
-        figure,
-        left=0.02,
-        right=0.995,
-        bottom=0.06 / height_in,
-        top=1 - 0.56 / height_in,
-        wspace=0.07,
-        hspace=0.07,
-        width_ratios=widths,
-    )
-    for line, example in enumerate(examples):
-        _draw_view(figure.add_subplot(grid[line, 0]), example, line == 0)
-        place = 1
-        for relation in relations:
-            place += 1
-            maps = example.maps[relation]
-            exact = next(iter(maps.values()))  # the teacher comes first
-            for number, (column_title, values) in enumerate(maps.items()):
-                axes = figure.add_subplot(grid[line, place])
-                own_scale = column_title == SKETCH
-                _heatmap(axes, values, values if own_scale else exact, example.query, 0.0 if own_scale else None)
-                if line == 0:
-                    axes.set_title(column_title, fontsize=8.5, color=INK, pad=3)
-                if line == 0 and number == 0:
-                    title = TITLES.get(relation, relation)
-                    axes.annotate(
-                        title,
-                        (0, 1),
-                        (0, 18),
-                        "axes fraction",
-                        "offset points",
-                        fontsize=9.5,
-                        color=INK,
-                        weight="bold",
-                    )
-                place += 1
-    return figure
-
-
-def _draw_view(axes: Axes, example: Example, first: bool) -> None:
-    axes.imshow(example.pixels)
-    grid_rows = next(iter(next(iter(example.maps.values())).values())).shape[0]
-    side = example.pixels.shape[0] / grid_rows
-    row, column = example.query
-    for colour, width in (("black", 3.2), ("white", 1.4)):
-        box = Rectangle((column * side - 0.5, row * side - 0.5), side, side, fill=False, ec=colour, lw=width)
-        axes.add_patch(box)
-    if first:
-        axes.set_title("view, query", fontsize=8.5, color=INK, pad=3)
-    axes.set_ylabel(f"head {example.head}", fontsize=7.5, color=FAINT, labelpad=2)
-    _bare(axes)
-
-
-def _heatmap(
-    axes: Axes,
-    values: npt.NDArray[np.floating[Any]],
-    scale: npt.NDArray[np.floating[Any]],
-    query: tuple[int, int],
-    lowest: float | None,
-) -> None:
-    low = float(scale.min()) if lowest is None else lowest
-    axes.imshow(values, cmap="magma", vmin=low, vmax=float(scale.max()), interpolation="nearest")
-    axes.add_patch(Rectangle((query[1] - 0.5, query[0] - 0.5), 1, 1, fill=False, ec="white", lw=1.1))
-    _bare(axes)
-
-
-def _bare(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
 
 
 # ---- the page

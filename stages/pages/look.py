@@ -116,14 +116,29 @@ code, .k td:last-child { font-family: ui-monospace, SFMono-Regular, Menlo, Conso
 .k td, .v td { overflow-wrap: anywhere; }
 .v td, .v th { overflow-wrap: anywhere; min-width: 3.8rem; }
 .w td { overflow-wrap: anywhere; }
+.k td:first-child { overflow-wrap: normal; }
 .v td:first-child { min-width: 6rem; }
-@media (max-width: 40rem) {
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --strong: #eee; }
+  @page { margin: 15mm; }
+  body { font-size: 10pt; }
+  main { max-width: none; padding: 0; }
+  h2 { break-after: avoid; margin-top: 1.5rem; }
+  tr, figure, .job { break-inside: avoid; }
+  thead { display: table-header-group; }
+  .wide { overflow: visible; background: none; }
+  figure { overflow: visible; display: block; }
+  figure img { max-width: 100%; width: auto; }
+  figure::after, input[type=radio], input[type=radio] ~ label { display: none; }
+}
+@media screen and (max-width: 40rem) {
   main { padding: 1.5rem 0.6rem 3rem; }
   table { font-size: 0.7rem; }
   th, td { padding-right: 0.4rem; }
   td:first-child, th:first-child { padding-left: 0.2rem; }
   figure { display: flex; }
   figure img { max-width: none; width: 46rem; }
+  .w figure img { width: auto; }
   .curves figure { display: block; }
   .curves figure img { max-width: 100%; width: 100%; }
   .curves figure::after { display: none; }
@@ -141,6 +156,7 @@ def document(title: str, body: str) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
+<link rel="icon" href="data:,">
 <style>{_STYLE}</style>
 </head>
 <body>

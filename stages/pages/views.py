@@ -54,7 +54,7 @@ def masked(cell: ViewCell) -> Pixels:
     return np.where(hidden, np.uint8(128), cell.pixels)
 
 
-def _short(text: str, longest: int = 24) -> str:
+def short(text: str, longest: int = 24) -> str:
     """Printable and in one line; `$` would start a formula in a picture."""
     plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text).replace("$", r"\$")
     return plain if len(plain) <= longest else f"…{plain[1 - longest :]}"
@@ -70,9 +70,9 @@ def sheet(rows: Sequence[ImageRow]) -> bytes:
     for axes in grid.flat:
         axes.set_axis_off()
     for line, row in zip(grid, rows, strict=True):
-        line[0].set_title(_short(row.key), fontsize=7, color=INK, loc="left")
+        line[0].set_title(short(row.key), fontsize=7, color=INK, loc="left")
         if row.image is None:
-            line[0].text(0, 0.5, f"unreadable: {_short(row.unreadable or '', 40)}", fontsize=6, color=FAINT)
+            line[0].text(0, 0.5, f"unreadable: {short(row.unreadable or '', 40)}", fontsize=6, color=FAINT)
             continue
         line[0].imshow(row.image.transpose(1, 2, 0))
         for axes, cell in zip(line[1:], row.cells, strict=False):
@@ -111,7 +111,7 @@ def _table_row(cell: ViewCell) -> str:
     steps = "<br>".join(html.escape(step_text(step)) for step in cell.steps) or "none"
     if cell.hidden is not None:
         steps += f"<br>mask: {int(cell.hidden.sum())} of {cell.hidden.size} patches hidden"
-    picture = html_figure(_picture(masked(cell)), f"view {cell.number}")
+    picture = html_figure(view_picture(masked(cell)), f"view {cell.number}")
     box = f"{width} x {height} at ({left}, {top})"
     return (
         f"<tr><td>{cell.number}</td><td>{picture}</td><td>{box}</td><td>{'yes' if flip else 'no'}</td>"
@@ -119,7 +119,7 @@ def _table_row(cell: ViewCell) -> str:
     )
 
 
-def _picture(pixels: Pixels) -> bytes:
+def view_picture(pixels: Pixels) -> bytes:
     """PNG of the exact pixels, enlarged by a whole factor where they are few."""
     factor = max(1, math.ceil(_LEAST_SIDE / pixels.shape[1]))
     enlarged = pixels.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -23,6 +23,7 @@ from tinymim.targets.contract import (
     ArraySpec,
     ChosenKind,
     Loss,
+    PictureLine,
     Tapped,
     TargetHead,
     Views,
@@ -30,6 +31,7 @@ from tinymim.targets.contract import (
     Yardstick,
 )
 from tinymim.targets.counter import spread, uniforms
+from tinymim.targets.picture import logit_shares, query_lines, written_out
 from tinymim.targets.squares import square_statistics, square_yardstick, squared_error
 from tinymim.targets.vectors import check_grid
 
@@ -184,10 +186,7 @@ class Attention(ChosenKind):
 
     def losses(self, answers: Answers, target: AttentionTarget) -> dict[str, Loss]:
         """See `TargetKind`: mean over heads, rows and tokens."""
-        q, k, adapter = answers
-        own = attention_logits(q, k, target.rows)
-        with torch.autocast(q.device.type, enabled=False):
-            s = torch.einsum("bhs,bsqt->bhqt", adapter.to(own.dtype), own)
+        s = _answer(answers, target.rows)
         assert s.shape == target.logits.shape, f"student {s.shape}, teacher {target.logits.shape}"
         return {"attention": squared_error(s, target.logits, target.square)}
 
@@ -201,6 +200,34 @@ class Attention(ChosenKind):
         """See `TargetKind`: `rms` of the logits, and `relative_error`, the squared error over the mean square."""
         exact = attention_logits(*self.sides(tapped), target.rows).double()
         return {"attention": square_statistics(exact, target.logits)}
+
+    # ---- pictures
+
+    def answered(self, answers: Answers, shapes: Shapes) -> AttentionTarget:
+        """See `TargetKind`."""
+        logits = _answer(answers, None)
+        return AttentionTarget(None, logits, logits.square().mean((1, 2, 3)))
+
+    def picture(self, columns: Mapping[str, AttentionTarget], shapes: Shapes, lines: int) -> list[PictureLine]:
+        """See `TargetKind`: the most selective query patches, each of another head."""
+
+        def whole(target: AttentionTarget) -> Float[Tensor, "H T T"]:
+            [logits] = target.logits
+            rows = None if target.rows is None else target.rows[0].expand(len(logits), -1)
+            return written_out(logits, rows, logits.shape[-1])
+
+        maps = {"attention logits": {name: whole(each) for name, each in columns.items()}}
+        prefix = shapes.prefix_tokens if self.config.prefix else 0
+        return query_lines(maps, prefix, shapes.grid, lines, logit_shares)
+
+
+def _answer(answers: Answers, rows: Int64[Tensor, "B Q"] | None) -> Float[Tensor, "B H Q T"]:
+    """A student's logits in the teacher's heads."""
+    q, k, adapter = answers
+    own = attention_logits(q, k, rows)
+    with torch.autocast(q.device.type, enabled=False):
+        mixed: Tensor = torch.einsum("bhs,bsqt->bhqt", adapter.to(own.dtype), own)
+    return mixed
 
 
 def attention_logits(

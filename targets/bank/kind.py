@@ -20,8 +20,18 @@ from torch.nn.functional import normalize
 from tinymim.configs.codecs import BankCodec, LogitsCodec
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.cls.kind import embedding_tap
-from tinymim.targets.contract import Answers, ArraySpec, ChosenKind, Loss, Projection, Tapped, TargetHead, Yardstick
-from tinymim.targets.logits.kind import Logits, LogitTarget
+from tinymim.targets.contract import (
+    Answers,
+    ArraySpec,
+    ChosenKind,
+    Loss,
+    PictureLine,
+    Projection,
+    Tapped,
+    TargetHead,
+    Yardstick,
+)
+from tinymim.targets.logits.kind import Logits, LogitTarget, probability_line
 from tinymim.targets.vectors import LEAST_NORM, Projector
 
 _KEYS: Final = 0x62616E6B  # keeps its draws apart from those of a layer of logits of the same view
@@ -108,10 +118,13 @@ class Bank(ChosenKind):
 
     def losses(self, answers: Answers, target: LogitTarget) -> dict[str, Loss]:
         """See `TargetKind`: cross entropy in nats of the student's softmax over the anchors."""
+        return {"bank": self._logits.losses((self._answer(answers),), target)["logits"]}
+
+    def _answer(self, answers: Answers) -> Float[Tensor, "B A"]:
+        """A student's cosines over tau."""
         embedding = answers[0][:, 0]
         with torch.autocast(embedding.device.type, enabled=False):
-            cosines = self.cosines(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), LEAST_NORM)
-        return {"bank": self._logits.losses((cosines,), target)["logits"]}
+            return self.cosines(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), LEAST_NORM)
 
     # ---- audits
 
@@ -122,6 +135,16 @@ class Bank(ChosenKind):
     def statistics(self, tapped: Tapped, target: LogitTarget) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
         """See `TargetKind`: as for logits."""
         return {"bank": self._logits.statistics(self._tapped(tapped), target)["logits"]}
+
+    # ---- pictures
+
+    def answered(self, answers: Answers, shapes: Shapes) -> LogitTarget:
+        """See `TargetKind`."""
+        return self._logits.answered((self._answer(answers),), shapes)
+
+    def picture(self, columns: Mapping[str, LogitTarget], shapes: Shapes, lines: int) -> list[PictureLine]:
+        """See `TargetKind`: the nearest anchors, as bars."""
+        return [probability_line("nearness to anchors", columns, self.config.anchors)]
 
     # ---- constants
 

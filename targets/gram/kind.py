@@ -16,13 +16,25 @@ from torch.nn.functional import normalize
 
 from tinymim.configs.codecs import GramCodec
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.targets.contract import Answers, ArraySpec, ChosenKind, Loss, Tapped, TargetHead, Views, Yardstick
+from tinymim.targets.contract import (
+    Answers,
+    ArraySpec,
+    ChosenKind,
+    Loss,
+    PictureLine,
+    Tapped,
+    TargetHead,
+    Views,
+    Yardstick,
+)
 from tinymim.targets.counter import spread, uniforms
 from tinymim.targets.features.kind import token_tap
+from tinymim.targets.picture import logit_shares, query_lines, written_out
 from tinymim.targets.squares import square_statistics, square_yardstick, squared_error
 from tinymim.targets.vectors import LEAST_NORM, Projector, check_grid, rows_of
 
 _ROWS, _COLUMNS, _ROUNDING = 336, 337, 338  # streams
+_SHARPNESS = 0.07  # temperature at which the picture's patches are chosen
 _STEP = 2 / 254  # codes 0..254 are -1..1; the last one takes what rounding lifts above
 
 
@@ -145,6 +157,24 @@ class Gram(ChosenKind):
         """See `TargetKind`: `rms` of the cosines, and `relative_error`, the squared error over the mean square."""
         exact = self._exact(tapped, target)
         return {"gram": square_statistics(exact, target.cosines)}
+
+    # ---- pictures
+
+    def answered(self, answers: Answers, shapes: Shapes) -> GramTarget:
+        """See `TargetKind`."""
+        cosines = gram(answers[0].float(), None, None, LEAST_NORM)
+        return GramTarget(None, None, cosines, cosines.square().mean((1, 2)))
+
+    def picture(self, columns: Mapping[str, GramTarget], shapes: Shapes, lines: int) -> list[PictureLine]:
+        """See `TargetKind`: the most selective patches."""
+        count = shapes.tokens - shapes.prefix_tokens
+
+        def whole(target: GramTarget) -> Float[Tensor, "1 N N"]:
+            in_columns = written_out(target.cosines.mT, target.columns, count).mT
+            return written_out(in_columns, target.rows, count)
+
+        maps = {"cosine with this patch": {name: whole(each) for name, each in columns.items()}}
+        return query_lines(maps, 0, shapes.grid, lines, lambda rows: logit_shares(rows, _SHARPNESS))
 
 
 def gram(

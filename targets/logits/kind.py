@@ -24,6 +24,7 @@ from tinymim.targets.contract import (
     ChosenKind,
     Labels,
     Loss,
+    PictureLine,
     Projection,
     Tapped,
     TargetHead,
@@ -33,6 +34,7 @@ from tinymim.targets.contract import (
 )
 from tinymim.targets.counter import uniforms
 from tinymim.targets.packing import Packing
+from tinymim.targets.picture import class_line
 from tinymim.targets.relations.sparsify import dequantise, quantise, systematic_draws, top_entries
 from tinymim.targets.vectors import embedding
 
@@ -356,6 +358,23 @@ class Logits(ChosenKind):
             kept = torch.zeros_like(probs).scatter(1, target.index, 1.0)
         found = {"entropy_nats": torch.special.entr(probs).sum(-1), "kept_mass": (probs * kept).sum(-1)}
         return {"logits": {name: value[:, None] for name, value in found.items()}}
+
+    # ---- pictures
+
+    def answered(self, answers: Answers, shapes: Shapes) -> LogitTarget:
+        """See `TargetKind`."""
+        probs = (answers[0].float() / self.config.temperature).softmax(-1)
+        return _dense(probs, torch.special.entr(probs).sum(-1))
+
+    def picture(self, columns: Mapping[str, LogitTarget], shapes: Shapes, lines: int) -> list[PictureLine]:
+        """See `TargetKind`: the largest probabilities, as bars."""
+        return [probability_line("probabilities of classes", columns, self.config.classes)]
+
+
+def probability_line(title: str, columns: Mapping[str, LogitTarget], classes: int) -> PictureLine:
+    """Bars of the classes that are largest in the first whole target."""
+    shares = {name: each.dense(classes)[0] for name, each in columns.items()}
+    return class_line(title, shares, (name for name, each in columns.items() if each.index is None))
 
 
 def make_logits(config: LogitsCodec, targets: TargetsConfig, block: int, constants: Mapping[str, Tensor]) -> Logits:

@@ -19,9 +19,9 @@ from torch.nn.functional import normalize
 
 from tinymim.configs.codecs import DenseCodec, FFCodec, Relation, SketchCodec, TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.targets.contract import Answers, ArraySpec, ChosenKind, Loss, Tapped, TargetHead, Yardstick
+from tinymim.targets.contract import Answers, ArraySpec, ChosenKind, Loss, PictureLine, Tapped, TargetHead, Yardstick
 from tinymim.targets.features.kind import token_tap
-from tinymim.targets.relations.kind import RelationKind
+from tinymim.targets.relations.kind import RelationKind, exact_rows, relation_lines
 from tinymim.targets.relations.losses import reference_cross_entropy
 from tinymim.targets.relations.make import make_relations
 from tinymim.targets.relations.qkv import QKV, relation_logits
@@ -143,6 +143,17 @@ class FF(ChosenKind):
     def statistics(self, tapped: Tapped, target: Rows) -> dict[str, dict[str, Float[Tensor, "B 1"]]]:
         """See `TargetKind`: as for relations."""
         return {"ff": self._rows.statistics(self._tapped(tapped), target)[_AS]}
+
+    # ---- pictures
+
+    def answered(self, answers: Answers, shapes: Shapes) -> Rows:
+        """See `TargetKind`."""
+        return exact_rows(self.sides(answers[0], LEAST_NORM), (_AS,))
+
+    def picture(self, columns: Mapping[str, Rows], shapes: Shapes, lines: int) -> list[PictureLine]:
+        """See `TargetKind`: the most selective patches."""
+        title = {_AS: "softmax of cosines: what looks like this patch"}
+        return relation_lines(title, columns, self._shapes(shapes), lines)
 
 
 def _own(name: str) -> str:

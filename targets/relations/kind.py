@@ -5,9 +5,9 @@ Shapes: B view, H relation head, Q query row, T token.
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,7 +16,8 @@ from torch import Tensor
 from tinymim.configs.codecs import DenseCodec, Relation, SketchCodec
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.targets.contract import Answers, Loss, Tapped, TargetHead, TargetKind, Yardstick
+from tinymim.targets.contract import Answers, Loss, PictureLine, Tapped, TargetHead, TargetKind, Yardstick
+from tinymim.targets.picture import query_lines, written_out
 from tinymim.targets.relations.draws import sample_rows
 from tinymim.targets.relations.head import RelationHead
 from tinymim.targets.relations.losses import cross_entropy_per_head
@@ -24,6 +25,12 @@ from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.targets.relations.rows import DenseRows, Rows, RowTarget, SparseRows
 
 _LEAST_PROBABILITY = 2.0**-24  # the smallest positive fp16 number
+_TITLES: Final[dict[Relation, str]] = {
+    "qk": "query-key: what this patch looks for",
+    "vv": "value-value: what is like this patch",
+    "qq": "query-query: what looks for the same",
+    "kk": "key-key: what is found alike",
+}
 
 
 class RelationKind(TargetKind):
@@ -148,6 +155,16 @@ class RelationKind(TargetKind):
             found[str(relation)] = {name: value.mean(dim=2) for name, value in values.items()}
         return found
 
+    # ---- pictures
+
+    def answered(self, answers: Answers, shapes: Shapes) -> Rows:
+        """See `TargetKind`."""
+        return exact_rows(QKV(*answers).resplit(self.relation_heads(shapes.heads)), self.relations)
+
+    def picture(self, columns: Mapping[str, Rows], shapes: Shapes, lines: int) -> list[PictureLine]:
+        """See `TargetKind`: the most selective query patches, each of another head."""
+        return relation_lines(_TITLES, columns, shapes, lines)
+
 
 class StoredRelations(RelationKind):
     """A codec that stores the relations of its config, in the relation heads of its config."""
@@ -185,6 +202,20 @@ def exact_rows(teacher: QKV, relations: Sequence[Relation]) -> Rows:
     """The dense maps as a target, float32 [B, H, T, T] (float64 for float64 inputs)."""
     probs = {relation: relation_probs(teacher, relation) for relation in relations}
     return {relation: DenseRows(None, each, mean_entropy(each, by_head=True)) for relation, each in probs.items()}
+
+
+def relation_lines(
+    titles: Mapping[Relation, str], columns: Mapping[str, Rows], shapes: Shapes, lines: int
+) -> list[PictureLine]:
+    """Lines of the rows of one view; the columns of sparse rows have a scale of their own."""
+
+    def whole(rows: RowTarget) -> Float[Tensor, "H T T"]:
+        return written_out(rows.dense()[0], None if rows.rows is None else rows.rows[0], rows.shape[-1])
+
+    relations = next(iter(columns.values())).keys()
+    maps = {titles[relation]: {name: whole(each[relation]) for name, each in columns.items()} for relation in relations}
+    sparse = {name for name, each in columns.items() if any(isinstance(rows, SparseRows) for rows in each.values())}
+    return query_lines(maps, shapes.prefix_tokens, shapes.grid, lines, own_scale=sparse)
 
 
 def mean_entropy(probs: Float[Tensor, "B H Q T"], by_head: bool = False) -> Tensor:

@@ -234,6 +234,30 @@ class TargetKindContract:
         for name, parts in kind.parts(self.shapes).items():
             assert found[name] and all(value.shape == (VIEWS, parts) for value in found[name].values())
 
+    # ---- pictures
+
+    def test_a_picture_shows_what_is_stored_and_what_a_student_answers(self, case: str) -> None:
+        kind, keys, tapped = self.make(self.cases[case]), torch.arange(1, VIEWS + 1), self.tapped(VIEWS)
+        stored = kind.decode(kind.encode(tapped, keys), keys, self.shapes)
+        answers = tuple(answer.detach() for answer in self.answers(kind, VIEWS))
+        columns = {"teacher": kind.exact(tapped), "stored": stored, "student": kind.answered(answers, self.shapes)}
+        one = {name: kind.pick(target, slice(1, 2)) for name, target in columns.items()}
+        lines = kind.picture(one, self.shapes, 2)
+        assert 1 <= len(lines) <= 2
+        for line in lines:
+            assert line.title and line.panels
+            for panels in line.panels.values():
+                assert list(panels) == list(columns)
+                [shape] = {tuple(values.shape) for values in panels.values()}
+                assert len(shape) == 1 or (shape[:2] == self.shapes.grid and shape[2:] in ((), (3,)))
+                assert not panels["teacher"].isnan().any() and not panels["student"].isnan().any()
+                assert not panels["stored"].isnan().all()
+        alone = kind.picture({"stored": one["stored"]}, self.shapes, 2)
+        assert next(list(panels) for line in alone for panels in line.panels.values()) == ["stored"]
+        exact = kind.picture({"teacher": one["teacher"], "again": one["teacher"]}, self.shapes, 1)
+        for panels in exact[0].panels.values():
+            assert torch.equal(panels["teacher"], panels["again"])
+
     # ---- refusals
 
     def test_what_does_not_fit_is_refused_by_the_name_of_its_field(self, refusal: str) -> None:

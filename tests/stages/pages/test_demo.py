@@ -4,18 +4,19 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tinymim.stages.pages.demo import (
     RELATIONS_NAME,
-    SKETCH,
     Arm,
-    Example,
     Report,
     page,
     table_cells,
     text_table,
     write_report,
 )
+from tinymim.stages.pages.pictures import STORED, Example
+from tinymim.targets.contract import PictureLine
 
 ARMS = (
     Arm("teacher", 1_223_040, "masked autoencoder", None, "-", 0.42, 0.433),
@@ -25,9 +26,10 @@ PNG_DATA = re.compile(r'src="data:image/png;base64,iVBORw0KGgo')
 
 
 def report(**changes: object) -> Report:
-    maps = {who: np.full((4, 4), 1 / 17) for who in ("teacher", SKETCH, "wide")}
+    maps = {who: torch.full((4, 4), 1 / 17) for who in ("teacher", STORED, "wide")}
     curve = [{"step": step, "kl_qk": 1 / (1 + step), "kl_vv": 0.5 / (1 + step)} for step in range(3)]
-    example = Example("dots/000002", np.zeros((32, 32, 3), np.uint8), 1, (2, 3), {"qk": maps, "vv": maps})
+    line = PictureLine("head 1", (2, 3), {"qk": maps, "vv": maps}, frozenset({STORED}))
+    example = Example(np.zeros((32, 32, 3), np.uint8), line)
     fields: dict[str, object] = {
         "arms": ARMS,
         "lesson": "A lesson.",
