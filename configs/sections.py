@@ -167,8 +167,9 @@ class PairsConfig(Section):
 
 
 class ViewConfig(Section):
-    """The view law: RandomResizedCrop, flip, operations, pairs, drawn from (seed, sample key, view index) alone (I1).
+    """The view law: RandomResizedCrop, flip, operations, drawn from (seed, sample key, view index) alone (I1).
 
+    Pairs are drawn from seed, view index and all keys of the image's shard.
     These fields are part of a cache's identity: other values need another cache.
     """
 
