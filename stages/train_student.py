@@ -20,7 +20,7 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join
-from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.shards import UNLABELLED, open_shards
 from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.opened import arrays_of, kinds_of, opened_layers
 from tinymim.stages.run.folder import (
@@ -105,7 +105,8 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         each: cached_targets(kinds_of(opened_layers(reader, recipe, each)))
         for each in {learner.device: None for learner in learners}
     }
-    do_step = StudentStep(recipe, students, terms, targets, torch.from_numpy(order.places), batch_size)
+    labelled = bool(source.shards[0].members().labels[0] != UNLABELLED)  # a set has labels or has none
+    do_step = StudentStep(recipe, students, terms, targets, torch.from_numpy(order.places), batch_size, labelled)
     audits = StudentAudits(recipe, manifest, opened, students, ranks)
 
     # ---- resume

@@ -27,7 +27,7 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import Part, parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, rank_device
 from tinymim.stages.training.states import has_state
-from tinymim.stages.training.terms import Term, naming
+from tinymim.stages.training.terms import Term, label_top1, naming
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
 
@@ -92,6 +92,7 @@ class StudentStep:
         targets: by device, the function that computes targets there.
         places: int64 [B], the places of this rank's samples in a step's whole batch.
         batch_size: number of samples in the whole batch.
+        labelled: whether students of class logits are also compared with the labels of the images.
     """
 
     def __init__(
@@ -102,9 +103,10 @@ class StudentStep:
         targets: Mapping[torch.device, MakeTargets],
         places: Tensor,
         batch_size: int,
+        labelled: bool = False,
     ) -> None:
         self.recipe, self.students, self.terms = recipe, students, terms
-        self.places, self.batch_size = places, batch_size
+        self.places, self.batch_size, self.labelled = places, batch_size, labelled
         self.streams = {
             device: DeviceStream(device, make, recipe.run.seed, places, batch_size) for device, make in targets.items()
         }
@@ -118,6 +120,7 @@ class StudentStep:
 
     def take(self, step: int, batch: ViewBatch) -> None:
         """Copy the batch to every device."""
+        self._batch = batch
         for stream in self.streams.values():
             stream.take(step, batch)
 
@@ -140,6 +143,8 @@ class StudentStep:
                         found = {term.metric(name): loss.mean() for name, loss in losses.items()}
                         weight = term.weight(step, learner.schedule.total_steps)
                         means |= found
+                        if self.labelled:
+                            means |= label_top1(term, own, self._batch, part.rows)
                         weighted += found.values() if weight == 1.0 else [weight * mean for mean in found.values()]
                     loss = torch.stack(weighted).sum()
                 learner.backward({"loss": loss} | means, part.share)

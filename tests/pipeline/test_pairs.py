@@ -123,7 +123,7 @@ def test_shares_follow_timms_law() -> None:
     law = Pairs(PairsConfig(mixup=0), 0, 224)
     drawn = np.sort([mix.share for n in range(4000) if (mix := law.mix(n, -1 - n))])
     assert np.abs(drawn - theirs).mean() < 0.02
-    both = Counter(mix and mix.box is None for n in range(4000) if (mix := Pairs(PairsConfig(), 0, 224).mix(n, -1 - n)))
+    both = Counter(mix.box is None for n in range(4000) if (mix := Pairs(PairsConfig(), 0, 224).mix(n, -1 - n)))
     assert abs(both[True] / 4000 - 0.5) < 0.03
     some = [Pairs(PairsConfig(share=0.25), 0, 224).mix(n, -1 - n) for n in range(4000)]
     assert abs(sum(mix is not None for mix in some) / 4000 - 0.25) < 0.03
@@ -198,7 +198,7 @@ def test_a_mixed_view_is_made_of_the_two_views_of_the_plain_law(made: Path) -> N
             assert np.array_equal(batch.pixels[row], single[unit, key, view])
             continue
         other = view_key(3, partner, view)
-        assert mix == law.mix(own, other) and int(batch.view_keys[row]) == mixed_key(own, other)
+        assert mix is not None and mix == law.mix(own, other) and int(batch.view_keys[row]) == mixed_key(own, other)
         expected = mixed(single[unit, key, view], single[unit, partner, view], mix)  # operations come before
         assert np.array_equal(batch.pixels[row], expected) and partner != key
         assert batch.partners.labels[row] == labels[partner]
@@ -347,7 +347,7 @@ def test_exchanged_partners_are_refused_by_name(made: Path, tmp_path: Path) -> N
     views = replayed(
         made, ShardSet(tuple(replace(each, content_hash=stated[each.name].content_hash) for each in source.shards))
     )
-    place = list(views.reader.keys("shard-000000.tar")).index(one)  # type: ignore[attr-defined]
+    place = list(views.reader.keys("shard-000000.tar")).index(one)
     with pytest.raises(ViewMismatch, match=f"image '{one}' mixed with '{other}' of shard shard-000000.tar, view 0"):
         views.batch(numbered(np.array([[0, place, 0]])))
 

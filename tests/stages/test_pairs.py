@@ -18,12 +18,17 @@ from safetensors.torch import save_file
 from tinymim.api import open_cache
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.schema import CacheTeacherRecipe, FinetuneRecipe
+from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.pairs import soft_labels
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher, train_student, views
 from tinymim.stages.cache import deep, repair
 from tinymim.stages.cache.info import describe, format_info
+from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.training.terms import Term, label_top1
 from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
+from tinymim.targets.contract import Answers
 from tinymim.tests.stages.conftest import Run
 from tinymim.tests.stages.tiny import STATED, TEACHER, cache_recipe, losses, stored, student_recipe, tree, unit_names
 
@@ -47,8 +52,9 @@ def paired(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     sizes = {name: value for name, value in TEACHER.items() if name != "name"}
     teacher = timm.create_model(str(TEACHER["name"]), num_classes=10, **sizes)
-    torch.nn.init.normal_(teacher.head.weight)
-    save_file(teacher.state_dict(), root / "teacher.safetensors", STATED)
+    weights = teacher.state_dict()
+    torch.nn.init.normal_(weights["head.weight"])
+    save_file(weights, root / "teacher.safetensors", STATED)
     path = root / "shards" / "shard-000001.tar"
     with tarfile.open(path) as tar:
         images = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
@@ -103,6 +109,24 @@ def test_stage_two_sees_the_pixels_of_stage_one_and_leaves_the_same_views_unmixe
             targets.gather(1, batch.labels[:, None])[:, 0] == 1,
             (batch.shares == 1) | (batch.labels == batch.partner_labels),
         )
+
+
+def test_a_student_is_compared_with_labels_mixed_like_the_pixels(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TinyViT's meter of the student against the labels."""
+    seen: list[tuple[float, float]] = []
+
+    def noted(term: Term, answers: Answers, batch: ViewBatch, rows: slice) -> dict[str, torch.Tensor]:
+        found = label_top1(term, answers, batch, rows)
+        own, (partners, shares) = batch.labels, batch.partner_labels()
+        first = answers[0].argmax(-1)
+        soft = soft_labels(own, partners, shares, 10)[rows].gather(1, first[:, None])
+        seen.append((float(found["label_top1"]), float(soft.mean())))
+        return found
+
+    monkeypatch.setattr("tinymim.stages.training.student_step.label_top1", noted)
+    train_student.run(student_recipe(copy, optim={"batch_size": 8, "steps": 12, "base_lr": 0.3}))
+    assert [line["label_top1"] for line in read_metrics(copy / "run-student")] == pytest.approx([a for a, _ in seen])
+    assert [a for a, _ in seen] == pytest.approx([b for _, b in seen]) and any(0 < a < 1 for a, _ in seen)
 
 
 def test_records_are_compared_with_the_teacher(
