@@ -40,7 +40,7 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.pairs import soft_labels
 from tinymim.pipeline.records import of_layer
-from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
+from tinymim.pipeline.replay import CachedSource, ReplayedViews, join, partners_of_source
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.cache.info import describe
 from tinymim.stages.cache.opened import opened_kind
@@ -305,7 +305,8 @@ class TeacherCache:
         config = _section(LoaderConfig, "the loader", {"workers": workers, "prefetch": prefetch})
         verify = _section(VerifyConfig, "the comparison", {"first": verify_first, "every": verify_every})
         joined = join(open_shards(SourceConfig(shards=source)), self._reader, names, num_views, on_missing)
-        order = SampleOrder(joined.counts, order_config, batch_size, joined.num_views, rank, world_size)
+        partners = partners_of_source(joined, self._reader, self._reader.manifest)
+        order = SampleOrder(joined.counts, order_config, batch_size, joined.num_views, rank, world_size, partners)
         if not order.steps_per_epoch:
             raise RecipeError("batch_size is more than the images", got=f"{batch_size} of {sum(joined.counts)} images")
         arrays = {

@@ -30,10 +30,11 @@ from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import pixel_digest
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.mismatch import other_images, view_mismatch
-from tinymim.pipeline.order import Items
+from tinymim.pipeline.order import Items, PartnersOf
+from tinymim.pipeline.pairs import partners_of
 from tinymim.pipeline.records import Slice, SliceId, Slices, UnitReader, Units, named
 from tinymim.pipeline.shards import Shard, ShardSet
-from tinymim.pipeline.views import RandomViews, law_of
+from tinymim.pipeline.views import RandomViews, law_of, view_key
 from tinymim.storage.blocks import DIGEST
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.layout import VIEWS
@@ -208,6 +209,23 @@ def unreadable_keys(info: UnitInfo) -> frozenset[str]:
 def lost_partners(units: Mapping[str, Sequence[UnitInfo]]) -> dict[str, frozenset[str]]:
     """By shard, the keys of unreadable images, from its units of the view layer. No view is mixed with them."""
     return {shard: unreadable_keys(infos[0]) for shard, infos in units.items()}
+
+
+def partners_of_source(source: CachedSource, reader: UnitReader, manifest: Manifest) -> PartnersOf | None:
+    """The pairs of a cache's views among its cached images, numbered as in items; None: its law has no pairs."""
+    law = law_of(manifest.views, manifest.environment)
+    if law.pairs is None:
+        return None
+    seed, lost = law.pairs.seed, lost_partners(source.units[VIEWS])
+
+    def partners(shard: int, view: int) -> _Index:
+        name = source.shards[shard].name
+        keys = reader.keys(name)
+        everything = [*keys, *lost[name]]
+        found = partners_of(np.array([view_key(seed, key, view) for key in everything], np.int64))[: len(keys)]
+        return np.where(found < len(keys), found, np.arange(len(keys)))
+
+    return partners
 
 
 def _without_record(shard: Shard, info: UnitInfo) -> int:

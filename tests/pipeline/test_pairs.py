@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from timm.data.mixup import rand_bbox
 from timm.loss import SoftTargetCrossEntropy
 
-from tinymim.configs.errors import CacheMismatch, SourceError, ViewMismatch
+from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError, ViewMismatch
 from tinymim.configs.sections import LoaderConfig, OrderConfig, PairsConfig, SourceConfig, VerifyConfig, ViewConfig
 from tinymim.pipeline import dataset, pairs
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
@@ -24,7 +24,7 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.pairs import Mix, Pairs, mixed, mixed_key, partners_of, soft_labels
-from tinymim.pipeline.replay import ReplayedViews, join, places_in_tar
+from tinymim.pipeline.replay import ReplayedViews, join, partners_of_source, places_in_tar
 from tinymim.pipeline.shards import Shard, ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews, view_key
 from tinymim.stages import make_shards
@@ -318,6 +318,33 @@ def test_replayed_views_are_those_of_stage_one(made: Path) -> None:
     items = every(source.shards, range(3))
     expected = by_view(ImageViews(source.shards, RandomViews(LAW), 3).batch(items))
     assert by_view(replayed(made, source).batch(numbered(items[::-1].copy()))) == expected
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_partners_stand_next_to_each_other_in_the_order_of_training(made: Path, lanes: int) -> None:
+    source, reader = source_of(made), CacheReader(made / "cache")
+    joined = join(source, reader)
+    partners = partners_of_source(joined, reader, reader.manifest)
+    config = OrderConfig(lanes=lanes, shuffle_units=2)
+    assert partners is not None
+    plain, order = (SampleOrder(joined.counts, config, 18, 3, partners=each) for each in (None, partners))
+    for step in range(4):
+        items = order.whole_batch(step)
+        assert sorted(items.tolist()) == sorted(plain.whole_batch(step).tolist())
+        assert items.tolist() != plain.whole_batch(step).tolist()
+        rows = {(u, s): row for row, (u, s, _) in enumerate(items.tolist())}
+        apart = sum(abs(rows[u, int(partners(u, v)[s])] - row) > 1 for row, (u, s, v) in enumerate(items.tolist()))
+        assert apart == 0 if lanes == 1 else apart < 18  # a lane ends within a shard
+        batch = replayed(made, source).batch(numbered(items))
+        assert batch.partners is not None
+        assert [
+            None if (p := int(partners(u, v)[s])) == s else batch.keys[rows[u, p]] for u, s, v in items.tolist()
+        ] == (batch.partners.keys)
+    order.step, resumed = 3, SampleOrder(joined.counts, config, 18, 3, partners=partners)
+    resumed.load_state_dict(order.state_dict())
+    assert next(resumed.plan(4))[0, :, :3].tolist() == order.whole_batch(3).tolist()
+    with pytest.raises(CheckpointError):
+        plain.load_state_dict(order.state_dict())
 
 
 def exchanged(made: Path, root: Path) -> tuple[ShardSet, str, str]:
