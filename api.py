@@ -38,8 +38,9 @@ from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
+from tinymim.pipeline.pairs import soft_labels
 from tinymim.pipeline.records import of_layer
-from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
+from tinymim.pipeline.replay import CachedSource, ReplayedViews, join, partners_of_source
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.cache.info import describe
 from tinymim.stages.cache.opened import opened_kind
@@ -82,6 +83,8 @@ class Batch:
         views: int64 [B], the view indices.
         view_keys: int64 [B], the identities that seed every draw about a view.
         labels: int64 [B], -1 for an image without a label.
+        partner_labels: int64 [B], labels of the images that mixed views are mixed with; else the own ones.
+        shares: float32 [B], the share of a view's own image; 1 where it is unmixed.
         records: by layer and name, the stored arrays, first axis B.
     """
 
@@ -90,6 +93,8 @@ class Batch:
     views: Tensor
     view_keys: Tensor
     labels: Tensor
+    partner_labels: Tensor
+    shares: Tensor
     records: dict[str, dict[str, Tensor]]
     _decode: Callable[[str, "Batch"], Target] = field(repr=False)
 
@@ -107,6 +112,10 @@ class Batch:
         images: Tensor = Normalise().to(self.pixels.device)(self.pixels)
         return images
 
+    def soft_labels(self, num_classes: int) -> Tensor:
+        """Targets for cross entropy, float32 [B, K]: mixed like the pixels, zero for an image without a label."""
+        return soft_labels(self.labels, self.partner_labels, self.shares, num_classes)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """A copy on a device. Records are small, so move a batch before its targets are decoded."""
 
@@ -119,6 +128,8 @@ class Batch:
             views=moved(self.views),
             view_keys=moved(self.view_keys),
             labels=moved(self.labels),
+            partner_labels=moved(self.partner_labels),
+            shares=moved(self.shares),
             records={layer: {name: moved(a) for name, a in arrays.items()} for layer, arrays in self.records.items()},
         )
 
@@ -192,7 +203,8 @@ class Loader(IterableDataset[Batch]):
     def _batch(self, batch: ViewBatch) -> Batch:
         records = {layer: of_layer(batch.records, layer) for layer in self.layers}
         views = torch.from_numpy(batch.items[:, 2].copy())
-        return Batch(batch.pixels, batch.keys, views, batch.view_keys, batch.labels, records, self._decode)
+        labels = batch.labels, *batch.partner_labels()
+        return Batch(batch.pixels, batch.keys, views, batch.view_keys, *labels, records, self._decode)
 
 
 class TeacherCache:
@@ -293,7 +305,8 @@ class TeacherCache:
         config = _section(LoaderConfig, "the loader", {"workers": workers, "prefetch": prefetch})
         verify = _section(VerifyConfig, "the comparison", {"first": verify_first, "every": verify_every})
         joined = join(open_shards(SourceConfig(shards=source)), self._reader, names, num_views, on_missing)
-        order = SampleOrder(joined.counts, order_config, batch_size, joined.num_views, rank, world_size)
+        partners = partners_of_source(joined, self._reader, self._reader.manifest)
+        order = SampleOrder(joined.counts, order_config, batch_size, joined.num_views, rank, world_size, partners)
         if not order.steps_per_epoch:
             raise RecipeError("batch_size is more than the images", got=f"{batch_size} of {sum(joined.counts)} images")
         arrays = {

@@ -406,8 +406,9 @@ class FinetuneRecipe(_Training):
 
     @model_validator(mode="after")
     def _whole_pairs(self) -> "FinetuneRecipe":
-        if self.views.operations is not None:
-            raise ValueError("views.operations is for caches and pre-training; fine-tuning has `augment` instead")
+        for name in ("operations", "pairs"):
+            if getattr(self.views, name) is not None:
+                raise ValueError(f"views.{name} is for caches and pre-training; fine-tuning has `augment` instead")
         if self.augment.mixes and self.optim.batch_size % (2 * self.order.lanes):
             raise ValueError(
                 "mixup and cutmix pair samples of a lane, so optim.batch_size must be a multiple of 2 x order.lanes; "

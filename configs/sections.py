@@ -141,9 +141,35 @@ class OperationsConfig(Section):
         return self
 
 
+Alpha = Annotated[float, Field(ge=0.0, le=4.0)]  # of Beta(alpha, alpha)
+
+
+class PairsConfig(Section):
+    """Mixup and CutMix of a view with its partner's, another image of the shard, drawn anew in every view (I1).
+
+    Operations are applied to both before. The record belongs to the mixed view.
+    """
+
+    version: Literal[1] = Field(default=1, description="Version of the laws of this section.")
+    mixup: Alpha = Field(default=0.8, description="Alpha of mixup. 0: none; else at least 0.05.")
+    cutmix: Alpha = Field(default=1.0, description="Alpha of CutMix. 0: none; else at least 0.05.")
+    cutmix_share: Fraction = Field(default=0.5, description="Share of CutMix among the pairs, if mixup is on, too.")
+    share: Fraction = Field(default=1.0, description="Share of the pairs that are mixed.")
+
+    @model_validator(mode="after")
+    def _mixes_something(self) -> "PairsConfig":
+        if not self.share or not (self.mixup or self.cutmix):
+            raise ValueError("nothing is mixed; set pairs to null for views of single images")
+        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if 0.0 < alpha < 0.05:
+                raise ValueError(f"{name} must be 0, or from 0.05 to 4, got {alpha}")
+        return self
+
+
 class ViewConfig(Section):
     """The view law: RandomResizedCrop, flip, operations, drawn from (seed, sample key, view index) alone (I1).
 
+    Pairs are drawn from seed, view index and all keys of the image's shard.
     These fields are part of a cache's identity: other values need another cache.
     """
 
@@ -162,10 +188,13 @@ class ViewConfig(Section):
     operations: OperationsConfig | None = Field(
         default=None, description="Operations on the pixels: RandAugment, erasing and more (docs/views.md). null: none."
     )
+    pairs: PairsConfig | None = Field(
+        default=None, description="Mixup and CutMix with another image of the shard (docs/views.md). null: none."
+    )
 
     def identity(self) -> dict[str, Any]:
         """The law as a cache's manifest holds it: a field that is newer than format 2 is left out where it is off."""
-        off = {name for name in ("scaled_decode", "operations") if not getattr(self, name)}
+        off = {name for name in ("scaled_decode", "operations", "pairs") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=off)
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ def main(
         for loaded in loader:
             batch = loaded.to(device)
             tokens = model.forward_features(batch.images())
-            supervised = functional.cross_entropy(model.forward_head(tokens), batch.labels)
+            supervised = functional.cross_entropy(model.forward_head(tokens), batch.soft_labels(num_classes))
 
             # ---- added: the losses of the same tokens
             losses = cache.losses({layer: head(tokens) for layer, head in heads.items()}, batch)

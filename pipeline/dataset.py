@@ -1,6 +1,8 @@
-"""Batches of views from shards. Adjacent views of one image share one decode."""
+"""Batches of views from shards. Adjacent views of one image share one decode, and so do partners in one batch."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -13,9 +15,37 @@ from tinymim.configs.errors import SourceError
 from tinymim.pipeline.decode import decode, jpeg_size, pixel_digest, render
 from tinymim.pipeline.operations import apply
 from tinymim.pipeline.order import Items
+from tinymim.pipeline.pairs import Mix, mixed, mixed_key, partners_of
 from tinymim.pipeline.shards import Shard
 from tinymim.pipeline.views import View, ViewLaw, reduced, reduction_of, view_key
 from tinymim.storage.blocks import DIGEST
+
+
+@dataclass(frozen=True)
+class Partners:
+    """The views that the B views of a batch are mixed with.
+
+    Attributes:
+        keys: keys of the partners; None where a view is unmixed.
+        mixes: share and box; None where a view is unmixed.
+        labels: int64 [B], labels of the partners; the own ones where a view is unmixed.
+        lost: by key, why a partner could not be decoded. The views that lack it are unmixed.
+    """
+
+    keys: list[str | None]
+    mixes: list[Mix | None]
+    labels: npt.NDArray[np.int64]
+    lost: dict[str, str]
+
+    @property
+    def shares(self) -> npt.NDArray[np.float32]:
+        """float32 [B]: the share of a view's own image; 1 where it is unmixed."""
+        return np.array([1.0 if mix is None else mix.share for mix in self.mixes], np.float32)
+
+    def pick(self, rows: list[int]) -> "Partners":
+        """The partners of the views at `rows`."""
+        keys, mixes = [self.keys[row] for row in rows], [self.mixes[row] for row in rows]
+        return replace(self, keys=keys, mixes=mixes, labels=self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -31,6 +61,7 @@ class ViewBatch:
         records: the cache's arrays for these views, by `records.named`, first axis B; empty outside stage two.
         view_keys: int64 [B], the identities that seed every draw about a view; empty if the law has no seed.
         unreadable: (key, reason) of images that could not be decoded; their views are absent from the batch.
+        partners: the views that they are mixed with; None under a law without pairs.
     """
 
     items: Items
@@ -41,6 +72,7 @@ class ViewBatch:
     records: dict[str, Tensor] = field(default_factory=dict)
     view_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    partners: Partners | None = None
 
     def digests(self) -> Tensor:
         """int64 [B]: the 64-bit digest of every view's pixels."""
@@ -49,6 +81,12 @@ class ViewBatch:
     def stored(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays of the view layer, first axis B: the low 32 bits of every digest."""
         return {DIGEST: self.digests().numpy().astype(np.uint32)}
+
+    def partner_labels(self) -> tuple[Tensor, Tensor]:
+        """int64 [B]: labels of the partners; float32 [B]: shares of the own images. Unmixed: the own label, and 1."""
+        if self.partners is None:
+            return self.labels, torch.ones(len(self.labels))
+        return torch.from_numpy(self.partners.labels), torch.from_numpy(self.partners.shares)
 
     def pin_memory(self) -> "ViewBatch":
         """Pin all tensors that a training step copies to the GPU; called by the DataLoader."""
@@ -71,6 +109,7 @@ class ViewBatch:
             views=[self.views[row] for row in rows.tolist()],
             records={name: array[index] for name, array in self.records.items()},
             view_keys=self.view_keys[index] if len(self.view_keys) else self.view_keys,
+            partners=None if self.partners is None else self.partners.pick(rows.tolist()),
         )
 
 
@@ -83,14 +122,28 @@ class ViewSource(Protocol):
 
 
 class ImageViews:
-    """Views of images under a view law, for stage one, masked pre-training and evaluation."""
+    """Views of images under a view law, for stage one, masked pre-training and evaluation.
 
-    def __init__(self, shards: tuple[Shard, ...], law: ViewLaw, seed: int | None = None) -> None:
-        self.shards, self.law, self.seed = shards, law, seed
+    Args:
+        shards: the shards.
+        law: the view law.
+        seed: the seed of the views' identities; None: they have none.
+        lost: by shard, keys of images that a cache lists as unreadable: no view is mixed with them.
+    """
+
+    def __init__(
+        self,
+        shards: tuple[Shard, ...],
+        law: ViewLaw,
+        seed: int | None = None,
+        lost: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
+        self.shards, self.law, self.seed, self.lost = shards, law, seed, lost or {}
 
     def batch(self, items: Items) -> ViewBatch:
         """The views of `items`, int64 [B, 3 or more]: shard, sample, view index."""
-        return render_items(self.shards, items[:, :3], self.law, self.seed)
+        batch = render_items(self.shards, items[:, :3], self.law, self.seed)
+        return batch if self.law.pairs is None else _mix_pairs(self.shards, batch, self.law, self.lost)
 
 
 def _cut(data: bytes, key: str, indices: list[int], law: ViewLaw) -> list[tuple[View, Tensor]]:
@@ -152,3 +205,61 @@ def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: in
         view_keys=torch.tensor(identities, dtype=torch.int64),
         unreadable=unreadable,
     )
+
+
+# ---------------------------------------------------------------- pairs
+
+
+@lru_cache(maxsize=1024)
+def _pairs_of(shard: Shard, seed: int, view: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of every image of a shard: the partner in a view, and the view's identity. int64 [n] each."""
+    identities = np.array([view_key(seed, key, view) for key in shard.members().keys], np.int64)
+    return partners_of(identities), identities
+
+
+def _mix_pairs(
+    shards: tuple[Shard, ...], batch: ViewBatch, law: ViewLaw, lost: Mapping[str, Collection[str]]
+) -> ViewBatch:
+    """The batch with its views mixed. Partners that are not in it are rendered for it, each image decoded once."""
+    pairs = law.pairs
+    assert pairs is not None
+    items, pixels = list(map(tuple, batch.items.tolist())), batch.pixels.numpy()
+    rows = {item: row for row, item in enumerate(items)}
+    keys: list[str | None] = [None] * len(items)
+    mixes: list[Mix | None] = [None] * len(items)
+    labels, view_keys = batch.labels.numpy().copy(), batch.view_keys.clone()
+    unread: dict[str, str] = {}
+
+    def note(row: int, partner: int, mix: Mix) -> None:
+        unit, sample, view = items[row]
+        members, (_, identities) = shards[unit].members(), _pairs_of(shards[unit], pairs.seed, view)
+        keys[row], mixes[row], labels[row] = members.keys[partner], mix, members.labels[partner]
+        if len(view_keys):
+            view_keys[row] = mixed_key(int(identities[sample]), int(identities[partner]))
+
+    apart: dict[tuple[int, int], list[tuple[int, int, Mix]]] = {}
+    for row, (unit, sample, view) in enumerate(items):
+        places, identities = _pairs_of(shards[unit], pairs.seed, view)
+        partner = int(places[sample])
+        mix = None if partner == sample else pairs.mix(int(identities[sample]), int(identities[partner]))
+        if mix is None or shards[unit].members().keys[partner] in lost.get(shards[unit].name, ()):
+            continue
+        other = rows.get((unit, partner, view))
+        if other is None or rows[items[row]] != row:
+            apart.setdefault((unit, partner), []).append((row, view, mix))
+        elif row < other:
+            pixels[row], pixels[other] = mixed(pixels[row], pixels[other], mix), mixed(pixels[other], pixels[row], mix)
+            note(row, partner, mix)
+            note(other, sample, mix)
+    for (unit, partner), several in apart.items():
+        key = shards[unit].members().keys[partner]
+        try:
+            cut = _cut(shards[unit].read(partner), key, [view for _, view, _ in several], law)
+        except SourceError as error:
+            unread[key] = f"{error.what}: {error.got}"
+            continue
+        for (row, view, mix), (_, crop) in zip(several, cut, strict=True):
+            other_pixels = apply(np.ascontiguousarray(crop.numpy()), law.steps(key, view))
+            pixels[row] = mixed(pixels[row], other_pixels, mix)
+            note(row, partner, mix)
+    return replace(batch, view_keys=view_keys, partners=Partners(keys, mixes, labels, unread))

@@ -7,7 +7,7 @@ are needed, so an epoch starts at once, whatever its length. docs/decisions/007-
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,8 @@ from tinymim.configs.sections import OrderConfig
 from tinymim.storage.atomic import canonical_json, digest_hex
 
 Items = npt.NDArray[np.int64]  # [samples, 3]: shard index, sample index within the shard, view index
+# By shard and view, the partner of every sample of the shard, its own number where it has none: int64 [samples].
+PartnersOf = Callable[[int, int], npt.NDArray[np.int64]]
 
 
 def _permutation(length: int, *identity: object) -> npt.NDArray[np.int64]:
@@ -31,8 +33,25 @@ def _permutation(length: int, *identity: object) -> npt.NDArray[np.int64]:
     return np.argsort(raw, kind="stable")
 
 
+def _beside(rows: Items, partners: PartnersOf, view: int) -> Items:
+    """The samples with every second partner of `view` moved up behind the first one, so that they share decodes."""
+    first = np.arange(len(rows))
+    for shard in np.unique(rows[:, 0]).tolist():
+        at, of_shard = np.flatnonzero(rows[:, 0] == shard), partners(shard, view)
+        places = np.full(len(of_shard), len(rows))
+        places[rows[at, 1]] = at
+        first[at] = np.minimum(at, places[of_shard[rows[at, 1]]])
+    return rows[np.argsort(first, kind="stable")]
+
+
 def epoch_groups(
-    counts: Sequence[int], order: OrderConfig, epoch: int, lane: int = 0, skip: int = 0
+    counts: Sequence[int],
+    order: OrderConfig,
+    epoch: int,
+    lane: int = 0,
+    skip: int = 0,
+    partners: PartnersOf | None = None,
+    view: int = 0,
 ) -> Iterator[Items]:
     """The samples of one lane in one pass over the images, in training order, group by group.
 
@@ -45,6 +64,8 @@ def epoch_groups(
         epoch: index of the pass, from 0.
         lane: lane index, below `order.lanes`.
         skip: samples to leave out at the beginning; groups that end before it cost nothing.
+        partners: the pairs of a view law, which then stand next to each other.
+        view: the view of which they are pairs.
 
     Yields:
         int64 [n, 3] with view 0; the samples of all lanes sum to sum(counts), those of two lanes differ by at most one.
@@ -66,6 +87,7 @@ def epoch_groups(
         shards = np.repeat(units[group], [len(each) for each in samples])
         rows = np.stack([shards, np.concatenate(samples), np.zeros(len(shards), np.int64)], axis=1)
         rows = rows[_permutation(len(rows), "samples", order.seed, epoch, start, *name)]
+        rows = rows if partners is None else _beside(rows, partners, view)
         yield rows[max(0, skip - begin) :]
 
 
@@ -98,6 +120,7 @@ class SampleOrder:
         num_views: views per image; None: unlimited, no view repeats.
         rank: index of this rank, below `world_size`.
         world_size: number of ranks.
+        partners: the pairs of the view law. With one view a decode, partners stand next to each other in a batch.
 
     Attributes:
         step: number of steps done. The caller sets it, since a loader takes batches ahead of training.
@@ -117,10 +140,13 @@ class SampleOrder:
         num_views: int | None,
         rank: int = 0,
         world_size: int = 1,
+        partners: PartnersOf | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         _refuse_misfit(order, batch_size, num_views, world_size)
         self.counts, self.order, self.batch_size, self.num_views = list(counts), order, batch_size, num_views
+        # Several views of an image have several partners, and no order brings all of them together.
+        self.partners = partners if order.views_per_decode == 1 else None
         self.lanes = range(rank, order.lanes, world_size)
         lane_size = batch_size // order.lanes
         self.places: npt.NDArray[np.int64] = np.concatenate(
@@ -163,7 +189,10 @@ class SampleOrder:
         while step < last_step:
             number, offset = divmod(step, per_pass)
             count, skipped = self.batch_size // self.order.lanes, offset // at_once
-            groups = [epoch_groups(self.counts, self.order, number, lane, skipped * count) for lane in self.lanes]
+            pairs = self.partners, number if self.num_views is None else number % self.num_views
+            groups = [
+                epoch_groups(self.counts, self.order, number, lane, skipped * count, *pairs) for lane in self.lanes
+            ]
             images = zip(*(_runs(lane, count) for lane in groups), strict=False)  # lanes differ by a sample
             for chunk, parts in enumerate(islice(images, per_pass // at_once - skipped), start=skipped):
                 done = step - number * per_pass - chunk * at_once  # above 0 if the run stopped within this chunk
@@ -185,7 +214,7 @@ class SampleOrder:
 
     def whole_batch(self, step: int) -> Items:
         """The samples of one step over all ranks, int64 [batch_size, 3], in the order of a single rank."""
-        order = SampleOrder(self.counts, self.order, self.batch_size, self.num_views)
+        order = SampleOrder(self.counts, self.order, self.batch_size, self.num_views, partners=self.partners)
         order.step = step
         return next(order.plan(step + 1))[0, :, :3]
 
@@ -207,6 +236,7 @@ class SampleOrder:
 
     def _identity(self) -> str:
         fields = [self.order.model_dump(mode="json"), self.counts, self.batch_size, self.num_views]
+        fields += [] if self.partners is None else ["pairs"]
         return digest_hex(canonical_json({"order": fields}))
 
 

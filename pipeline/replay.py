@@ -5,7 +5,7 @@ Loader workers render pixels. The rank's own process reads records and stored di
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -30,10 +30,11 @@ from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import pixel_digest
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.mismatch import other_images, view_mismatch
-from tinymim.pipeline.order import Items
+from tinymim.pipeline.order import Items, PartnersOf
+from tinymim.pipeline.pairs import partners_of
 from tinymim.pipeline.records import Slice, SliceId, Slices, UnitReader, Units, named
 from tinymim.pipeline.shards import Shard, ShardSet
-from tinymim.pipeline.views import RandomViews, law_of
+from tinymim.pipeline.views import RandomViews, law_of, view_key
 from tinymim.storage.blocks import DIGEST
 from tinymim.storage.commit import UnitInfo
 from tinymim.storage.layout import VIEWS
@@ -199,17 +200,70 @@ def _same_images(shard: str, infos: Sequence[UnitInfo]) -> UnitInfo:
     return infos[0]
 
 
+def unreadable_keys(info: UnitInfo) -> frozenset[str]:
+    """The keys that a unit of the view layer lists as unreadable."""
+    listed = info.statistics.get("unreadable", ())
+    return frozenset(str(key) for key, _ in listed) if isinstance(listed, list) else frozenset()
+
+
+def lost_partners(units: Mapping[str, Sequence[UnitInfo]]) -> dict[str, frozenset[str]]:
+    """By shard, the keys of unreadable images, from its units of the view layer. No view is mixed with them."""
+    return {shard: unreadable_keys(infos[0]) for shard, infos in units.items()}
+
+
+def partners_of_source(source: CachedSource, reader: UnitReader, manifest: Manifest) -> PartnersOf | None:
+    """The pairs of a cache's views among its cached images, numbered as in items; None: its law has no pairs."""
+    law = law_of(manifest.views, manifest.environment)
+    if law.pairs is None:
+        return None
+    seed, lost = law.pairs.seed, lost_partners(source.units[VIEWS])
+
+    def partners(shard: int, view: int) -> _Index:
+        name = source.shards[shard].name
+        keys = reader.keys(name)
+        everything = [*keys, *lost[name]]
+        found = partners_of(np.array([view_key(seed, key, view) for key in everything], np.int64))[: len(keys)]
+        return np.where(found < len(keys), found, np.arange(len(keys)))
+
+    return partners
+
+
 def _without_record(shard: Shard, info: UnitInfo) -> int:
     """The number of a shard's images without a record, except those listed as unreadable."""
-    unreadable = info.statistics.get("unreadable", ())
-    return shard.num_samples - info.num_images - (len(unreadable) if isinstance(unreadable, list) else 0)
+    return shard.num_samples - info.num_images - len(unreadable_keys(info))
+
+
+def places_in_tar(shard: Shard, keys: Sequence[str], lost: Collection[str] | None = None) -> dict[str, int]:
+    """By key, the index in its tar of every image of a shard (I8).
+
+    Args:
+        shard: the shard.
+        keys: the keys that the cache holds of it.
+        lost: the keys that the cache lists as unreadable, where its views are pairs. Partners depend on all keys.
+
+    Raises:
+        CacheCorrupt: the shard lacks a key of the cache.
+        CacheMismatch: views are pairs, and the shard does not have the same images as in stage one.
+    """
+    places = {key: place for place, key in enumerate(shard.members().keys)}
+    for key in keys:
+        if key not in places:
+            raise CacheCorrupt(f"key '{key}' of the cache is not in shard {shard.name}")
+    if lost is not None and (other := sorted(places.keys() ^ {*keys, *lost})):
+        known = other[0] not in places
+        raise CacheMismatch(
+            f"shard {shard.name} does not hold the images of stage one, so partners in views.pairs differ",
+            got=f"{'no ' if known else ''}image '{other[0]}'{f' and {len(other) - 1} more' if other[1:] else ''}",
+            expected=f"{len(keys) + len(lost)} images, {len(lost)} of them unreadable",
+            hint="restore the shard, or make a new cache",
+        )
+    return places
 
 
 def _refuse_missing(shard: Shard, info: UnitInfo, reader: CacheReader) -> None:
     """Raises CacheMismatch with the keys that the cache lacks."""
     held = set(reader.keys(shard.name))
-    unreadable = {str(key) for key, _ in info.statistics.get("unreadable", ())}
-    lost = [key for key in shard.members().keys if key not in held | unreadable]
+    lost = [key for key in shard.members().keys if key not in held | unreadable_keys(info)]
     raise CacheMismatch(
         f"the cache {reader.place} holds no record of {len(lost)} image(s) of shard {shard.name}",
         got=f"no record of {', '.join(map(repr, lost[:3]))}{', ...' if len(lost) > 3 else ''}",
@@ -221,8 +275,14 @@ def _refuse_missing(shard: Shard, info: UnitInfo, reader: CacheReader) -> None:
 class ReplayedPixels(ImageViews):
     """The part of replayed views for loader workers: pixels by the law, and the digests of those that are due."""
 
-    def __init__(self, shards: tuple[Shard, ...], law: RandomViews, verify: VerifyConfig) -> None:
-        super().__init__(shards, law, law.config.seed)
+    def __init__(
+        self,
+        shards: tuple[Shard, ...],
+        law: RandomViews,
+        verify: VerifyConfig,
+        lost: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
+        super().__init__(shards, law, law.config.seed, lost)
         self.verify = verify
 
     def batch(self, items: Items) -> ViewBatch:
@@ -234,8 +294,7 @@ class ReplayedPixels(ImageViews):
             SourceError: an image that the cache holds is gone or unreadable.
         """
         batch = super().batch(items)
-        if batch.unreadable:
-            key, reason = batch.unreadable[0]
+        for key, reason in [*batch.unreadable, *(batch.partners.lost.items() if batch.partners else ())]:
             raise SourceError(
                 f"image '{key}' is in the cache but can no longer be read", got=reason, hint="restore its shard"
             )
@@ -291,7 +350,9 @@ class ReplayedViews:
         per_lane: int = 1,
     ) -> None:
         self.reader, self.manifest, self.source, self.verify, self.lanes = reader, manifest, source, verify, lanes
-        self.pixels = ReplayedPixels(source.shards, law_of(manifest.views, manifest.environment), verify)
+        law = law_of(manifest.views, manifest.environment)
+        self._lost = None if law.pairs is None else lost_partners(source.units[VIEWS])
+        self.pixels = ReplayedPixels(source.shards, law, verify, self._lost)
         self._slices = Slices(reader, source.units, {VIEWS: [DIGEST], **arrays}, per_lane)
         self._positions: OrderedDict[int, Future[_Index]] = OrderedDict()
         self._most_positions = 2 * lanes * per_lane
@@ -306,6 +367,7 @@ class ReplayedViews:
             ViewMismatch: pixels differ from those the teacher saw.
             SourceError: an image that the cache holds is gone or unreadable.
             CacheCorrupt: bytes of a slice are damaged, or the cache holds a key that its shard lacks.
+            CacheMismatch: views are pairs, and a shard holds other images than in stage one.
         """
         [batch] = batches(self.pixels, [numbered], LoaderConfig(workers=0), rank_part=self)
         return batch
@@ -363,11 +425,8 @@ class ReplayedViews:
 
     def _in_tar(self, shard: Shard) -> _Index:
         """int64 [I], the index in its tar of every cached image of a shard, by key (I8)."""
-        places = {key: place for place, key in enumerate(shard.members().keys)}
         keys = self.reader.keys(shard.name)
-        for key in keys:
-            if key not in places:
-                raise CacheCorrupt(f"key '{key}' of the cache is not in shard {shard.name}")
+        places = places_in_tar(shard, keys, None if self._lost is None else self._lost[shard.name])
         return np.array([places[key] for key in keys], dtype=np.int64)
 
     def _handed_out(self, entry: _Entry) -> Items | TinymimError:
@@ -407,7 +466,8 @@ class ReplayedViews:
                 first = wrong[0]
                 digests = int(found[first]), int(wanted[first])
                 name, made_with = self.source.shards[shard].name, self.manifest.environment
-                raise view_mismatch(batch.keys[places[first]], name, view, *digests, made_with)
+                partner = None if batch.partners is None else batch.partners.keys[places[first]]
+                raise view_mismatch(batch.keys[places[first]], name, view, *digests, made_with, partner)
 
 
 def _by_slice(items: Items) -> Iterator[tuple[int, int, _Index]]:

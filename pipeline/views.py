@@ -1,4 +1,4 @@
-"""The view law: box, flip and operations of view v of an image (I1). A cache stores the law, not what it draws.
+"""The view law: box, flip, operations and partner of view v of an image (I1). Caches store the law, not its draws.
 
 The law is RandomResizedCrop as in torchvision (uniform area share, log-uniform aspect ratio, ten tries, central
 fallback). Its numbers come from blake2b instead of a library's generator, so no version, worker, rank or batch can
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.sections import ViewConfig
 from tinymim.pipeline.operations import Step, canaries
+from tinymim.pipeline.pairs import Pairs, pair_canaries
 from tinymim.pipeline.policies import policies_of_views
 from tinymim.storage.manifest import check_canaries
 
@@ -39,6 +40,7 @@ class ViewLaw(Protocol):
     size: int
     interpolation: str
     scaled_decode: bool  # whether large boxes are cut from a reduced image, see `reduction_of`
+    pairs: Pairs | None  # the law by which views are mixed; None: they are not
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View: ...
 
@@ -92,13 +94,13 @@ def operation_rng(seed: int, key: str, view: int) -> Iterator[float]:
 
 
 class RandomViews:
-    """Boxes, flips and operations of `ViewConfig`, the law of both stages and of masked pre-training.
+    """Boxes, flips, operations and pairs of `ViewConfig`, the law of both stages and of masked pre-training.
 
     Attributes:
-        canaries: digests of all operations that the law may draw, as a manifest's environment holds them.
+        canaries: digests of all operations that the law may draw, and of pairs, as a manifest's environment holds them.
 
     Raises:
-        ViewMismatch: an operation makes other pixels on this machine than it should; names all that do.
+        ViewMismatch: an operation or a pair makes other pixels on this machine than it should; names all that do.
     """
 
     def __init__(self, config: ViewConfig) -> None:
@@ -108,6 +110,9 @@ class RandomViews:
         self.scaled_decode = config.scaled_decode
         self._policies = policies_of_views(config.operations)
         self.canaries = canaries(frozenset[str]().union(*(policy.operations for policy in self._policies)))
+        self.pairs = None if config.pairs is None else Pairs(config.pairs, config.seed, config.size)
+        if self.pairs is not None:
+            self.canaries |= pair_canaries()
 
     def steps(self, key: str, view: int) -> Sequence[Step]:
         if not self._policies:
@@ -173,6 +178,7 @@ class CentreView:
 
     interpolation: str = "bicubic"
     scaled_decode: bool = False
+    pairs: Pairs | None = None
 
     def __init__(self, size: int, resize_ratio: float) -> None:
         self.size = size

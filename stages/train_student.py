@@ -20,8 +20,8 @@ from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.replay import ReplayedViews, join
-from tinymim.pipeline.shards import open_shards
+from tinymim.pipeline.replay import ReplayedViews, join, partners_of_source
+from tinymim.pipeline.shards import UNLABELLED, open_shards
 from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.opened import arrays_of, kinds_of, opened_layers
 from tinymim.stages.run.folder import (
@@ -92,7 +92,10 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             "images of the others that have no record in the cache (on_missing: skip)"
         )
     batch_size = recipe.optim.batch_size
-    order = SampleOrder(source.counts, recipe.order, batch_size, source.num_views, ranks.rank, ranks.world_size)
+    partners = partners_of_source(source, reader, manifest)
+    order = SampleOrder(
+        source.counts, recipe.order, batch_size, source.num_views, ranks.rank, ranks.world_size, partners
+    )
     arrays, lanes = arrays_of(opened), len(order.lanes)
     views = ReplayedViews(reader, manifest, source, arrays, recipe.verify, lanes, order.slices_per_lane)
 
@@ -110,7 +113,8 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         each: cached_targets(kinds_of(opened_layers(reader, recipe, each)))
         for each in {learner.device: None for learner in learners}
     }
-    do_step = StudentStep(recipe, students, terms, targets, torch.from_numpy(order.places), batch_size)
+    labelled = bool(source.shards[0].members().labels[0] != UNLABELLED)  # a set has labels or has none
+    do_step = StudentStep(recipe, students, terms, targets, torch.from_numpy(order.places), batch_size, labelled)
     audits = StudentAudits(recipe, manifest, opened, students, ranks)
 
     # ---- resume

@@ -1,4 +1,4 @@
-"""`tinymim views`: a contact sheet of a recipe's views: every view with its box, flip, operations and mask."""
+"""`tinymim views`: a contact sheet of a recipe's views: every view with its box, flip, operations, partner and mask."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -107,8 +107,10 @@ def _row(
     if batch.unreadable:
         return ImageRow(key, batch.unreadable[0][1], None, [])
     image = decode(source.shards[shard].read(sample)).numpy()
+    partners = batch.partners
+    paired = [("", None)] * count if partners is None else list(zip(partners.keys, partners.mixes, strict=True))
     cells = [
-        ViewCell(number, view, law.steps(key, number), pixels, mask(key, number))
+        ViewCell(number, view, law.steps(key, number), pixels, mask(key, number), *paired[number])
         for number, (view, pixels) in enumerate(zip(batch.views, batch.pixels.numpy(), strict=True))
     ]
     return ImageRow(key, None, image, cells)

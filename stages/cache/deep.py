@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
-from tinymim.pipeline.shards import ShardSet
+from tinymim.pipeline.replay import lost_partners, places_in_tar
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import Meter
 from tinymim.stages.units.constants import on_device
@@ -95,13 +95,19 @@ def run(
         chosen += [(name, info, rows) for info, rows in zip(units, rows_of_units, strict=True) if len(rows)]
 
     # ---- unit by unit: draw the views, run the teacher, encode, compare
-    views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
+    law = RandomViews(recipe.views)
+    lost = None if law.pairs is None else lost_partners(reader.by_shard())
+    views = ImageViews(source.shards, law, recipe.views.seed, lost)
     tally = _Tally()
     with Meter("cache verify --deep", sum(len(rows) for _, _, rows in chosen), "views") as meter:
         for layer_name, info, rows in chosen:
             kind, prefix = kinds[layer_name], f"{layer_name}." if len(kinds) > 1 else ""
             stored = _Stored(reader, info, rows)
-            items = _items(stored, info, source, shards[info.unit.shard])
+            number = shards[info.unit.shard]
+            held = reader.keys(info.unit.shard), None if lost is None else lost[info.unit.shard]
+            places = places_in_tar(source.shards[number], *held)
+            rows_in = [[number, places[k], v] for k, v in zip(stored.keys, stored.views.tolist(), strict=True)]
+            items = np.array(rows_in, dtype=np.int64)
             for start in range(0, len(rows), recipe.given_batch_size):
                 part = np.arange(start, min(start + recipe.given_batch_size, len(rows)))
                 batch = views.batch(items[part])
@@ -192,17 +198,6 @@ def _digests(reader: CacheReader, info: UnitInfo, view: int) -> Array:
             digests: Array = reader.read_views(unit, [view])[DIGEST][0]
             return digests
     raise CacheCorrupt(f"the view layer of {reader.place} lacks view {view} of shard {info.unit.shard}")
-
-
-def _items(stored: _Stored, info: UnitInfo, source: ShardSet, shard: int) -> npt.NDArray[np.int64]:
-    """The (shard, image, view) of each record, int64 [n, 3]. Images are found by key (I8)."""
-    positions = {key: position for position, key in enumerate(source.shards[shard].members().keys)}
-    items = np.empty((len(stored.keys), 3), dtype=np.int64)
-    for place, (key, view) in enumerate(zip(stored.keys, stored.views.tolist(), strict=True)):
-        if key not in positions:
-            raise CacheCorrupt(f"key '{key}' of the cache is not in shard {info.unit.shard}")
-        items[place] = shard, positions[key], view
-    return items
 
 
 def _rows_of(batch: ViewBatch, items: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

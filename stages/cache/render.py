@@ -9,7 +9,7 @@ import numpy as np
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.mismatch import other_images
+from tinymim.pipeline.mismatch import PartnersSeen, other_images
 from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
@@ -60,6 +60,7 @@ def render_units(
             digests: list[Array] = []  # of each part [k, I]
             keys: dict[int, list[str]] = {}
             unreadable: dict[str, str] = {}
+            partners = PartnersSeen()
             parts: dict[int, list[Array]] = {}
             for (_, num_views, items), batch in some:
                 if stop.requested:
@@ -68,6 +69,8 @@ def render_units(
                 keys.setdefault(first, []).extend(batch.keys[::num_views])
                 parts.setdefault(first, []).append(low_digests(batch).reshape(-1, num_views).T)
                 unreadable |= dict(batch.unreadable)
+                partners.add(batch.partners)
+            partners.require(unit.shard, unreadable)
             digests = [np.concatenate(part, axis=1) for part in parts.values()]
             own = keys[unit.first_view]
             _require_same(unit, own, unreadable, known.get(unit.shard))

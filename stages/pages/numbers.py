@@ -63,6 +63,8 @@ def view_law(views: Mapping[str, Any]) -> str:
     ]
     if operations := views.get("operations"):
         parts.append("operations " + operations_law(operations))
+    if pairs := views.get("pairs"):
+        parts.append("pairs " + pairs_law(pairs))
     return ", ".join(parts)
 
 
@@ -85,3 +87,10 @@ def operations_law(operations: Mapping[str, Any]) -> str:
         if shares[name]
     ]
     return f"{' + '.join(named)}, fill {format_value(operations['fill'])}"
+
+
+def pairs_law(pairs: Mapping[str, Any]) -> str:
+    """How the views of a law are mixed."""
+    on = [f"{name} {format_value(pairs[name])}" for name in ("mixup", "cutmix") if pairs[name]]
+    share = f" ({format_value(pairs['cutmix_share'])} of pairs)" if len(on) == 2 else ""
+    return f"{' or '.join(on)}{share} in {format_value(pairs['share'])} of views"

@@ -1,4 +1,4 @@
-"""The contact sheet of `tinymim views`: every view of some images with its box, flip, operations and mask."""
+"""The contact sheet of `tinymim views`: every view of some images with its box, flip, operations, partner and mask."""
 
 import html
 import io
@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from tinymim.pipeline.operations import Step
+from tinymim.pipeline.pairs import Mix
 from tinymim.pipeline.views import View
 from tinymim.stages.pages.look import COLOURS, FAINT, INK, document, html_figure, png
 from tinymim.stages.pages.numbers import format_value
@@ -22,13 +23,25 @@ _CELL_INCHES, _LEAST_SIDE = 1.9, 96
 
 
 class ViewCell(NamedTuple):
-    """One view: its index, box and flip, operations, pixels [3, S, S], and hidden patches [rows, columns] or None."""
+    """One view.
+
+    Attributes:
+        number: its index.
+        view: box and flip.
+        steps: its operations.
+        pixels: uint8 [3, S, S], after mixing.
+        hidden: bool [rows, columns], hidden patches; None: no mask.
+        partner: key of the image that it is mixed with; None: the view is unmixed.
+        mix: how they are mixed.
+    """
 
     number: int
     view: View
     steps: Sequence[Step]
     pixels: Pixels
     hidden: npt.NDArray[np.bool_] | None
+    partner: str | None = None
+    mix: Mix | None = None
 
 
 class ImageRow(NamedTuple):
@@ -43,6 +56,11 @@ class ImageRow(NamedTuple):
 def step_text(step: Step) -> str:
     """An operation with its arguments, e.g. `rotate(27, [124, 116, 104])`."""
     return f"{step.operation}({', '.join(map(format_value, step.arguments))})"
+
+
+def mix_text(mix: Mix) -> str:
+    """The kind of a mix and the share of the view's own image, e.g. `mixup 0.62` or `cutmix 0.75`."""
+    return f"{'mixup' if mix.box is None else 'cutmix'} {mix.share:.2f}"
 
 
 def masked(cell: ViewCell) -> Pixels:
@@ -63,7 +81,7 @@ def short(text: str, longest: int = 24) -> str:
 def sheet(rows: Sequence[ImageRow]) -> bytes:
     """All images and views as one PNG: a row per image, which starts with the whole image and its boxes."""
     columns = 1 + max(len(row.cells) for row in rows)
-    most = max((len(cell.steps) for row in rows for cell in row.cells), default=0)
+    most = max((len(cell.steps) + (cell.mix is not None) for row in rows for cell in row.cells), default=0)
     high = _CELL_INCHES + 0.3 + 0.13 * most
     figure = Figure(figsize=(_CELL_INCHES * columns, high * len(rows)), dpi=110, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -80,7 +98,15 @@ def sheet(rows: Sequence[ImageRow]) -> bytes:
             line[0].add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, ec=colour, lw=1.2))
             axes.imshow(masked(cell).transpose(1, 2, 0))
             axes.set_title(f"view {cell.number}{', flipped' if flip else ''}", fontsize=7, color=colour, loc="left")
-            text = "\n".join(step.operation for step in cell.steps)
+            lines = [step.operation for step in cell.steps]
+            if cell.mix is not None:
+                lines.append(f"{mix_text(cell.mix)} + {_short(cell.partner or '', 20)}")
+                if cell.mix.box is not None:
+                    top, left, height, width = cell.mix.box
+                    axes.add_patch(
+                        Rectangle((left - 0.5, top - 0.5), width, height, fill=False, ec=INK, lw=0.8, ls=":")
+                    )
+            text = "\n".join(lines)
             axes.text(0, -0.03, text, fontsize=6, color=INK, va="top", transform=axes.transAxes)
     return png(figure)
 
@@ -91,7 +117,7 @@ def sheet_page(rows: Sequence[ImageRow], law: str, source: str) -> str:
     parts.append(f"<p>Law: {html.escape(law)}.</p>\n")
     parts.append(
         '<p class="note">A view is a function of seed, sample key and view index. Teacher and student see these '
-        "pixels. Hidden patches of a mask are grey.</p>\n"
+        "pixels. Mixed views have the share of their own image and the key of the other. Hidden patches are grey.</p>\n"
     )
     for row in rows:
         parts.append(f"<h2><code>{html.escape(row.key)}</code></h2>\n")
@@ -107,10 +133,15 @@ def sheet_page(rows: Sequence[ImageRow], law: str, source: str) -> str:
 
 
 def _table_row(cell: ViewCell) -> str:
-    top, left, height, width, flip = cell.view
     steps = "<br>".join(html.escape(step_text(step)) for step in cell.steps) or "none"
+    if cell.mix is not None:
+        steps += f"<br>{mix_text(cell.mix)} with {html.escape(cell.partner or '')}"
+        if cell.mix.box is not None:
+            top, left, height, width = cell.mix.box
+            steps += f", whose {width} x {height} pixels at ({left}, {top}) are shown"
     if cell.hidden is not None:
         steps += f"<br>mask: {int(cell.hidden.sum())} of {cell.hidden.size} patches hidden"
+    top, left, height, width, flip = cell.view
     picture = html_figure(view_picture(masked(cell)), f"view {cell.number}")
     box = f"{width} x {height} at ({left}, {top})"
     return (

@@ -45,6 +45,8 @@ METRICS: Final = (
     # ---- losses of a training step
     Metric("loss", "loss", ".4f", "lower", METRICS_NAME, column=True),
     Metric("kl_*", "KL {}", ".4f", "lower", METRICS_NAME, column=True),
+    Metric("label_top1", "agreement with labels", ".1%", "higher"),
+    Metric("label_top1_*", "agreement with labels, {}", ".1%", "higher"),
     Metric("weight_*", "weight of {}", ".3g"),
     # ---- student audits: KL to dense targets of held-out images, in nats per row; k-NN
     Metric("audit_kl_*", "audit KL {}", ".4f", "lower", AUDIT_NAME, column=True),

@@ -63,7 +63,7 @@ class DeviceStream:
         self._step = 0
         self._rows = slice(0)
         self._pixels, self._keys = torch.empty(0), torch.empty(0)
-        self._labels = torch.empty(0)
+        self._labels = Labels.hard(torch.empty(0))
         self._records: dict[str, Tensor] = {}
         self._images: dict[JitterConfig, Tensor] = {}
         self.targets: tuple[Target, ...] = ()
@@ -75,7 +75,8 @@ class DeviceStream:
         self._pixels = batch.pixels.to(self.device, non_blocking=True)
         self._records = {name: array.to(self.device, non_blocking=True) for name, array in batch.records.items()}
         self._keys = batch.view_keys.to(self.device, non_blocking=True)
-        self._labels = batch.labels.to(self.device, non_blocking=True)
+        labels = (batch.labels, *batch.partner_labels())
+        self._labels = Labels(*(each.to(self.device, non_blocking=True) for each in labels))
 
     def cut(self, rows: slice) -> None:
         """Select a part of the batch and compute its `targets`."""
@@ -86,8 +87,8 @@ class DeviceStream:
 
     @property
     def labels(self) -> Labels:
-        """The part's labels."""
-        return Labels.hard(self._labels[self._rows])
+        """The part's labels; of mixed views those of both images."""
+        return Labels(*(each[self._rows] for each in self._labels))
 
     def images(self, config: JitterConfig) -> Tensor:
         """The part's images with this jitter, normalised float32 [B, 3, S, S]."""

@@ -28,7 +28,7 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import Part, parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, rank_device
 from tinymim.stages.training.states import has_state
-from tinymim.stages.training.terms import Term, naming
+from tinymim.stages.training.terms import Term, label_top1, naming
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import TargetKind
@@ -94,6 +94,7 @@ class StudentStep:
         targets: by device, the function that computes targets there.
         places: int64 [B], the places of this rank's samples in a step's whole batch.
         batch_size: number of samples in the whole batch.
+        labelled: whether students of class logits are also compared with the labels of the images.
     """
 
     def __init__(
@@ -104,9 +105,10 @@ class StudentStep:
         targets: Mapping[torch.device, MakeTargets],
         places: Tensor,
         batch_size: int,
+        labelled: bool = False,
     ) -> None:
         self.recipe, self.students, self.terms = recipe, students, terms
-        self.places, self.batch_size = places, batch_size
+        self.places, self.batch_size, self.labelled = places, batch_size, labelled
         self.streams = {
             device: DeviceStream(device, make, recipe.run.seed, places, batch_size) for device, make in targets.items()
         }
@@ -123,6 +125,7 @@ class StudentStep:
         for term in self.terms:
             if isinstance(term.kind, TargetKind) and term.kind.label_classes:
                 _require_labels(batch, term.kind.label_classes)
+        self._batch = batch
         for stream in self.streams.values():
             stream.take(step, batch)
 
@@ -147,6 +150,8 @@ class StudentStep:
                         found = {term.metric(name): loss.mean() for name, loss in losses.items()}
                         weight = term.weight(step, learner.schedule.total_steps)
                         means |= found
+                        if self.labelled:
+                            means |= label_top1(term, own, self._batch, part.rows)
                         weighted += found.values() if weight == 1.0 else [weight * mean for mean in found.values()]
                     loss = torch.stack(weighted).sum()
                 learner.backward({"loss": loss} | means, part.share)
@@ -159,16 +164,17 @@ class StudentStep:
 
 
 def _require_labels(batch: ViewBatch, classes: int) -> None:
-    """Raises SourceError unless all images of a batch have labels below `classes`."""
-    wrong = ((batch.labels < 0) | (batch.labels >= classes)).nonzero()[:1, 0].tolist()
-    for place in wrong:
-        label = int(batch.labels[place])
-        raise SourceError(
-            f"image '{batch.keys[place]}' has no label of the teacher's classes, as targets.label_weight needs",
-            got="no label" if label == UNLABELLED else f"class {label}",
-            expected=f"a class from 0 to {classes - 1}",
-            hint="pack the images with labels (docs/shards.md), or set targets.label_weight: 0",
-        )
+    """Raises SourceError unless all images of a batch, and those mixed into them, have labels below `classes`."""
+    partners = batch.keys if batch.partners is None else batch.partners.keys
+    for keys, labels in ((batch.keys, batch.labels), (partners, batch.partner_labels()[0])):
+        for place in ((labels < 0) | (labels >= classes)).nonzero()[:1, 0].tolist():
+            label = int(labels[place])
+            raise SourceError(
+                f"image '{keys[place]}' has no label of the teacher's classes, as targets.label_weight needs",
+                got="no label" if label == UNLABELLED else f"class {label}",
+                expected=f"a class from 0 to {classes - 1}",
+                hint="pack the images with labels (docs/shards.md), or set targets.label_weight: 0",
+            )
 
 
 def views_in_use(recipe: TrainStudentRecipe, ranks: Ranks) -> int | None:

@@ -4,10 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from torch import Tensor
+
 from tinymim.configs.errors import TinymimError
 from tinymim.configs.schema import LayerConfig
 from tinymim.configs.taps import Shapes
-from tinymim.targets.contract import StudentTarget
+from tinymim.pipeline.dataset import ViewBatch
+from tinymim.targets.contract import Answers, StudentTarget
+from tinymim.targets.logits.kind import Logits
 
 
 class Term(NamedTuple):
@@ -47,6 +51,28 @@ def weights_of(config: LayerConfig) -> tuple[float, float]:
 def weight_metrics(terms: Sequence[Term], step: int, total_steps: int) -> dict[str, float]:
     """The weights of a step by name in the metrics; empty for a single term."""
     return {f"weight_{term.layer}": term.weight(step, total_steps) for term in terms if term.layer}
+
+
+def label_top1(term: Term, answers: Answers, batch: ViewBatch, rows: slice) -> dict[str, Tensor]:
+    """How far a student of class logits agrees with the labels, a check that cache and images belong together.
+
+    Args:
+        term: the term of the loss.
+        answers: the student's answers for a part of the batch.
+        batch: the batch.
+        rows: the part.
+
+    Returns:
+        `label_top1`, the mean over views of the share whose label is the student's first class: a mixed view counts by
+        the shares of its two images, an image without a label as a miss. Empty for other kinds of target.
+    """
+    if not isinstance(term.kind, Logits):
+        return {}
+    first = answers[0].detach().argmax(-1)
+    parts = (batch.labels, *batch.partner_labels())
+    own, partners, shares = (each[rows].to(first.device, non_blocking=True) for each in parts)
+    hits = shares * (first == own) + (1.0 - shares) * (first == partners)
+    return {f"label_top1_{term.layer}" if term.layer else "label_top1": hits.mean()}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from tinymim.configs.errors import SourceError
 from tinymim.models.taps import Tapped, finite_views
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.stages.run.progress import logger
 from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.ledger import Piece
@@ -135,12 +136,14 @@ class UnitPart:
     Attributes:
         keys: one key per readable image, I of them.
         unreadable: (key, reason) of the others.
+        partners: what happened to images as partners.
     """
 
     def __init__(self, unit: UnitId, views: range, num_images: int, audits: Mapping[str, UnitAudit]) -> None:
         self.unit, self.views, self.audits = unit, views, audits
         self.keys: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
+        self.partners = PartnersSeen()
         self._num_images = num_images
         # By layer and array, [k, images of the shard, ...].
         self._arrays: dict[str, dict[str, npt.NDArray[Any]]] = {layer: {} for layer in (VIEWS, *audits)}
@@ -159,6 +162,7 @@ class UnitPart:
         """Add a batch, after `marks.wait()`."""
         batch, num_views = encoded.batch, len(self.views)
         self.unreadable += batch.unreadable
+        self.partners.add(batch.partners)
         if not batch.keys:
             return
         for layer, hits in encoded.hits.items():

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from tinymim.configs.errors import SourceError
-from tinymim.pipeline.mismatch import other_images, view_mismatch
+from tinymim.pipeline.mismatch import half_readable, other_images, view_mismatch
 from tinymim.stages.units.draft import UnitPart
 from tinymim.storage import layout
 from tinymim.storage.blocks import DIGEST, key_arrays
@@ -55,7 +55,7 @@ class UnitFilling:
             What was committed: with the last part the unit of every layer, after that of the view layer if it was new.
 
         Raises:
-            SourceError: too many images are unreadable, or others than in the parts before.
+            SourceError: too many images are unreadable, or others than in the parts before or as partners.
             UnitTaken: another writer has the unit.
             ViewMismatch: pixels are not those of the view layer.
             CacheMismatch: the view layer holds other images of the shard.
@@ -68,6 +68,7 @@ class UnitFilling:
         assert unit is not None, part.unit
         if (part.keys, part.unreadable) != (unit.keys, unit.unreadable):
             raise _changed_images(unit, part)
+        part.partners.require(part.unit.shard, dict(part.unreadable))
         if unit.views is not None:
             unit.views.add(part.records(VIEWS))
         else:
@@ -134,9 +135,6 @@ class UnitFilling:
 def _changed_images(unit: _OpenUnit, part: UnitPart) -> SourceError:
     before, now = dict(unit.unreadable), dict(part.unreadable)
     key = next(iter(before.keys() ^ now.keys()), next(iter(now), ""))
-    return SourceError(
-        f"image '{key}' of shard {part.unit.shard} can be read for some views only",
-        got=f"views {part.views.start} to {part.views.stop - 1}: {now.get(key, 'readable')}",
-        expected=f"{before.get(key, 'readable')}, as for the views before",
-        hint="run the same command again, or repair the shard",
-    )
+    where = f"views {part.views.start} to {part.views.stop - 1}"
+    expected = f"{before.get(key, 'readable')}, as for the views before"
+    return half_readable(part.unit.shard, key, now.get(key, "readable"), expected, where)

@@ -14,7 +14,7 @@ WRITTEN = [
     "val_ema_loss", "knn_top1", "knn_top5", "linear_top1", "linear_top5", "ema_knn_top1", "ema_linear_top5",
     "records", "gib_written", "units_left", "units_failed", "eta_s", "decode_share", "teacher_share",
     "finetuned_best_top1", "finetuned_last_top1", "finetuned_last-ema_top5", "steps", "epochs", "alarms",
-    "elapsed_s", "device_h", "teacher_h", "weight_clip-logits",
+    "elapsed_s", "device_h", "teacher_h", "weight_clip-logits", "label_top1", "label_top1_clip-logits",
 ]
 # fmt: on
 
