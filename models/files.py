@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tinymim.configs.errors import CheckpointError
+from tinymim.configs.sections import FACTORY as FACTORY
+from tinymim.configs.sections import HUB as HUB
 
 RANDOM: Final = "random"
-HUB: Final = "hub"
 _PACKAGE: Final = "package:"
 
 

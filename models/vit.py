@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError, first_line
 from tinymim.configs.sections import ModelConfig
-from tinymim.models import backbone
+from tinymim.models import backbone, custom
 from tinymim.models.hub import without_retries
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,9 +23,13 @@ def build_model(
 ) -> nn.Module:
     """The timm model of a recipe; it has a classifier head only with `num_classes`, and timm's own with None.
 
+    With `factory`, it is that factory's module, and no other argument counts.
+
     Raises:
-        RecipeError: timm has no model of this name, or refuses the sizes.
+        RecipeError: timm has no model of this name, or refuses the sizes; or `custom.build` fails.
     """
+    if config.factory is not None:
+        return custom.build(config)
     overrides = size_overrides(config)
     from_hub = not pretrained and config.name.lower().startswith(("hf-hub:", "hf_hub:"))  # its sizes are there
     try:

@@ -22,7 +22,7 @@ from tinymim.configs.schema import (
     RunRecipe,
     TrainStudentRecipe,
 )
-from tinymim.models.files import HUB, RANDOM, weights_file
+from tinymim.models.files import FACTORY, HUB, RANDOM, weights_file
 from tinymim.pipeline.shards import require_shards
 from tinymim.pipeline.workers import start_server
 from tinymim.storage.catalog import resolve
@@ -138,7 +138,7 @@ def hinted(kind: type[TinymimError], hint: str) -> Iterator[None]:
 
 
 def _require_weights(weights: str) -> None:
-    if weights != HUB:
+    if weights not in (HUB, FACTORY):
         weights_file(weights)
 
 

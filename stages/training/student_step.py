@@ -15,8 +15,8 @@ from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
-from tinymim.models.student import StudentModel, pool_side, pooled_shapes, shapes_of
-from tinymim.models.vit import build_vit, count_parameters
+from tinymim.models.student import StudentModel, build_student, pool_side, pooled_shapes, shapes_of
+from tinymim.models.vit import count_parameters
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource
@@ -68,7 +68,7 @@ def make_students(
             check_student_fits(own.student, term)
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
-        vit = build_vit(own.student, drop_path=own.drop_path)
+        vit = build_student(own.student, own.drop_path)
         shapes = shapes_of(vit)
         pools = [pool_side(shapes, term.shapes) for term in terms]
         heads = [
@@ -195,5 +195,5 @@ def check_student_fits(student: ModelConfig, term: Term) -> None:
         CacheMismatch, RecipeError: the kind of target cannot compare a student of these tokens, or of this width.
     """
     with naming(term.layer), torch.device("meta"):
-        own = shapes_of(build_vit(student))
+        own = shapes_of(build_student(student))
         term.kind.head(pooled_shapes(own, pool_side(own, term.shapes)), term.shapes)
