@@ -352,6 +352,10 @@ class RunConfig(Section):
     seed: Seed = Field(default=0, description="Seed of weights, masks, jitter, drop path and augmentation.")
     threads: Threads | None = Field(default=None, description="Torch's intra-op threads. Default: torch's choice.")
     log_every: Positive = Field(default=20, description="Steps between lines of metrics.")
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        description="Places of metrics beside metrics.jsonl; `wandb` and `mlflow` are extras (docs/training.md).",
+    )
 
 
 class MaeConfig(Section):
