@@ -13,7 +13,10 @@ if TYPE_CHECKING:
         TeacherCache,
         TinymimError,
         UserError,
+        export,
         open_cache,
+        pull,
+        push,
         run_recipe,
     )
 
@@ -26,7 +29,10 @@ __all__ = [
     "TinymimError",
     "UserError",
     "__version__",
+    "export",
     "open_cache",
+    "pull",
+    "push",
     "run_recipe",
 ]
 

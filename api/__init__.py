@@ -16,7 +16,7 @@ Shapes: B view, S pixel, T token, C width.
 """
 
 from tinymim.api.cache import TeacherCache, open_cache
-from tinymim.api.jobs import run_recipe
+from tinymim.api.jobs import export, pull, push, run_recipe
 from tinymim.api.loader import Batch, Loader
 from tinymim.configs.errors import TinymimError, UserError
 from tinymim.configs.taps import Shapes
@@ -28,6 +28,9 @@ __all__ = [
     "TeacherCache",
     "TinymimError",
     "UserError",
+    "export",
     "open_cache",
+    "pull",
+    "push",
     "run_recipe",
 ]

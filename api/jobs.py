@@ -6,7 +6,11 @@ from typing import Any
 
 from tinymim.configs.load import load_recipes
 from tinymim.configs.schema import RECIPES
+from tinymim.stages.export import run as export
+from tinymim.stages.hub import pull, push
 from tinymim.stages.run.preflight import preflight
+
+__all__ = ["export", "pull", "push", "run_recipe"]
 
 
 def run_recipe(recipe: str | Path, *overrides: str) -> Any:

@@ -47,7 +47,7 @@ def _described(name: str, value: object) -> Iterator[str]:
     """Signature, if it is a function, and docstring."""
     value = getattr(value, "__func__", value)  # of a class method
     if inspect.isfunction(value):
-        yield f"```python\n{_signature(value)}\n```\n"
+        yield f"```python\n{name.rpartition('.')[2]}({_signature(value).partition('(')[2]}\n```\n"
     yield _text(value)
 
 

@@ -123,6 +123,10 @@ def open_store(place: str | Path) -> Store:
     if isinstance(place, str) and "://" in place:
         if place.startswith("file://"):
             return LocalStore(Path(unquote(urlsplit(place).path)))
+        if place.startswith("hf://"):
+            from tinymim.storage.hub import HubStore  # the client of the hub takes a while to load
+
+            return HubStore(place.rstrip("/"))
         return RemoteStore(place.rstrip("/"))
     return LocalStore(Path(place).absolute())
 
@@ -151,7 +155,7 @@ class LocalStore:
 
     def read(self, path: str, limit: int) -> bytes:
         with open(f"{self.place}/{path}", "rb") as file:  # joining paths would take as long as reading a record
-            _refuse_large(path, os.fstat(file.fileno()).st_size, limit)
+            refuse_large(path, os.fstat(file.fileno()).st_size, limit)
             return file.read()
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
@@ -282,7 +286,7 @@ class RemoteStore:
     def read(self, path: str, limit: int) -> bytes:
         with self._explained(path):
             answer = obstore.get(self._objects, path)
-            _refuse_large(path, answer.meta["size"], limit)
+            refuse_large(path, answer.meta["size"], limit)
             return bytes(answer.bytes())
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
@@ -290,7 +294,7 @@ class RemoteStore:
             return dict(zip(limits, pool.map(self.read, limits.keys(), limits.values()), strict=True))
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
-        runs = _merged(ranges)
+        runs = merged(ranges)
         with self._explained(path):
             try:
                 parts = self._ranges(path, runs)
@@ -456,7 +460,7 @@ def _pread(fd: int, size: int, offset: int) -> bytes:
     return data
 
 
-def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Ranges with each one joined to the one before it where that ends at its begin."""
     runs: list[tuple[int, int]] = []
     for begin, end in ranges:
@@ -475,7 +479,8 @@ def _holds(store: Store, path: str, data: bytes | mmap.mmap) -> bool:
         return False
 
 
-def _refuse_large(path: str, size_bytes: int, limit: int) -> None:
+def refuse_large(path: str, size_bytes: int, limit: int) -> None:
+    """Raises TooLarge for a file of more bytes than its reader accepts."""
     if size_bytes > limit:
         raise TooLarge(f"{path} has {size_bytes} bytes, expected at most {limit}")
 

@@ -27,6 +27,7 @@ COMMITTED_CACHE = Path(__file__).parent / "data" / "cache_v1"
 VERBS = [["make-shards"], ["pretrain-mae"], ["cache-teacher"], ["train-student"], ["evaluate"], ["recipes"], ["demo"]]
 VERBS += [["chain"], ["plan"], ["finetune"], ["fidelity"], ["compare"], ["export"]]
 VERBS += [["cache", verb] for verb in ("list", "info", "verify", "repair", "copy", "remove")]
+VERBS += [["hub", verb] for verb in ("push", "pull")]
 
 Run = Callable[..., tuple[int, str, str]]
 
