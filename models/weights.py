@@ -77,6 +77,8 @@ def build_with_weights(
     if weights == HUB:
         return build_pretrained(config, num_classes=None if classifier else 0)
     if weights == FACTORY:
+        if config.factory is None:
+            raise CheckpointError("weights: factory needs a factory", got=f"the timm model {config.name}")
         return build_model(config)
     model = build_model(config, **(_classifier_of(read_weights(config, weights).tensors) if classifier else {}))
     load_weights(model, weights, unread)
@@ -145,7 +147,8 @@ def stated(
             never guessed.
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    licence = str(getattr(model, "license", cfg.get("license")) or "unknown") if weights in (HUB, FACTORY) else _LOCAL
+    own = getattr(model, "license", None) or cfg.get("license") or "unknown"
+    licence = str(own) if weights in (HUB, FACTORY) else _LOCAL
     if mean is not None and std is not None:
         return Stated(mean, std, "the recipe", licence)
     known = _known_pixels(cfg, config, weights)

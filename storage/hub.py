@@ -7,13 +7,12 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 from tinymim.configs.errors import StoreError, first_line
-from tinymim.storage.store import REQUESTS, Draft, Entry, merged, refuse_large
+from tinymim.storage.entries import REQUESTS, Entry, merged, refuse_large
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
@@ -174,7 +173,7 @@ class HubStore:
             return False
         return True
 
-    def create_all(self, files: Mapping[str, bytes]) -> list[str]:
+    def create_all(self, files: Mapping[str, bytes]) -> NoReturn:
         self._refuse()
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -186,19 +185,19 @@ class HubStore:
         below = (file.path.removeprefix(start) for file in list_files(self._url, prefix))
         return {path.partition("/")[0] for path in below if "/" in path}
 
-    def draft(self, path: str) -> AbstractContextManager[Draft]:
+    def draft(self, path: str) -> NoReturn:
         self._refuse()
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes) -> NoReturn:
         self._refuse()
 
-    def remove(self, paths: Iterable[str]) -> None:
+    def remove(self, paths: Iterable[str]) -> NoReturn:
         self._refuse()
 
-    def remove_tree(self, prefix: str) -> None:
+    def remove_tree(self, prefix: str) -> NoReturn:
         self._refuse()
 
-    def remove_dead_writes(self, folders: Iterable[str], of_the_living: bool = False) -> None:
+    def remove_dead_writes(self, folders: Iterable[str], of_the_living: bool = False) -> NoReturn:
         self._refuse()
 
     def _refuse(self) -> NoReturn:

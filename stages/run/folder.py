@@ -17,7 +17,7 @@ from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.run.loggers import BOARD_NAME as BOARD_NAME
-from tinymim.stages.run.loggers import open_loggers
+from tinymim.stages.run.loggers import close_all, log_to, open_loggers
 from tinymim.stages.run.progress import Phase, ProgressFiles
 from tinymim.stages.run.sessions import Session, device_name
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
@@ -61,6 +61,7 @@ class RunFolder:
     def __init__(self, recipe: RunRecipe, first_step: int | None = 0, devices: float = 1.0) -> None:
         self.path: Path = recipe.run.folder
         write_provenance(recipe)
+        self._loggers = open_loggers(recipe, first_step)
         self.session = Session(self.path / SESSIONS_NAME, device_name(recipe.run), devices, first_step == 0)
         metrics = self.path / METRICS_NAME
         if first_step is not None:
@@ -68,7 +69,6 @@ class RunFolder:
             # A resumed run has done the audit of its first step. A run from scratch may start from other weights.
             _drop_from(self.path / AUDIT_NAME, first_step + 1 if first_step else 0)
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._loggers = open_loggers(recipe, first_step)
         self._progress = ProgressFiles(self.path / LOG_NAME, self.path / STATUS_NAME)
 
     def __enter__(self) -> "RunFolder":
@@ -79,8 +79,7 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with naming(self.path), contextlib.ExitStack() as last:  # in reverse order, each although another fails
-            for each in self._loggers:
-                last.callback(each.close, failed=error is not None)
+            last.callback(close_all, self._loggers, error is not None)
             last.callback(self._metrics.close)
             last.callback(self.session.tick, last=True)
             last.callback(self._progress.__exit__, kind, error, trace)
@@ -92,8 +91,7 @@ class RunFolder:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()
         self.session.tick()
-        for each in self._loggers:
-            each.log(step, values)
+        log_to(self._loggers, step, values)
 
 
 def _outcome(error: BaseException | None) -> tuple[Phase, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from tinymim.configs.errors import UserError, first_line
 from tinymim.configs.load import dump_recipe
+from tinymim.stages.run.progress import logger
 
 if TYPE_CHECKING:
     from tinymim.configs.schema import RunRecipe
@@ -65,6 +66,35 @@ def open_loggers(recipe: "RunRecipe", first_step: int | None) -> list[Logger]:
                 hint="set WANDB_MODE=offline, or log in" if name == "wandb" else "check MLFLOW_TRACKING_URI",
             ) from error
     return found
+
+
+def log_to(loggers: list[Logger], step: int, values: Mapping[str, float]) -> None:
+    """Give metrics to every logger. A server that fails loses its logger, not the run."""
+    for each in list(loggers):
+        try:
+            each.log(step, values)
+        except Exception as error:  # of any kind, from any of its libraries
+            _drop(each, error)
+            loggers.remove(each)
+
+
+def close_all(loggers: list[Logger], failed: bool) -> None:
+    """Close every logger; failures are treated as those of `log_to`."""
+    for each in loggers:
+        try:
+            each.close(failed)
+        except Exception as error:
+            _drop(each, error)
+
+
+def _drop(own: Logger, error: Exception) -> None:
+    """Report a logger that failed. TensorBoard writes beside metrics.jsonl, so its failure is the run's, too."""
+    if isinstance(own, _TensorBoard):
+        raise error
+    logger.info(
+        f"warning: {type(own).__name__.strip('_')} failed and gets no further metrics of this process "
+        f"({type(error).__name__}: {first_line(error)}); metrics.jsonl has all of them"
+    )
 
 
 class _TensorBoard:

@@ -88,3 +88,39 @@ def test_a_logger_that_is_not_installed_is_refused_at_once(
     (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))
     code, _, err = run("train-student", tmp_path / "mine.yaml")
     assert code == 2 and "pip install 'tinymim[wandb]'" in err and not (tmp_path / "run").exists()
+
+
+def test_a_server_that_fails_costs_its_logger_and_not_the_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Down:
+        def __init__(self, recipe: Any, first_step: int | None) -> None: ...
+
+        def log(self, step: int, values: Any) -> None:
+            asked.append(step)
+            if step:
+                raise ConnectionError("no answer")
+
+        def close(self, failed: bool) -> None:
+            raise AssertionError("it was dropped before")
+
+    monkeypatch.setitem(loggers._MAKERS, "mlflow", Down)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: object())
+    trained(made, tmp_path / "run", "mlflow", steps=4)
+    assert asked == [0, 1] and len(read_metrics(tmp_path / "run")) == 4
+    assert "Down failed and gets no further metrics" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_that_a_logger_refuses_does_not_start(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(recipe: Any, first_step: int | None) -> None:
+        raise RuntimeError("no login\nmore")
+
+    monkeypatch.setitem(loggers._MAKERS, "wandb", refuse)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: object())
+    with pytest.raises(UserError, match="wandb cannot log this run") as caught:
+        trained(made, tmp_path / "run", "wandb", steps=4)
+    assert "no login" in str(caught.value) and "WANDB_MODE=offline" in str(caught.value)
