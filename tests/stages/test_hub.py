@@ -18,7 +18,7 @@ from tinymim.storage import hub as hub_store
 from tinymim.storage.store import open_store
 from tinymim.tests import hub_server
 from tinymim.tests.hub_server import TOKEN, Hub
-from tinymim.tests.stages.tiny import losses, run_in, student_recipe, tree
+from tinymim.tests.stages.tiny import cache_recipe, losses, run_in, student_recipe, tree
 
 Run = Callable[..., tuple[int, str, str]]
 LOCAL = "unknown (local file)"  # the licence of the drawn set's teacher
@@ -149,3 +149,15 @@ def test_a_repository_is_a_store_that_is_only_read(made: Path, server: Hub) -> N
 def test_wrong_places(place: str, run: Run) -> None:
     code, _, err = run("cache", "info", place)
     assert code == 2 and "neither a folder nor an object store" in err
+
+
+def test_no_cache_is_written_to_the_hub_but_by_push(made: Path) -> None:
+    with pytest.raises(ValueError, match="only read: write to a folder"):
+        cache_recipe(made, cache="hf://datasets/me/mine")
+
+
+def test_offline_the_hub_is_not_asked(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(StoreError, match="cannot be reached") as caught:
+        open_store("hf://datasets/me/mine").exists("cache.json")
+    assert caught.value.hint == "unset HF_HUB_OFFLINE" and server.requests == []
