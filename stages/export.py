@@ -35,10 +35,15 @@ MOST_DIFFERENCE: Final = 1e-3  # of a runtime's answers from timm's, relative to
 _THEIR_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
-def run(source: Path, target: Path, to: Format = "mae") -> dict[str, Any]:
-    """Write the weights in `source`, a run folder or a file, to `target`, a new file or folder.
+def run(source: str | Path, target: str | Path, to: Format = "mae") -> dict[str, Any]:
+    """Write trained weights for other code.
 
     Every format but `mae` is loaded again by its runtime, if that is installed, and compared with timm.
+
+    Args:
+        source: a run folder with finished weights, a weights file, or a folder for timm.
+        target: a new file or folder.
+        to: the format, `mae`, `timm`, `onnx`, `torch-export` or `transformers`.
 
     Returns:
         For `mae`: file, source, tensors, embed_dim, depth, and num_heads (None where the source does not state it);
@@ -51,7 +56,7 @@ def run(source: Path, target: Path, to: Format = "mae") -> dict[str, Any]:
         UserError: `target` exists or has another suffix, or a package is missing.
         InternalError: the exported model answers otherwise than timm.
     """
-    suffix = _SUFFIXES[to]
+    source, target, suffix = Path(source), Path(target), _SUFFIXES[to]
     if suffix and target.suffix != suffix:
         raise UserError(f"{to} reads {suffix} files only", got=target, expected=f"FILE{suffix}")
     if target.exists():

@@ -202,6 +202,11 @@ def test_a_cache_is_written_with_a_module_in_hand(root: Path, tmp_path: Path) ->
     kept = tree(tmp_path / "own")
     tinymim.TeacherCache.write(tmp_path / "own", teacher, root / "shards", codec=features, layer="own", **own)
     assert tree(tmp_path / "own") == kept  # nothing was left to do
+    unit, *_ = (tmp_path / "own" / "layers" / "own").rglob("*.zip")
+    unit.unlink()
+    unit.with_suffix(".json").unlink(missing_ok=True)
+    tinymim.TeacherCache.write(tmp_path / "own", teacher, root / "shards", codec=features, layer="own", **own)
+    assert tree(tmp_path / "own") == kept  # as after a kill: the missing unit alone, with the same bytes
     batch = next(iter(cache.loader(root / "shards", batch_size=8, workers=0)))
     tokens = teacher.eval().forward_features((batch.pixels / 255 - 0.5) / 0.5)
     losses = cache.losses({"own": cache.head("own", teacher)(tokens)}, batch)
@@ -238,5 +243,6 @@ def test_run_recipe_is_the_command_of_its_stage(root: Path, tmp_path: Path) -> N
     (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))
     assert tinymim.run_recipe(tmp_path / "mine.yaml", "optim.steps=2") is None
     assert (tmp_path / "run" / "student.safetensors").is_file()
+    assert tinymim.export(str(tmp_path / "run"), str(tmp_path / "out"), "timm")["max_difference"] == 0.0
     with pytest.raises(tinymim.UserError, match=r"optim\.steps"):
         tinymim.run_recipe(tmp_path / "mine.yaml", "optim.steps=none")
