@@ -39,7 +39,7 @@ def weights_file(weights: str) -> WeightsFile:
         shipped = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
         hint = f"shipped weights: {shipped}"
     else:
-        path, hint = Path(weights), "give a .safetensors or .pth file, 'hub', 'package:NAME' or hf://OWNER/NAME/FILE"
+        path, hint = Path(weights), "give a .safetensors or .pth file, hf://OWNER/NAME/FILE, 'hub', or 'package:NAME'"
         if (inside := path / "model.safetensors").is_file():  # a folder for timm
             path = inside
     if not path.is_file():
