@@ -6,10 +6,35 @@ The library is `tinymim.api`. Its names are also here, and are loaded, with torc
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinymim.api import Batch, Loader, Shapes, TeacherCache, TinymimError, UserError, open_cache
+    from tinymim.api import (
+        Batch,
+        Loader,
+        Shapes,
+        TeacherCache,
+        TinymimError,
+        UserError,
+        export,
+        open_cache,
+        pull,
+        push,
+        run_recipe,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Batch", "Loader", "Shapes", "TeacherCache", "TinymimError", "UserError", "__version__", "open_cache"]
+__all__ = [
+    "Batch",
+    "Loader",
+    "Shapes",
+    "TeacherCache",
+    "TinymimError",
+    "UserError",
+    "__version__",
+    "export",
+    "open_cache",
+    "pull",
+    "push",
+    "run_recipe",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError, Parameter
 from tinymim import __version__
 from tinymim.commands.cache import cache_app
 from tinymim.commands.compare import compare
+from tinymim.commands.hub import hub_app
 from tinymim.commands.plan import plan
 from tinymim.commands.shared import StdoutClosed, print_text
 from tinymim.commands.stages import stages_app
@@ -45,6 +46,7 @@ RECIPE is a YAML file or the name of a shipped recipe.""",
     result_action="return_value",
 )
 app.command(cache_app)
+app.command(hub_app)
 app.command(stages_app, name="*")
 app.command(tools_app, name="*")
 app.command(plan, name="plan", sort_key=7)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -180,28 +180,40 @@ def look(
 
 
 @tools_app.command(name="export", sort_key=7)
-def export(source: Annotated[Path, Parameter(name="RUN")], target: Annotated[Path, Parameter(name="FILE")], /) -> None:
-    """Export weights as a .pth that the code of MAE and TinyMIM reads.
+def export(
+    source: Annotated[Path, Parameter(name="RUN")],
+    target: Annotated[Path, Parameter(name="FILE")],
+    /,
+    *,
+    to: Literal["mae", "timm", "onnx", "torch-export", "transformers"] = "mae",
+) -> None:
+    """Export weights for other code: MAE, timm, ONNX, torch.export, Transformers.
 
-    Reads RUN: the run folder of a finished train-student or pretrain-mae (for
-    several students: the folder of one), or a weights file.
-    Writes FILE, a new .pth for `--finetune` of MAE's and TinyMIM's
-    main_finetune.py: float32 tensors under `model`. timm needs no export; it loads
-    the folder RUN/student.
-    Prints JSON: file, source, tensors, embed_dim, depth, num_heads.
+    Reads RUN: the run folder of a finished train-student, pretrain-mae or finetune
+    (for several students: the folder of one), or a weights file.
+    Writes FILE, a new file or folder:
+      mae           FILE.pth for main_finetune.py of MAE and TinyMIM
+      timm          a folder for timm's local-dir:, like RUN/student
+      onnx          FILE.onnx; needs tinymim[onnx]
+      torch-export  FILE.pt2 for torch.export.load
+      transformers  a folder for Transformers' ViTModel
+    Each but mae is loaded again and compared with timm, if its runtime is there.
+    Prints JSON about the file: docs/export.md.
 
-    Example: tinymim export runs/mine mine.pth
+    Example: tinymim export runs/mine mine.onnx --to onnx
 
     Parameters
     ----------
     source
         Run folder or weights file.
     target
-        File to write.
+        File or folder to write.
+    to
+        Format of FILE.
     """
     from tinymim.stages import export as stage
 
-    print_json(stage.run(source, target))
+    print_json(stage.run(source, target, to))
 
 
 @tools_app.command(name="recipes", sort_key=8)

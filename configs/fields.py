@@ -179,12 +179,14 @@ def _kinds(annotation: Any, limits: Iterable[Any]) -> Iterator[str]:
         yield from (f"`{value}`" for value in arguments)
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield "section"
-    elif get_origin(annotation) is dict:
-        yield "sections by name"
     elif get_origin(annotation) is tuple and Ellipsis in arguments:
         yield f"list of {_listed(dict.fromkeys(_kinds(arguments[0], ())))}"
     elif get_origin(annotation) is tuple:
         yield f"{len(arguments)} numbers"
+    elif get_origin(annotation) is dict and not _sections_in(arguments[1]):
+        yield "values by name"
+    elif get_origin(annotation) is dict:
+        yield "sections by name"
     elif annotation in (int, float):
         yield ("integer" if annotation is int else "number") + _range(limits)
     else:  # a union

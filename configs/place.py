@@ -6,7 +6,10 @@ from pathlib import Path
 from tinymim.configs.errors import RecipeError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+")
-STORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "https", "http", "file")
+STORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "https", "http", "file", "hf")
+
+
+HUB_REPO = r"(datasets/)?(?!(datasets|models|spaces)/)[\w.-]+/[\w.-]+(@[\w./-]+)?(/.+)?"
 
 
 def checked_place(value: object) -> Path | str:
@@ -20,6 +23,8 @@ def checked_place(value: object) -> Path | str:
         raise ValueError(f"got '{value}'; supported schemes are {', '.join(STORE_SCHEMES)}")
     if "@" in rest.partition("/")[0] and not scheme.startswith("abfs"):
         raise ValueError("credentials belong in the environment, because recipes are stored and shown")
+    if scheme == "hf" and not re.fullmatch(HUB_REPO, rest.rstrip("/")):
+        raise ValueError(f"got '{value}'; expected hf://[datasets/]OWNER/NAME[@REVISION][/PATH]")
     if not rest.strip("/") or (rest.startswith("/") and scheme != "file") or "?" in rest or "#" in rest:
         raise ValueError(f"got '{value.partition('?')[0]}...'; expected SCHEME://BUCKET/PREFIX without a query")
     return value.rstrip("/")

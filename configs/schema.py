@@ -238,6 +238,8 @@ class CacheTeacherRecipe(Section):
 
     @model_validator(mode="after")
     def _one_place(self) -> "CacheTeacherRecipe":
+        if "hf" in {str(place).partition("://")[0] for place in (self.cache, self.cache_root)}:
+            raise ValueError("caches on the hub are only read: write to a folder, then `tinymim hub push` it")
         if (self.cache is None) == (self.cache_root is None):
             raise ValueError(
                 f"give cache or cache_root, exactly one; got cache={self.cache}, cache_root={self.cache_root}"

@@ -7,11 +7,12 @@ generated from it. Defaults are TinyMIM's (Ren et al., CVPR 2023) if it has one.
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from tinymim.configs.place import checked_folder, checked_place
 from tinymim.configs.rand_augment import checked_rand_augment
 
+Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", max_length=200)]
 Place = Annotated[Path | str, BeforeValidator(checked_place)]  # str: a URL, without a slash at its end
 Folder = Annotated[Path, BeforeValidator(checked_folder)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
@@ -44,6 +45,8 @@ Mean = tuple[Fraction, Fraction, Fraction]
 Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
 Std = tuple[Deviation, Deviation, Deviation]
 Cluster = Literal["local", "ray"]
+HUB = "hub"  # words for weights that no file names
+FACTORY = "factory"
 MEAN_DESCRIPTION = (
     "Mean per RGB channel, for pixels in 0..1. Default: what the weights or their timm name state; required where "
     "they state none (docs/parity.md)."
@@ -215,6 +218,30 @@ class ModelConfig(Section):
     embed_dim: Width | None = Field(default=None, description="Width of the tokens. Default: by name.")
     depth: Depth | None = Field(default=None, description="Number of blocks. Default: by name.")
     num_heads: Width | None = Field(default=None, description="Attention heads. Default: by name.")
+    factory: Factory | None = Field(
+        default=None,
+        description="`package.module:function` that returns a module of your own, which `name` then labels "
+        "(docs/custom-models.md). Default: timm's model of that name.",
+    )
+    args: dict[str, JsonValue] = Field(default={}, description="Keyword arguments of `factory`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_factory(cls, data: Any) -> Any:
+        """Fill in what differs with `factory`: the label, and a teacher's weights, which its module brings along."""
+        if not isinstance(data, dict) or not isinstance(data.get("factory"), str):
+            return data
+        named = {"name": data["factory"].rpartition(":")[2].rpartition(".")[2] or "custom"}
+        return named | ({"weights": FACTORY} if "weights" in cls.model_fields else {}) | data
+
+    @model_validator(mode="after")
+    def _one_maker(self) -> "ModelConfig":
+        sizes = [name for name in ("patch_size", "embed_dim", "depth", "num_heads") if getattr(self, name) is not None]
+        if self.factory and sizes:
+            raise ValueError(f"{', '.join(sizes)} are timm's; give sizes to the factory by args")
+        if self.args and not self.factory:
+            raise ValueError(f"args are for a factory, which is missing; got {', '.join(self.args)}")
+        return self
 
     @model_validator(mode="after")
     def _whole_patches(self) -> "ModelConfig":
@@ -238,8 +265,9 @@ class TeacherConfig(ModelConfig):
     name: str = Field(default="vit_large_patch16_224.mae", description="Model name in timm.")
     weights: str = Field(
         default="hub",
-        description="`hub` (timm's pretrained weights), `package:NAME` (shipped with tinymim), or a .safetensors or "
-        ".pth file (docs/parity.md).",
+        description="`hub` (timm's pretrained weights), `package:NAME` (shipped with tinymim), a .safetensors or "
+        ".pth file (docs/parity.md), or `factory`, those of the factory's module.",
+        json_schema_extra={"default": "`hub`; `factory` with `factory`"},
     )
     block: Positive = Field(
         default=18, description="Tapped block, counted from 1. The teacher stops there, unless the codec reads its end."
@@ -250,6 +278,12 @@ class TeacherConfig(ModelConfig):
     )
     mean: Mean | None = Field(default=None, description=MEAN_DESCRIPTION)
     std: Std | None = Field(default=None, description=STD_DESCRIPTION)
+
+    @model_validator(mode="after")
+    def _weights_of_its_maker(self) -> "TeacherConfig":
+        if self.weights == (HUB if self.factory else FACTORY):
+            raise ValueError(f"weights: {self.weights} {'needs a timm model' if self.factory else 'needs a factory'}")
+        return self
 
 
 class OptimConfig(Section):
@@ -347,6 +381,10 @@ class RunConfig(Section):
     seed: Seed = Field(default=0, description="Seed of weights, masks, jitter, drop path and augmentation.")
     threads: Threads | None = Field(default=None, description="Torch's intra-op threads. Default: torch's choice.")
     log_every: Positive = Field(default=20, description="Steps between lines of metrics.")
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        description="Places of metrics beside metrics.jsonl; `wandb` and `mlflow` are extras (docs/training.md).",
+    )
 
 
 class MaeConfig(Section):

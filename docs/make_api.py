@@ -16,8 +16,8 @@ After this page you can use the targets of a cache in your own training loop. Th
     python examples/plain_loop.py caches/mine shards/mine
 
 `import tinymim` loads neither torch nor timm; the names below are loaded at first use. `tinymim.__version__` is the
-version. No code is loaded from a cache. Writing a cache from Python is not part of the library: use
-`tinymim cache-teacher`.
+version. No code is loaded from a cache. `TeacherCache.write` takes a teacher of your own
+([custom models](custom-models.md)); `run_recipe` runs any recipe as its command does.
 
 This page is generated: `python docs/make_api.py > docs/api.md`.
 """
@@ -29,7 +29,7 @@ def page() -> str:
     for name in api.__all__:
         value = getattr(api, name)
         parts += [f"## {name}\n", *_described(name, value)]
-        if inspect.isclass(value) and value.__module__ == api.__name__:
+        if inspect.isclass(value) and value.__module__.startswith(f"{api.__name__}."):
             for method, member in _members(value):
                 parts += [f"### {name}.{method}\n", *_described(method, member)]
     return "\n".join(parts).rstrip() + "\n"
@@ -45,8 +45,9 @@ def _members(owner: type) -> Iterator[tuple[str, object]]:
 
 def _described(name: str, value: object) -> Iterator[str]:
     """Signature, if it is a function, and docstring."""
+    value = getattr(value, "__func__", value)  # of a class method
     if inspect.isfunction(value):
-        yield f"```python\n{_signature(value)}\n```\n"
+        yield f"```python\n{name.rpartition('.')[2]}({_signature(value).partition('(')[2]}\n```\n"
     yield _text(value)
 
 
@@ -55,8 +56,8 @@ def _signature(function: Callable[..., object]) -> str:
     head, _, _ = inspect.getsource(function).partition(
         ':\n        """' if "." in function.__qualname__ else ':\n    """'
     )
-    head = textwrap.dedent(head).removeprefix("def ")
-    return re.sub(r"self(, |,\n    )?", "", head.replace("(\n    self,", "("))
+    head = textwrap.dedent(head).removeprefix("@classmethod\n").removeprefix("def ")
+    return re.sub(r"(?:self|cls)(, |,\n    )?", "", head.replace("(\n    self,", "(").replace("(\n    cls,", "("))
 
 
 def _text(value: object) -> str:

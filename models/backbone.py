@@ -15,6 +15,7 @@ from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
+from tinymim.models.custom import own_shapes
 
 # Prefixes of parameters: the norm over tokens after the last block, and the norm after mean pooling.
 FINAL_NORM: Final = "norm."
@@ -52,6 +53,8 @@ def patch(model: nn.Module) -> tuple[int, int] | None:
 
 def prefix_tokens(model: nn.Module) -> int:
     """Tokens in front of the patches: class token and registers."""
+    if (own := own_shapes(model)) is not None:
+        return own.prefix_tokens
     return int(getattr(model, "num_prefix_tokens", 0))
 
 

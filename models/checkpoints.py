@@ -274,25 +274,35 @@ def to_official(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
     Raises:
         CheckpointError: the encoder has tensors that the layout has no place for, or lacks some.
     """
+    require_plain(tensors, "the layout of MAE and TinyMIM")
+    buffer = io.BytesIO()
+    ready = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors.items()}
+    torch.save({"model": ready, "metadata": dict(metadata)}, buffer)
+    return buffer.getvalue()
+
+
+def require_plain(tensors: Mapping[str, Tensor], layout: str) -> int:
+    """The number of blocks of a plain ViT's encoder, from its tensors by timm's names.
+
+    Raises:
+        CheckpointError: the encoder has tensors that `layout` has no place for, or lacks some.
+    """
     depth = count_blocks(tensors)
     wanted = {*_STEM, *(f"blocks.{number}.{name}" for number in range(depth) for name in _BLOCK)}
     if tensors.keys() != wanted:
         missing, unexpected = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
         raise CheckpointError(
-            "the layout of MAE and TinyMIM is not this encoder's",
+            f"{layout} is not this encoder's",
             got=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}",
             expected="a plain ViT with class token, position table and qkv biases",
         )
     patches = tensors["pos_embed"].shape[1] - 1
     if math.isqrt(patches) ** 2 != patches:
         raise CheckpointError(
-            "the layout of MAE and TinyMIM has one position for the class token and a square grid of others",
+            f"{layout} has one position for the class token and a square grid of others",
             got=f"{patches + 1} positions",
         )
-    buffer = io.BytesIO()
-    ready = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors.items()}
-    torch.save({"model": ready, "metadata": dict(metadata)}, buffer)
-    return buffer.getvalue()
+    return depth
 
 
 def count_blocks(tensors: Mapping[str, Tensor]) -> int:

@@ -3,6 +3,7 @@
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.backbone import FINAL_NORM, POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, tensors_sha256
@@ -21,8 +22,14 @@ def build_classifier(config: ModelConfig, num_classes: int, pool: str, drop_path
     With `pool` "mean", timm's ViT has no final norm but a norm after the pooling, `fc_norm`, as in MAE's fine-tuning.
 
     Raises:
-        RecipeError: timm cannot build it.
+        RecipeError: timm cannot build it, or it is a factory's, whose classifier is not known.
     """
+    if config.factory is not None:
+        raise RecipeError(
+            "fine-tuning needs a timm model, to which it gives a classifier",
+            got=f"factory {config.factory}",
+            hint="evaluate the encoder with `tinymim evaluate`, or fine-tune it in a loop of your own",
+        )
     return build_model(config, drop_path=drop_path, num_classes=num_classes, global_pool=POOLS[pool])
 
 

@@ -1,12 +1,15 @@
 """The file behind the `weights` of a recipe. Imports no torch, so that an absent file is reported at once."""
 
+import re
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tinymim.configs.errors import CheckpointError
+from tinymim.configs.errors import CheckpointError, first_line
+from tinymim.configs.sections import FACTORY as FACTORY
+from tinymim.configs.sections import HUB as HUB
 
 RANDOM: Final = "random"
-HUB: Final = "hub"
 _PACKAGE: Final = "package:"
 
 
@@ -18,11 +21,15 @@ class WeightsFile(NamedTuple):
 
 
 def weights_file(weights: str) -> WeightsFile:
-    """The file of "package:NAME", of "FILE" or "FILE#KEY", or in a folder that timm loads.
+    """The file of "package:NAME", of "FILE" or "FILE#KEY", in a folder that timm loads, or of "hf://OWNER/NAME/FILE".
+
+    A file of the hub is copied into the hub's local cache; without a path it is the repository's model.safetensors.
 
     Raises:
         CheckpointError: no such file.
     """
+    if weights.startswith("hf://"):
+        return WeightsFile(_from_hub(weights))
     named, _, key = weights.rpartition("#")
     if key and named and not Path(weights).exists():
         return WeightsFile(weights_file(named).path, key)
@@ -32,9 +39,27 @@ def weights_file(weights: str) -> WeightsFile:
         shipped = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
         hint = f"shipped weights: {shipped}"
     else:
-        path, hint = Path(weights), "give a .safetensors or .pth file, 'hub', or 'package:NAME'"
+        path, hint = Path(weights), "give a .safetensors or .pth file, hf://OWNER/NAME/FILE, 'hub', or 'package:NAME'"
         if (inside := path / "model.safetensors").is_file():  # a folder for timm
             path = inside
     if not path.is_file():
         raise CheckpointError("weights file does not exist", got=path, hint=hint)
     return WeightsFile(path)
+
+
+@cache
+def _from_hub(url: str) -> Path:
+    """The local copy of a file of a model repository, fetched once."""
+    match = re.fullmatch(r"hf://(?:models/)?([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([^#?]+))?", url)
+    if match is None:
+        raise CheckpointError("weights name no file of the hub", got=url, expected="hf://OWNER/NAME[@REVISION][/FILE]")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(match[1], match[3] or "model.safetensors", revision=match[2]))
+    except Exception as error:  # the client raises many kinds: no network, no such file, no access
+        raise CheckpointError(
+            f"{url} cannot be fetched",
+            got=first_line(error),
+            hint="check the name, the network, and for a private repository HF_TOKEN",
+        ) from None

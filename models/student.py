@@ -10,25 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinymim.configs.sections import ModelConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models import backbone
+from tinymim.models.custom import own_shapes, require_student
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
+from tinymim.models.vit import build_model, build_timm_student
 
 Answers = tuple[Tensor, ...]  # of one head; first axis views
+
+
+def build_student(config: ModelConfig, drop_path: float = 0.0) -> nn.Module:
+    """The student of a recipe: timm's model, from `build_timm_student`, or the module of its factory.
+
+    A factory decides over its module's initial weights and drop path.
+
+    Raises:
+        RecipeError: it cannot be built, or `custom.require_student` refuses it.
+    """
+    if config.factory is None:
+        return build_timm_student(config, drop_path)
+    model = build_model(config)
+    if not isinstance(model, VisionTransformer):
+        require_student(model, config.img_size)
+    return model
 
 
 class StudentModel(nn.Module):
     """A plain ViT with one or more heads on its final tokens, whose answers are compared with the teacher.
 
     Args:
-        vit: the model to export.
+        vit: the model to export: a timm ViT, or a module that `build_student` makes.
         heads: each maps final tokens [B, T, C] to answers, a tuple of tensors.
         pools: for each head the side of the squares of patches whose mean it gets, from `pool_side`; none: 1.
     """
 
-    def __init__(self, vit: backbone.PlainViT, *heads: nn.Module, pools: Sequence[int] = ()) -> None:
+    def __init__(self, vit: nn.Module, *heads: nn.Module, pools: Sequence[int] = ()) -> None:
         super().__init__()
-        self.vit = vit
+        self.vit: Any = vit  # timm carries no types for what is read of it
         self.pools = tuple(pools) or (1,) * len(heads)
         self.drop_paths = replace_drop_path(vit)
         # A single head is not in a list, so that the names of its weights in a state are those of older states.
@@ -85,7 +104,9 @@ def _pooled(tokens: Tensor, shapes: Shapes, side: int) -> Tensor:
 
 
 def shapes_of(vit: nn.Module) -> Shapes:
-    """Sizes of a plain ViT; its device may be meta."""
+    """Sizes of a student; its device may be meta."""
+    if (own := own_shapes(vit)) is not None:
+        return own
     heads, width = backbone.heads(vit), backbone.widths(vit)[-1]
     assert heads is not None, "a plain ViT has attention"
     (rows, columns), prefix = backbone.grid(vit), backbone.prefix_tokens(vit)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.models import backbone
+from tinymim.models import backbone, custom
 from tinymim.models.checkpoints import tensors_sha256
+from tinymim.models.custom import CustomTaps
 from tinymim.models.taps import CutTeacher, Tapped, check_tap, finite_views, require_finite
 from tinymim.models.vit import Normalise, build_model, size_overrides
 from tinymim.models.weights import build_with_weights, stated
@@ -24,6 +25,8 @@ def taps_of(config: TeacherConfig, taps: Iterable[Tap]) -> list[Tap]:
     found = []
     with torch.device("meta"):
         model = build_model(config)
+    if custom.gives_taps(model):  # it lists none
+        return []
     for tap in taps:
         with suppress(RecipeError):
             check_tap(model, tap)
@@ -37,25 +40,31 @@ class Teacher(nn.Module):
     Args:
         config: the teacher's section of a recipe.
         taps: one or more taps.
+        model: the model itself, instead of the one that `config` names.
 
     Raises:
-        RecipeError: timm cannot build the model, or the model has no such block.
+        RecipeError: the model cannot be built, or has no such block.
         CheckpointError: the weights do not exist, do not fit, or cannot be fetched.
     """
 
-    def __init__(self, config: TeacherConfig, taps: Collection[Tap]) -> None:
+    def __init__(self, config: TeacherConfig, taps: Collection[Tap], model: nn.Module | None = None) -> None:
         super().__init__()
-        model = _built(config, taps)
+        given = model is not None or config.factory is not None  # then it is one model, whatever its taps
+        model = _built(config, taps) if model is None else model
         self._sha256 = {_at_classifier(taps): tensors_sha256(model.state_dict())}
         # A layer's identity is that of a run that writes it alone. Without a tap at the classifier, the model of such
         # a run has none, and may have another last norm: so its tensors are those of another model.
         others = [tap for tap in taps if not _at_classifier([tap])]
-        if _at_classifier(taps) and others:
+        if given:
+            self._sha256 = dict.fromkeys((False, True), next(iter(self._sha256.values())))
+        elif _at_classifier(taps) and others:
             self._sha256[False] = tensors_sha256(_built(config, others).state_dict())
         self.mean, self.std, _, self.license = stated(model, config, config.weights, config.mean, config.std)
-        self.grid, self.prefix_tokens = backbone.grid(model), backbone.prefix_tokens(model)
         self.normalise = Normalise(self.mean, self.std)
-        self.cut = CutTeacher(model, tuple(taps)).to(_DTYPES[config.precision])
+        custom.require_teacher(model)
+        made: CustomTaps | CutTeacher
+        made = CustomTaps(model, taps) if custom.gives_taps(model) else CutTeacher(model, tuple(taps))
+        self.cut = made.to(_DTYPES[config.precision])
         self.config = config
         self.eval().requires_grad_(False)
         if config.compile:
@@ -90,20 +99,25 @@ class Teacher(nn.Module):
 
     def shapes(self, taps: Collection[Tap] | None = None) -> Shapes:
         """Sizes of a view's tensors at some taps, by default at all, from a forward pass."""
-        rows, columns = self.grid
-        heads, width = backbone.heads(self.cut.model) or 1, backbone.widths(self.cut.model)[-1]
-        head_dim, tokens = width // heads, rows * columns + self.prefix_tokens
+        if isinstance(self.cut, CustomTaps):
+            self.black(taps)
+            return self.cut.shapes
+        model = self.cut.model
+        (rows, columns), prefix = backbone.grid(model), backbone.prefix_tokens(model)
+        heads, width = backbone.heads(model) or 1, backbone.widths(model)[-1]
+        head_dim, tokens = width // heads, rows * columns + prefix
         for tap, tensors in self.black(taps).items():
             if tap.kind in ("qkv", "attention"):
                 _, heads, tokens, head_dim = tensors[0].shape
-        return Shapes(heads, head_dim, tokens, self.prefix_tokens, self.grid)
+        return Shapes(heads, head_dim, tokens, prefix, (rows, columns))
 
     def describe(self, taps: Collection[Tap] | None = None) -> dict[str, Any]:
         """The teacher's identity in a layer that reads some taps, by default all: whatever of it changes a number."""
         config = self.config
+        made_by = {"factory": config.factory, "args": config.args} if config.factory is not None else {}
         return {
             "name": config.name,
-            "arch": {"img_size": config.img_size, **size_overrides(config)},
+            "arch": {"img_size": config.img_size, **size_overrides(config), **made_by},
             "weights_sha256": self._sha256[_at_classifier(self.cut.taps if taps is None else taps)],
             "weights_origin": config.weights,
             "license": self.license,

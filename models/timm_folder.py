@@ -38,7 +38,7 @@ def timm_arguments(config: ModelConfig, num_classes: int, pool: str) -> dict[str
 def timm_config(
     model: nn.Module, config: ModelConfig, pixels: Pixels, pool: str | None = None, classes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The content of `config.json`, as JSON values.
+    """The content of `config.json`, as JSON values. With `factory`, it names the factory, and timm cannot load it.
 
     Args:
         model: the model, built from `config`.
@@ -47,6 +47,9 @@ def timm_config(
         pool: the classifier's pooling, as in recipes; None for a model without a classifier.
         classes: names of the classes by number; may be empty.
     """
+    if config.factory is not None:  # not a folder for timm, but of the same names: the module, and how to call it
+        own_pixels = {"mean": list(pixels.mean), "std": list(pixels.std), "interpolation": pixels.interpolation}
+        return {"factory": config.factory, "args": config.args, "img_size": config.img_size, **own_pixels}
     timm_model: Any = model
     architecture: dict[str, Any] = timm_model.pretrained_cfg
     # A name with a source, "local-dir:..." or "hf-hub:...", brings arguments of its own.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError, first_line
 from tinymim.configs.sections import ModelConfig
-from tinymim.models import backbone
+from tinymim.models import backbone, custom
 from tinymim.models.hub import without_retries
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,9 +23,13 @@ def build_model(
 ) -> nn.Module:
     """The timm model of a recipe; it has a classifier head only with `num_classes`, and timm's own with None.
 
+    With `factory`, it is that factory's module, and no other argument counts.
+
     Raises:
-        RecipeError: timm has no model of this name, or refuses the sizes.
+        RecipeError: timm has no model of this name, or refuses the sizes; or `custom.build` fails.
     """
+    if config.factory is not None:
+        return custom.build(config)
     overrides = size_overrides(config)
     from_hub = not pretrained and config.name.lower().startswith(("hf-hub:", "hf_hub:"))  # its sizes are there
     try:
@@ -69,7 +73,7 @@ def size_overrides(config: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in sizes.items() if value is not None}
 
 
-def build_student(config: ModelConfig, drop_path: float = 0.0) -> backbone.PlainViT:
+def build_timm_student(config: ModelConfig, drop_path: float = 0.0) -> backbone.PlainViT:
     """As `build_vit`, or a plain ViT with rotary positions alone, such as timm's DINOv3, initialised likewise."""
     model = build_model(config)
     if not isinstance(model, Eva) or backbone.positions(model) is not None:

@@ -13,11 +13,13 @@ from tinymim.configs.errors import CheckpointError, TinymimError, first_line
 from tinymim.configs.sections import ModelConfig
 from tinymim.models.backbone import POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_checkpoint, read_metadata
-from tinymim.models.files import HUB, RANDOM, weights_file
+from tinymim.models.files import FACTORY, HUB, RANDOM, weights_file
 from tinymim.models.heads import check_heads
 from tinymim.models.hub import without_retries
 from tinymim.models.timm_folder import Rgb
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model, size_overrides
+
+_LOCAL = "unknown (local file)"
 
 
 class Read(NamedTuple):
@@ -64,7 +66,7 @@ def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -
 def build_with_weights(
     config: ModelConfig, weights: str, unread: tuple[str, ...] = (), classifier: bool = False
 ) -> nn.Module:
-    """The timm model of `config` with the weights of "hub" or of a file; `unread` as in `load_weights`.
+    """The model of `config` with the weights of "hub", "factory" or a file; `unread` as in `load_weights`.
 
     With `classifier`, the model has the classifier of its weights, if they have one.
 
@@ -74,6 +76,10 @@ def build_with_weights(
     """
     if weights == HUB:
         return build_pretrained(config, num_classes=None if classifier else 0)
+    if weights == FACTORY:
+        if config.factory is None:
+            raise CheckpointError("weights: factory needs a factory", got=f"the timm model {config.name}")
+        return build_model(config)
     model = build_model(config, **(_classifier_of(read_weights(config, weights).tensors) if classifier else {}))
     load_weights(model, weights, unread)
     return model
@@ -141,7 +147,8 @@ def stated(
             never guessed.
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    licence = str(cfg.get("license") or "unknown") if weights == HUB else "unknown (local file)"
+    own = getattr(model, "license", None) or cfg.get("license") or "unknown"
+    licence = str(own) if weights in (HUB, FACTORY) else _LOCAL
     if mean is not None and std is not None:
         return Stated(mean, std, "the recipe", licence)
     known = _known_pixels(cfg, config, weights)
@@ -167,9 +174,11 @@ def _known_pixels(cfg: dict[str, Any], config: ModelConfig, weights: str) -> _Kn
     if weights == RANDOM:
         return _Known(IMAGENET_MEAN, IMAGENET_STD, "ImageNet's, for new weights")
     if weights != HUB:
-        if (own := _own_pixels(read_metadata(*weights_file(weights)))) is not None:
+        if weights != FACTORY and (own := _own_pixels(read_metadata(*weights_file(weights)))) is not None:
             return own
-        if not {".", ":"} & set(config.name):
+        if config.factory is not None and not {"mean", "std"} <= cfg.keys():
+            return f"the module of {config.factory}, without a pretrained_cfg that states them"
+        if config.factory is None and not {".", ":"} & set(config.name):
             return _common_pixels(config)
     return _Known(tuple(cfg["mean"]), tuple(cfg["std"]), f"timm's for {config.name}")
 

@@ -12,6 +12,7 @@ from obstore.exceptions import BaseError, PreconditionError
 from obstore.store import HTTPStore
 
 from tinymim.configs.errors import StoreError, first_line
+from tinymim.storage import hub
 from tinymim.storage.objects import ABSENT, connect, store_error
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def list_objects(url: str, pattern: str, known: list[str]) -> list[RemoteObject]
     Raises:
         StoreError: the store refuses or fails.
     """
+    if url.startswith(hub.SCHEME):
+        return _list_hub(hub.pinned(url), pattern)
     store = connect(url)
     parts = len(PurePosixPath(pattern).parts)
     try:
@@ -68,9 +71,22 @@ def list_objects(url: str, pattern: str, known: list[str]) -> list[RemoteObject]
     ]
 
 
+def _list_hub(url: str, pattern: str) -> list[RemoteObject]:
+    """`list_objects` of a repository of the hub, at one commit."""
+    parts = len(PurePosixPath(pattern).parts)
+    return [
+        RemoteObject(url, file.path, file.size_bytes, file.version)
+        for file in sorted(hub.list_files(url), key=lambda each: PurePosixPath(each.path))
+        if len(PurePosixPath(file.path).parts) == parts and PurePosixPath(file.path).match(pattern)
+    ]
+
+
 def read_bytes(url: str, name: str) -> bytes | None:
     """A small object, None if it is missing. Raises StoreError if the store refuses or fails."""
     try:
+        if url.startswith(hub.SCHEME):
+            at = hub.pinned(url)
+            return hub.read_parts(at, name, [(0, hub.size_of(at, name))])[0]
         return bytes(obstore.get(connect(url), name).bytes())
     except ABSENT:
         return None
@@ -89,10 +105,16 @@ def fetch_range(source: RemoteObject, start: int, end: int) -> memoryview:
     Raises:
         StoreError: the store refuses or fails, or the object was replaced since it was listed.
     """
-    store = connect(source.url)
+    store = None if source.url.startswith(hub.SCHEME) else connect(source.url)
     got = 0
     for _ in range(SHORT_TRIES):
         try:
+            if store is None:  # a commit, whose files do not change
+                [part] = hub.read_parts(source.url, source.path, [(start, end)])
+                if len(part) == end - start:
+                    return memoryview(part)
+                got = len(part)
+                continue
             answer = obstore.get(store, source.path, options={"range": (start, end)})
             _same_object(source, answer.meta)
             data = memoryview(answer.bytes())

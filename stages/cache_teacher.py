@@ -1,16 +1,19 @@
 """`tinymim cache-teacher`: run the teacher once over every view and store its targets."""
 
+from torch import nn
+
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.stages.units.constants import require_rebuildable
 from tinymim.stages.units.fill import fill
 from tinymim.stages.units.prepare import prepare
 
 
-def run(recipe: CacheTeacherRecipe) -> None:
+def run(recipe: CacheTeacherRecipe, model: nn.Module | None = None) -> None:
     """Write or complete the recipe's cache; other jobs may do the same at the same time, and a stopped run resumes.
 
     Args:
         recipe: the cache recipe to run.
+        model: the teacher itself, instead of the one that the recipe names; it is changed.
 
     Raises:
         RecipeError: views, teacher and codecs do not fit one another.
@@ -19,7 +22,7 @@ def run(recipe: CacheTeacherRecipe) -> None:
         UnitsFailed: some units could not be made; the others are committed.
         Interrupted: stopped by a signal; committed units are safe.
     """
-    parts = prepare(recipe if recipe.cluster is None else _on_cpu(recipe))
+    parts = prepare(recipe if recipe.cluster is None else _on_cpu(recipe), model=model)
     require_rebuildable(parts.kinds.values(), parts.teacher)
     fill(recipe, parts)
 

@@ -48,6 +48,7 @@ from tinymim.stages.training.student_step import (
 from tinymim.stages.training.terms import weight_metrics
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
 from tinymim.storage.catalog import resolve
+from tinymim.storage.manifest import Layer
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import TargetHead
 
@@ -155,12 +156,18 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             "recipe": dump_recipe(learner.recipe),
             "cache_spec_id": manifest.spec_id,
             "layer_spec_id": ",".join(layer.spec_id for layer, *_ in opened),
+            "teachers": json.dumps({layer.name: _teacher(layer) for layer, *_ in opened}),
             "libraries": json.dumps(environment()),
             "steps": str(books.total_steps),
         }
         pixels = Pixels(IMAGENET_MEAN, IMAGENET_STD, str(manifest.views["interpolation"]))
         config = timm_config(model.vit, own.student, pixels)
         _export(model, [term.layer for term in terms], learner, metadata | pixels.metadata(), config)
+
+
+def _teacher(layer: Layer) -> dict[str, Any]:
+    """What a student's card says about a teacher."""
+    return {name: layer.teacher[name] for name in ("name", "license", "weights_sha256")}
 
 
 def _export(

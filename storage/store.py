@@ -35,29 +35,18 @@ from tinymim.storage.atomic import (
     remove_partials,
     write_bytes_atomic,
 )
+from tinymim.storage.entries import REQUESTS as REQUESTS
+from tinymim.storage.entries import Entry as Entry
+from tinymim.storage.entries import TooLarge as TooLarge
+from tinymim.storage.entries import merged, refuse_large
 from tinymim.storage.objects import ABSENT, connect, store_error
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-REQUESTS = 16  # concurrent requests to an object store
 PUT_BYTES = 5 * 2**30  # most that S3 takes in one request
 WRITE_TIMEOUT_S = 300.0  # one request with the largest file
 TIMEOUT_PAUSES_S = (1.0, 5.0)  # before an unanswered PUT is sent again
-
-
-class TooLarge(ValueError):
-    """A file has more bytes than its reader accepts."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file of a listing."""
-
-    path: str  # relative to the store
-    size_bytes: int
-    modified: datetime
-    owner: str | None = None  # user name, on a file system
 
 
 class Store(Protocol):
@@ -123,6 +112,10 @@ def open_store(place: str | Path) -> Store:
     if isinstance(place, str) and "://" in place:
         if place.startswith("file://"):
             return LocalStore(Path(unquote(urlsplit(place).path)))
+        if place.startswith("hf://"):
+            from tinymim.storage.hub import HubStore  # the client of the hub takes a while to load
+
+            return HubStore(place.rstrip("/"))
         return RemoteStore(place.rstrip("/"))
     return LocalStore(Path(place).absolute())
 
@@ -151,7 +144,7 @@ class LocalStore:
 
     def read(self, path: str, limit: int) -> bytes:
         with open(f"{self.place}/{path}", "rb") as file:  # joining paths would take as long as reading a record
-            _refuse_large(path, os.fstat(file.fileno()).st_size, limit)
+            refuse_large(path, os.fstat(file.fileno()).st_size, limit)
             return file.read()
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
@@ -282,7 +275,7 @@ class RemoteStore:
     def read(self, path: str, limit: int) -> bytes:
         with self._explained(path):
             answer = obstore.get(self._objects, path)
-            _refuse_large(path, answer.meta["size"], limit)
+            refuse_large(path, answer.meta["size"], limit)
             return bytes(answer.bytes())
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes]:
@@ -290,7 +283,7 @@ class RemoteStore:
             return dict(zip(limits, pool.map(self.read, limits.keys(), limits.values()), strict=True))
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
-        runs = _merged(ranges)
+        runs = merged(ranges)
         with self._explained(path):
             try:
                 parts = self._ranges(path, runs)
@@ -456,28 +449,12 @@ def _pread(fd: int, size: int, offset: int) -> bytes:
     return data
 
 
-def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges with each one joined to the one before it where that ends at its begin."""
-    runs: list[tuple[int, int]] = []
-    for begin, end in ranges:
-        if runs and runs[-1][1] == begin:
-            runs[-1] = (runs[-1][0], end)
-        else:
-            runs.append((begin, end))
-    return runs
-
-
 def _holds(store: Store, path: str, data: bytes | mmap.mmap) -> bool:
     """Whether a file exists with this content. Its writer may remove it at any time, for example a released lease."""
     try:
         return memoryview(store.read(path, len(data))) == memoryview(data)
     except (FileNotFoundError, TooLarge):
         return False
-
-
-def _refuse_large(path: str, size_bytes: int, limit: int) -> None:
-    if size_bytes > limit:
-        raise TooLarge(f"{path} has {size_bytes} bytes, expected at most {limit}")
 
 
 @cache

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 import tinymim
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError
+from tinymim.configs.load import dump_recipe
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.training.student_step import StudentStep
-from tinymim.tests.stages.tiny import STUDENT, cache_recipe, copied, student_recipe, write_set
+from tinymim.tests.models.own_models import SHAPES, Mixer
+from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, copied, stored, student_recipe, tree, write_set
 
 HEAVY = ("torch", "timm", "zarr", "numpy", "pydantic")
 
@@ -172,10 +176,73 @@ def test_mistakes_have_a_remedy(root: Path) -> None:
     with pytest.raises(RecipeError, match="views_per_epoch must be a multiple"):
         loader(root, views_per_decode=2)
     with pytest.raises(tinymim.UserError, match="sizes of this student are unknown"):
-        cache.head("sketch", torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+        cache.head("sketch", torch.nn.Linear(2, 2))
     with pytest.raises(CacheMismatch, match="tokens are not"):
         cache.head("sketch", tinymim.Shapes(2, 4, 5, 1, (2, 2)))
     with pytest.raises(tinymim.UserError, match="no targets of layer sketch"):
         cache.losses({"sketch": ()}, next(iter(loader(root, layers=["features"]))))
     with pytest.raises(RecipeError, match="targets of layer sketch"):
         tinymim.open_cache(root / "cache", {"sketch": {"relation": ["qk"]}})
+
+
+def answers_of(model: Any, images: torch.Tensor, taps: Any) -> dict[str, torch.Tensor]:
+    tokens: torch.Tensor = model.forward_features(images)
+    return {tap: tokens[:, 0] if tap.startswith("cls") else tokens for tap in taps}
+
+
+def test_a_cache_is_written_with_a_module_in_hand(root: Path, tmp_path: Path) -> None:
+    teacher, fields = Mixer(), {"mean": [0.5] * 3, "std": [0.5] * 3, "workers": 0, "batch_size": 8, "device": "cpu"}
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    own: dict[str, Any] = {"taps": answers_of, "shapes": SHAPES, "views": {"size": 32}, **fields}
+    features = {"kind": "features", "name": "int8"}
+    cache = tinymim.TeacherCache.write(tmp_path / "own", teacher, root / "shards", codec=features, layer="own", **own)
+    assert cache.layers == ("own",) and cache.coverage["own"].complete
+    assert cache.teachers["own"]["arch"]["factory"].endswith("own_models:Mixer")
+    assert teacher.training and all(torch.equal(before[name], each) for name, each in teacher.state_dict().items())
+    kept = tree(tmp_path / "own")
+    tinymim.TeacherCache.write(tmp_path / "own", teacher, root / "shards", codec=features, layer="own", **own)
+    assert tree(tmp_path / "own") == kept  # nothing was left to do
+    unit, *_ = (tmp_path / "own" / "layers" / "own").rglob("*.zip")
+    unit.unlink()
+    unit.with_suffix(".json").unlink(missing_ok=True)
+    tinymim.TeacherCache.write(tmp_path / "own", teacher, root / "shards", codec=features, layer="own", **own)
+    assert tree(tmp_path / "own") == kept  # as after a kill: the missing unit alone, with the same bytes
+    batch = next(iter(cache.loader(root / "shards", batch_size=8, workers=0)))
+    tokens = teacher.eval().forward_features((batch.pixels / 255 - 0.5) / 0.5)
+    losses = cache.losses({"own": cache.head("own", teacher)(tokens)}, batch)
+    assert {name.partition("/")[0] for name in losses} == {"own"}
+    # A second layer beside it, and refusals.
+    classes = {"kind": "cls", "name": "int8"}
+    cache = tinymim.TeacherCache.write(tmp_path / "own", teacher, root / "shards", codec=classes, layer="cls", **own)
+    assert cache.layers == ("cls", "own")
+    with pytest.raises(CacheMismatch, match="weights_sha256"):
+        tinymim.TeacherCache.write(tmp_path / "own", Mixer(seed=1), root / "shards", codec=classes, layer="cls", **own)
+    with pytest.raises(tinymim.UserError, match="belong together"):
+        tinymim.TeacherCache.write(tmp_path / "own", teacher, root / "shards", **own | {"shapes": None})
+    with pytest.raises(tinymim.UserError, match="give run_folder"):
+        tinymim.TeacherCache.write("s3://bucket/own", teacher, root / "shards", **own)
+
+
+def test_a_timm_teacher_in_hand_gives_the_records_of_its_recipe(root: Path, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in TEACHER.items() if name != "name"}
+    teacher: Any = timm.create_model(TEACHER["name"], num_classes=0, **sizes)
+    teacher.load_state_dict(load_file(root / "teacher.safetensors"))
+    fields: dict[str, Any] = {"views": {"size": 32, "scaled_decode": False}, "workers": 0, "device": "cpu"}
+    codec = {"rows": 6, "head_k": 1, "tail_k": 3}
+    pixels: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    tinymim.TeacherCache.write(
+        tmp_path / "cache", teacher, root / "shards", codec=codec, block=2, layer="sketch", **fields, **pixels
+    )
+    assert len(teacher.blocks) == 2
+    own = {n: d for n, d in stored(tmp_path).items() if n.endswith(".zip")}
+    assert own and own.items() <= {n: d for n, d in stored(root).items() if n.endswith(".zip")}.items()
+
+
+def test_run_recipe_is_the_command_of_its_stage(root: Path, tmp_path: Path) -> None:
+    recipe = student_recipe(root, layer="sketch", run={"folder": tmp_path / "run", "device": "cpu"})
+    (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))
+    assert tinymim.run_recipe(tmp_path / "mine.yaml", "optim.steps=2") is None
+    assert (tmp_path / "run" / "student.safetensors").is_file()
+    assert tinymim.export(str(tmp_path / "run"), str(tmp_path / "out"), "timm")["max_difference"] == 0.0
+    with pytest.raises(tinymim.UserError, match=r"optim\.steps"):
+        tinymim.run_recipe(tmp_path / "mine.yaml", "optim.steps=none")

@@ -38,6 +38,7 @@ VERBS += [
     ["look"],
 ]
 VERBS += [["cache", verb] for verb in ("list", "info", "verify", "repair", "copy", "remove")]
+VERBS += [["hub", verb] for verb in ("push", "pull")]
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "models": {"models", "configs"},
     "pipeline": {"pipeline", "storage", "configs"},
     "stages": {"stages", "pipeline", "models", "targets", "storage", "configs"},
-    "api": {"stages", "pipeline", "models", "targets", "storage", "configs"},
+    "api": {"api", "stages", "pipeline", "models", "targets", "storage", "configs"},
     "commands": {"commands", "api", "stages", "configs"},
     "cli": {"cli", "commands", "stages", "configs"},
     "__init__": {"api"},  # for the type checker, and at first use

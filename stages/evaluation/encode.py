@@ -12,8 +12,8 @@ from tinymim.configs.schema import EvaluateRecipe
 from tinymim.configs.sections import LoaderConfig
 from tinymim.models.files import RANDOM
 from tinymim.models.probes import pooled_features
+from tinymim.models.student import build_student
 from tinymim.models.timm_folder import Rgb
-from tinymim.models.vit import build_student
 from tinymim.models.weights import build_with_weights, stated
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches

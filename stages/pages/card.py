@@ -1,7 +1,7 @@
-"""The card of a packed cache: a page for a model hub, with the front matter that hubs read."""
+"""The cards of a packed cache and of a trained model: pages for a model hub, with the front matter that hubs read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinymim.stages.pages.numbers import format_bytes, format_value, view_law
@@ -11,20 +11,19 @@ from tinymim.stages.pages.tables import markdown_table
 _LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "bsd-3-clause"}
 
 
-def card(info: Mapping[str, Any]) -> str:
+def card(info: Mapping[str, Any], images_licence: str | None = None) -> str:
     """The card in Markdown.
 
     Args:
         info: the description of the cache (`stages/cache/info.py`).
+        images_licence: the licence of the images, as its user states it.
     """
     targets = info["layers"][1:]
     licenses = sorted({str(layer["teacher"]["license"]) for layer in targets})
-    known = licenses[0] if len(licenses) == 1 and licenses[0].lower() in _LICENSES else "other"
     teachers = sorted({layer["teacher"]["name"] for layer in targets})
     front = [
         "---",
-        f"license: {known.lower()}",
-        *([f"license_name: {_quoted('; '.join(licenses))}"] if known == "other" and licenses else []),
+        *_license_lines(licenses),
         "task_categories:",
         "- image-feature-extraction",
         "tags:",
@@ -74,6 +73,8 @@ def card(info: Mapping[str, Any]) -> str:
             f"(sha256 {teacher['weights_sha256'][:16]}), licence **{_cell(teacher['license'])}**, "
             f"{teacher['precision']}"
         )
+    stated = f"**{_cell(images_licence)}**" if images_licence else "not stated"
+    lines += [f"- images (not included): licence {stated}"]
     lines += ["", "The licence of a teacher's weights may bind what is made from them, this cache included.", ""]
     lines += _fidelity(targets)
     name = targets[0]["name"] if targets else "LAYER"
@@ -88,6 +89,72 @@ def card(info: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def model_card(
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    teachers: Mapping[str, Any],
+    licences: Sequence[str],
+    metrics: Mapping[str, float],
+) -> str:
+    """The card of a trained model in Markdown.
+
+    Args:
+        config: the `config.json` beside its weights.
+        metadata: the metadata of its weights.
+        teachers: by layer, name, licence and digest of the teacher's weights; may be empty.
+        licences: the licences of the teachers.
+        metrics: the last line of the run's metrics; may be empty.
+    """
+    name = config.get("architecture") or config.get("factory") or "model"
+    pixels = config.get("pretrained_cfg", config)
+    lines = [
+        "---",
+        *_license_lines(licences),
+        "library_name: timm",
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        "- tinymim",
+        "- timm",
+        "---",
+        "",
+        f"# {_cell(name)}, made by {_cell(metadata.get('made_by', 'tinymim'))}",
+        "",
+        "    timm.create_model('hf-hub:OWNER/NAME', pretrained=True)",
+        "",
+        f"Pixels: mean {pixels.get('mean')}, std {pixels.get('std')}, for values in 0..1.",
+        "",
+        "## Teachers and licences",
+        "",
+        *(
+            f"- layer `{_cell(layer)}`: {_cell(own.get('name'))} (sha256 {_cell(own.get('weights_sha256'))[:16]}), "
+            f"licence **{_cell(own.get('license'))}**"
+            for layer, own in teachers.items()
+        ),
+        *(
+            []
+            if teachers
+            else [f"- licence of what it was made from: {_cell('; '.join(licences) or 'made from none')}"]
+        ),
+        "",
+        f"Cache spec {_cell(metadata.get('cache_spec_id', 'none'))}, layers "
+        f"{_cell(metadata.get('layer_spec_id', 'none'))}, {_cell(metadata.get('steps', 'unknown'))} steps.",
+        "",
+    ]
+    if metrics:
+        rows = [[_cell(name), format_value(value)] for name, value in metrics.items()]
+        lines += ["## Last metrics", "", *markdown_table(["metric", "value"], rows), ""]
+    if recipe := metadata.get("recipe"):
+        lines += ["## Recipe", "", *(f"    {line}" for line in recipe.splitlines()), ""]
+    return "\n".join(lines)
+
+
+def _license_lines(licenses: Sequence[str]) -> list[str]:
+    """The front matter of the licences: hubs know few names, the others are `other`."""
+    known = licenses[0].lower() if len(licenses) == 1 and licenses[0].lower() in _LICENSES else "other"
+    named = [f"license_name: {_quoted('; '.join(licenses))}"] if known == "other" and licenses else []
+    return [f"license: {known}", *named]
 
 
 def _fidelity(layers: list[Mapping[str, Any]]) -> list[str]:

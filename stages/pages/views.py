@@ -100,7 +100,7 @@ def sheet(rows: Sequence[ImageRow]) -> bytes:
             axes.set_title(f"view {cell.number}{', flipped' if flip else ''}", fontsize=7, color=colour, loc="left")
             lines = [step.operation for step in cell.steps]
             if cell.mix is not None:
-                lines.append(f"{mix_text(cell.mix)} + {_short(cell.partner or '', 20)}")
+                lines.append(f"{mix_text(cell.mix)} + {short(cell.partner or '', 20)}")
                 if cell.mix.box is not None:
                     top, left, height, width = cell.mix.box
                     axes.add_patch(

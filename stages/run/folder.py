@@ -10,13 +10,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from tinymim.configs.errors import first_line, naming
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import RunRecipe
 from tinymim.pipeline.decode import environment
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.run.loggers import BOARD_NAME as BOARD_NAME
+from tinymim.stages.run.loggers import close_all, log_to, open_loggers
 from tinymim.stages.run.progress import Phase, ProgressFiles
 from tinymim.stages.run.sessions import Session, device_name
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
@@ -30,7 +31,6 @@ AUDIT_NAME = "audit.jsonl"  # of train-student: its student audits
 SESSIONS_NAME = "sessions.jsonl"
 LOG_NAME = "log.txt"  # messages, with times
 STATUS_NAME = "status.json"  # the status of the process that wrote last
-BOARD_NAME = "tensorboard"  # a folder
 
 # Weights; each of these files has a folder of its name without the suffix beside it, for timm.
 STUDENT_NAME = "student.safetensors"  # train-student
@@ -61,6 +61,7 @@ class RunFolder:
     def __init__(self, recipe: RunRecipe, first_step: int | None = 0, devices: float = 1.0) -> None:
         self.path: Path = recipe.run.folder
         write_provenance(recipe)
+        self._loggers = open_loggers(recipe, first_step)
         self.session = Session(self.path / SESSIONS_NAME, device_name(recipe.run), devices, first_step == 0)
         metrics = self.path / METRICS_NAME
         if first_step is not None:
@@ -68,8 +69,6 @@ class RunFolder:
             # A resumed run has done the audit of its first step. A run from scratch may start from other weights.
             _drop_from(self.path / AUDIT_NAME, first_step + 1 if first_step else 0)
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._board = SummaryWriter(str(self.path / BOARD_NAME), purge_step=first_step or None)
-
         self._progress = ProgressFiles(self.path / LOG_NAME, self.path / STATUS_NAME)
 
     def __enter__(self) -> "RunFolder":
@@ -80,20 +79,19 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with naming(self.path), contextlib.ExitStack() as last:  # in reverse order, each although another fails
-            last.callback(self._board.close)
+            last.callback(close_all, self._loggers, error is not None)
             last.callback(self._metrics.close)
             last.callback(self.session.tick, last=True)
             last.callback(self._progress.__exit__, kind, error, trace)
             last.callback(self._progress.end, *_outcome(error))
 
     def log(self, step: int, **values: float) -> None:
-        """Append a line {"step": step, ...} to the metrics, and the same scalars to TensorBoard."""
+        """Append a line {"step": step, ...} to the metrics, and the same scalars to the recipe's loggers."""
         with naming(self.path / METRICS_NAME):
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()
         self.session.tick()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        log_to(self._loggers, step, values)
 
 
 def _outcome(error: BaseException | None) -> tuple[Phase, str]:

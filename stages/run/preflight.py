@@ -22,9 +22,10 @@ from tinymim.configs.schema import (
     RunRecipe,
     TrainStudentRecipe,
 )
-from tinymim.models.files import HUB, RANDOM, weights_file
+from tinymim.models.files import FACTORY, HUB, RANDOM, weights_file
 from tinymim.pipeline.shards import require_shards
 from tinymim.pipeline.workers import start_server
+from tinymim.stages.run.loggers import require_loggers
 from tinymim.storage.catalog import resolve
 
 RANDOM_WEIGHTS_HINT = "{}; or measure with --random-weights"
@@ -41,11 +42,13 @@ def preflight(recipe: Recipe) -> None:
     Raises:
         RecipeError: run.folder cannot be a folder, or a step of a chain is wrong.
         PermissionError: run.folder cannot be written.
+        UserError: the package of a logger is not installed.
         SourceError, CheckpointError, UserError, StoreError: from `require_inputs`.
     """
     if isinstance(recipe, ChainRecipe):
         preflight(load_steps(recipe)[0])
         return
+    require_loggers(recipe)
     require_inputs(recipe)
     _require_folder(recipe.run.folder)
     _start_workers(recipe)
@@ -138,7 +141,7 @@ def hinted(kind: type[TinymimError], hint: str) -> Iterator[None]:
 
 
 def _require_weights(weights: str) -> None:
-    if weights != HUB:
+    if weights not in (HUB, FACTORY):
         weights_file(weights)
 
 

@@ -158,9 +158,12 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     # The order of samples has an identity of its own, with the images and views in use, so a cache may grow. A layer's
     # content decides, not its name.
     free |= {"num_views": True, "on_missing": True, "layer": True, "layers": True, "targets": True}
-    free["run"] = {"folder", "device", "threads", "log_every"}
+    free["run"] = {"folder", "device", "threads", "log_every", "loggers"}
     if recipe.ema is None:
         free["ema"] = True  # keeps the identity of states that are older than the field, as for `targets`
+    for part in ("student", "model"):
+        if (model := getattr(recipe, part, None)) is not None and model.factory is None:
+            free[part] = {"factory", "args"}
     fields = recipe.model_dump(mode="json", exclude=free)
     if isinstance(recipe, TrainStudentRecipe):
         fields |= _terms_identity([layer for _, layer in recipe.each_layer()])

@@ -15,8 +15,8 @@ from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
-from tinymim.models.student import StudentModel, pool_side, pooled_shapes, shapes_of
-from tinymim.models.vit import build_student, count_parameters
+from tinymim.models.student import StudentModel, build_student, pool_side, pooled_shapes, shapes_of
+from tinymim.models.vit import count_parameters
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource
@@ -70,7 +70,7 @@ def make_students(
             check_student_fits(own.student, term)
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
-        vit = build_student(own.student, drop_path=own.drop_path)
+        vit = build_student(own.student, own.drop_path)
         shapes = shapes_of(vit)
         pools = [pool_side(shapes, term.shapes) for term in terms]
         heads = [

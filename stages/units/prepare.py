@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from tinymim.configs.codecs import codec_parameters
 from tinymim.configs.place import joined
@@ -34,12 +35,13 @@ class Prepared(NamedTuple):
     layers: dict[str, Layer]  # by name
 
 
-def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepared:
+def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None, model: nn.Module | None = None) -> Prepared:
     """Open the source, load the teacher and make manifest and layers; writes nothing.
 
     Args:
         recipe: the cache recipe.
         source: its shards, if they are open already.
+        model: the teacher itself, instead of the one that the recipe names.
 
     Raises:
         RecipeError: views, teacher and codec do not fit one another.
@@ -52,7 +54,7 @@ def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None) -> Prepa
     require_view_size(recipe.views.size, recipe.teacher, "teacher")
     source = open_shards(recipe.source) if source is None else source
     kinds = {name: make_kind(*target) for name, target in recipe.layers.items()}
-    teacher = Teacher(recipe.teacher, {tap for kind in kinds.values() for tap in kind.taps}).to(device)
+    teacher = Teacher(recipe.teacher, {tap for kind in kinds.values() for tap in kind.taps}, model).to(device)
     manifest = make_manifest(recipe, source)
     layers = {name: make_layer(name, target, manifest, teacher, kinds[name]) for name, target in recipe.layers.items()}
     return Prepared(device, source, kinds, teacher, manifest, layers)

@@ -1,24 +1,11 @@
-"""tinymim as a library: the targets of a cache in your own training loop, with the teacher not loaded.
-
-    import tinymim
-
-    cache = tinymim.open_cache("caches/mine")
-    loader = cache.loader("shards/mine", batch_size=64)
-    head = cache.head("mae", student)
-    for batch in loader:
-        answers = {"mae": head(student.forward_features(batch.images()))}
-        loss = sum(cache.losses(answers, batch).values())
-
-`tinymim cache info` lists the names of the layers, here `mae`. `tinymim train-student` is made of the same parts. Code
-is never loaded from a cache.
+"""An opened cache: what it holds, its loader, heads and losses; and writing one with a teacher of one's own.
 
 Shapes: B view, S pixel, T token, C width.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,30 +13,26 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from timm.models import VisionTransformer
-from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch import Tensor, nn
 
+from tinymim.api.loader import Batch, Loader
 from tinymim.configs.codecs import TargetsConfig
-from tinymim.configs.errors import RecipeError, TinymimError, UserError
+from tinymim.configs.errors import RecipeError, UserError
+from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.configs.sections import LoaderConfig, OrderConfig, Section, SourceConfig, VerifyConfig
 from tinymim.configs.taps import Shapes
+from tinymim.models.custom import WithTaps, own_shapes
 from tinymim.models.student import shapes_of
-from tinymim.models.vit import Normalise
-from tinymim.pipeline.dataset import ViewBatch
-from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.pairs import soft_labels
-from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import CachedSource, ReplayedViews, join, partners_of_source
 from tinymim.pipeline.shards import open_shards
+from tinymim.stages import cache_teacher
 from tinymim.stages.cache.info import describe
 from tinymim.stages.cache.opened import opened_kind
 from tinymim.storage.catalog import resolve
 from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader, Coverage, views_from_zero
 from tinymim.targets.contract import Answers, Labels, Target, TargetHead, TargetKind
-
-__all__ = ["Batch", "Loader", "Shapes", "TeacherCache", "TinymimError", "UserError", "open_cache"]
 
 _S = TypeVar("_S", bound=Section)
 
@@ -73,146 +56,99 @@ def open_cache(place: str | Path, targets: Mapping[str, Mapping[str, Any]] | Non
     return TeacherCache(reader, chosen)
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B views with the cache's records of them.
-
-    Attributes:
-        pixels: uint8 [B, 3, S, S], exactly the pixels that the teacher saw.
-        keys: the B sample keys.
-        views: int64 [B], the view indices.
-        view_keys: int64 [B], the identities that seed every draw about a view.
-        labels: int64 [B], -1 for an image without a label.
-        partner_labels: int64 [B], labels of the images that mixed views are mixed with; else the own ones.
-        shares: float32 [B], the share of a view's own image; 1 where it is unmixed.
-        records: by layer and name, the stored arrays, first axis B.
-    """
-
-    pixels: Tensor
-    keys: list[str]
-    views: Tensor
-    view_keys: Tensor
-    labels: Tensor
-    partner_labels: Tensor
-    shares: Tensor
-    records: dict[str, dict[str, Tensor]]
-    _decode: Callable[[str, "Batch"], Target] = field(repr=False)
-
-    @cached_property
-    def targets(self) -> dict[str, Target]:
-        """The decoded targets by layer, computed at first use on the batch's device; `TeacherCache.losses` takes them.
-
-        Raises:
-            CacheMismatch: another codec wrote a layer.
-        """
-        return {layer: self._decode(layer, self) for layer in self.records}
-
-    def images(self) -> Tensor:
-        """The pixels as float32 [B, 3, S, S], normalised by ImageNet's mean and std as students expect them."""
-        images: Tensor = Normalise().to(self.pixels.device)(self.pixels)
-        return images
-
-    def soft_labels(self, num_classes: int) -> Tensor:
-        """Targets for cross entropy, float32 [B, K]: mixed like the pixels, zero for an image without a label."""
-        return soft_labels(self.labels, self.partner_labels, self.shares, num_classes)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """A copy on a device. Records are small, so move a batch before its targets are decoded."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            pixels=moved(self.pixels),
-            views=moved(self.views),
-            view_keys=moved(self.view_keys),
-            labels=moved(self.labels),
-            partner_labels=moved(self.partner_labels),
-            shares=moved(self.shares),
-            records={layer: {name: moved(a) for name, a in arrays.items()} for layer, arrays in self.records.items()},
-        )
-
-
-class Loader(IterableDataset[Batch]):
-    """Batches of cached views in a fixed order; `TeacherCache.loader` makes it.
-
-    One iteration is the rest of the current epoch, and the next one continues after it, also after a `break`. The order
-    depends on the seed alone, not on workers or ranks. Workers are inside; if a library wants a DataLoader, use
-    `DataLoader(loader, batch_size=None)` without workers.
-
-    Attributes:
-        images: number of images in use.
-        num_views: number of views per image in use.
-        layers: names of the layers in use.
-        skipped: names of the shards that were left out.
-    """
-
-    def __init__(
-        self,
-        views: ReplayedViews,
-        order: SampleOrder,
-        config: LoaderConfig,
-        pin_memory: bool,
-        decode: Callable[[str, Batch], Target],
-    ) -> None:
-        self._views, self._order, self._config = views, order, config
-        self._pin_memory, self._decode = pin_memory, decode
-        source = views.source
-        self.images, self.num_views, self.layers = sum(source.counts), source.num_views, tuple(source.layers)
-        self.skipped = source.skipped
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        return self._order.steps_per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches up to the end of the epoch.
-
-        Raises:
-            ViewMismatch: pixels differ from those the teacher saw.
-            SourceError: an image that the cache holds is gone or unreadable.
-            CacheCorrupt: bytes of the cache changed.
-        """
-        order = self._order
-        stream = batches(
-            self._views.pixels,
-            order.plan((order.step // len(self) + 1) * len(self)),
-            self._config,
-            pin_memory=self._pin_memory,
-            batches_per_entry=order.order.views_per_decode,
-            rank_part=self._views,
-        )
-        with contextlib.closing(stream):  # ends the workers, also after a break
-            for batch in stream:
-                order.step += 1
-                yield self._batch(batch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, equal on every rank. The batch that the loop holds counts as done."""
-        return self._order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batches of `state`, which may come from another number of ranks or workers.
-
-        Raises:
-            CheckpointError: the state belongs to another order: other images, batch size, views or seed.
-        """
-        self._order.load_state_dict(state)
-
-    def _batch(self, batch: ViewBatch) -> Batch:
-        records = {layer: of_layer(batch.records, layer) for layer in self.layers}
-        views = torch.from_numpy(batch.items[:, 2].copy())
-        labels = batch.labels, *batch.partner_labels()
-        return Batch(batch.pixels, batch.keys, views, batch.view_keys, *labels, records, self._decode)
-
-
 class TeacherCache:
     """A cache opened for reading; `open_cache` makes it. Units that are committed later are not seen."""
 
     def __init__(self, reader: CacheReader, targets: Mapping[str, TargetsConfig]) -> None:
         self._reader, self._targets = reader, targets
         self._kinds: dict[tuple[str, torch.device], TargetKind] = {}
+
+    @classmethod
+    def write(
+        cls,
+        place: str | Path,
+        model: nn.Module,
+        source: str | Path,
+        *,
+        codec: Mapping[str, Any] | None = None,
+        block: int = 1,
+        taps: Callable[[nn.Module, Tensor, Sequence[str]], Mapping[str, Any]] | None = None,
+        shapes: Shapes | None = None,
+        views: Mapping[str, Any] | None = None,
+        num_views: int = 2,
+        layer: str | None = None,
+        name: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        batch_size: int = 64,
+        workers: int = 2,
+        device: str = "auto",
+        run_folder: str | Path | None = None,
+    ) -> "TeacherCache":
+        """Write a layer of a cache with a teacher of your own, and open the cache.
+
+        It works as `tinymim cache-teacher`: a stopped call resumes, several processes share the work, and a teacher
+        with other weights is refused. The model itself is not changed.
+
+        Args:
+            place: the folder or URL of the cache, new or with the same views.
+            model: a timm ViT, a module with `forward_taps` and `shapes`, or any module with `taps`.
+            source: the folder or URL of the shards.
+            codec: the fields of a recipe's `codec` section, such as `{"kind": "features"}`. Default: a sketch.
+            block: the block that the codec reads; it is N in names of taps such as "tokens@N".
+            taps: a function of the model, normalised images [B, 3, S, S] and names of taps, which returns tensors by
+                name, as `forward_taps` does. Needs `shapes`. Its code is not part of the teacher's identity.
+            shapes: the sizes of the tensors that `taps` returns.
+            views: the fields of a recipe's `views` section, such as `{"size": 224}`.
+            num_views: views per image.
+            layer: the name of the layer. Default: made of name, block and codec.
+            name: a label of the teacher. Default: the name of its class.
+            mean, std: of the pixels (0..1) that the model expects. Default: those of its `pretrained_cfg`.
+            precision: precision of the forward pass.
+            batch_size: images per batch.
+            workers: loader processes; 0: load in this process.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            run_folder: the folder of logs and metrics. Default: the cache's folder with `-run` at its end.
+
+        Raises:
+            RecipeError: fields are wrong, or the model does not give what the codec reads.
+            CacheMismatch: the cache was made from other views, shards or weights.
+            UserError: anything else that `tinymim cache-teacher` refuses.
+        """
+        if (taps is None) != (shapes is None):
+            raise UserError("taps and shapes belong together", got=f"shapes {shapes}", hint="give both, or neither")
+        kind = type(model)
+        label = name or kind.__name__
+        own = {
+            "name": label,
+            "factory": f"{kind.__module__}:{re.sub(r'[^A-Za-z0-9_.]', '_', kind.__qualname__)}",
+            "img_size": (views or {}).get("size", 224),
+            "block": block,
+            "precision": precision,
+            "mean": mean,
+            "std": std,
+        }
+        if run_folder is None and isinstance(place, str) and "://" in place:
+            raise UserError("a cache at a URL needs a local folder for its logs", got=place, hint="give run_folder")
+        fields = {
+            "stage": "cache-teacher",
+            "source": {"shards": source},
+            "views": dict(views or {}),
+            "num_views": num_views,
+            "teacher": own,
+            "codec": dict(codec or {}),
+            "cache": place,
+            "layer": layer,
+            "batch_size": batch_size,
+            "loader": {"workers": workers},
+            "run": {"folder": run_folder or f"{place}-run", "device": device},
+        }
+        teacher = copy.deepcopy(model)  # it is cut, frozen and cast
+        if taps is not None and shapes is not None:
+            teacher = WithTaps(teacher, taps, shapes)
+        cache_teacher.run(_section(CacheTeacherRecipe, "the recipe", fields), teacher)
+        return open_cache(place)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -317,25 +253,27 @@ class TeacherCache:
         views = ReplayedViews(reader, reader.manifest, joined, arrays, verify, lanes, order.slices_per_lane)
         return Loader(views, order, config, pin_memory, self._decode)
 
-    def head(self, layer: str, student: VisionTransformer | Shapes) -> TargetHead:
+    def head(self, layer: str, student: nn.Module | Shapes) -> TargetHead:
         """A new head, which maps a student's final tokens [B, T, C] to answers. Train it, and drop it afterwards.
 
         Its weights come from torch's global generator; call `torch.manual_seed` before it.
 
         Args:
             layer: the name of a layer.
-            student: timm's VisionTransformer, or the sizes of another model.
+            student: timm's VisionTransformer, a module with `shapes`, or the sizes of another model.
 
         Raises:
             CacheMismatch: the student's tokens are not the teacher's.
             RecipeError: the kind of target cannot compare a student of this width.
-            UserError: there is no such layer, or `student` is neither of the two.
+            UserError: there is no such layer, or `student` is none of the three.
         """
         teacher = self._reader.layer(layer).shapes
         if isinstance(student, VisionTransformer):
             own = shapes_of(student)
         elif isinstance(student, Shapes):
             own = student
+        elif (stated := own_shapes(student)) is not None:
+            own = stated
         else:
             raise UserError(
                 "the sizes of this student are unknown",
@@ -367,13 +305,16 @@ class TeacherCache:
         for layer, own in answers.items():
             kind = self._kind(layer, batch.view_keys.device)
             classes, labels = kind.label_classes, batch.labels
-            if classes and not bool(((labels >= 0) & (labels < classes)).all()):
+            both = torch.cat([labels, batch.partner_labels])
+            if classes and not bool(((both >= 0) & (both < classes)).all()):
                 raise UserError(
                     f"an image of the batch has no label of the {classes} classes of layer {layer}",
-                    got=f"labels {int(labels.min())} to {int(labels.max())}, where -1 is none",
+                    got=f"labels {int(both.min())} to {int(both.max())}, where -1 is none",
                     hint="leave label_weight out of the layer's targets, or use labelled shards",
                 )
-            losses = kind.losses(own, batch.targets[layer]) | kind.label_losses(own, Labels.hard(labels))
+            losses = kind.losses(own, batch.targets[layer]) | kind.label_losses(
+                own, Labels(labels, batch.partner_labels, batch.shares)
+            )
             for name, loss in losses.items():
                 found[f"{layer}/{kind.measure}_{name}"] = loss.mean()
         return found
