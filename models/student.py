@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.sections import ModelConfig
