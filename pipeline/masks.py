@@ -13,6 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tinymim.configs.sections import MaskConfig
+from tinymim.pipeline.dataset import ViewBatch
+
 MASKS_VERSION = 1  # another one where a mask hides other patches: states of the old one are not resumed
 
 
@@ -40,3 +43,30 @@ def mask_orders(seed: int, named: Iterable[tuple[str, int]], rows: int, columns:
     """`mask_order` of B views, given as (sample key, view index): int64 [B, rows * columns]."""
     found = [mask_order(seed, key, view, rows, columns, unit) for key, view in named]
     return torch.from_numpy(np.stack(found))
+
+
+def visible_patches(
+    mask: MaskConfig | None, batch: ViewBatch, grid: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """The visible patches of every view of a batch: int64 [B, M], raster-order numbers, ascending.
+
+    Args:
+        mask: the law of masks.
+        batch: one view or more.
+        grid: rows and columns of patches.
+        device: where the result is wanted; a GPU is not waited for.
+
+    Returns:
+        None without a mask.
+
+    Raises:
+        RecipeError: the mask does not fit the grid.
+    """
+    if mask is None:
+        return None
+    named = zip(batch.keys, batch.items[:, 2].tolist(), strict=True)
+    orders = mask_orders(mask.seed, named, *grid, mask.unit)
+    visible = mask.num_visible(*grid)
+    found = (orders < visible).nonzero()[:, 1].view(-1, visible)
+    # Memory that is not pinned is copied before `to` returns.
+    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)

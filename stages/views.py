@@ -122,7 +122,7 @@ def _mask_law(recipe: CacheTeacherRecipe | PretrainMaeRecipe) -> Callable[[str, 
     encoder = build_vit(recipe.model)
     MaskedAutoencoder(encoder, recipe.mae)  # refuses a ratio or unit that does not fit
     rows, columns = backbone.grid(encoder)
-    visible, seed, unit = recipe.mae.num_visible(rows * columns), recipe.run.seed, recipe.mae.mask_unit
+    visible, seed, unit = recipe.mae.num_visible(rows, columns), recipe.run.seed, recipe.mae.mask_unit
 
     def hidden(key: str, view: int) -> Mask:
         return (mask_order(seed, key, view, rows, columns, unit) >= visible).reshape(rows, columns)

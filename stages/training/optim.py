@@ -160,6 +160,7 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     free["run"] = {"folder", "device", "threads", "log_every"}
     if recipe.ema is None:
         free["ema"] = True  # keeps the identity of states that are older than the field, as for `targets`
+    free |= {name: True for name in ("mask", "mim") if getattr(recipe, name, None) is None}
     fields = recipe.model_dump(mode="json", exclude=free)
     if isinstance(recipe, TrainStudentRecipe):
         fields |= _terms_identity([layer for _, layer in recipe.each_layer()])

@@ -103,10 +103,13 @@ def test_all_patches_in_another_order_are_the_same_tokens(name: str) -> None:
     assert isinstance(vit, VisionTransformer)
     images, order = torch.randn(2, 3, 32, 32), torch.stack([torch.randperm(16), torch.randperm(16)])
     whole = vit.forward_features(images)
-    seen = backbone.tokens_of_patches(vit, images, order)
+    with backbone.seeing(vit, order):
+        seen = vit.forward_features(images)
     torch.testing.assert_close(seen[:, :1], whole[:, :1])
     torch.testing.assert_close(seen[:, 1:], backbone.take(whole[:, 1:], order))
-    assert backbone.tokens_of_patches(vit, images, order[:, :5]).shape == (2, 6, 24)
+    with backbone.seeing(vit, order[:, :5]):
+        assert vit.forward_features(images).shape == (2, 6, 24)
+    assert torch.equal(vit.forward_features(images), whole)
 
 
 def test_what_a_model_lacks_is_refused() -> None:
