@@ -37,6 +37,7 @@ from tinymim.models.student import shapes_of
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.loader import batches
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
@@ -321,6 +322,7 @@ class TeacherCache:
         teacher = self._reader.layer(layer).shapes
         if isinstance(student, VisionTransformer):
             own = shapes_of(student)
+            own = replace(own, tokens=own.prefix_tokens + teacher.visible) if teacher.masked else own
         elif isinstance(student, Shapes):
             own = student
         else:
@@ -331,6 +333,22 @@ class TeacherCache:
                 hint="give tinymim.Shapes(heads, head_dim, tokens, prefix_tokens, grid) of its final tokens",
             )
         return self._kind(layer).head(own, teacher)
+
+    def visible(self, layer: str, batch: Batch) -> Tensor | None:
+        """The patches that a masked layer's teacher saw: int64 [B, M], raster-order numbers, ascending.
+
+        A student runs on these patches alone, so that its tokens are [B, P + M, C], with P its prefix tokens.
+
+        Args:
+            layer: the name of a layer.
+            batch: a batch of the loader.
+
+        Returns:
+            None where the teacher saw whole views.
+        """
+        held = self._reader.layer(layer)
+        named = zip(batch.keys, batch.views.tolist(), strict=True)
+        return visible_patches(held.mask, named, held.shapes.grid, batch.pixels.device)
 
     def losses(self, answers: Mapping[str, Answers], batch: Batch) -> dict[str, Tensor]:
         """The losses as scalars, means over views and parts. Their names are `layer/loss`.

@@ -42,6 +42,11 @@ class ViewBatch:
     view_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def named(self) -> list[tuple[str, int]]:
+        """(sample key, view index) of every view."""
+        return list(zip(self.keys, self.items[:, 2].tolist(), strict=True))
+
     def digests(self) -> Tensor:
         """int64 [B]: the 64-bit digest of every view's pixels."""
         return torch.tensor([pixel_digest(view) for view in self.pixels], dtype=torch.int64)

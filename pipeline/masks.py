@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.sections import MaskConfig
-from tinymim.pipeline.dataset import ViewBatch
 
 MASKS_VERSION = 1  # another one where a mask hides other patches: states of the old one are not resumed
 
@@ -46,13 +45,13 @@ def mask_orders(seed: int, named: Iterable[tuple[str, int]], rows: int, columns:
 
 
 def visible_patches(
-    mask: MaskConfig | None, batch: ViewBatch, grid: tuple[int, int], device: torch.device
+    mask: MaskConfig | None, named: Iterable[tuple[str, int]], grid: tuple[int, int], device: torch.device
 ) -> Tensor | None:
-    """The visible patches of every view of a batch: int64 [B, M], raster-order numbers, ascending.
+    """The visible patches of B views, int64 [B, M]: raster-order numbers, ascending.
 
     Args:
         mask: the law of masks.
-        batch: one view or more.
+        named: the views, one or more, as (sample key, view index).
         grid: rows and columns of patches.
         device: where the result is wanted; a GPU is not waited for.
 
@@ -64,7 +63,6 @@ def visible_patches(
     """
     if mask is None:
         return None
-    named = zip(batch.keys, batch.items[:, 2].tolist(), strict=True)
     orders = mask_orders(mask.seed, named, *grid, mask.unit)
     visible = mask.num_visible(*grid)
     found = (orders < visible).nonzero()[:, 1].view(-1, visible)

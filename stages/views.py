@@ -117,7 +117,7 @@ def _row(
 def _mask_law(recipe: CacheTeacherRecipe | PretrainMaeRecipe) -> Callable[[str, int], Mask | None]:
     """The hidden patches of a view, bool [rows, columns]; None where the recipe has no mask."""
     if not isinstance(recipe, PretrainMaeRecipe):
-        return lambda key, view: None
+        return lambda key, view: None  # each layer of a cache may have a mask of its own
     require_view_size(recipe.views.size, recipe.model, "model")
     encoder = build_vit(recipe.model)
     MaskedAutoencoder(encoder, recipe.mae)  # refuses a ratio or unit that does not fit

@@ -59,7 +59,7 @@ class AuditBatch:
         self._kind, self.term, self._place = kind, term, place
         batch = _first_views(config, reader, audited, kind)
         self._images = Normalise()(batch.pixels)
-        self._kept = visible_patches(audited.mask, batch, audited.shapes.grid, CPU)
+        self._kept = visible_patches(audited.mask, batch.named, audited.shapes.grid, CPU)
         records = of_layer(batch.records, audited.name)
         self._parts = [
             kind.decode({name: array[some] for name, array in records.items()}, batch.view_keys[some], audited.shapes)

@@ -112,7 +112,7 @@ def run(
                     tally.add_example(f"image '{key}' is unreadable: {reason}")
                 if len(kept):
                     _compare_pixels(batch, stored.digests[kept], info, tally)
-                    patches = visible_patches(recipe.masks[layer_name], batch, teacher.grid, device)
+                    patches = visible_patches(recipe.masks[layer_name], batch.named, teacher.grid, device)
                     tapped = teacher(batch.pixels.to(device), taps=kind.taps, kept=patches)
                     for name, values in kind.encode(tapped, batch.view_keys.to(device)).items():
                         _compare_array(prefix + name, values.cpu().numpy(), stored.arrays.get(name), kept, tally)

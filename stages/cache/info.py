@@ -238,6 +238,8 @@ def _layer_lines(layer: Mapping[str, Any]) -> list[str]:
         f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {teacher['license']}",
         f"codec     {target['name']} version {target['version']}: {parameters}",
     ]
+    if mask := target.get("mask"):
+        lines.append("mask      " + ", ".join(f"{name} {format_value(value)}" for name, value in mask.items()))
     return lines + (_fidelity_lines(layer["fidelity"]) if layer["fidelity"] else [])
 
 

@@ -137,7 +137,7 @@ class _StageOne:
     def _seen_by(self, teacher: Teacher, mask: MaskConfig | None) -> Tapped:
         """A teacher's tensors for the first views."""
         device = self.prepared.device
-        kept = visible_patches(mask, self.first, teacher.grid, device)
+        kept = visible_patches(mask, self.first.named, teacher.grid, device)
         tapped: Tapped = teacher(self.first.pixels.to(device), kept=kept)
         return tapped
 

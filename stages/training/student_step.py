@@ -140,7 +140,7 @@ class StudentStep:
         for stream in self.streams.values():
             stream.take(step, batch)
         wanted = {(each.grid, each.learner.device) for each in self.students}
-        self._kept = {place: visible_patches(self.recipe.mask, batch, *place) for place in wanted}
+        self._kept = {place: visible_patches(self.recipe.mask, batch.named, *place) for place in wanted}
 
     def add(self, step: int, part: Part) -> None:
         """Add the gradients of a part of the batch."""

@@ -124,7 +124,7 @@ def calibrated(
             batch = views.batch(items[start : start + batch_size])
             count += len(batch.keys)
             if batch.keys:
-                kept = visible_patches(mask, batch, teacher.grid, device)
+                kept = visible_patches(mask, batch.named, teacher.grid, device)
                 yield teacher(batch.pixels.to(device), taps=kind.taps, kept=kept)
         if not count:
             raise SourceError("none of the images to calibrate the codec on can be read", got=f"{len(items)} images")

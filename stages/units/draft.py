@@ -92,7 +92,7 @@ def encode(
     view_keys = batch.view_keys.to(device, non_blocking=True)
     used = {layer: kinds[layer] for layer in piece.layers}
     own_mask = {layer: (masks or {}).get(layer) for layer in used}
-    kept = {mask: visible_patches(mask, batch, teacher.grid, device) for mask in own_mask.values()}
+    kept = {mask: visible_patches(mask, batch.named, teacher.grid, device) for mask in own_mask.values()}
     marks = Marks(device)
     marks.mark()
     seen: dict[MaskConfig | None, Tapped] = {}

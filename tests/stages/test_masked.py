@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from tinymim.api import open_cache
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import MaskConfig
@@ -29,8 +30,8 @@ from tinymim.tests.stages.tiny import (
     copied,
     losses,
     signal_in_step,
-    stored,
     student_recipe,
+    tree,
 )
 
 MASK = {"ratio": 0.75, "unit": 1, "seed": 3}
@@ -91,24 +92,26 @@ def reference_attention(root: Path, pixels: torch.Tensor, kept: list[int]) -> to
 
 
 def test_a_record_holds_the_teacher_s_answer_for_visible_patches_alone(made: Path) -> None:
-    from tinymim.api import open_cache
-
     layer = CacheReader(made / "masked").layer("attn")
     assert (layer.shapes.tokens, layer.shapes.prefix_tokens, layer.shapes.grid) == (5, 1, (4, 4))
     assert layer.target["mask"] == MASK | {"version": 1} and layer.mask == MaskConfig(**MASK)  # type: ignore[arg-type]
-    batch = next(iter(open_cache(made / "masked").loader(made / "shards", batch_size=8, workers=0, layers=["attn"])))
+    cache = open_cache(made / "masked")
+    batch = next(iter(cache.loader(made / "shards", batch_size=8, workers=0, layers=["attn"])))
+    patches = cache.visible("attn", batch)
+    assert patches is not None and cache.visible("whole", batch) is None
     logits = batch.records["attn"]["logits"]
     assert logits.shape == (8, 2, 5, 5)
     for row, (key, view) in enumerate(zip(batch.keys, batch.views.tolist(), strict=True)):
         wanted = reference_attention(made, batch.pixels[row], visible(key, view))
+        assert patches[row].tolist() == visible(key, view)
         torch.testing.assert_close(logits[row].double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_of_one_pass_are_those_of_a_run_alone_and_unmasked_ones_do_not_change(made: Path, home: Path) -> None:
     """Also with another batch size: a record does not depend on the batch around it."""
     for name, own in LAYERS.items():
-        cache_teacher.run(cache_recipe(home, layer=name, cache=home / "masked", batch_size=12, **own))
-    ours, theirs = CacheReader(made / "masked"), CacheReader(home / "masked")
+        cache_teacher.run(cache_recipe(home, layer=name, cache=home / "apart", batch_size=12, **own))
+    ours, theirs = CacheReader(made / "masked"), CacheReader(home / "apart")
     assert {name: layer.spec_id for name, layer in ours.layers.items()} == {
         name: layer.spec_id for name, layer in theirs.layers.items()
     }
@@ -124,11 +127,10 @@ def test_layers_of_one_pass_are_those_of_a_run_alone_and_unmasked_ones_do_not_ch
 
 
 def test_the_masked_layer_s_audit_compares_a_masked_student(home: Path) -> None:
-    cache_teacher.run(masked_cache(home, audit_views=6, targets={"attn": LAYERS["attn"]}))
-    [info, *_] = CacheReader(home / "masked").units("attn")
-    assert info.audit is not None
-    assert info.audit["views"] == 6
-    assert max(map(abs, info.audit["attention"]["relative_error"])) < 1e-9  # the dense record is the target
+    cache_teacher.run(masked_cache(home, cache=home / "new", audit_views=6, targets={"attn": LAYERS["attn"]}))
+    [info, *_] = CacheReader(home / "new").units("attn")
+    found = info.statistics["fidelity"]
+    assert found["views"] == 6 and found["attention"]["relative_error"][0] < 1e-9  # a dense record is the target
 
 
 def test_a_deep_check_recomputes_masked_records(made: Path) -> None:
@@ -151,14 +153,13 @@ def test_a_mask_that_does_not_fit_the_teacher_is_refused(home: Path, mask: dict[
 
 
 def test_another_mask_is_another_layer(made: Path, home: Path) -> None:
-    cache_teacher.run(masked_cache(home, targets={"attn": LAYERS["attn"]}))
-    before = stored(home)
+    before = tree(home / "masked")
     for changed in ({"seed": 4}, {"ratio": 0.5}, {"unit": 2}):
         with pytest.raises(CacheMismatch, match=rf"target\.mask\.{next(iter(changed))}"):
             cache_teacher.run(masked_cache(home, targets={"attn": {"codec": DENSE, "mask": MASK | changed}}))
     with pytest.raises(CacheMismatch, match=r"target\.mask"):
         cache_teacher.run(masked_cache(home, targets={"attn": {"codec": DENSE}}))
-    assert stored(home) == before
+    assert tree(home / "masked") == before
     assert cache_recipe(home, mask=MASK).layer_name == cache_recipe(home).layer_name + "-masked"
 
 
@@ -171,14 +172,13 @@ def test_the_student_sees_the_teacher_s_patches_and_the_losses_are_logged(
     seen: dict[tuple[str, int], list[int]] = {}
     real = student_step.visible_patches
 
-    def noted(mask: Any, batch: Any, *place: Any) -> Any:
-        kept = real(mask, batch, *place)
+    def noted(mask: Any, named: Any, *place: Any) -> Any:
+        kept = real(mask, named, *place)
         assert kept is not None
-        seen.update(zip(zip(batch.keys, batch.items[:, 2].tolist(), strict=True), kept.tolist(), strict=True))
+        seen.update(zip(named, kept.tolist(), strict=True))
         return kept
 
     monkeypatch.setattr(student_step, "visible_patches", noted)
-    cache_teacher.run(masked_cache(home))
     train_student.run(recipe(home))
     assert len(seen) == STEPS * 8 and all(kept == visible(*name) for name, kept in seen.items())
     lines = read_metrics(home / "run-student")
@@ -196,7 +196,6 @@ def test_the_export_is_a_plain_timm_model(made: Path) -> None:
 
 
 def test_the_mask_of_the_layer_is_the_student_s_and_another_one_is_refused(made: Path, home: Path) -> None:
-    cache_teacher.run(masked_cache(home))
     train_student.run(recipe(home, mask=MASK))
     assert losses(home) == losses(made)
     for changed in ({"seed": 4}, {"ratio": 0.5}, {"unit": 2}, {"hide": "token"}):
@@ -217,7 +216,6 @@ def test_the_mask_of_the_layer_is_the_student_s_and_another_one_is_refused(made:
 def test_a_resumed_run_has_the_same_losses_and_another_mim_another_identity(
     made: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache_teacher.run(masked_cache(home))
     signal_in_step(student_step, 3, signal.SIGTERM, monkeypatch)
     with pytest.raises(Interrupted):
         train_student.run(recipe(home))
@@ -229,7 +227,6 @@ def test_a_resumed_run_has_the_same_losses_and_another_mim_another_identity(
 
 
 def test_parts_and_ranks_train_like_one(made: Path, home: Path) -> None:
-    cache_teacher.run(masked_cache(home))
     changes = {"layer": None, "layers": {"attn": {}, "rel": {"weight": 0.5}}, "mim": MIM | {"block": 1}}
     order = {"shuffle_units": 2, "lanes": 2}
     train_student.run(recipe(home, order=order, **changes, **elsewhere(home, "one")))
@@ -242,7 +239,6 @@ def test_parts_and_ranks_train_like_one(made: Path, home: Path) -> None:
 
 
 def test_a_painted_student_is_compared_with_a_teacher_of_whole_views(home: Path) -> None:
-    cache_teacher.run(masked_cache(home))
     painted = {"layer": "whole", "mask": MASK | {"hide": "token"}}
     train_student.run(recipe(home, **painted))
     train_student.run(recipe(home, mim=None, **painted, **elsewhere(home, "alone")))
@@ -258,7 +254,6 @@ def test_a_painted_student_is_compared_with_a_teacher_of_whole_views(home: Path)
 
 
 def test_a_masked_student_is_audited_on_its_visible_patches(home: Path) -> None:
-    cache_teacher.run(masked_cache(home))
     audit = {"cache": home / "masked", "layer": "attn", "source": {"shards": home / "shards"}, "num_images": 12}
     train_student.run(recipe(home, audit=audit))
     trained = [line["loss"] for line in read_metrics(home / "run-student") if "loss" in line]
