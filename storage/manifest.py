@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, ViewMismatch
-from tinymim.configs.sections import LAYER_NAME, MaskConfig
+from tinymim.configs.sections import LAYER_NAME, MaskConfig, Seed
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.storage.atomic import canonical_json, digest_hex
 
@@ -88,9 +88,9 @@ class _Mask(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     version: Count
-    ratio: float
-    unit: Count
-    seed: int
+    ratio: Annotated[float, Field(gt=0, lt=1)]
+    unit: Annotated[int, Field(ge=1, le=8192)]
+    seed: Seed
 
 
 class _Target(_Section):

@@ -112,7 +112,7 @@ def test_all_patches_in_another_order_are_the_same_tokens(name: str) -> None:
     assert torch.equal(vit.forward_features(images), whole)
 
 
-ROTARY = {
+ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
     "rotary": ("eva02_tiny_patch14_224", {}),
     "rotary, registers": ("vit_small_patch16_dinov3", {}),
     "rotary per block": ("vit_small_patch16_rope_mixed_224", {}),

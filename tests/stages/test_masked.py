@@ -15,7 +15,7 @@ from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import MaskConfig
 from tinymim.models.vit import Normalise
-from tinymim.pipeline.masks import mask_order
+from tinymim.pipeline.masks import mask_order, visible_patches
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.cache import deep
 from tinymim.stages.run.folder import read_audits, read_metrics
@@ -81,7 +81,7 @@ def visible(key: str, view: int) -> list[int]:
 def reference_attention(root: Path, pixels: torch.Tensor, kept: list[int]) -> torch.Tensor:
     """q k^T / sqrt(d) of block 2, written out for one view of visible patches, in float64."""
     sizes = {name: value for name, value in TEACHER.items() if name != "name"}
-    teacher = timm.create_model(TEACHER["name"], num_classes=0, **sizes).double().eval()
+    teacher: Any = timm.create_model(TEACHER["name"], num_classes=0, **sizes).double().eval()
     teacher.load_state_dict(load_file(root / "teacher.safetensors"))
     patches = teacher.patch_embed(Normalise()(pixels[None]).double())[0] + teacher.pos_embed[0, 1:]
     tokens = torch.cat([teacher.cls_token[0] + teacher.pos_embed[0, :1], patches[kept]])[None]
@@ -170,7 +170,7 @@ def test_the_student_sees_the_teacher_s_patches_and_the_losses_are_logged(
     home: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[tuple[str, int], list[int]] = {}
-    real = student_step.visible_patches
+    real = visible_patches
 
     def noted(mask: Any, named: Any, *place: Any) -> Any:
         kept = real(mask, named, *place)
@@ -190,7 +190,7 @@ def test_the_student_sees_the_teacher_s_patches_and_the_losses_are_logged(
 
 def test_the_export_is_a_plain_timm_model(made: Path) -> None:
     sizes = {name: value for name, value in STUDENT.items() if name != "name"}
-    plain = timm.create_model(STUDENT["name"], num_classes=0, **sizes)
+    plain: Any = timm.create_model(STUDENT["name"], num_classes=0, **sizes)
     plain.load_state_dict(load_file(made / "run-student" / "student.safetensors"), strict=True)
     assert plain.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 8)
 
