@@ -234,6 +234,11 @@ def test_parts_and_ranks_train_like_one(made: Path, home: Path) -> None:
     one, two = (read_metrics(home / name) for name in ("one", "two"))
     for name in ("loss", "distance_attn/attention", "kl_rel/qk", "distance_pixels"):
         np.testing.assert_allclose([line[name] for line in two], [line[name] for line in one], rtol=1e-4)
+    painted = {"layer": "whole", "mask": MASK | {"hide": "token"}, "order": order}
+    train_student.run(recipe(home, **painted, **elsewhere(home, "painted-one")))
+    train_student.run(recipe(home, workers=2, **painted, **elsewhere(home, "painted-two")))
+    one, two = (read_metrics(home / f"painted-{name}") for name in ("one", "two"))
+    np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-4)
     train_student.run(recipe(home, optim=OPTIM | {"accumulate": 2}))
     np.testing.assert_allclose(losses(home), losses(made), rtol=1e-4)
 
