@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tinymim.api import open_cache
-from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError
+from tinymim.configs.errors import CacheCorrupt, CacheMismatch, CheckpointError, RecipeError
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import MaskConfig
 from tinymim.models.vit import Normalise
@@ -22,6 +22,7 @@ from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step
 from tinymim.storage.layout import VIEWS
+from tinymim.storage.manifest import Layer
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import (
     STUDENT,
@@ -161,6 +162,19 @@ def test_another_mask_is_another_layer(made: Path, home: Path) -> None:
         cache_teacher.run(masked_cache(home, targets={"attn": {"codec": DENSE}}))
     assert tree(home / "masked") == before
     assert cache_recipe(home, mask=MASK).layer_name == cache_recipe(home).layer_name + "-masked"
+
+
+def test_a_stored_mask_that_is_damaged_or_newer_is_refused(made: Path) -> None:
+    held = CacheReader(made / "masked").layer("attn").to_json()
+    for changed in ({"ratio": 1.0}, {"ratio": "half"}, {"unit": 0}, {"seed": 2**64}, {"more": 1}, {"version": 0}):
+        target = held["target"] | {"mask": held["target"]["mask"] | changed}
+        with pytest.raises(CacheCorrupt, match=r"target\.mask"):
+            Layer.from_json(held | {"target": target}, "here")
+    newer = Layer.from_json(
+        held | {"target": held["target"] | {"mask": held["target"]["mask"] | {"version": 2}}}, "here"
+    )
+    with pytest.raises(CacheMismatch, match="mask of an unknown version"):
+        _ = newer.mask
 
 
 # ---------------------------------------------------------------- stage two
