@@ -23,6 +23,7 @@ from tinymim.configs.sections import LoaderConfig, OrderConfig, Section, SourceC
 from tinymim.configs.taps import Shapes
 from tinymim.models.custom import WithTaps, own_shapes
 from tinymim.models.student import shapes_of
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource, ReplayedViews, join, partners_of_source
 from tinymim.pipeline.shards import open_shards
@@ -270,6 +271,7 @@ class TeacherCache:
         teacher = self._reader.layer(layer).shapes
         if isinstance(student, VisionTransformer):
             own = shapes_of(student)
+            own = replace(own, tokens=own.prefix_tokens + teacher.visible) if teacher.masked else own
         elif isinstance(student, Shapes):
             own = student
         elif (stated := own_shapes(student)) is not None:
@@ -282,6 +284,22 @@ class TeacherCache:
                 hint="give tinymim.Shapes(heads, head_dim, tokens, prefix_tokens, grid) of its final tokens",
             )
         return self._kind(layer).head(own, teacher)
+
+    def visible(self, layer: str, batch: Batch) -> Tensor | None:
+        """The patches that a masked layer's teacher saw: int64 [B, M], raster-order numbers, ascending.
+
+        A student runs on these patches alone, so that its tokens are [B, P + M, C], with P its prefix tokens.
+
+        Args:
+            layer: the name of a layer.
+            batch: a batch of the loader.
+
+        Returns:
+            None where the teacher saw whole views.
+        """
+        held = self._reader.layer(layer)
+        named = zip(batch.keys, batch.views.tolist(), strict=True)
+        return visible_patches(held.mask, named, held.shapes.grid, batch.pixels.device)
 
     def losses(self, answers: Mapping[str, Answers], batch: Batch) -> dict[str, Tensor]:
         """The losses as scalars, means over views and parts. Their names are `layer/loss`.

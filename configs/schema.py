@@ -35,7 +35,9 @@ from tinymim.configs.sections import (
     LinearEvaluator,
     LoaderConfig,
     MaeConfig,
+    MaskConfig,
     Mean,
+    MimConfig,
     ModelConfig,
     Name,
     OptimConfig,
@@ -49,6 +51,7 @@ from tinymim.configs.sections import (
     Section,
     SourceConfig,
     Std,
+    StudentMaskConfig,
     TeacherConfig,
     Title,
     ValidationConfig,
@@ -123,6 +126,7 @@ class TargetConfig(Section):
 
     block: Positive | None = Field(default=None, description="Tapped block of this layer. Default: `teacher.block`.")
     codec: CodecConfig = Field(default=SketchCodec(), description="As `codec` of the recipe.")
+    mask: MaskConfig | None = Field(default=None, description="As `mask` of the recipe.")
 
 
 # A layer's name without dots, which would divide the path of a --set.
@@ -142,9 +146,14 @@ class CacheTeacherRecipe(Section):
         description="How a target becomes bytes. Part of a layer's identity.",
         json_schema_extra={"default": "a sketch; none with `targets`"},
     )
+    mask: MaskConfig | None = Field(
+        default=None,
+        description="Run the teacher on visible patches alone; part of the layer's identity (docs/views.md). Default: "
+        "on the whole view.",
+    )
     targets: dict[TargetName, TargetConfig] | None = Field(
         default=None,
-        description="Several layers from one pass of the teacher, by name. Instead of `codec` and `layer`.",
+        description="Several layers from one pass of the teacher, by name. Instead of `codec`, `mask` and `layer`.",
     )
     cache: Place | None = Field(default=None, description="The cache to write: a folder, or a URL in an object store.")
     cache_root: Place | None = Field(
@@ -193,10 +202,18 @@ class CacheTeacherRecipe(Section):
         return {self.layer_name: LayerTarget(self.codec, self.teacher.block)}
 
     @property
+    def masks(self) -> dict[str, MaskConfig | None]:
+        """The mask of every layer, by name."""
+        if self.targets is not None:
+            return {name: own.mask for name, own in self.targets.items()}
+        return {self.layer_name: self.mask}
+
+    @property
     def layer_name(self) -> str:
         """The name of the only layer: `layer`, or one made from teacher, block and codec."""
         assert self.codec is not None, "a recipe with `targets` has several layers"
         made = f"{self.teacher.name}-{codec_label(self.codec, self.teacher.block)}".lower()
+        made += "" if self.mask is None else "-masked"
         return self.layer or re.sub(r"[^a-z0-9._-]", "-", made)[-64:].lstrip("._-")
 
     def only(self, names: Collection[str]) -> "CacheTeacherRecipe":
@@ -225,7 +242,7 @@ class CacheTeacherRecipe(Section):
         if self.targets is None and self.codec is None:
             raise ValueError("codec: null needs targets, the layers to write by name")
         if self.targets is not None:
-            given = [name for name in ("codec", "layer") if getattr(self, name) is not None]
+            given = [name for name in ("codec", "mask", "layer") if getattr(self, name) is not None]
             if given:
                 raise ValueError(
                     f"{' and '.join(given)} describe one layer, and targets several: leave one of them out"
@@ -306,6 +323,13 @@ class TrainStudentRecipe(_Training):
     )
     targets: TargetsConfig = Field(
         default=TargetsConfig(), description="A choice among the cached targets, where a layer has none of its own."
+    )
+    mask: StudentMaskConfig | None = Field(
+        default=None,
+        description="Hidden patches of the students' views. Default: as the layers' teachers saw them.",
+    )
+    mim: MimConfig | None = Field(
+        default=None, description="A loss on the pixels of hidden patches, beside those of the layers. Default: none."
     )
     drop_path: DropRate = Field(default=0.1, description="Stochastic depth: one rate in every block but the last.")
     jitter: JitterConfig = Field(default=JitterConfig(), description="Colour jitter of the student.")

@@ -4,11 +4,13 @@ Each field's `description` is its documentation: `tinymim recipes --fields STAGE
 generated from it. Defaults are TinyMIM's (Ren et al., CVPR 2023) if it has one.
 """
 
+import math
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
+from tinymim.configs.errors import RecipeError
 from tinymim.configs.place import checked_folder, checked_place
 from tinymim.configs.rand_augment import checked_rand_augment
 
@@ -387,30 +389,91 @@ class RunConfig(Section):
     )
 
 
-class MaeConfig(Section):
-    """Masked autoencoder (He et al., CVPR 2022). Defaults are MAE-Lite's decoder for ViT-T."""
+class MaskConfig(Section):
+    """Hidden patches of a view, drawn from (seed, sample key, view index) alone (I1)."""
 
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of patches hidden from the encoder.")
-    mask_unit: Side = Field(
-        default=1, description="Patches are hidden in squares of N x N (1: MAE; SimMIM, FastMIM: 32 pixels)."
+    version: Literal[1] = Field(default=1, description="Version of the law of masks.")
+    ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of hidden patches.")
+    unit: Side = Field(default=1, description="Patches are hidden in squares of N x N (1: MAE; SimMIM: 32 pixels).")
+    seed: Seed = Field(default=0, description="Seed of all masks.")
+
+    def num_visible(self, rows: int, columns: int, ratio: str = "mask.ratio", unit: str = "mask.unit") -> int:
+        """Visible patches of a grid, a whole number of units; `ratio` and `unit` are the fields' names in messages.
+
+        Raises:
+            RecipeError: the unit does not divide the grid, or all patches would be hidden, or none.
+        """
+        if rows % self.unit or columns % self.unit:
+            raise RecipeError(
+                f"{unit} does not divide the patch grid",
+                got=f"{self.unit}, grid {rows} x {columns}",
+                expected=f"a divisor of {math.gcd(rows, columns)}",
+            )
+        units = rows * columns // self.unit**2
+        visible = round(units * (1 - self.ratio))
+        if not 0 < visible < units:
+            raise RecipeError(
+                f"{ratio} leaves no patch to see or none to predict",
+                got=f"{self.ratio} of {units} {'patches' if self.unit == 1 else 'units'}",
+                expected=f"{1 / units:.3g} to {1 - 1 / units:.3g}" if units > 1 else f"smaller {unit}",
+            )
+        return visible * self.unit**2
+
+
+class StudentMaskConfig(MaskConfig):
+    """Hidden patches of the student's view (docs/views.md). Of a masked layer, the mask must be the teacher's."""
+
+    hide: Literal["drop", "token"] = Field(
+        default="drop",
+        description="`drop` runs the student on visible patches alone, `token` puts a learned token in place of each "
+        "hidden patch, which is not exported.",
     )
+
+
+class DecoderConfig(Section):
+    """A decoder that predicts hidden patches. Defaults are MAE-Lite's decoder for ViT-T."""
+
     decoder_dim: Width = Field(default=96, description="Width of the decoder.")
     decoder_depth: Depth = Field(default=1, description="Blocks of the decoder.")
     decoder_heads: Width = Field(default=3, description="Attention heads of the decoder.")
     norm_pixels: bool = Field(default=True, description="Predict pixels that are normalised per patch.")
 
-    def num_visible(self, patches: int) -> int:
-        """Patches that the encoder sees, a whole number of units."""
-        return round(patches // self.mask_unit**2 * (1 - self.mask_ratio)) * self.mask_unit**2
-
     @model_validator(mode="after")
-    def _whole_heads(self) -> "MaeConfig":
+    def _whole_heads(self) -> "DecoderConfig":
         if self.decoder_dim % 4 or self.decoder_dim % self.decoder_heads:
             raise ValueError(
                 f"decoder_dim must be a multiple of 4 and of decoder_heads; "
                 f"got {self.decoder_dim} and {self.decoder_heads}"
             )
         return self
+
+
+class MaeConfig(DecoderConfig):
+    """Masked autoencoder (He et al., CVPR 2022). Defaults are MAE-Lite's decoder for ViT-T."""
+
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of patches hidden from the encoder.")
+    mask_unit: Side = Field(
+        default=1, description="Patches are hidden in squares of N x N (1: MAE; SimMIM, FastMIM: 32 pixels)."
+    )
+
+    def num_visible(self, rows: int, columns: int) -> int:
+        """As `MaskConfig.num_visible`."""
+        mask = MaskConfig(ratio=self.mask_ratio, unit=self.mask_unit)
+        return mask.num_visible(rows, columns, "mae.mask_ratio", "mae.mask_unit")
+
+
+class MimConfig(DecoderConfig):
+    """A loss beside those of the layers: the squared error of pixels that a light decoder predicts of hidden patches.
+
+    The pixels are those of the student's own image. The decoder is dropped at export.
+    """
+
+    weight: Weight = Field(default=1.0, description="Factor on the loss.")
+    block: Positive | None = Field(
+        default=None,
+        description="The decoder reads the tokens after this block of the student, counted from 1, through a norm of "
+        "its own. Default: the final tokens.",
+    )
 
 
 class JitterConfig(Section):

@@ -31,9 +31,9 @@ class Shapes:
 
     Attributes:
         heads, head_dim: of the tapped attention, else of the model; their product is the width.
-        tokens: patches and prefix tokens.
+        tokens: patches that the model sees, and prefix tokens.
         prefix_tokens: class and register tokens, which come first.
-        grid: rows and columns of patches.
+        grid: rows and columns of patches, also of hidden ones.
     """
 
     heads: int
@@ -41,6 +41,16 @@ class Shapes:
     tokens: int
     prefix_tokens: int
     grid: tuple[int, int]
+
+    @property
+    def visible(self) -> int:
+        """Patches that the model sees."""
+        return self.tokens - self.prefix_tokens
+
+    @property
+    def masked(self) -> bool:
+        """Whether it does not see all patches."""
+        return self.visible != self.grid[0] * self.grid[1]
 
     @property
     def width(self) -> int:

@@ -7,6 +7,8 @@ here. The functions on blocks, attention and positions are capabilities that a m
 Shapes: B image, P prefix token (class token, registers), N patch, T token = P + N, C channel, W row of qkv = 3 x C.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -190,21 +192,74 @@ def classified(model: nn.Module, tokens: Tensor, logits: bool) -> Tensor:
     return found
 
 
-def tokens_of_patches(vit: VisionTransformer, images: Tensor, kept: Tensor) -> Tensor:
-    """Tokens [B, 1 + M, C] after the final norm of a plain ViT that sees only some patches.
+class _Kept(nn.Module):
+    """Stands in the place of timm's patch dropout: after the positions were added, before the first block."""
+
+    def __init__(self, kept: Tensor, prefix: int, returns_indices: bool) -> None:
+        super().__init__()
+        self._kept, self._prefix, self._returns_indices = kept, prefix, returns_indices
+
+    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        found = torch.cat([tokens[:, : self._prefix], take(tokens[:, self._prefix :], self._kept)], dim=1)
+        # timm then takes the rows of rotary embeddings at the same indices.
+        return (found, self._kept) if self._returns_indices else found
+
+
+@contextmanager
+def seeing(model: nn.Module, kept: Tensor | None) -> Iterator[None]:
+    """Within the context, the model runs on its prefix tokens and some patches alone.
 
     Args:
-        vit: a ViT with a class token, a position table and no registers.
-        images: normalised images [B, 3, S, S].
-        kept: int64 [B, M], raster-order numbers of the patches to keep; the tokens after the first are in this order.
+        model: a plain ViT, or one with rotary positions.
+        kept: int64 [B, M], raster-order numbers of the patches to keep, in the order that their tokens get; None: all.
+
+    Raises:
+        RecipeError: the model cannot leave patches out.
     """
-    held = positions(vit)
-    assert held is not None and vit.cls_token is not None
-    tokens = take(vit.patch_embed(images) + held.table[:, held.prefix :], kept)
-    cls = vit.cls_token + (held.table[:, :1] if held.prefix else 0.0)
-    tokens = torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
-    out: Tensor = vit.norm(vit.blocks(vit.norm_pre(tokens)))
-    return out
+    if kept is None:
+        yield
+        return
+    if not isinstance(model, VisionTransformer | Eva):
+        raise RecipeError(
+            f"{type(model).__name__} cannot run on visible patches alone",
+            got="a mask",
+            expected="a plain ViT, or one with rotary positions",
+            hint="leave the mask out",
+        )
+    timm_model: Any = model
+    held = timm_model.patch_drop
+    timm_model.patch_drop = _Kept(kept, prefix_tokens(model), returns_indices=isinstance(model, Eva))
+    try:
+        yield
+    finally:
+        timm_model.patch_drop = held
+
+
+@contextmanager
+def painted(model: nn.Module, kept: Tensor, token: Tensor) -> Iterator[None]:
+    """Within the context, `token` [1, 1, C] replaces the embeddings of all patches but `kept`, int64 [B, M]."""
+    embedding: Any = model.patch_embed
+
+    def paint(_module: nn.Module, _args: Any, patches: Tensor) -> Tensor:
+        visible = torch.zeros(patches.shape[:2], dtype=torch.bool, device=kept.device).scatter(1, kept, True)
+        return torch.where(visible[..., None], patches, token.to(patches.dtype))
+
+    handle = embedding.register_forward_hook(paint)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def tokens_after(model: nn.Module, block: int) -> Iterator[list[Tensor]]:
+    """A list that gets the tokens [B, T, C] after a block, counted from 1, at every forward pass in the context."""
+    found: list[Tensor] = []
+    handle = blocks(model)[block - 1].register_forward_hook(lambda _module, _args, out: found.append(out))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections import MimConfig, ModelConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models import backbone
 from tinymim.models.custom import own_shapes, require_student
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
+from tinymim.models.mae import PixelDecoder
 from tinymim.models.vit import build_model, build_timm_student
 
 Answers = tuple[Tensor, ...]  # of one head; first axis views
@@ -44,11 +45,25 @@ class StudentModel(nn.Module):
         vit: the model to export: a timm ViT, or a module that `build_student` makes.
         heads: each maps final tokens [B, T, C] to answers, a tuple of tensors.
         pools: for each head the side of the squares of patches whose mean it gets, from `pool_side`; none: 1.
+        paints: put a learned token in place of hidden patches; else they are dropped.
+        mim: the loss on hidden patches; None: there is none.
     """
 
-    def __init__(self, vit: nn.Module, *heads: nn.Module, pools: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        vit: nn.Module,
+        *heads: nn.Module,
+        pools: Sequence[int] = (),
+        paints: bool = False,
+        mim: MimConfig | None = None,
+    ) -> None:
         super().__init__()
         self.vit: Any = vit  # timm carries no types for what is read of it
+        self.mask_token: nn.Parameter | None = None
+        if paints:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.widths(vit)[-1]).normal_(std=0.02))
+        self.mim_block = None if mim is None else mim.block
+        self.decoder = None if mim is None else PixelDecoder(vit, mim, normed=mim.block is not None)
         self.pools = tuple(pools) or (1,) * len(heads)
         self.drop_paths = replace_drop_path(vit)
         # A single head is not in a list, so that the names of its weights in a state are those of older states.
@@ -58,18 +73,49 @@ class StudentModel(nn.Module):
         """Draw the stochastic depth of the next forward pass in training; arguments as `set_drop_masks`."""
         set_drop_masks(self.drop_paths, generator, places, batch_size, next(self.parameters()).device)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """The tokens [B, T, C] after the final norm, for normalised images [B, 3, S, S]."""
-        tokens: Tensor = self.vit.forward_features(images)
+    def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The tokens [B, T, C] after the final norm, for normalised images [B, 3, S, S].
+
+        `kept`, int64 [B, M], are the visible patches; None: all are.
+        """
+        if kept is None or self.mask_token is None:
+            hidden = backbone.seeing(self.vit, kept)
+        else:
+            hidden = backbone.painted(self.vit, kept, self.mask_token)
+        with hidden:
+            tokens: Tensor = self.vit.forward_features(images)
         return tokens
 
-    def forward(self, images: Tensor) -> tuple[Any, ...]:
-        """The answers for normalised images [B, 3, S, S]: of the only head, or a tuple of them."""
-        tokens = self.tokens(images)
-        answers = tuple(
-            head(_pooled(tokens, shapes_of(self.vit), side)) for head, side in zip(self.heads, self.pools, strict=True)
-        )
-        return answers if isinstance(self.head, nn.ModuleList) else answers[0]
+    def answers(self, images: Tensor, kept: Tensor | None = None) -> tuple[Answers, ...]:
+        """The answers of every head for normalised images [B, 3, S, S]; `kept` is as for `tokens`."""
+        return self._answers(self.tokens(images, kept))
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Any, ...]:
+        """The answers for normalised images [B, 3, S, S]: of the only head, or a tuple of them.
+
+        With a decoder, a tuple of them and the scalar loss on hidden patches; `kept` is as for `tokens`.
+        """
+        if self.decoder is None:
+            answers = self.answers(images, kept)
+            return answers if isinstance(self.head, nn.ModuleList) else answers[0]
+        assert kept is not None, "a loss on hidden patches needs a mask"
+        if self.mim_block is None:
+            tokens = read = self.tokens(images, kept)
+        else:
+            with backbone.tokens_after(self.vit, self.mim_block) as found:
+                tokens = self.tokens(images, kept)
+            [read] = found
+        return *self._answers(tokens), self._mim(self.decoder, read, images, kept)
+
+    def _answers(self, tokens: Tensor) -> tuple[Answers, ...]:
+        shapes = shapes_of(self.vit)
+        return tuple(head(_pooled(tokens, shapes, side)) for head, side in zip(self.heads, self.pools, strict=True))
+
+    def _mim(self, decoder: PixelDecoder, tokens: Tensor, images: Tensor, kept: Tensor) -> Tensor:
+        rows, columns = backbone.grid(self.vit)
+        hidden = torch.ones(len(kept), rows * columns, dtype=torch.int8, device=kept.device).scatter(1, kept, 0)
+        # Stable: visible patches, then hidden ones, both ascending. No size depends on the values, so no GPU waits.
+        return decoder.error(tokens, images, hidden.argsort(dim=1, stable=True), kept.shape[1])
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:
@@ -77,12 +123,16 @@ class StudentModel(nn.Module):
         return tuple(self.head) if isinstance(self.head, nn.ModuleList) else (self.head,)
 
     def by_head(self, answers: tuple[Any, ...]) -> tuple[Answers, ...]:
-        """What `forward` returned, as a tuple over heads."""
+        """What `forward` returned, as a tuple over heads, without the loss of a decoder."""
+        if self.decoder is not None:
+            return answers[:-1]
         return answers if isinstance(self.head, nn.ModuleList) else (answers,)
 
 
 def pool_side(student: Shapes, teacher: Shapes) -> int:
-    """The whole number of student patches along a side of a teacher patch; 1 where there is none."""
+    """The whole number of student patches along a side of a teacher patch; 1 where there is none, or a mask."""
+    if student.masked or teacher.masked:
+        return 1
     sides = {own / its for own, its in zip(student.grid, teacher.grid, strict=True)}
     side = sides.pop()
     return 1 if sides or side != int(side) else int(side)
@@ -90,6 +140,8 @@ def pool_side(student: Shapes, teacher: Shapes) -> int:
 
 def pooled_shapes(student: Shapes, side: int) -> Shapes:
     """The shapes of a student's tokens after `side` x `side` patches have become one."""
+    if side == 1:
+        return student
     rows, columns = (each // side for each in student.grid)
     return replace(student, tokens=student.prefix_tokens + rows * columns, grid=(rows, columns))
 

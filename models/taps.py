@@ -89,8 +89,11 @@ class CutTeacher(nn.Module):
             if number not in tapped:
                 block.compile()
 
-    def forward(self, images: Tensor, taps: Collection[Tap] | None = None) -> Tapped:
-        """The tensors of some taps, by default of all, for normalised images [B, 3, S, S]."""
+    def forward(self, images: Tensor, taps: Collection[Tap] | None = None, kept: Tensor | None = None) -> Tapped:
+        """The tensors of some taps, by default of all, for normalised images [B, 3, S, S].
+
+        With `kept`, int64 [B, M], the model sees these patches alone (`backbone.seeing`), and T is P + M.
+        """
         wanted = [tap for tap in self.taps if taps is None or tap in taps]
         found: dict[Tap, tuple[Tensor, ...]] = {}
 
@@ -100,6 +103,7 @@ class CutTeacher(nn.Module):
                 raise _Done
 
         with ExitStack() as hooks:
+            hooks.enter_context(backbone.seeing(self.model, kept))
             for tap in wanted:
                 for handle in self._hooked(tap, take) if tap.place else ():
                     hooks.callback(handle.remove)

@@ -71,17 +71,20 @@ class Teacher(nn.Module):
             self.cut.compile_blocks()
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, check: bool = True, taps: Collection[Tap] | None = None) -> Tapped:
+    def forward(
+        self, pixels: Tensor, check: bool = True, taps: Collection[Tap] | None = None, kept: Tensor | None = None
+    ) -> Tapped:
         """The tensors of some taps, by default of all; nothing after the last of them is computed.
 
-        `check` waits for the device and raises RecipeError unless they are finite.
+        `check` waits for the device and raises RecipeError unless they are finite. With `kept`, int64 [B, M], the
+        teacher sees these patches alone.
         """
         images = self.normalise(pixels).to(_DTYPES[self.config.precision])
         cudnn = torch.backends.cudnn
-        kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+        others = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
         # By default an fp32 convolution, here the patch embedding, is TF32 on a GPU; matrix products are not.
-        with cudnn.flags(**kept, allow_tf32=self.config.precision != "fp32"):
-            tapped: Tapped = self.cut(images, taps)
+        with cudnn.flags(**others, allow_tf32=self.config.precision != "fp32"):
+            tapped: Tapped = self.cut(images, taps, kept)
         if check:
             require_finite(finite_views(tapped))
         return tapped
@@ -90,23 +93,24 @@ class Teacher(nn.Module):
         """`backbone.qkv_projection` of a tapped block."""
         return backbone.qkv_projection(self.cut.attention(tap))
 
-    def black(self, taps: Collection[Tap] | None = None) -> Tapped:
-        """The tensors of some taps, by default of all, for one black view."""
-        size = self.config.img_size
-        pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.normalise.mean.device)
-        black: Tapped = self(pixels, taps=taps)
+    def black(self, taps: Collection[Tap] | None = None, visible: int | None = None) -> Tapped:
+        """The tensors of some taps, by default of all, for one black view of all patches, or of the first `visible`."""
+        size, device = self.config.img_size, self.normalise.mean.device
+        pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+        kept = None if visible is None else torch.arange(visible, device=device)[None]
+        black: Tapped = self(pixels, taps=taps, kept=kept)
         return black
 
-    def shapes(self, taps: Collection[Tap] | None = None) -> Shapes:
-        """Sizes of a view's tensors at some taps, by default at all, from a forward pass."""
+    def shapes(self, taps: Collection[Tap] | None = None, visible: int | None = None) -> Shapes:
+        """Sizes of a view's tensors at some taps, by default at all, from a forward pass; `visible` as in `black`."""
         if isinstance(self.cut, CustomTaps):
-            self.black(taps)
+            self.black(taps, visible)
             return self.cut.shapes
         model = self.cut.model
-        (rows, columns), prefix = backbone.grid(model), backbone.prefix_tokens(model)
+        (rows, columns), prefix = self.grid, self.prefix_tokens
         heads, width = backbone.heads(model) or 1, backbone.widths(model)[-1]
-        head_dim, tokens = width // heads, rows * columns + prefix
-        for tap, tensors in self.black(taps).items():
+        head_dim, tokens = width // heads, (rows * columns if visible is None else visible) + prefix
+        for tap, tensors in self.black(taps, visible).items():
             if tap.kind in ("qkv", "attention"):
                 _, heads, tokens, head_dim = tensors[0].shape
         return Shapes(heads, head_dim, tokens, prefix, (rows, columns))

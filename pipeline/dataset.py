@@ -74,6 +74,11 @@ class ViewBatch:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     partners: Partners | None = None
 
+    @property
+    def named(self) -> list[tuple[str, int]]:
+        """(sample key, view index) of every view."""
+        return list(zip(self.keys, self.items[:, 2].tolist(), strict=True))
+
     def digests(self) -> Tensor:
         """int64 [B]: the 64-bit digest of every view's pixels."""
         return torch.tensor([pixel_digest(view) for view in self.pixels], dtype=torch.int64)

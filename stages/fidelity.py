@@ -15,10 +15,9 @@ from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.load import recipe_digest
 from tinymim.configs.schema import FidelityRecipe
 from tinymim.configs.taps import Shapes
-from tinymim.models.student import StudentModel, shapes_of
+from tinymim.models.student import StudentModel, build_student, shapes_of
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import build_student
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches

@@ -82,8 +82,7 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
             if not batch.keys:
                 raise SourceError(f"no image of step {step} can be read", got=batch.unreadable[0])
             pixels = batch.pixels.to(device, non_blocking=True)
-            named = zip(batch.keys, batch.items[:, 2].tolist(), strict=True)
-            masks = mask_orders(recipe.run.seed, named, rows, columns, recipe.mae.mask_unit)
+            masks = mask_orders(recipe.run.seed, batch.named, rows, columns, recipe.mae.mask_unit)
             masks = masks.to(device, non_blocking=True)
             for part in parts_of(len(order.places), recipe.optim.accumulate, present=len(pixels)):
                 with learner.part_of_step(part.first, part.last):

@@ -44,6 +44,7 @@ from tinymim.stages.training.student_step import (
     make_students,
     trained_on,
     views_in_use,
+    with_mask,
 )
 from tinymim.stages.training.terms import weight_metrics
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
@@ -85,6 +86,7 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     recipe = recipe.model_copy(update={"num_views": source.num_views})
     opened = opened_layers(reader, recipe, device)
     terms = [each.term for each in opened]
+    recipe = with_mask(recipe, terms)
     for skipped in source.skipped[:5]:
         logger.info(f"train-student: shard {skipped} is not in the cache (yet) and is skipped")
     if source.skipped or source.without_record:

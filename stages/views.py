@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tinymim.configs.errors import RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe
+from tinymim.configs.sections import MaskConfig
 from tinymim.models import backbone
 from tinymim.models.mae import MaskedAutoencoder
-from tinymim.models.vit import build_vit
+from tinymim.models.vit import build_model, build_vit
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode
 from tinymim.pipeline.masks import mask_order
@@ -66,8 +68,8 @@ def run(recipe: CacheTeacherRecipe | PretrainMaeRecipe, options: Options) -> dic
     )
     rows = [_row(source, law, seed, mask, place, options.views) for place in _places(source, options.images)]
     words = view_law(recipe.views.identity())
-    if isinstance(recipe, PretrainMaeRecipe):
-        words += f", masks: {recipe.mae.mask_ratio} of units of {recipe.mae.mask_unit} patches, seed {recipe.run.seed}"
+    if law_of_masks := _masks(recipe):
+        words += f", masks: {law_of_masks.ratio} of units of {law_of_masks.unit} patches, seed {law_of_masks.seed}"
     image = options.target.with_suffix(".png")
     write_bytes_atomic(image, sheet(rows))
     write_bytes_atomic(options.target, sheet_page(rows, words, str(recipe.source.shards)).encode())
@@ -116,17 +118,30 @@ def _row(
     return ImageRow(key, None, image, cells)
 
 
+def _masks(recipe: CacheTeacherRecipe | PretrainMaeRecipe) -> MaskConfig | None:
+    """The law of masks: of several layers of a cache, that of the first masked one."""
+    if isinstance(recipe, PretrainMaeRecipe):
+        return MaskConfig(ratio=recipe.mae.mask_ratio, unit=recipe.mae.mask_unit, seed=recipe.run.seed)
+    return next((mask for mask in recipe.masks.values() if mask is not None), None)
+
+
 def _mask_law(recipe: CacheTeacherRecipe | PretrainMaeRecipe) -> Callable[[str, int], Mask | None]:
     """The hidden patches of a view, bool [rows, columns]; None where the recipe has no mask."""
-    if not isinstance(recipe, PretrainMaeRecipe):
+    mask = _masks(recipe)
+    if mask is None:
         return lambda key, view: None
-    require_view_size(recipe.views.size, recipe.model, "model")
-    encoder = build_vit(recipe.model)
-    MaskedAutoencoder(encoder, recipe.mae)  # refuses a ratio or unit that does not fit
-    rows, columns = backbone.grid(encoder)
-    visible, seed, unit = recipe.mae.num_visible(rows * columns), recipe.run.seed, recipe.mae.mask_unit
+    if isinstance(recipe, PretrainMaeRecipe):
+        require_view_size(recipe.views.size, recipe.model, "model")
+        encoder = build_vit(recipe.model)
+        MaskedAutoencoder(encoder, recipe.mae)  # refuses a ratio or unit that does not fit
+        rows, columns = backbone.grid(encoder)
+    else:
+        require_view_size(recipe.views.size, recipe.teacher, "teacher")
+        with torch.device("meta"):
+            rows, columns = backbone.grid(build_model(recipe.teacher))
+    visible = mask.num_visible(rows, columns)
 
     def hidden(key: str, view: int) -> Mask:
-        return (mask_order(seed, key, view, rows, columns, unit) >= visible).reshape(rows, columns)
+        return (mask_order(mask.seed, key, view, rows, columns, mask.unit) >= visible).reshape(rows, columns)
 
     return hidden

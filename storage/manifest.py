@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, ViewMismatch
-from tinymim.configs.sections import LAYER_NAME
+from tinymim.configs.sections import LAYER_NAME, MaskConfig, Seed
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.storage.atomic import canonical_json, digest_hex
 
@@ -84,11 +84,21 @@ class _Array(BaseModel):
     shape: list[Count]
 
 
+class _Mask(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    version: Count
+    ratio: Annotated[float, Field(gt=0, lt=1)]
+    unit: Annotated[int, Field(ge=1, le=8192)]
+    seed: Seed
+
+
 class _Target(_Section):
     taps: Annotated[list[Annotated[str, Field(pattern=r"^[a-z_]+@[0-9]{1,4}$")]], Field(min_length=1)]
     name: str
     version: Count
     parameters: dict[str, Any]
+    mask: _Mask | None = None
     arrays: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], _Array], Field(min_length=1)]
 
 
@@ -206,7 +216,8 @@ class Layer(_Described):
         name: the layer's name in the cache.
         cache: `spec_id` of the cache, whose views these are.
         teacher: the network, its weights and the shapes of its output.
-        target: the taps that are read; name, version and parameters of the codec; the arrays of a record.
+        target: the taps that are read; name, version and parameters of the codec; the arrays of a record; `mask`, the
+            law of masks, where the teacher saw visible patches alone.
         environment: library versions.
 
     Raises:
@@ -239,6 +250,21 @@ class Layer(_Described):
     def taps(self) -> tuple[Tap, ...]:
         """The places in the teacher that the target was read from."""
         return tuple(map(Tap.parse, self.target["taps"]))
+
+    @property
+    def mask(self) -> MaskConfig | None:
+        """The law of masks; None for a teacher that saw whole views. Raises CacheMismatch for an unknown version."""
+        stored = self.target.get("mask")
+        if stored is None:
+            return None
+        if stored["version"] != 1:
+            raise CacheMismatch(
+                f"layer {self.name} has a mask of an unknown version",
+                got=stored["version"],
+                expected=1,
+                hint="use the version of tinymim that wrote it, or upgrade tinymim",
+            )
+        return MaskConfig(**stored)
 
     @cached_property
     def arrays(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:

@@ -308,8 +308,22 @@ class Vectors(ChosenKind):
         return {"mean": vectors.mean(0).float(), "whiten": (axes * raised.rsqrt() @ axes.T).float()}
 
 
+def check_visible(student: Shapes, teacher: Shapes) -> None:
+    """Raises RecipeError where of two models of one grid only one is masked, or both see other numbers of patches."""
+    masked = student.masked or teacher.masked
+    if masked and (student.grid, student.visible) != (teacher.grid, teacher.visible):
+        seen = (f"{each.visible} of {each.grid[0]} x {each.grid[1]} patches" for each in (student, teacher))
+        raise RecipeError(
+            "the student does not see the patches that the teacher saw",
+            got=f"a student of {next(seen)}",
+            expected=f"{next(seen)}, as the mask of the layer has them",
+            hint="leave `mask` out for the layer's own, or set mask.hide: token for a student of whole views",
+        )
+
+
 def check_grid(student: Shapes, teacher: Shapes) -> None:
     """Raises RecipeError where a student has another grid of patches than the teacher."""
+    check_visible(student, teacher)
     if student.grid != teacher.grid:
         raise RecipeError(
             "the student's patches are not the teacher's",

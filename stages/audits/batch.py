@@ -15,6 +15,7 @@ from tinymim.configs.sections import AuditConfig, VerifyConfig
 from tinymim.models.student import StudentModel
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
@@ -58,6 +59,7 @@ class AuditBatch:
         self._kind, self.term, self._place = kind, term, place
         batch = _first_views(config, reader, audited, kind)
         self._images = Normalise()(batch.pixels)
+        self._kept = visible_patches(audited.mask, batch.named, audited.shapes.grid, CPU)
         records = of_layer(batch.records, audited.name)
         self._parts = [
             kind.decode({name: array[some] for name, array in records.items()}, batch.view_keys[some], audited.shapes)
@@ -74,13 +76,17 @@ class AuditBatch:
     def compare(self, student: StudentModel) -> dict[str, Audited]:
         """Audit a student, in eval mode, on its device: by loss. Always computed in fp32."""
         device = next(student.parameters()).device
-        chunked = self._images.split(_CHUNK)
-        parts = [student.by_head(student(images.to(device)))[self._place] for images in chunked]
+        chunked = [tuple(each[some].to(device) for each in self._given()) for some in chunks(len(self._images))]
+        parts = [student.answers(*each)[self._place] for each in chunked]
         answers = tuple(torch.cat(sides) for sides in zip(*parts, strict=True))
         # Every answer is compared with its own image's rows and with those of the image before, so both means are over
         # the same answers.
         own, other = (self._losses(each, device) for each in (answers, tuple(side.roll(-1, 0) for side in answers)))
         return {full: Audited.of(own[name], other[name], self._yardsticks[name]) for full, name in self.losses.items()}
+
+    def _given(self) -> tuple[Tensor, ...]:
+        """The images, and the visible patches of a masked layer."""
+        return (self._images,) if self._kept is None else (self._images, self._kept)
 
     def _losses(self, answers: Answers, device: torch.device) -> dict[str, Float[Tensor, "N P"]]:
         """The losses of all views by name, on the CPU."""
@@ -148,7 +154,8 @@ def _require_same_teacher(training: Manifest, layer: Layer, audit: Manifest, aud
     """Raises CacheMismatch where the teachers of two layers differ in anything that changes the meaning of a row."""
     wanted, found = (
         {f"teacher.{name}": value for name, value in each.teacher.items() if name not in _IGNORED}
-        | {"target.taps": each.target["taps"], "views.size": manifest.views["size"]}
+        | {f"target.{name}": each.target.get(name) for name in ("taps", "mask")}
+        | {"views.size": manifest.views["size"]}
         for manifest, each in ((training, layer), (audit, audited))
     )
     for name in sorted(wanted.keys() | found.keys()):

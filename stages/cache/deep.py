@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.replay import lost_partners, places_in_tar
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import Meter
@@ -117,7 +118,8 @@ def run(
                     tally.add_example(f"image '{key}' is unreadable: {reason}")
                 if len(kept):
                     _compare_pixels(batch, stored.digests[kept], info, tally)
-                    tapped = teacher(batch.pixels.to(device), taps=kind.taps)
+                    patches = visible_patches(recipe.masks[layer_name], batch.named, teacher.grid, device)
+                    tapped = teacher(batch.pixels.to(device), taps=kind.taps, kept=patches)
                     for name, values in kind.encode(tapped, batch.view_keys.to(device)).items():
                         _compare_array(prefix + name, values.cpu().numpy(), stored.arrays.get(name), kept, tally)
                 meter.advance(len(part))

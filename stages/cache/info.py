@@ -259,6 +259,8 @@ def _layer_lines(layer: Mapping[str, Any]) -> list[str]:
             f"labels    the teacher's first class is the label of {top1['accuracy']:.2%} of "
             f"{plural(top1['labelled_views'], 'labelled view')}"
         )
+    if mask := target.get("mask"):
+        lines.append("mask      " + ", ".join(f"{name} {format_value(value)}" for name, value in mask.items()))
     return lines + (_fidelity_lines(layer["fidelity"]) if layer["fidelity"] else [])
 
 

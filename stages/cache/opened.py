@@ -44,7 +44,7 @@ def opened_layers(
         shown = layer.name if len(configs) > 1 else ""
         with naming(shown):
             kind = opened_kind(reader, layer, config.targets, device)
-        opened.append(Opened(layer, kind, Term(kind, layer.shapes, shown, weights_of(config))))
+        opened.append(Opened(layer, kind, Term(kind, layer.shapes, shown, weights_of(config), layer.mask)))
     return opened
 
 

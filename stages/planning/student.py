@@ -21,7 +21,7 @@ from tinymim.stages.run.device import pick_device
 from tinymim.stages.training.device_stream import cached_targets
 from tinymim.stages.training.optim import Part
 from tinymim.stages.training.ranks import Ranks
-from tinymim.stages.training.student_step import Student, StudentStep, check_view_size, make_students
+from tinymim.stages.training.student_step import Student, StudentStep, check_view_size, make_students, with_mask
 from tinymim.storage.reader import CacheReader
 
 INPUT_BATCH: Final = 32
@@ -63,6 +63,7 @@ def measured_student(
         )
     [only] = source.layers  # the recipe may call it otherwise
     opened = opened_layers(reader, recipe, pick_device(recipe.run.device), only)
+    recipe = with_mask(recipe, [each.term for each in opened])
     for own in recipe.each().values():
         assert own.student is not None  # by TrainStudentRecipe.each
         check_view_size(own.student, int(manifest.views["size"]))

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
+from tinymim.configs.sections import MaskConfig
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher, taps_of
 from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
@@ -120,15 +122,24 @@ class _StageOne:
         if not self.first.keys:
             raise SourceError(f"the first images of shard {self.shard.name} are unreadable", got=self.first.unreadable)
         self._begin = int(self.first.items[0, 1])  # a readable image: no unit is empty
-        self.tapped: Tapped = prepared.teacher(self.first.pixels.to(prepared.device))
+        self._tapped: dict[MaskConfig | None, Tapped] = {
+            mask: self._seen_by(prepared.teacher, mask) for mask in recipe.masks.values()
+        }
         self.kinds: dict[str, TargetKind] = {}
         self.constants: dict[str, dict[str, Tensor]] = {}
         self._probes: dict[str, GradientProbe] = {}
         for name, target in recipe.layers.items():
-            kind, self.constants[name] = self._kind(target, self.tapped)
+            kind, self.constants[name] = self._kind(target, self._tapped[recipe.masks[name]])
             shapes = prepared.layers[name].shapes
             reference = reference_student(kind, recipe.views.size, shapes)
             self.kinds[name], self._probes[name] = kind, GradientProbe(kind, reference.to(prepared.device), shapes)
+
+    def _seen_by(self, teacher: Teacher, mask: MaskConfig | None) -> Tapped:
+        """A teacher's tensors for the first views."""
+        device = self.prepared.device
+        kept = visible_patches(mask, self.first.named, teacher.grid, device)
+        tapped: Tapped = teacher(self.first.pixels.to(device), kept=kept)
+        return tapped
 
     def items(self, images: int, views: int) -> Items:
         """The first views of some images, int64 [images x views, 3], those of an image adjacent."""
@@ -161,7 +172,7 @@ class _StageOne:
             audited = min(1, recipe.audit_views - audit.views)
             with self.laps.lap("models", len(some)):
                 piece = Piece(self.unit, tuple(self.kinds), self.unit.views, True, True)
-                encoded = encode(self.prepared.teacher, self.kinds, batch, piece, audited, device)
+                encoded = encode(self.prepared.teacher, self.kinds, batch, piece, audited, device, recipe.masks)
             assert encoded.marks is not None  # of a batch that is not empty
             teacher_s, codec_s, copy_s = encoded.marks.between_s()
             self.laps.add("teacher", teacher_s / len(batch.keys))
@@ -180,10 +191,12 @@ class _StageOne:
         """
         layers = self.recipe.layers
         if len(layers) > 1:
-            each = {name: self._size_bytes(kind, self.tapped) for name, kind in self.kinds.items()}
+            masks = self.recipe.masks
+            each = {name: self._size_bytes(kind, self._tapped[masks[name]]) for name, kind in self.kinds.items()}
             return {f"{len(layers)} layers": sum(each.values()), **each}
         found: dict[str, float] = {}
-        tapped = self._tapped_for_all()
+        [mask] = self.recipe.masks.values()
+        tapped = self._tapped_for_all(mask)
         [(own, block)] = layers.values()
         for config in (own, *ALTERNATIVES):
             with contextlib.suppress(RecipeError):  # a codec that does not fit the teacher
@@ -196,16 +209,15 @@ class _StageOne:
         arrays = kind.encode(tapped, self.first.view_keys.to(self.prepared.device)).values()
         return sum(stored_bytes(array.cpu().numpy()) for array in arrays) / len(self.first.keys)
 
-    def _tapped_for_all(self) -> Tapped:
+    def _tapped_for_all(self, mask: MaskConfig | None) -> Tapped:
         """The tensors of the first views at the taps of all alternatives that the teacher has."""
-        config, device = self.recipe.teacher, self.prepared.device
-        wanted = {tap for each in ALTERNATIVES for tap in make_kind(each, config.block).taps} - self.tapped.keys()
+        config, device, own = self.recipe.teacher, self.prepared.device, self._tapped[mask]
+        wanted = {tap for each in ALTERNATIVES for tap in make_kind(each, config.block).taps} - own.keys()
         with contextlib.suppress(CheckpointError):  # weights that end at the tapped block have no final norm
             # A teacher of its own: the recipe's is cut after its last tap.
-            more = Teacher(config, [*self.tapped, *taps_of(config, sorted(wanted))]).to(device)
-            tapped: Tapped = more(self.first.pixels.to(device))
-            return tapped
-        return self.tapped
+            more = Teacher(config, [*own, *taps_of(config, sorted(wanted))]).to(device)
+            return self._seen_by(more, mask)
+        return own
 
 
 # ---------------------------------------------------------------- the disk or store

@@ -164,6 +164,7 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     for part in ("student", "model"):
         if (model := getattr(recipe, part, None)) is not None and model.factory is None:
             free[part] = {"factory", "args"}
+    free |= {name: True for name in ("mask", "mim") if getattr(recipe, name, None) is None}
     fields = recipe.model_dump(mode="json", exclude=free)
     if isinstance(recipe, TrainStudentRecipe):
         fields |= _terms_identity([layer for _, layer in recipe.each_layer()])

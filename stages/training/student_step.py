@@ -6,18 +6,23 @@ cache.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import JitterConfig, ModelConfig
+from tinymim.configs.sections import JitterConfig, MimConfig, ModelConfig, StudentMaskConfig
+from tinymim.configs.taps import Shapes
+from tinymim.models import backbone
 from tinymim.models.student import StudentModel, build_student, pool_side, pooled_shapes, shapes_of
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource
 from tinymim.pipeline.tar import UNLABELLED
@@ -32,6 +37,9 @@ from tinymim.stages.training.terms import Term, label_top1, naming
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import TargetKind
+from tinymim.targets.vectors import check_visible
+
+MIM_METRIC: Final = "distance_pixels"  # the loss on hidden patches among the metrics
 
 
 class Student(NamedTuple):
@@ -40,6 +48,11 @@ class Student(NamedTuple):
     jitter: JitterConfig
     model: StudentModel
     learner: Learner
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of its patches."""
+        return backbone.grid(self.model.vit)
 
 
 def make_students(
@@ -67,18 +80,24 @@ def make_students(
     for name, own in recipe.each().items():
         assert own.student is not None  # by TrainStudentRecipe.each
         for term in terms:
-            check_student_fits(own.student, term)
+            check_student_fits(own.student, term, own.mask)
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
         vit = build_student(own.student, own.drop_path)
-        shapes = shapes_of(vit)
+        shapes = _seen_shapes(vit, own.mask)
+        if own.mim is not None:
+            check_decoder(own.mim, own.mask, vit)
         pools = [pool_side(shapes, term.shapes) for term in terms]
         heads = [
             term.kind.head(pooled_shapes(shapes, side), term.shapes) for term, side in zip(terms, pools, strict=True)
         ]
-        model = StudentModel(vit, *heads, pools=pools).to(device)
+        paints = own.mask is not None and own.mask.hide == "token"
+        model = StudentModel(vit, *heads, pools=pools, paints=paints, mim=own.mim).to(device)
         about = f"{name or 'student'} of {count_parameters(model.vit):,} parameters"
-        example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
+        example: tuple[Tensor, ...] = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
+        if own.mask is not None:
+            visible = own.mask.num_visible(*shapes.grid)
+            example = (*example, torch.arange(visible, device=device).expand(2, -1))
         learner = Learner(name, about, own, "student", model, example, ranks, order, content)
         students.append(Student(own.jitter, model, learner))
     return students
@@ -121,29 +140,36 @@ class StudentStep:
         self.update(step)
 
     def take(self, step: int, batch: ViewBatch) -> None:
-        """Copy the batch to every device. Raises SourceError where a loss needs a label that an image does not have."""
+        """Copy the batch, and the masks of its views, to every device.
+
+        Raises SourceError where a loss needs a label that an image does not have.
+        """
         for term in self.terms:
             if isinstance(term.kind, TargetKind) and term.kind.label_classes:
                 _require_labels(batch, term.kind.label_classes)
         self._batch = batch
         for stream in self.streams.values():
             stream.take(step, batch)
+        wanted = {(each.grid, each.learner.device) for each in self.students}
+        self._kept = {place: visible_patches(self.recipe.mask, batch.named, *place) for place in wanted}
 
     def add(self, step: int, part: Part) -> None:
         """Add the gradients of a part of the batch."""
         # First the targets on all devices, then the students: nothing here waits, so all devices compute at once.
         for stream in self.streams.values():
             stream.cut(part.rows)
-        for jitter, model, learner in self.students:
-            stream = self.streams[learner.device]
+        for student in self.students:
+            jitter, model, learner = student
+            stream, kept = self.streams[learner.device], self._kept[student.grid, learner.device]
+            visible = () if kept is None else (kept[part.rows],)
             # The same draws for every student, so that a student among several trains as it would alone.
             model.draw(seeded(CPU, self.recipe.run.seed, step), self.places[part.rows], self.batch_size)
             with current(learner.device), learner.part_of_step(part.first, part.last):
                 with autocast(learner.device, self.recipe.precision):
-                    answers = model.by_head(learner.model(stream.images(jitter)))
+                    answers = learner.model(stream.images(jitter), *visible)
                     means: dict[str, Tensor] = {}
                     weighted: list[Tensor] = []
-                    for term, own, target in zip(self.terms, answers, stream.targets, strict=True):
+                    for term, own, target in zip(self.terms, model.by_head(answers), stream.targets, strict=True):
                         losses = term.kind.losses(own, target)
                         if isinstance(term.kind, TargetKind):
                             losses |= term.kind.label_losses(own, stream.labels)
@@ -153,6 +179,9 @@ class StudentStep:
                         if self.labelled:
                             means |= label_top1(term, own, self._batch, part.rows)
                         weighted += found.values() if weight == 1.0 else [weight * mean for mean in found.values()]
+                    if self.recipe.mim is not None:
+                        means[MIM_METRIC] = answers[-1]
+                        weighted.append(self.recipe.mim.weight * answers[-1])
                     loss = torch.stack(weighted).sum()
                 learner.backward({"loss": loss} | means, part.share)
 
@@ -214,12 +243,61 @@ def check_view_size(student: ModelConfig, size: int) -> None:
         )
 
 
-def check_student_fits(student: ModelConfig, term: Term) -> None:
+def with_mask(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> TrainStudentRecipe:
+    """The recipe with the mask of its layers, which teacher and student share, where it gives none.
+
+    Raises:
+        CacheMismatch: the layers have other masks than the recipe, or than one another.
+    """
+    mask = recipe.mask
+    for term in terms:
+        if term.mask is None:
+            continue
+        mask = mask or StudentMaskConfig(**term.mask.model_dump())
+        given, stored = mask.model_dump(exclude={"hide"}), term.mask.model_dump()
+        if given != stored or mask.hide != "drop":
+            field = next((name for name in stored if given[name] != stored[name]), "hide")
+            with naming(term.layer):
+                raise CacheMismatch(
+                    f"mask.{field} is not that of the layer, whose teacher saw visible patches alone",
+                    got=getattr(mask, field),
+                    expected=stored.get(field, "drop"),
+                    hint="leave `mask` out: students then get the layer's own",
+                )
+    return recipe.model_copy(update={"mask": mask})
+
+
+def check_decoder(mim: MimConfig, mask: StudentMaskConfig | None, vit: VisionTransformer) -> None:
+    """Raises RecipeError where a student has no hidden patches to predict, or lacks the decoder's block."""
+    if mask is None:
+        raise RecipeError(
+            "mim predicts hidden patches, and no patch is hidden",
+            got="no mask",
+            expected="a mask, or a layer with one",
+            hint="set mask: {ratio: 0.75}",
+        )
+    depth = len(backbone.blocks(vit))
+    if mim.block is not None and mim.block > depth:
+        raise RecipeError("mim.block is outside the student", got=mim.block, expected=f"1..{depth}")
+
+
+def _seen_shapes(vit: VisionTransformer, mask: StudentMaskConfig | None) -> Shapes:
+    """The shapes of a student's tokens for a view with a mask."""
+    shapes = shapes_of(vit)
+    if mask is None:
+        return shapes
+    visible = mask.num_visible(*shapes.grid)
+    return shapes if mask.hide == "token" else replace(shapes, tokens=shapes.prefix_tokens + visible)
+
+
+def check_student_fits(student: ModelConfig, term: Term, mask: StudentMaskConfig | None = None) -> None:
     """Compare the student's tokens and width with a teacher's; allocates no weights.
 
     Raises:
         CacheMismatch, RecipeError: the kind of target cannot compare a student of these tokens, or of this width.
     """
     with naming(term.layer), torch.device("meta"):
-        own = shapes_of(build_student(student))
+        own = _seen_shapes(build_student(student), mask)
+        if term.shapes.masked:  # also for kinds that need no grid: a mask of another grid hides other pixels
+            check_visible(own, term.shapes)
         term.kind.head(pooled_shapes(own, pool_side(own, term.shapes)), term.shapes)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tinymim.configs.errors import TinymimError
 from tinymim.configs.schema import LayerConfig
+from tinymim.configs.sections import MaskConfig
 from tinymim.configs.taps import Shapes
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.targets.contract import Answers, StudentTarget
@@ -22,12 +23,14 @@ class Term(NamedTuple):
         shapes: the shapes of its teacher.
         layer: its name where there are several; empty for a single term.
         weights: weights in the first and in the last step.
+        mask: the patches that its teacher did not see; None: it saw all.
     """
 
     kind: StudentTarget
     shapes: Shapes
     layer: str = ""
     weights: tuple[float, float] = (1.0, 1.0)
+    mask: MaskConfig | None = None
 
     def weight(self, step: int, total_steps: int) -> float:
         """The weight of step `step`, counted from 0: a function of the step alone, so that a resume needs no state."""

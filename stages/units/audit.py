@@ -30,7 +30,14 @@ class UnitAudit:
         self._statistics, self._gradients = StatisticMoments(), CodecMoments(max_views)
         self._hits = self._labelled = 0
 
-    def add(self, tapped: Tapped, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> None:
+    def add(
+        self,
+        tapped: Tapped,
+        pixels: Tensor,
+        records: Mapping[str, Tensor],
+        view_keys: Tensor,
+        kept: Tensor | None = None,
+    ) -> None:
         """Compare a batch of views.
 
         Args:
@@ -38,6 +45,7 @@ class UnitAudit:
             pixels: uint8 [B, 3, S, S].
             records: the codec's arrays, first axis B.
             view_keys: int64 [B].
+            kept: int64 [B, M], the patches that teacher and student see; None: all.
         """
         assert self.probe is not None, "an audit of no views gets none"
         kind = self.probe.kind
@@ -46,7 +54,9 @@ class UnitAudit:
             index = torch.tensor([row], device=pixels.device)
             one = {tap: tuple(tensor[index] for tensor in tensors) for tap, tensors in tapped.items()}
             stored, exact = kind.pick(target, slice(row, row + 1)), kind.exact(one)
-            dense, drawn = self.probe(pixels[row : row + 1], [exact, stored])
+            dense, drawn = self.probe(
+                pixels[row : row + 1], [exact, stored], None if kept is None else kept[row : row + 1]
+            )
             self._gradients.add(dense, [drawn])
             self._statistics.add(kind.statistics(one, stored), 1)
             self.views += 1

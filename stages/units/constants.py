@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections import MaskConfig, ViewConfig
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import logger
@@ -68,7 +69,7 @@ def settle_constants(
         if stored is not None:
             return stored
         _require_same_order(writer, source)
-        constants = calibrated(kind, recipe.views, recipe.given_batch_size, source, teacher)
+        constants = calibrated(kind, recipe.views, recipe.given_batch_size, source, teacher, recipe.masks[layer])
         writer.write_constants(layer, {name: array.numpy() for name, array in constants.items()})
     return {name: array.to(device) for name, array in constants.items()}
 
@@ -91,7 +92,12 @@ def on_device(arrays: dict[str, npt.NDArray[Any]] | None, device: torch.device) 
 
 
 def calibrated(
-    kind: TargetKind, law: ViewConfig, batch_size: int, source: ShardSet, teacher: Teacher
+    kind: TargetKind,
+    law: ViewConfig,
+    batch_size: int,
+    source: ShardSet,
+    teacher: Teacher,
+    mask: MaskConfig | None = None,
 ) -> dict[str, Tensor]:
     """Calibrate on the first view of the first `kind.calibration_views` images; the constants are on the CPU.
 
@@ -101,6 +107,7 @@ def calibrated(
         batch_size: images per batch of the teacher.
         source: the shards.
         teacher: the teacher, on its device.
+        mask: the mask of the teacher's views.
 
     Raises:
         RecipeError: the codec does not fit this teacher.
@@ -117,7 +124,8 @@ def calibrated(
             batch = views.batch(items[start : start + batch_size])
             count += len(batch.keys)
             if batch.keys:
-                yield teacher(batch.pixels.to(device), taps=kind.taps)
+                kept = visible_patches(mask, batch.named, teacher.grid, device)
+                yield teacher(batch.pixels.to(device), taps=kind.taps, kept=kept)
         if not count:
             raise SourceError("none of the images to calibrate the codec on can be read", got=f"{len(items)} images")
         logger.info(f"codec {kind.name}: calibrating on {count:,} views")

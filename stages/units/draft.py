@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import SourceError
+from tinymim.configs.sections import MaskConfig
 from tinymim.models.taps import Tapped, finite_views
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.stages.run.progress import logger
 from tinymim.stages.units.audit import UnitAudit
@@ -28,13 +30,15 @@ class AuditedViews:
     """Views for the unit audit, on the teacher's device.
 
     Attributes:
-        tapped: the teacher's tapped tensors, first axis B.
+        tapped: by layer the teacher's tapped tensors, first axis B.
+        kept: by layer the visible patches, int64 [B, M]; None for a layer without a mask.
         pixels: uint8 [B, 3, S, S].
         records: by layer the codec's arrays, first axis B.
         view_keys: int64 [B].
     """
 
-    tapped: Tapped
+    tapped: dict[str, Tapped]
+    kept: dict[str, Tensor | None]
     pixels: Tensor
     records: dict[str, dict[str, Tensor]]
     view_keys: Tensor
@@ -70,6 +74,7 @@ def encode(
     piece: Piece,
     audit_views: int,
     device: torch.device,
+    masks: Mapping[str, MaskConfig | None] | None = None,
 ) -> EncodedBatch:
     """Launch teacher and codecs of the unit's layers on a batch; on a GPU the work goes on after this returns.
 
@@ -81,30 +86,41 @@ def encode(
         audit_views: views that the audit still needs. It gets one view per image, because views of one image are too
             alike to show how gradients vary.
         device: the device that runs teacher and codecs.
+        masks: by layer its mask; the teacher runs once for all layers of one mask.
     """
     if not batch.keys:
         return EncodedBatch(piece, batch)
     # Nothing here may wait for the GPU: the next batch is launched while this one computes.
     pixels = batch.pixels.to(device, non_blocking=True)
     view_keys = batch.view_keys.to(device, non_blocking=True)
+    used = {layer: kinds[layer] for layer in piece.layers}
+    own_mask = {layer: (masks or {}).get(layer) for layer in used}
+    kept = {mask: visible_patches(mask, batch.named, teacher.grid, device) for mask in own_mask.values()}
     marks = Marks(device)
     marks.mark()
-    used = {layer: kinds[layer] for layer in piece.layers}
-    taps = {tap for kind in used.values() for tap in kind.taps}
-    # Reading the check would wait; the collector reads `finite` later.
-    tapped: Tapped = teacher(pixels, check=False, taps=taps)
-    finite = finite_views(tapped)
+    seen: dict[MaskConfig | None, Tapped] = {}
+    for mask, patches in kept.items():
+        taps = {tap for layer, kind in used.items() if own_mask[layer] == mask for tap in kind.taps}
+        # Reading the check would wait; the collector reads `finite` later.
+        seen[mask] = teacher(pixels, check=False, taps=taps, kept=patches)
+    finite = torch.stack([finite_views(tapped) for tapped in seen.values()]).all(0)
+    tapped_of = {layer: seen[mask] for layer, mask in own_mask.items()}
     marks.mark()
-    records = {layer: kind.encode(tapped, view_keys) for layer, kind in used.items()}
+    records = {layer: kind.encode(tapped_of[layer], view_keys) for layer, kind in used.items()}
     labels = batch.labels.to(device, non_blocking=True)
-    hits = {layer: found for layer, kind in used.items() if (found := kind.hits(tapped, labels)) is not None}
+    hits = {layer: found for layer, kind in used.items() if (found := kind.hits(tapped_of[layer], labels)) is not None}
     marks.mark()
     audited = None
     if audit_views > 0:
         first = np.flatnonzero(batch.items[:, 2] == batch.items[0, 2])[:audit_views]
         rows = torch.from_numpy(first).to(device)
+        some = {
+            mask: {tap: tuple(tensor[rows] for tensor in tensors) for tap, tensors in tapped.items()}
+            for mask, tapped in seen.items()
+        }
         audited = AuditedViews(
-            {tap: tuple(tensor[rows] for tensor in tensors) for tap, tensors in tapped.items()},
+            {layer: some[mask] for layer, mask in own_mask.items()},
+            {layer: None if (patches := kept[mask]) is None else patches[rows] for layer, mask in own_mask.items()},
             pixels[rows],
             {layer: {name: _picked(each, rows) for name, each in own.items()} for layer, own in records.items()},
             view_keys[rows],
@@ -185,7 +201,7 @@ class UnitPart:
     def compare(self, views: AuditedViews) -> None:
         """Add views to the unit audit of every layer (I5)."""
         for layer, audit in self.audits.items():
-            audit.add(views.tapped, views.pixels, views.records[layer], views.view_keys)
+            audit.add(views.tapped[layer], views.pixels, views.records[layer], views.view_keys, views.kept[layer])
 
     def records(self, layer: str) -> dict[str, npt.NDArray[Any]]:
         """The arrays of a layer, also of the view layer, [k, I, ...]; empty without readable images."""

@@ -5,7 +5,7 @@ Shapes: P part of a loss, N gradient coordinate, S pixel.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -42,7 +42,7 @@ def reference_student(kind: TargetKind, view_size: int, teacher: Shapes) -> Stud
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vit = build_vit(config, **extra)
-        return StudentModel(vit, kind.head(shapes_of(vit), teacher))
+        return StudentModel(vit, kind.head(replace(shapes_of(vit), tokens=teacher.tokens), teacher))
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,15 @@ class GradientProbe:
         # Indices into the concatenated parameters: three GPU operations in all, not three for each of 150 tensors.
         self._chosen, self._scale = torch.cat(chosen).to(device), torch.cat(scales).to(device)
 
-    def __call__(self, pixels: Tensor, targets: Iterable[Target]) -> Iterator[ViewGradient]:
+    def __call__(self, pixels: Tensor, targets: Iterable[Target], kept: Tensor | None = None) -> Iterator[ViewGradient]:
         """Yield the gradient under every target of one view; the student runs forward once.
 
         Args:
             pixels: uint8 [1, 3, S, S].
             targets: targets of this view.
+            kept: int64 [1, M], the patches that the student sees; None: all.
         """
-        tokens = self.student.tokens(self.normalise(pixels))
+        tokens = self.student.tokens(self.normalise(pixels), kept)
         head = self.student.head
         assert isinstance(head, TargetHead)  # by `kind.head`
         answers = head(tokens)

@@ -191,7 +191,9 @@ class TeacherJob:
                     # first part: further views of the same images are too alike.
                     if piece.first:
                         audit_views = self.recipe.audit_views if piece.begins_unit else 0
-                    encoded = encode(self.teacher, self.kinds, batch, piece, audit_views, self.device)
+                    encoded = encode(
+                        self.teacher, self.kinds, batch, piece, audit_views, self.device, self.recipe.masks
+                    )
                     audit_views -= 0 if encoded.audited is None else len(encoded.audited.view_keys)
                     with watch.during("waited_behind"):
                         collect.give(encoded)  # back-pressure: blocks while two batches wait

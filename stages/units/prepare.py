@@ -11,6 +11,7 @@ from torch import nn
 from tinymim.configs.codecs import codec_parameters
 from tinymim.configs.place import joined
 from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
+from tinymim.configs.sections import MaskConfig
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
@@ -56,7 +57,10 @@ def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None, model: n
     kinds = {name: make_kind(*target) for name, target in recipe.layers.items()}
     teacher = Teacher(recipe.teacher, {tap for kind in kinds.values() for tap in kind.taps}, model).to(device)
     manifest = make_manifest(recipe, source)
-    layers = {name: make_layer(name, target, manifest, teacher, kinds[name]) for name, target in recipe.layers.items()}
+    layers = {
+        name: make_layer(name, target, manifest, teacher, kinds[name], recipe.masks[name])
+        for name, target in recipe.layers.items()
+    }
     return Prepared(device, source, kinds, teacher, manifest, layers)
 
 
@@ -75,13 +79,20 @@ def make_manifest(recipe: CacheTeacherRecipe, source: ShardSet) -> Manifest:
     return Manifest(source=shards, views=recipe.views.identity(), environment=made_with)
 
 
-def make_layer(name: str, target: LayerTarget, manifest: Manifest, teacher: Teacher, kind: TargetKind) -> Layer:
+def make_layer(
+    name: str,
+    target: LayerTarget,
+    manifest: Manifest,
+    teacher: Teacher,
+    kind: TargetKind,
+    mask: MaskConfig | None = None,
+) -> Layer:
     """A layer of a recipe: the same whether the teacher is tapped for others, too.
 
     Raises:
-        RecipeError: the codec does not fit the teacher.
+        RecipeError: the codec or the mask does not fit the teacher.
     """
-    shapes = teacher.shapes(kind.taps)
+    shapes = teacher.shapes(kind.taps, None if mask is None else mask.num_visible(*teacher.grid))
     return Layer(
         name=name,
         cache=manifest.spec_id,
@@ -92,6 +103,7 @@ def make_layer(name: str, target: LayerTarget, manifest: Manifest, teacher: Teac
             "version": kind.version,
             "parameters": codec_parameters(target.codec),
             "arrays": {spec.name: {"dtype": spec.dtype, "shape": list(spec.shape)} for spec in kind.specs(shapes)},
-        },
+        }
+        | ({} if mask is None else {"mask": mask.model_dump(mode="json")}),
         environment={name: value for name, value in environment().items() if name not in _OF_IMAGES},
     )

@@ -23,6 +23,7 @@ from tinymim.targets.relations.head import RelationHead
 from tinymim.targets.relations.losses import cross_entropy_per_head
 from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.targets.relations.rows import DenseRows, Rows, RowTarget, SparseRows
+from tinymim.targets.vectors import check_visible
 
 _LEAST_PROBABILITY = 2.0**-24  # the smallest positive fp16 number
 _TITLES: Final[dict[Relation, str]] = {
@@ -115,6 +116,7 @@ class RelationKind(TargetKind):
 
     def head(self, student: Shapes, teacher: Shapes) -> TargetHead:
         """See `TargetKind`."""
+        check_visible(student, teacher)
         if (student.grid, student.prefix_tokens) != (teacher.grid, teacher.prefix_tokens):
             rows, columns = student.grid
             raise CacheMismatch(

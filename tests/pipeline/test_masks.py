@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinymim.pipeline.masks import mask_order, mask_orders
+from tinymim.configs.sections import MaskConfig
+from tinymim.pipeline.masks import mask_order, mask_orders, visible_patches
 
 GOLDEN = {
     (0, "n01440764/10026", 0, 1): [2, 5, 12, 8, 11, 10, 15, 13, 9, 0, 3, 7, 6, 14, 4, 1],
@@ -47,6 +48,15 @@ def test_a_unit_is_hidden_as_a_whole() -> None:
     for view in range(50):
         hidden = mask_order(0, "a", view, 8, 8, 2).reshape(4, 2, 4, 2) >= 40
         assert (hidden == hidden[:, :1, :, :1]).all()
+
+
+def test_visible_patches_are_the_first_of_the_order_in_raster_order() -> None:
+    mask, named = MaskConfig(ratio=0.75, seed=7), [("n01440764/10026", 3), ("b", 5)]
+    kept = visible_patches(mask, named, (4, 4), torch.device("cpu"))
+    assert kept is not None
+    assert kept[0].tolist() == [2, 4, 11, 14]  # of the golden order above
+    assert kept[1].tolist() == [patch for patch, at in enumerate(mask_order(7, "b", 5, 4, 4).tolist()) if at < 4]
+    assert visible_patches(None, named, (4, 4), torch.device("cpu")) is None
 
 
 def test_a_batch_holds_the_masks_of_its_views() -> None:

@@ -89,7 +89,7 @@ def test_the_loss_is_maes_formula_on_masked_patches_alone(normalised: bool) -> N
 
 
 def test_units_are_whole_and_must_fit_the_grid() -> None:
-    assert small_mae(mask_unit=2, mask_ratio=0.6).config.num_visible(16) == 8  # of 4 units round(1.6) stay
+    assert small_mae(mask_unit=2, mask_ratio=0.6).num_visible == 8  # of 4 units round(1.6) stay
     with pytest.raises(RecipeError, match=r"mae\.mask_unit does not divide the patch grid"):
         small_mae(mask_unit=3)
     with pytest.raises(RecipeError, match=r"mae\.mask_ratio leaves no patch"):

@@ -49,9 +49,14 @@ def test_the_page_holds_every_view_with_box_and_operations(made: Path, tmp_path:
         assert all(step_text(step) in row for step in law.steps(key, view))
 
 
-def test_masks_of_pre_training_are_shown(drawn_shards: Path, tmp_path: Path) -> None:
-    recipe = mae_recipe(drawn_shards, tmp_path / "run")
-    views.run(recipe, views.Options(tmp_path / "v.html", images=1, views=1))
+@pytest.mark.parametrize("stage", ["pretrain-mae", "cache-teacher"])
+def test_masks_of_both_stages_are_shown(stage: str, drawn_shards: Path, tmp_path: Path) -> None:
+    if stage == "pretrain-mae":
+        recipe: Any = mae_recipe(drawn_shards, tmp_path / "run")
+    else:
+        recipe = cache_recipe(tmp_path, source={"shards": drawn_shards}, mask={"ratio": 0.75})
+    found = views.run(recipe, views.Options(tmp_path / "v.html", images=1, views=1))
+    assert "masks: 0.75 of units of 1 patches, seed 0" in str(found["law"])
     page = (tmp_path / "v.html").read_text()
     assert "mask: 12 of 16 patches hidden" in page
     key = open_shards(recipe.source).shards[0].members().keys[0]

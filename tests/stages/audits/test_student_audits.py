@@ -271,8 +271,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Path:
     fields = {"teacher": loaded.teacher.model_dump(), "views": {"size": 64}, "batch_size": 16}
     forward = Teacher.forward
 
-    def of_the_image_before(self: Teacher, pixels: torch.Tensor, check: bool = True, taps: Any = None) -> Any:
-        tapped = forward(self, pixels, check, taps)
+    def of_the_image_before(self: Teacher, pixels: torch.Tensor, *which: Any, **mask: Any) -> Any:
+        tapped = forward(self, pixels, *which, **mask)
         return {tap: tuple(side.roll(2, 0) for side in sides) for tap, sides in tapped.items()}  # two views an image
 
     codec = {"rows": 65, "tail_k": 8}

@@ -100,10 +100,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
     found: list[tuple[int, list[str]]] = []
     forward = Teacher.forward
 
-    def noted(self: Teacher, pixels: torch.Tensor, check: bool = True, taps: Any = None) -> Any:
+    def noted(self: Teacher, pixels: torch.Tensor, check: bool = True, taps: Any = None, **mask: Any) -> Any:
         if not check:
             found.append((len(pixels), sorted(map(str, taps))))
-        return forward(self, pixels, check, taps)
+        return forward(self, pixels, check, taps, **mask)
 
     monkeypatch.setattr(Teacher, "forward", noted)
     return found
