@@ -6,6 +6,7 @@ Shapes: B view, S pixel, T token, C width.
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 

@@ -178,12 +178,21 @@ class CustomTaps(nn.Module):
         """Compile the whole of `forward_taps`."""
         self._forward = torch.compile(self._forward)
 
-    def forward(self, images: Tensor, taps: Collection[Tap] | None = None) -> Mapping[Tap, tuple[Tensor, ...]]:
+    def forward(
+        self, images: Tensor, taps: Collection[Tap] | None = None, kept: Tensor | None = None
+    ) -> Mapping[Tap, tuple[Tensor, ...]]:
         """The tensors of some taps, by default of all, for normalised images [B, 3, S, S].
 
         Raises:
-            RecipeError: `forward_taps` fails, leaves out a tap, or a tensor has another shape than its kind has.
+            RecipeError: `kept` is given, since such a teacher sees whole views; `forward_taps` fails, leaves out a tap, or a tensor has another shape than its kind has.
         """
+        if kept is not None:
+            raise RecipeError(
+                f"{type(self.model).__name__} cannot run on visible patches alone",
+                got="a mask",
+                expected="a plain ViT, or one with rotary positions",
+                hint="leave the mask out",
+            )
         wanted = [tap for tap in self.taps if taps is None or tap in taps]
         try:
             given = self._forward(images, tuple(map(str, wanted)))

@@ -101,6 +101,18 @@ class Teacher(nn.Module):
         black: Tapped = self(pixels, taps=taps, kept=kept)
         return black
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.cut.shapes.grid if isinstance(self.cut, CustomTaps) else backbone.grid(self.cut.model)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches."""
+        if isinstance(self.cut, CustomTaps):
+            return self.cut.shapes.prefix_tokens
+        return backbone.prefix_tokens(self.cut.model)
+
     def shapes(self, taps: Collection[Tap] | None = None, visible: int | None = None) -> Shapes:
         """Sizes of a view's tensors at some taps, by default at all, from a forward pass; `visible` as in `black`."""
         if isinstance(self.cut, CustomTaps):
