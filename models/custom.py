@@ -184,7 +184,8 @@ class CustomTaps(nn.Module):
         """The tensors of some taps, by default of all, for normalised images [B, 3, S, S].
 
         Raises:
-            RecipeError: `kept` is given, since such a teacher sees whole views; `forward_taps` fails, leaves out a tap, or a tensor has another shape than its kind has.
+            RecipeError: `kept` is given, since such a teacher sees whole views; `forward_taps` fails, leaves out a tap,
+                or a tensor has another shape than its kind has.
         """
         if kept is not None:
             raise RecipeError(
