@@ -26,7 +26,7 @@ class PixelDecoder(nn.Module):
     position: Tensor
 
     def __init__(
-        self, vit: VisionTransformer, config: DecoderConfig, normed: bool = False, encoder: nn.Module | None = None
+        self, vit: nn.Module, config: DecoderConfig, normed: bool = False, encoder: nn.Module | None = None
     ) -> None:
         super().__init__()
         if encoder is not None:

@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 import torch
-from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError
 from tinymim.configs.load import load_recipe
@@ -267,7 +266,7 @@ def with_mask(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> TrainStudent
     return recipe.model_copy(update={"mask": mask})
 
 
-def check_decoder(mim: MimConfig, mask: StudentMaskConfig | None, vit: VisionTransformer) -> None:
+def check_decoder(mim: MimConfig, mask: StudentMaskConfig | None, vit: nn.Module) -> None:
     """Raises RecipeError where a student has no hidden patches to predict, or lacks the decoder's block."""
     if mask is None:
         raise RecipeError(
@@ -281,7 +280,7 @@ def check_decoder(mim: MimConfig, mask: StudentMaskConfig | None, vit: VisionTra
         raise RecipeError("mim.block is outside the student", got=mim.block, expected=f"1..{depth}")
 
 
-def _seen_shapes(vit: VisionTransformer, mask: StudentMaskConfig | None) -> Shapes:
+def _seen_shapes(vit: nn.Module, mask: StudentMaskConfig | None) -> Shapes:
     """The shapes of a student's tokens for a view with a mask."""
     shapes = shapes_of(vit)
     if mask is None:

@@ -11,7 +11,8 @@ from tinymim.configs.sections import ModelConfig
 from tinymim.configs.taps import Tap
 from tinymim.models import backbone
 from tinymim.models.native_parts import missing_parts
-from tinymim.models.vit import build_model, build_student
+from tinymim.models.student import build_student
+from tinymim.models.vit import build_model
 from tinymim.stages import cache_teacher, train_student
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_set
 
