@@ -17,7 +17,7 @@ def card(info: Mapping[str, Any]) -> str:
     Args:
         info: the description of the cache (`stages/cache/info.py`).
     """
-    targets = info["layers"][1:]
+    targets = [layer for layer in info["layers"] if "teacher" in layer]
     licenses = sorted({str(layer["teacher"]["license"]) for layer in targets})
     known = licenses[0] if len(licenses) == 1 and licenses[0].lower() in _LICENSES else "other"
     teachers = sorted({layer["teacher"]["name"] for layer in targets})

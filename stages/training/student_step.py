@@ -28,6 +28,7 @@ from tinymim.stages.training.optim import Part, parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, rank_device
 from tinymim.stages.training.states import has_state
 from tinymim.stages.training.terms import Term, naming
+from tinymim.storage import layout
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
 
@@ -177,15 +178,29 @@ def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
     return digests + [shard.content_hash for shard in source.shards]
 
 
-def check_view_size(student: ModelConfig, size: int) -> None:
-    """Raises CacheMismatch where a student's input size is not the size of the cached views."""
-    if student.img_size != size:
+def view_size(recipe: TrainStudentRecipe, reader: CacheReader) -> int:
+    """The input size of all students: one of the cache's sizes, whose digests prove what they see.
+
+    Raises:
+        CacheMismatch: a student's input size is not a size of the cached views, or that of the other students.
+    """
+    cached = [layout.size_of(name, reader.manifest) for name in reader.view_layers]
+    own = list(dict.fromkeys(each.student.img_size for each in recipe.each().values() if each.student is not None))
+    if other := [size for size in own if size not in cached]:
         raise CacheMismatch(
             "student.img_size is not the size of the cached views",
-            got=student.img_size,
-            expected=size,
-            hint="students train at the size of the teacher's views",
+            got=other[0],
+            expected=cached[0] if len(cached) == 1 else f"one of {', '.join(map(str, cached))}",
+            hint="students train at the size of a teacher's views",
         )
+    if len(own) > 1:
+        raise CacheMismatch(
+            "students of one stream differ in img_size",
+            got=", ".join(map(str, own)),
+            expected="one size",
+            hint="train the students of each size in a run of their own",
+        )
+    return own[0]
 
 
 def check_student_fits(student: ModelConfig, term: Term) -> None:

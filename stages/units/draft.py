@@ -1,6 +1,6 @@
 """Batches behind the teacher, and the part of a unit that they fill: keys, digests, records, audit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.timing import Marks
 from tinymim.storage.blocks import DIGEST
-from tinymim.storage.layout import VIEWS, UnitId
+from tinymim.storage.layout import UnitId
 from tinymim.targets.contract import TargetKind
 
 
@@ -27,14 +27,14 @@ class AuditedViews:
     """Views for the unit audit, on the teacher's device.
 
     Attributes:
-        tapped: the teacher's tapped tensors, first axis B.
-        pixels: uint8 [B, 3, S, S].
+        tapped: by layer the tapped tensors of its teacher, first axis B.
+        pixels: by layer uint8 [B, 3, S, S], at its teacher's size.
         records: by layer the codec's arrays, first axis B.
         view_keys: int64 [B].
     """
 
-    tapped: Tapped
-    pixels: Tensor
+    tapped: dict[str, Tapped]
+    pixels: dict[str, Tensor]
     records: dict[str, dict[str, Tensor]]
     view_keys: Tensor
 
@@ -47,7 +47,7 @@ class EncodedBatch:
         piece: the batch's place in its unit.
         batch: the decoded views.
         arrays: by layer the codec's arrays on the CPU, first axis records.
-        marks: before the teacher, after it, after the codecs, after the copy to the CPU.
+        marks: before the teachers, after them, after the codecs, after the copy to the CPU.
         audited: views for the unit audit; None after a unit's first batches.
         finite: bool [B] on the CPU, whether the tapped tensors of a view are finite.
     """
@@ -60,47 +60,75 @@ class EncodedBatch:
     finite: Tensor | None = None
 
 
+def tapped_by_layer(
+    teachers: Mapping[str, Teacher],
+    kinds: Mapping[str, TargetKind],
+    pixels: Callable[[int], Tensor],
+    check: bool = True,
+) -> dict[str, Tapped]:
+    """The tensors that each layer's teacher gives; every teacher runs once, to the last tap of its layers.
+
+    Args:
+        teachers: the teachers by layer.
+        kinds: the codecs of the wanted layers.
+        pixels: returns the views at a size, uint8 [B, 3, size, size], on the teachers' device.
+        check: as for `Teacher`.
+    """
+    found: dict[str, Tapped] = {}
+    for teacher in dict.fromkeys(teachers[layer] for layer in kinds):
+        own = [layer for layer in kinds if teachers[layer] is teacher]
+        taps = {tap for layer in own for tap in kinds[layer].taps}
+        found |= dict.fromkeys(own, teacher(pixels(teacher.config.img_size), check=check, taps=taps))
+    return found
+
+
 def encode(
-    teacher: Teacher,
+    teachers: Mapping[str, Teacher],
     kinds: Mapping[str, TargetKind],
     batch: ViewBatch,
     piece: Piece,
     audit_views: int,
     device: torch.device,
 ) -> EncodedBatch:
-    """Launch teacher and codecs of the unit's layers on a batch; on a GPU the work goes on after this returns.
+    """Launch teachers and codecs of the unit's layers on a batch; on a GPU the work goes on after this returns.
 
     Args:
-        teacher: the teacher, on `device`.
+        teachers: the teachers by layer, on `device`.
         kinds: the codecs by layer, on `device`.
         batch: the decoded views; may be empty.
         piece: the batch's place in its unit.
         audit_views: views that the audit still needs. It gets one view per image, because views of one image are too
             alike to show how gradients vary.
-        device: the device that runs teacher and codecs.
+        device: the device that runs teachers and codecs.
     """
     if not batch.keys:
         return EncodedBatch(piece, batch)
     # Nothing here may wait for the GPU: the next batch is launched while this one computes.
-    pixels = batch.pixels.to(device, non_blocking=True)
+    used = {layer: kinds[layer] for layer in piece.layers}
+    sizes = dict.fromkeys(teachers[layer].config.img_size for layer in used)
+    pixels = {size: batch.at(size).to(device, non_blocking=True) for size in sizes}
     view_keys = batch.view_keys.to(device, non_blocking=True)
     marks = Marks(device)
     marks.mark()
-    used = {layer: kinds[layer] for layer in piece.layers}
-    taps = {tap for kind in used.values() for tap in kind.taps}
     # Reading the check would wait; the collector reads `finite` later.
-    tapped: Tapped = teacher(pixels, check=False, taps=taps)
-    finite = finite_views(tapped)
+    tapped = tapped_by_layer(teachers, used, pixels.__getitem__, check=False)
+    by_teacher = {id(each): each for each in tapped.values()}
+    finite = torch.stack([finite_views(each) for each in by_teacher.values()]).all(0)
     marks.mark()
-    records = {layer: kind.encode(tapped, view_keys) for layer, kind in used.items()}
+    records = {layer: kind.encode(tapped[layer], view_keys) for layer, kind in used.items()}
     marks.mark()
     audited = None
     if audit_views > 0:
         first = np.flatnonzero(batch.items[:, 2] == batch.items[0, 2])[:audit_views]
         rows = torch.from_numpy(first).to(device)
+        some = {
+            name: {tap: tuple(tensor[rows] for tensor in tensors) for tap, tensors in each.items()}
+            for name, each in by_teacher.items()
+        }
+        seen = {size: each[rows] for size, each in pixels.items()}
         audited = AuditedViews(
-            {tap: tuple(tensor[rows] for tensor in tensors) for tap, tensors in tapped.items()},
-            pixels[rows],
+            {layer: some[id(tapped[layer])] for layer in used},
+            {layer: seen[teachers[layer].config.img_size] for layer in used},
             {layer: {name: _picked(each, rows) for name, each in own.items()} for layer, own in records.items()},
             view_keys[rows],
         )
@@ -126,19 +154,27 @@ class UnitPart:
         views: k adjacent views of it.
         num_images: images of the shard.
         audits: by layer the unit's audit, which its parts share; these are the layers that lack the unit.
+        sizes: by view layer the size of its views.
 
     Attributes:
         keys: one key per readable image, I of them.
         unreadable: (key, reason) of the others.
     """
 
-    def __init__(self, unit: UnitId, views: range, num_images: int, audits: Mapping[str, UnitAudit]) -> None:
-        self.unit, self.views, self.audits = unit, views, audits
+    def __init__(
+        self,
+        unit: UnitId,
+        views: range,
+        num_images: int,
+        audits: Mapping[str, UnitAudit],
+        sizes: Mapping[str, int],
+    ) -> None:
+        self.unit, self.views, self.audits, self.sizes = unit, views, audits, sizes
         self.keys: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
         self._num_images = num_images
         # By layer and array, [k, images of the shard, ...].
-        self._arrays: dict[str, dict[str, npt.NDArray[Any]]] = {layer: {} for layer in (VIEWS, *audits)}
+        self._arrays: dict[str, dict[str, npt.NDArray[Any]]] = {layer: {} for layer in (*sizes, *audits)}
 
     @property
     def begins_unit(self) -> bool:
@@ -158,7 +194,7 @@ class UnitPart:
             return
         begin, keys = len(self.keys), batch.keys[::num_views]
         self.keys += keys
-        found = {VIEWS: {DIGEST: low_digests(batch)}}
+        found = {layer: {DIGEST: low_digests(batch, size)} for layer, size in self.sizes.items()}
         found |= {layer: {name: each.numpy() for name, each in own.items()} for layer, own in encoded.arrays.items()}
         for layer, arrays in found.items():
             held = self._arrays[layer]
@@ -174,10 +210,10 @@ class UnitPart:
     def compare(self, views: AuditedViews) -> None:
         """Add views to the unit audit of every layer (I5)."""
         for layer, audit in self.audits.items():
-            audit.add(views.tapped, views.pixels, views.records[layer], views.view_keys)
+            audit.add(views.tapped[layer], views.pixels[layer], views.records[layer], views.view_keys)
 
     def records(self, layer: str) -> dict[str, npt.NDArray[Any]]:
-        """The arrays of a layer, also of the view layer, [k, I, ...]; empty without readable images."""
+        """The arrays of a layer, also of a view layer, [k, I, ...]; empty without readable images."""
         return {name: values[:, : len(self.keys)] for name, values in self._arrays[layer].items()}
 
     def refuse_too_many_unreadable(self, max_share: float) -> None:
@@ -204,6 +240,6 @@ class UnitPart:
             )
 
 
-def low_digests(batch: ViewBatch) -> npt.NDArray[np.uint32]:
-    """uint32 [B]: the low 32 bits of the digest of every view's pixels (I2)."""
-    return batch.digests().numpy().astype(np.uint32)
+def low_digests(batch: ViewBatch, size: int | None = None) -> npt.NDArray[np.uint32]:
+    """uint32 [B]: the low 32 bits of the digest of every view's pixels (I2); `size` as `ViewBatch.digests`."""
+    return batch.digests(size).numpy().astype(np.uint32)

@@ -243,7 +243,7 @@ def _leases_are_given_back(request: pytest.FixtureRequest, tmp_path: Path) -> It
     ],
 )
 def test_unreadable_images_are_refused_with_a_limit_that_was_passed(lost: int, most: float, text: str) -> None:
-    part = UnitPart(UnitId("shard-000000.tar", 0, 1), range(1), 24, {})
+    part = UnitPart(UnitId("shard-000000.tar", 0, 1), range(1), 24, {}, {})
     part.unreadable = [(f"k{number}", "cut short") for number in range(lost)]
     with pytest.raises(SourceError) as caught:
         part.refuse_too_many_unreadable(most)
