@@ -73,6 +73,7 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
             described = reader.layers[name]
             layer |= {
                 "spec_id": described.spec_id,
+                "view_size": described.view_size or manifest.views["size"],
                 "teacher": dict(described.teacher),
                 "target": dict(described.target),
                 "environment": dict(described.environment),
@@ -187,7 +188,10 @@ def format_info(info: Mapping[str, Any]) -> str:
         f"cache     {info['path']}",
         f"spec      {info['spec_id']}, format version {info['format_version']}",
         f"views     {view_law(info['views'])}",
-        *(f"also at   {size} px, for teachers of this size" for size in info["view_sizes"][1:]),
+        *(
+            f"also at   {size} px: {', '.join(each['name'] for each in layers if each.get('view_size') == size)}"
+            for size in info["view_sizes"][1:]
+        ),
         f"source    {plural(info['num_shards'], 'shard')}, {info['num_images']:,} images",
         "",
         *_layer_table(info),

@@ -143,7 +143,7 @@ def test_info_copy_pack_list_and_verify_know_every_size(made: Path, tmp_path: Pa
     assert found["view_sizes"] == [32, LARGE]
     assert [layer["name"] for layer in found["layers"]] == [VIEWS, FURTHER, "cls", "hidden", "qkv", "second"]
     text = info.format_info(found)
-    assert f"also at   {LARGE} px" in text and text.count("teacher   ") == 4
+    assert f"also at   {LARGE} px: hidden, second\n" in text and text.count("teacher   ") == 4
     for done in (copy, pack):
         done.run(made / "cache", tmp_path / done.__name__)
     assert tree(tmp_path / copy.__name__) == tree(made / "cache")
