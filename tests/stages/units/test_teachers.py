@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tinymim.configs.errors import CacheMismatch, RecipeError, UserError, ViewMismatch
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
-from tinymim.pipeline import dataset, replay
+from tinymim.pipeline import dataset, decode, replay
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
@@ -117,7 +117,12 @@ def test_each_teacher_sees_a_view_once_and_each_image_is_decoded_once_for_all(
     made: Path, tmp_path: Path, seen: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
-    monkeypatch.setattr(dataset, "decode", lambda *args, whole=dataset.decode: decoded.append(1) or whole(*args))
+
+    def counted(*args: Any) -> Any:
+        decoded.append(1)
+        return decode.decode(*args)
+
+    monkeypatch.setattr(dataset, "decode", counted)
     targets = {name: TARGETS[name] for name in ("qkv", "cls", "second")}
     cache_teacher.run(recipe(made, tmp_path, targets=targets, views_per_unit=3, views_per_decode=3))
     assert {size: sum(n for own, n in seen if own == size) for size in (32, LARGE)} == {32: 42, LARGE: 42}
@@ -209,7 +214,7 @@ def test_a_student_is_proved_at_its_own_size_and_refused_at_others(
     two = {"a": {"model": STUDENT}, "b": {"model": STUDENT | {"img_size": LARGE, "patch_size": 12}}}
     with pytest.raises(CacheMismatch, match="students of one stream differ in img_size"):
         train_student.run(student(made, tmp_path, 32, student=None, students=two))
-    digest = replay.pixel_digest
+    digest = decode.pixel_digest
     monkeypatch.setattr(replay, "pixel_digest", lambda pixels: digest(pixels) ^ (pixels.shape[-1] == LARGE))
     with pytest.raises(ViewMismatch):
         train_student.run(student(made, tmp_path, LARGE))
