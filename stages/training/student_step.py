@@ -158,7 +158,7 @@ class StudentStep:
         self._batch = batch
         for stream in self.streams.values():
             stream.take(step, batch)
-        wanted = {(each.grid, each.learner.device) for each in self.students}
+        wanted = {(each.grid, each.learner.device) for each in self.students} if self.recipe.mask is not None else set()
         self._kept = {place: visible_patches(self.recipe.mask, batch.named, *place) for place in wanted}
 
     def add(self, step: int, part: Part) -> None:
@@ -168,7 +168,8 @@ class StudentStep:
             stream.cut(part.rows)
         for student in self.students:
             jitter, model, learner = student
-            stream, kept = self.streams[learner.device], self._kept[student.grid, learner.device]
+            stream = self.streams[learner.device]
+            kept = self._kept[student.grid, learner.device] if self._kept else None
             visible = () if kept is None else (kept[part.rows],)
             # The same draws for every student, so that a student among several trains as it would alone.
             model.draw(seeded(CPU, self.recipe.run.seed, step), self.places[part.rows], self.batch_size)

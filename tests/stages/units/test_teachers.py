@@ -83,10 +83,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     forward = Teacher.forward
 
-    def noted(self: Teacher, pixels: torch.Tensor, check: bool = True, taps: Any = None) -> Any:
+    def noted(self: Teacher, pixels: torch.Tensor, check: bool = True, **more: Any) -> Any:
         if not check:
             found.append((pixels.shape[-1], len(pixels)))
-        return forward(self, pixels, check, taps)
+        return forward(self, pixels, check, **more)
 
     monkeypatch.setattr(Teacher, "forward", noted)
     return found
