@@ -85,7 +85,7 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted)
     teacher = Teacher(cache.teacher, relations.taps).to(device)
     kind: Features | TargetKind = Features(relations.taps[0]) if wanted == "features" else relations
 
-    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> tuple[Target, ...]:
+    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor, _: object) -> tuple[Target, ...]:
         tapped: Tapped = teacher(pixels)
         if wanted == "strange relations":
             tapped = {tap: tuple(each.roll(1, dims=0) for each in tensors) for tap, tensors in tapped.items()}

@@ -153,12 +153,21 @@ class CacheReader:
         """
         with self._lock:
             if layer not in self._units:
-                spec_id, constants = self.manifest.spec_id, None
-                if layer != VIEWS:
-                    held = self.layer(layer)
-                    spec_id, constants = held.spec_id, constants_digest(self.store, held)
-                self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants, paths)
+                self._units[layer] = self._committed(layer, paths)
             return list(self._units[layer])
+
+    def of_shard(self, layer: str, shard: str) -> list[UnitInfo]:
+        """The units of one shard as they are now, ascending by view; errors of `units`."""
+        if shard not in self.manifest.shards:
+            return []
+        return self._committed(layer, [entry.path for entry in self.store.list(layout.shard_folder(layer, shard))])
+
+    def _committed(self, layer: str, paths: Iterable[str] | None) -> list[UnitInfo]:
+        spec_id, constants = self.manifest.spec_id, None
+        if layer != VIEWS:
+            held = self.layer(layer)
+            spec_id, constants = held.spec_id, constants_digest(self.store, held)
+        return read_commits(self.store, layer, spec_id, self.manifest, constants, paths)
 
     def unit(self, layer: str, unit: UnitId) -> UnitInfo:
         """One committed unit as it is now, also if it was committed after the others were listed.

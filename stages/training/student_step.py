@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinymim.configs.errors import CacheMismatch, RecipeError
+from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
@@ -112,7 +112,9 @@ class StudentStep:
     def __call__(self, step: int, batch: ViewBatch) -> None:
         """Do step `step`, counted from 0."""
         self.take(step, batch)
-        for part in parts_of(len(self.places), self.recipe.optim.accumulate):
+        if not batch.keys:
+            raise SourceError(f"no image of step {step} can be read", got=batch.unreadable[0])
+        for part in parts_of(len(self.places), self.recipe.optim.accumulate, present=len(batch.keys)):
             self.add(step, part)
         self.update(step)
 
