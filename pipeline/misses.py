@@ -228,9 +228,12 @@ class PartlyReplayedViews(ReplayedViews):
         if self._cache is None or now_s - self._looked_s.get(shard, -LOOK_AGAIN_S) < LOOK_AGAIN_S:
             return
         self._looked_s[shard] = now_s
+        content = self.source.shards[self._numbers[shard]].content_hash
         for layer, by_shard in self._live.items():
             if layer in (VIEWS, *self._cache.layers):
-                by_shard[shard] = self._cache.of_shard(layer, shard)
+                found = self._cache.of_shard(layer, shard)
+                # Other content can only come with a later growth of the manifest; the next start refuses it.
+                by_shard[shard] = [info for info in found if info.content_hash == content]
         _require_same_images(shard, self._live)
         self._positions.pop(self._numbers[shard], None)
 

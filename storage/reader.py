@@ -157,9 +157,14 @@ class CacheReader:
             return list(self._units[layer])
 
     def of_shard(self, layer: str, shard: str) -> list[UnitInfo]:
-        """The units of one shard as they are now, ascending by view; errors of `units`."""
+        """The units of one shard as they are now, ascending by view; errors of `units`.
+
+        A shard that the manifest did not have is looked for in the manifest as it is now.
+        """
         if shard not in self.manifest.shards:
-            return []
+            self.manifest = layout.read_manifest(self.store)
+            if shard not in self.manifest.shards:
+                return []
         return self._committed(layer, [entry.path for entry in self.store.list(layout.shard_folder(layer, shard))])
 
     def _committed(self, layer: str, paths: Iterable[str] | None) -> list[UnitInfo]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import DenseCodec, SketchCodec
+from tinymim.configs.codecs import CodecConfig, DenseCodec, SketchCodec
 from tinymim.configs.errors import CacheMismatch, CheckpointError, UserError
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.teacher import Teacher
@@ -129,43 +129,41 @@ def test_layers_of_two_teachers_may_be_missing_as_a_whole(home: Path) -> None:
 
 
 def test_gradients_of_a_mix_are_unbiased_with_a_sketch_and_exact_with_dense_records(home: Path) -> None:
-    rng = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=rng)
-    missing = np.array([True, False, True, True, False, False])
-    config = cache_recipe(home).teacher
+    rng, count, draws = torch.Generator().manual_seed(0), 6, 100
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=rng)
+    tokens = torch.randn(count, 17, 16, generator=rng)
+    missing = np.array([True, False, True, True, False, False] * draws)
 
-    def gradients(codec: Any, draws: int) -> tuple[Tensor, Tensor]:
-        """The gradient of all-online, and those of draws of a mix, [draws, ...]."""
+    def gradients(codec: CodecConfig) -> tuple[Tensor, Tensor]:
+        """The gradient of all-online [N], and those of draws of a mix [draws, N]."""
         kind = make_kind(codec, 2)
-        model = Teacher(config, kind.taps)
-        shapes, tapped = model.shapes(), model(pixels)
-        lacking = Lacking(np.zeros((6, 3), np.int64), {"x": missing}, np.zeros(6, np.uint32))
-        targets = TeacherTargets({"x": (kind, shapes)}, {"x": kind}, [(model, ["x"])])
+        model = Teacher(cache_recipe(home).teacher, kind.taps)
+        shapes, tapped = model.shapes(), model(pixels.repeat(draws, 1, 1, 1))
         torch.manual_seed(1)
-        head = kind.head(shapes, shapes)
-        tokens = torch.randn(6, shapes.tokens, shapes.width, generator=torch.Generator().manual_seed(2))
-        answers = tuple(each.detach().requires_grad_() for each in head(tokens))
+        answers = tuple(
+            each.detach().requires_grad_() for each in kind.head(shapes, shapes)(tokens.repeat(draws, 1, 1))
+        )
 
         def gradient(target: Any) -> Tensor:
             loss = torch.stack([each.parts.sum() for each in kind.losses(answers, target).values()]).sum()
             found = torch.autograd.grad(loss, answers, allow_unused=True)
-            return torch.cat([each.flatten() for each in found if each is not None])
+            return torch.cat([each.reshape(draws, -1) for each in found if each is not None], dim=1)
 
-        mixed = []
-        for _ in range(draws):
-            keys = torch.randint(-(2**62), 2**62, (6,), generator=rng)
-            present = kind.encode(tapped, keys)
-            for array in present.values():
-                array[torch.from_numpy(missing)] = 0  # what a batch holds there is of no use
-            mixed.append(gradient(targets(pixels, {f"x/{n}": a for n, a in present.items()}, keys, lacking)[0]))
-        return gradient(kind.exact(tapped)), torch.stack(mixed)
+        keys = torch.randint(-(2**62), 2**62, (count * draws,), generator=rng)
+        records = {f"x/{name}": array for name, array in kind.encode(tapped, keys).items()}
+        for array in records.values():
+            array[torch.from_numpy(missing)] = 0  # a batch may hold anything there
+        lacking = Lacking(np.zeros((count * draws, 3), np.int64), {"x": missing}, np.zeros(0, np.uint32))
+        targets = TeacherTargets({"x": (kind, shapes)}, {"x": kind}, [(model, ["x"])])
+        [mixed] = targets(pixels.repeat(draws, 1, 1, 1), records, keys, lacking)
+        return gradient(kind.exact(tapped))[0], gradient(mixed)
 
-    exact, [mixed] = gradients(DenseCodec(name="dense"), 1)
-    assert float((mixed - exact).norm() / exact.norm()) < 2e-3  # dense records are float16
-    exact, drawn = gradients(SketchCodec(name="sketch", rows=6, head_k=1, tail_k=3), 200)
-    error, noise = drawn.mean(0) - exact, drawn.var(0).sum().sqrt() / 200**0.5
-    assert float(noise) < 0.2 * float(exact.norm())
-    assert float(error.norm()) < 1.3 * float(noise)  # noise: the error's root mean square if there is no bias
+    exact, mixed = gradients(DenseCodec(name="dense"))
+    assert float((mixed - exact).norm(dim=1).max()) < 2e-3 * float(exact.norm())  # dense records are float16
+    exact, drawn = gradients(SketchCodec(name="sketch", rows=6, head_k=1, tail_k=3))
+    error, noise = (drawn.mean(0) - exact).norm(), drawn.var(0).sum().sqrt() / draws**0.5
+    assert 0 < float(noise) < 0.3 * float(exact.norm())
+    assert float(error) < 1.3 * float(noise)  # without a bias, the root mean square of the error is the noise
 
 
 # ---------------------------------------------------------------- fresh views, resume, ranks
@@ -254,7 +252,9 @@ def test_written_units_are_those_of_stage_one_and_a_later_job_adds_the_rest(home
     first = train(home, "new", "first", **more)
     same_records(home / "new", home / "whole")
     units = unit_names(home / "new")
-    assert units["x"] == units[VIEWS] and "shard-000000.tar v0-1" in units["x"] and verify.run(home / "new")["sound"]
+    assert (
+        units["x"] == units[VIEWS] and any("v0-1" in unit for unit in units["x"]) and verify.run(home / "new")["sound"]
+    )
     assert train(home, "new", "again", **more) == first
     assert np.mean(shares(home, "again")) < 0.5 and np.mean(shares(home, "first")) > 0.5
     cached(home, "new", codec=CODECS["bank"], num_views=6)
@@ -325,7 +325,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_listed(home: Path, capsys:
 
 
 def break_image(path: Path, number: int) -> None:
-    """Replace the bytes of one image of a tar, and drop the index."""
+    """Replace the bytes of one image of a tar, and remove the index."""
     with tarfile.open(path) as tar:
         members = [(member, tar.extractfile(member)) for member in tar.getmembers()]
         held = [(member, file.read() if file else b"") for member, file in members]
@@ -334,9 +334,7 @@ def break_image(path: Path, number: int) -> None:
         for at, (member, data) in enumerate(held):
             data = b"?" * len(data) if at == images[number] else data
             tar.addfile(member, io.BytesIO(data))
-    for index in path.parent.glob(f"{path.stem}*"):
-        if index != path:
-            index.unlink()
+    (path.parent / "index.json").unlink()
 
 
 # ---------------------------------------------------------------- mistakes
