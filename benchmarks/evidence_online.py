@@ -1,6 +1,7 @@
 """The students of `evidence.py` with the teacher in the loop: its dense relations, its features, or a control.
 
-Not a part of tinymim, which caches instead. The step is that of `train-student`; the teacher makes its targets.
+The step is that of `train-student`; the teacher makes its targets. `train-student` itself trains so with `on_missing:
+teacher`, from records. Here are float32 targets that no codec rounds, and controls that no cache can hold.
 """
 
 import contextlib

@@ -70,8 +70,12 @@ def require_inputs(recipe: RunRecipe) -> None:
             require_shards(recipe.source)
             _require_weights(recipe.teacher.weights)
         case TrainStudentRecipe():
-            resolve(recipe.cache)
+            if recipe.views is None:  # else the cache may not exist yet
+                resolve(recipe.cache)
             require_shards(recipe.source)
+            for _, layer in recipe.each_layer():
+                if layer.teacher is not None:
+                    _require_weights(layer.teacher.weights)
             if recipe.audit is not None:
                 resolve(recipe.audit.cache)
                 require_shards(recipe.audit.source)

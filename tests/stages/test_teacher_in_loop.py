@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinymim.configs.codecs import CodecConfig, DenseCodec, SketchCodec
 from tinymim.configs.errors import CacheMismatch, CheckpointError, UserError
+from tinymim.configs.load import dump_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline import misses
@@ -32,6 +33,7 @@ from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.kinds import make_kind
 from tinymim.tests.stages import jobs
+from tinymim.tests.stages.conftest import Run
 from tinymim.tests.stages.tiny import (
     STUDENT,
     TEACHER,
@@ -335,6 +337,25 @@ def break_image(path: Path, number: int) -> None:
             data = b"?" * len(data) if at == images[number] else data
             tar.addfile(member, io.BytesIO(data))
     (path.parent / "index.json").unlink()
+
+
+# ---------------------------------------------------------------- by the command line
+
+
+def test_the_command_trains_without_a_cache_and_compare_shows_what_was_computed(home: Path, run: Run) -> None:
+    more = {"write_back": True, "optim": WHOLE, **from_nothing(home)}
+    (home / "recipe.yaml").write_text(dump_recipe(recipe(home, "new", **more)))
+    code, _, told = run("train-student", home / "recipe.yaml")
+    assert code == 0 and f"there is no cache at {home / 'new'}" not in told  # `write_back` makes it
+    assert (
+        "the teacher computed 216 of 216 views" not in told and "units to" in told
+    )  # some were written and read again
+    code, table, _ = run("compare", home / "run-student")
+    assert code == 0 and "by the teacher" in table
+    code, _, told = run("train-student", home / "recipe.yaml", "--set", "layers.x.teacher.weights=gone.safetensors")
+    assert code == 2 and "gone.safetensors" in told
+    code, _, told = run("train-student", home / "recipe.yaml", "--set", "views=null", "--set", f"cache={home / 'no'}")
+    assert code == 2 and "there is no cache at" in told
 
 
 # ---------------------------------------------------------------- mistakes
