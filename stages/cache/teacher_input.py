@@ -151,10 +151,10 @@ class TeacherInput:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
         if self.write_back is not None:
-            elsewhere = self.write_back.elsewhere
+            dropped = self.write_back.dropped
             logger.info(
                 f"train-student: wrote {self.write_back.written:,} units to {self._place}"
-                + (f"; {elsewhere:,} were there by then, or in another job's hands" if elsewhere else "")
+                + (f"; {dropped:,} others were there by then, another job's, or without view 0" if dropped else "")
             )
 
     def views(self, order: SampleOrder) -> PartlyReplayedViews:

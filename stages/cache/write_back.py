@@ -25,6 +25,7 @@ from tinymim.stages.units.draft import UnitPart
 from tinymim.stages.units.filling import UnitFilling
 from tinymim.stages.units.timing import Marks
 from tinymim.storage.blocks import DIGEST
+from tinymim.storage.commit import holds_keys
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.writer import CacheWriter, UnitTaken
 
@@ -85,7 +86,7 @@ class WriteBack:
 
     Attributes:
         written: number of units written.
-        elsewhere: number of whole units that the cache held by then, or whose shard another job held.
+        dropped: number of whole units that the cache held by then, whose shard another job held, or that do not fit.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class WriteBack:
         self._drafts: OrderedDict[UnitId, _Draft] = OrderedDict()
         self._counts = {shard.name: shard.num_samples for shard in shards}
         self._by_name = {shard.name: shard for shard in shards}
-        self.written = self.elsewhere = 0
+        self.written = self.dropped = 0
 
     def __enter__(self) -> "WriteBack":
         self._thread = Background("write-back", self._add, _DEPTH).__enter__()
@@ -150,10 +151,8 @@ class WriteBack:
         unit, shard, writer = draft.unit, self._by_name[draft.unit.shard], self._writer
         try:
             layers = writer.claim_for(draft.layers, unit)
-            # A unit lies within one of the view layer or outside all, as in `cache-teacher`.
-            shared = [other for other in writer.of_shard(VIEWS, unit.shard) if other.overlaps(unit)] if layers else []
-            if not layers or not all(set(unit.views) <= set(other.views) for other in shared):
-                self.elsewhere += 1
+            if not layers or not self._fits(unit):
+                self.dropped += 1
                 return
             shard.verify()
             keys = shard.members().keys
@@ -166,10 +165,16 @@ class WriteBack:
             self._filling.add(part)
             self.written += 1
         except UnitTaken:
-            self.elsewhere += 1
+            self.dropped += 1
         except SourceError as error:
             logger.info(f"train-student: warning: unit {unit} is not written: {in_one_line(error)}")
         finally:
             self._filling.close()
             writer.give_back(unit)
             self._on_written(unit.shard)
+
+    def _fits(self, unit: UnitId) -> bool:
+        """Whether it lies within a unit of the view layer or outside all, and the shard's keys are there or in it."""
+        views = self._writer.of_shard(VIEWS, unit.shard)
+        within = all(set(unit.views) <= set(other.views) for other in views if other.overlaps(unit))
+        return within and any(holds_keys(VIEWS, other) for other in (unit, *views))

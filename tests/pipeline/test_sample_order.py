@@ -371,13 +371,5 @@ def test_new_views_are_the_same_after_a_resume_and_for_any_number_of_ranks() -> 
 
 def test_which_shards_come_anew_is_golden() -> None:
     found = views_by_image(fresh_order(0.25), 16)
-    assert ["".join(map(str, found[shard, 0])) for shard in range(8)] == [
-        "0132",
-        "3012",
-        "3012",
-        "0312",
-        "0132",
-        "0123",
-        "0312",
-        "0123",
-    ]
+    golden = "0132 3012 3012 0312 0132 0123 0312 0123"
+    assert " ".join("".join(map(str, found[shard, 0])) for shard in range(8)) == golden
