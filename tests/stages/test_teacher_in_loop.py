@@ -344,7 +344,10 @@ def break_image(path: Path, number: int) -> None:
 # ---------------------------------------------------------------- by the command line
 
 
-def test_the_command_trains_without_a_cache_and_compare_shows_what_was_computed(home: Path, run: Run) -> None:
+def test_the_command_trains_without_a_cache_and_compare_shows_what_was_computed(
+    home: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)  # where `compare` writes its page
     more = {"write_back": True, "optim": WHOLE, **from_nothing(home)}
     (home / "recipe.yaml").write_text(dump_recipe(recipe(home, "new", **more)))
     code, _, told = run("train-student", home / "recipe.yaml")
