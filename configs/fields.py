@@ -180,7 +180,7 @@ def _kinds(annotation: Any, limits: Iterable[Any]) -> Iterator[str]:
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield "section"
     elif get_origin(annotation) is dict:
-        yield "sections by name"
+        yield "sections by name" if any(_sections_in(each) for each in arguments) else "mapping"
     elif get_origin(annotation) is tuple and Ellipsis in arguments:
         yield f"list of {_listed(dict.fromkeys(_kinds(arguments[0], ())))}"
     elif get_origin(annotation) is tuple:

@@ -177,8 +177,13 @@ class ViewConfig(Section):
         return self
 
 
+Argument = str | bool | int | float | None
+# Arguments of timm that fields of recipes decide.
+_DECIDED = ("img_size", "num_classes", "in_chans", "drop_path_rate", "global_pool", "pretrained")
+
+
 class ModelConfig(Section):
-    """A plain ViT by its timm name. Sizes given here override those of the named architecture."""
+    """A model by its timm name. Sizes given here override those of the named architecture (docs/backbones.md)."""
 
     name: str = Field(default="vit_tiny_patch16_224", description="Model name in timm.")
     img_size: Side = Field(default=224, description="Input width and height in pixels.")
@@ -186,6 +191,16 @@ class ModelConfig(Section):
     embed_dim: Width | None = Field(default=None, description="Width of the tokens. Default: by name.")
     depth: Depth | None = Field(default=None, description="Number of blocks. Default: by name.")
     num_heads: Width | None = Field(default=None, description="Attention heads. Default: by name.")
+    args: dict[str, Argument | tuple[Argument, ...]] = Field(
+        default={}, description="Further arguments of timm's class, such as `{window_size: 4, depths: [2, 2, 6, 2]}`."
+    )
+
+    @model_validator(mode="after")
+    def _own_arguments(self) -> "ModelConfig":
+        given = {name for name in ("patch_size", "embed_dim", "depth", "num_heads") if getattr(self, name) is not None}
+        if taken := sorted(self.args.keys() & {*_DECIDED, *given}):
+            raise ValueError(f"args repeats what a field of the recipe decides; got {', '.join(taken)}")
+        return self
 
     @model_validator(mode="after")
     def _whole_patches(self) -> "ModelConfig":

@@ -8,6 +8,13 @@ from tinymim.configs.errors import CheckpointError
 RANDOM: Final = "random"
 HUB: Final = "hub"
 _PACKAGE: Final = "package:"
+# What timm and transformers write into a folder.
+_IN_FOLDER: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class WeightsFile(NamedTuple):
@@ -18,7 +25,7 @@ class WeightsFile(NamedTuple):
 
 
 def weights_file(weights: str) -> WeightsFile:
-    """The file of "package:NAME", of "FILE" or "FILE#KEY", or in a folder that timm loads.
+    """The file of "package:NAME", of "FILE" or "FILE#KEY", or in a folder of timm or transformers.
 
     Raises:
         CheckpointError: no such file.
@@ -33,8 +40,7 @@ def weights_file(weights: str) -> WeightsFile:
         hint = f"shipped weights: {shipped}"
     else:
         path, hint = Path(weights), "give a .safetensors or .pth file, 'hub', or 'package:NAME'"
-        if (inside := path / "model.safetensors").is_file():  # a folder for timm
-            path = inside
+        path = next((path / name for name in _IN_FOLDER if (path / name).is_file()), path)
     if not path.is_file():
         raise CheckpointError("weights file does not exist", got=path, hint=hint)
     return WeightsFile(path)

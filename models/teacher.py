@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import TeacherConfig
+from tinymim.configs.sections import LARGEST, TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.checkpoints import tensors_sha256
@@ -53,7 +53,7 @@ class Teacher(nn.Module):
         if _at_classifier(taps) and others:
             self._sha256[False] = tensors_sha256(_built(config, others).state_dict())
         self.mean, self.std, _, self.license = stated(model, config, config.weights, config.mean, config.std)
-        self.grid, self.prefix_tokens = backbone.grid(model), backbone.prefix_tokens(model)
+        self._plain = backbone.is_plain(model)
         self.normalise = Normalise(self.mean, self.std)
         self.cut = CutTeacher(model, tuple(taps)).to(_DTYPES[config.precision])
         self.config = config
@@ -89,14 +89,23 @@ class Teacher(nn.Module):
         return black
 
     def shapes(self, taps: Collection[Tap] | None = None) -> Shapes:
-        """Sizes of a view's tensors at some taps, by default at all, from a forward pass."""
-        rows, columns = self.grid
-        heads, width = backbone.heads(self.cut.model) or 1, backbone.widths(self.cut.model)[-1]
-        head_dim, tokens = width // heads, rows * columns + self.prefix_tokens
-        for tap, tensors in self.black(taps).items():
+        """Sizes of a view's tensors at some taps, by default at all, from a forward pass.
+
+        Of a model that is no plain ViT they are those at the last of the taps, whose tokens have one head.
+        """
+        model, tapped = self.cut.model, self.black(taps)
+        if not self._plain:
+            last = max(tapped, key=lambda tap: tap.place or LARGEST)
+            grid, width = backbone.grid(model, self.config.img_size, last.place or None), tapped[last][0].shape[-1]
+            prefix = tapped[last][1].shape[1] if last.kind == "tokens" else 0
+            return Shapes(1, width, grid[0] * grid[1] + prefix, prefix, grid)
+        (rows, columns), prefix = backbone.grid(model), backbone.prefix_tokens(model)
+        heads, width = backbone.heads(model) or 1, backbone.widths(model)[-1]
+        head_dim, tokens = width // heads, rows * columns + prefix
+        for tap, tensors in tapped.items():
             if tap.kind in ("qkv", "attention"):
                 _, heads, tokens, head_dim = tensors[0].shape
-        return Shapes(heads, head_dim, tokens, self.prefix_tokens, self.grid)
+        return Shapes(heads, head_dim, tokens, prefix, (rows, columns))
 
     def describe(self, taps: Collection[Tap] | None = None) -> dict[str, Any]:
         """The teacher's identity in a layer that reads some taps, by default all: whatever of it changes a number."""

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, TinymimError, first_line
 from tinymim.configs.sections import ModelConfig
+from tinymim.models import backbone
 from tinymim.models.backbone import POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_checkpoint, read_metadata
 from tinymim.models.files import HUB, RANDOM, weights_file
@@ -74,16 +76,17 @@ def build_with_weights(
     """
     if weights == HUB:
         return build_pretrained(config, num_classes=None if classifier else 0)
-    model = build_model(config, **(_classifier_of(read_weights(config, weights).tensors) if classifier else {}))
+    model = build_model(config, **(_classifier_of(config, read_weights(config, weights).tensors) if classifier else {}))
     load_weights(model, weights, unread)
     return model
 
 
-def _classifier_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """timm's arguments for the classifier of a ViT's weights: classes, and pooling by where its last norm is."""
-    head = tensors.get("head.weight")
-    pooled = {"global_pool": "avg"} if f"{POOLED_NORM}weight" in tensors else {}
-    return {"num_classes": 0 if head is None else len(head), **pooled}
+def _classifier_of(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """timm's arguments for the classifier in a file: classes, and a ViT's pooling by where its last norm is."""
+    with torch.device("meta"):
+        heads = backbone.classifier(build_model(config))
+    found = next((len(tensors[f"{head}weight"]) for head in heads if f"{head}weight" in tensors), 0)
+    return {"num_classes": found} | ({"global_pool": "avg"} if f"{POOLED_NORM}weight" in tensors else {})
 
 
 def build_pretrained(config: ModelConfig, num_classes: int | None = 0) -> nn.Module:

@@ -18,7 +18,7 @@ from tinymim.configs.taps import Shapes
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import build_vit
+from tinymim.models.vit import build_student
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
@@ -200,8 +200,8 @@ def make_students(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> 
 
 
 def _made_student(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> StudentModel:
-    vit = build_vit(recipe.student)
-    return StudentModel(vit, kind.head(shapes_of(vit), teacher))
+    vit = build_student(recipe.student)
+    return StudentModel(vit, kind.head(shapes_of(vit, recipe.student.img_size), teacher))
 
 
 # ---------------------------------------------------------------- batches and views

@@ -13,7 +13,7 @@ from tinymim.configs.sections import LoaderConfig
 from tinymim.models.files import RANDOM
 from tinymim.models.probes import pooled_features
 from tinymim.models.timm_folder import Rgb
-from tinymim.models.vit import build_vit
+from tinymim.models.vit import build_student
 from tinymim.models.weights import build_with_weights, stated
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
@@ -44,7 +44,7 @@ def load_encoder(recipe: EvaluateRecipe) -> tuple[nn.Module, Rgb, Rgb]:
     model: nn.Module
     if recipe.weights == RANDOM:
         torch.manual_seed(recipe.run.seed)
-        model = build_vit(recipe.model)
+        model = build_student(recipe.model)
     else:
         model = build_with_weights(recipe.model, recipe.weights)
     pixels = stated(model, recipe.model, recipe.weights, recipe.mean, recipe.std)

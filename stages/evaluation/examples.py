@@ -9,7 +9,7 @@ from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import VerifyConfig
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import Normalise, build_vit
+from tinymim.models.vit import Normalise, build_student
 from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
@@ -47,8 +47,8 @@ def relation_examples(
     answers = {}
     for name, recipe in students.items():
         assert recipe.student is not None  # the demo's recipes have one each
-        vit = build_vit(recipe.student)
-        student = StudentModel(vit, kind.head(shapes_of(vit), shapes)).eval()
+        vit = build_student(recipe.student)
+        student = StudentModel(vit, kind.head(shapes_of(vit, recipe.student.img_size), shapes)).eval()
         load_states([recipe.run.folder], [state_identity(recipe, content)], [{"student": student}])
         answers[name] = student(Normalise()(batch.pixels))
 

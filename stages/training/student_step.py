@@ -15,8 +15,9 @@ from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, ModelConfig
-from tinymim.models.student import StudentModel, pool_side, pooled_shapes, shapes_of
-from tinymim.models.vit import build_vit, count_parameters
+from tinymim.models import backbone
+from tinymim.models.student import StudentModel, fit_of, fitted_shapes, shapes_of
+from tinymim.models.vit import build_student, count_parameters
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import CachedSource
@@ -68,13 +69,13 @@ def make_students(
             check_student_fits(own.student, term)
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
-        vit = build_vit(own.student, drop_path=own.drop_path)
-        shapes = shapes_of(vit)
-        pools = [pool_side(shapes, term.shapes) for term in terms]
-        heads = [
-            term.kind.head(pooled_shapes(shapes, side), term.shapes) for term, side in zip(terms, pools, strict=True)
-        ]
-        model = StudentModel(vit, *heads, pools=pools).to(device)
+        vit = build_student(own.student, drop_path=own.drop_path)
+        if own.recompute:
+            backbone.recompute(vit)
+        shapes = shapes_of(vit, own.student.img_size)
+        fits = [fit_of(shapes, term.shapes, term.kind.taps) for term in terms]
+        heads = [term.kind.head(fitted_shapes(shapes, fit), term.shapes) for term, fit in zip(terms, fits, strict=True)]
+        model = StudentModel(vit, *heads, fits=fits).to(device)
         about = f"{name or 'student'} of {count_parameters(model.vit):,} parameters"
         example = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
         learner = Learner(name, about, own, "student", model, example, ranks, order, content)
@@ -195,5 +196,5 @@ def check_student_fits(student: ModelConfig, term: Term) -> None:
         CacheMismatch, RecipeError: the kind of target cannot compare a student of these tokens, or of this width.
     """
     with naming(term.layer), torch.device("meta"):
-        own = shapes_of(build_vit(student))
-        term.kind.head(pooled_shapes(own, pool_side(own, term.shapes)), term.shapes)
+        own = shapes_of(build_student(student), student.img_size)
+        term.kind.head(fitted_shapes(own, fit_of(own, term.shapes, term.kind.taps)), term.shapes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinymim.configs.sections import ModelConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.student import StudentModel, shapes_of
-from tinymim.models.vit import Normalise, build_vit
+from tinymim.models.vit import Normalise, build_student
 from tinymim.targets.contract import Loss, Target, TargetHead, TargetKind
 from tinymim.targets.fidelity import GradientMoments, merged, rounded
 
@@ -41,7 +41,7 @@ def reference_student(kind: TargetKind, view_size: int, teacher: Shapes) -> Stud
     extra: dict[str, Any] = {"reg_tokens": prefix - 1} if prefix else {"class_token": False, "global_pool": "avg"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vit = build_vit(config, **extra)
+        vit = build_student(config, **extra)
         return StudentModel(vit, kind.head(shapes_of(vit), teacher))
 
 
