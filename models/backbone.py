@@ -89,8 +89,8 @@ def cell(model: nn.Module) -> tuple[int, int] | None:
 
 def takes_img_size(model: nn.Module) -> bool:
     """Whether the model is built for one input size, the argument `img_size` of its class."""
-    kinds = type(model).__mro__
-    return any("img_size" in inspect.signature(kind.__init__).parameters for kind in kinds if kind is not object)
+    makers = (vars(kind).get("__init__") for kind in type(model).__mro__)
+    return any("img_size" in inspect.signature(make).parameters for make in makers if inspect.isfunction(make))
 
 
 def prefix_tokens(model: nn.Module) -> int:
@@ -356,7 +356,7 @@ def layers_below_head(model: nn.Module) -> dict[str, int] | None:
     if type(model).__name__ != "TinyVit":
         return None
     found: dict[str, int] = {}
-    depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr, arg-type]
+    depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr]
     total = sum(depths)
     for name, _ in model.named_parameters():
         match name.split("."):

@@ -128,4 +128,5 @@ def _second_derivatives(step: Tensor) -> Tensor:
         given[row, row - 1 : row + 2] = 6 * torch.stack([1 / before, -1 / before - 1 / after, 1 / after])
     system[0, :3] = torch.stack([step[1], -(step[0] + step[1]), step[0]])
     system[-1, -3:] = torch.stack([step[-1], -(step[-2] + step[-1]), step[-2]])
-    return torch.linalg.solve(system, given)
+    found: Tensor = torch.linalg.solve(system, given)
+    return found

@@ -112,13 +112,13 @@ def build_student(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> 
     return model
 
 
-def build_vit(config: ModelConfig) -> VisionTransformer:
+def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> VisionTransformer:
     """As `build_student`, for masked pre-training, which needs timm's plain VisionTransformer.
 
     Raises:
         RecipeError: as `build_model`, or the model is not a plain ViT.
     """
-    model = build_student(config)
+    model = build_student(config, drop_path, **extra)
     if not isinstance(model, VisionTransformer) or backbone.positions(model) is None:
         raise RecipeError(
             f"'{config.name}' is not a plain ViT with a position embedding",

@@ -208,7 +208,8 @@ def _with_batch_norm(module: nn.Module, mode: str, device: torch.device, ranks: 
     if mode == "sync" and ranks.world_size > 1:
         if device.type != "cuda":
             raise RecipeError("batch_norm: sync needs GPUs", got=device.type, hint="set batch_norm: train or frozen")
-        return convert_sync_batchnorm(module)
+        synchronous: nn.Module = convert_sync_batchnorm(module)
+        return synchronous
     if mode == "frozen":
         for layer in module.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):

@@ -43,9 +43,9 @@ def test_each_square_of_patches_becomes_its_mean_and_prefix_tokens_stay() -> Non
     ],
 )
 def test_only_whole_multiples_of_both_sides_fit(student: tuple[int, int], teacher: tuple[int, int], fit: Fit) -> None:
-    shapes = [Shapes(2, 4, 1 + rows * columns, 1, (rows, columns)) for rows, columns in (student, teacher)]
-    assert fit_of(*shapes, [Tap("tokens", 3)]) == fit
-    assert fit_of(*shapes, [Tap("logits")]) == Fit(pool=fit.pool)  # of the whole view: nothing to grow
+    own, its = (Shapes(2, 4, 1 + rows * columns, 1, (rows, columns)) for rows, columns in (student, teacher))
+    assert fit_of(own, its, [Tap("tokens", 3)]) == fit
+    assert fit_of(own, its, [Tap("logits")]) == Fit(pool=fit.pool)  # of the whole view: nothing to grow
 
 
 def test_a_coarse_patch_becomes_a_square_of_patches_in_its_place() -> None:
