@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_checkpo
 from tinymim.models.files import HUB, RANDOM, weights_file
 from tinymim.models.heads import check_heads
 from tinymim.models.hub import without_retries
+from tinymim.models.layouts import TIMM
 from tinymim.models.timm_folder import Rgb
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model, size_overrides
 
@@ -45,7 +47,8 @@ def read_weights(config: ModelConfig, weights: str) -> Read:
 def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -> LoadedWeights:
     """Load a file into an encoder, in place.
 
-    A position embedding of another grid is resampled (timm's bicubic); all other tensors must fit.
+    Tables of positions and of position biases are resampled (`models/tables.py`); all other tensors must fit. A layout
+    other than timm's is logged.
 
     Args:
         model: the encoder.
@@ -60,6 +63,9 @@ def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -
     tensors, metadata = read_checkpoint(*file)
     loaded = load_tensors(model, tensors, str(file.path), may_lack=unread)
     check_heads(model, metadata, str(file.path))
+    if loaded.layout != TIMM:
+        left_out = f"; not used: {', '.join(loaded.dropped)}" if loaded.dropped else ""
+        logging.getLogger("tinymim").info(f"{file.path}: read as {loaded.layout}{left_out}")
     return loaded
 
 

@@ -107,7 +107,9 @@ def test_vits_of_transformers_give_their_own_tokens(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_shards_are_read_together(tmp_path: Path, suffix: str) -> None:
+def test_shards_are_read_together_and_their_layout_is_printed(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     tensors = vit_of_transformers(24, 2)
     half = sorted(tensors)[::2]
     parts = [{n: tensors[n] for n in half}, {n: each for n, each in tensors.items() if n not in half}]
@@ -118,7 +120,9 @@ def test_shards_are_read_together(tmp_path: Path, suffix: str) -> None:
     where = {n: name for name, part in zip(names, parts, strict=True) for n in part}
     (tmp_path / f"{index}.index.json").write_text(json.dumps({"weight_map": where}))
     model, other = made("vit"), made("vit")
-    load_weights(model, str(tmp_path))
+    with caplog.at_level("INFO", "tinymim"):
+        load_weights(model, str(tmp_path))
+    assert "read as transformers' ViT" in caplog.text
     load_tensors(other, tensors, "here")
     same(model, other)
     (tmp_path / f"{index}.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere"}}))
