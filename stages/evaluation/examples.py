@@ -14,9 +14,9 @@ from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import VerifyConfig
 from tinymim.configs.taps import Shapes
-from tinymim.models.student import StudentModel, pool_side, pooled_shapes, shapes_of
+from tinymim.models.student import StudentModel, build_student, fit_of, fitted_shapes, shapes_of
 from tinymim.models.teacher import Teacher
-from tinymim.models.vit import Normalise, build_vit
+from tinymim.models.vit import Normalise
 from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
@@ -74,15 +74,15 @@ def load_student(folder: Path, reader: CacheReader) -> TrainedStudent:
             hint="a run of several students has a folder for each",
         )
     layers = {reader.layer(name).name: config.targets for name, config in recipe.each_layer()}
-    vit = build_vit(recipe.student)
-    own = shapes_of(vit)
+    vit = build_student(recipe.student)
+    own = shapes_of(vit, recipe.student.img_size)
     shapes = {name: reader.layer(name).shapes for name in layers}
-    pools = {name: pool_side(own, teacher) for name, teacher in shapes.items()}
-    heads = []
+    heads, fits = [], []
     for name, targets in layers.items():
         kind = stored_kind(reader.layer(name).target, targets, on_device(reader.constants(name), _CPU))
-        heads.append(kind.head(pooled_shapes(own, pools[name]), shapes[name]))
-    model = StudentModel(vit, *heads, pools=list(pools.values())).eval()
+        fits.append(fit_of(own, shapes[name], kind.taps))
+        heads.append(kind.head(fitted_shapes(own, fits[-1]), shapes[name]))
+    model = StudentModel(vit, *heads, fits=fits).eval()
     try:
         model.load_state_dict(read_state(folder)["parts"]["student"])
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, MimConfig, ModelConfig, StudentMaskConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models import backbone
-from tinymim.models.student import StudentModel, build_student, pool_side, pooled_shapes, shapes_of
+from tinymim.models.student import StudentModel, build_student, fit_of, fitted_shapes, shapes_of
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.masks import visible_patches
@@ -50,7 +50,7 @@ class Student(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of its patches."""
+        """Rows and columns of the patches of a student that can have a mask."""
         return backbone.grid(self.model.vit)
 
 
@@ -83,15 +83,15 @@ def make_students(
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
         vit = build_student(own.student, own.drop_path)
-        shapes = _seen_shapes(vit, own.mask)
+        if own.recompute:
+            backbone.recompute(vit)
+        shapes = _seen_shapes(vit, own.student, own.mask)
         if own.mim is not None:
             check_decoder(own.mim, own.mask, vit)
-        pools = [pool_side(shapes, term.shapes) for term in terms]
-        heads = [
-            term.kind.head(pooled_shapes(shapes, side), term.shapes) for term, side in zip(terms, pools, strict=True)
-        ]
+        fits = [fit_of(shapes, term.shapes, term.kind.taps) for term in terms]
+        heads = [term.kind.head(fitted_shapes(shapes, fit), term.shapes) for term, fit in zip(terms, fits, strict=True)]
         paints = own.mask is not None and own.mask.hide == "token"
-        model = StudentModel(vit, *heads, pools=pools, paints=paints, mim=own.mim).to(device)
+        model = StudentModel(vit, *heads, fits=fits, paints=paints, mim=own.mim).to(device)
         about = f"{name or 'student'} of {count_parameters(model.vit):,} parameters"
         example: tuple[Tensor, ...] = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
         if own.mask is not None:
@@ -149,8 +149,9 @@ class StudentStep:
         self._batch = batch
         for stream in self.streams.values():
             stream.take(step, batch)
-        wanted = {(each.grid, each.learner.device) for each in self.students}
-        self._kept = {place: visible_patches(self.recipe.mask, batch.named, *place) for place in wanted}
+        if self.recipe.mask is not None:
+            wanted = {(each.grid, each.learner.device) for each in self.students}
+            self._kept = {place: visible_patches(self.recipe.mask, batch.named, *place) for place in wanted}
 
     def add(self, step: int, part: Part) -> None:
         """Add the gradients of a part of the batch."""
@@ -159,7 +160,8 @@ class StudentStep:
             stream.cut(part.rows)
         for student in self.students:
             jitter, model, learner = student
-            stream, kept = self.streams[learner.device], self._kept[student.grid, learner.device]
+            stream = self.streams[learner.device]
+            kept = None if self.recipe.mask is None else self._kept[student.grid, learner.device]
             visible = () if kept is None else (kept[part.rows],)
             # The same draws for every student, so that a student among several trains as it would alone.
             model.draw(seeded(CPU, self.recipe.run.seed, step), self.places[part.rows], self.batch_size)
@@ -280,11 +282,12 @@ def check_decoder(mim: MimConfig, mask: StudentMaskConfig | None, vit: nn.Module
         raise RecipeError("mim.block is outside the student", got=mim.block, expected=f"1..{depth}")
 
 
-def _seen_shapes(vit: nn.Module, mask: StudentMaskConfig | None) -> Shapes:
-    """The shapes of a student's tokens for a view with a mask."""
-    shapes = shapes_of(vit)
+def _seen_shapes(vit: nn.Module, config: ModelConfig, mask: StudentMaskConfig | None) -> Shapes:
+    """The shapes of a student's tokens for a view with a mask. Raises RecipeError where it cannot have one."""
+    shapes = shapes_of(vit, config.img_size)
     if mask is None:
         return shapes
+    backbone.check_masked(vit)
     visible = mask.num_visible(*shapes.grid)
     return shapes if mask.hide == "token" else replace(shapes, tokens=shapes.prefix_tokens + visible)
 
@@ -296,7 +299,7 @@ def check_student_fits(student: ModelConfig, term: Term, mask: StudentMaskConfig
         CacheMismatch, RecipeError: the kind of target cannot compare a student of these tokens, or of this width.
     """
     with naming(term.layer), torch.device("meta"):
-        own = _seen_shapes(build_student(student), mask)
+        own = _seen_shapes(build_student(student), student, mask)
         if term.shapes.masked:  # also for kinds that need no grid: a mask of another grid hides other pixels
             check_visible(own, term.shapes)
-        term.kind.head(pooled_shapes(own, pool_side(own, term.shapes)), term.shapes)
+        term.kind.head(fitted_shapes(own, fit_of(own, term.shapes, term.kind.taps)), term.shapes)
