@@ -91,6 +91,9 @@ class CutTeacher(nn.Module):
         Raises:
             RecipeError: the model is no plain ViT.
         """
+        if not self._plain:
+            what = type(self.model).__name__
+            raise RecipeError("teacher.compile needs a plain ViT", got=what, hint="set teacher.compile: false")
         tapped = {tap.place for tap in self.taps}
         for number, block in enumerate(backbone.blocks(self.model), start=1):
             if number not in tapped:

@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tinymim.configs.codecs import CodecConfig, codec_config
-from tinymim.configs.errors import UserError
+from tinymim.configs.errors import RecipeError, UserError
 from tinymim.configs.sections import MaeConfig, TeacherConfig
-from tinymim.configs.taps import Shapes
+from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.student import StudentModel, build_student, final_tokens, fit_of, fitted_shapes, shapes_of
+from tinymim.models.taps import CutTeacher
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit
 from tinymim.targets.kinds import make_kind
@@ -168,3 +169,9 @@ def test_a_student_drops_paths_or_says_that_it_cannot(family: str) -> None:
 
     refusal = tried(build)
     assert (refusal is None) == (family not in {"repvit"}), refusal
+
+
+def test_blocks_are_compiled_in_plain_vits_only() -> None:
+    cut = CutTeacher(made("swin"), [Tap("tokens", 3)])
+    with pytest.raises(RecipeError, match="compile needs a plain ViT"):
+        cut.compile_blocks()
