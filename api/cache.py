@@ -32,7 +32,7 @@ from tinymim.stages import cache_teacher
 from tinymim.stages.cache.info import describe
 from tinymim.stages.cache.opened import opened_kind
 from tinymim.storage.catalog import resolve
-from tinymim.storage.layout import VIEWS
+from tinymim.storage.layout import VIEWS, size_of
 from tinymim.storage.reader import CacheReader, Coverage, views_from_zero
 from tinymim.targets.contract import Answers, Labels, Target, TargetHead, TargetKind
 
@@ -178,6 +178,11 @@ class TeacherCache:
         """Width and height S of the views in pixels."""
         return int(self._reader.manifest.views["size"])
 
+    @property
+    def view_sizes(self) -> tuple[int, ...]:
+        """All sizes at which teachers saw the views, `view_size` first."""
+        return tuple(size_of(name, self._reader.manifest) for name in self._reader.view_layers)
+
     def loader(
         self,
         source: str | Path,
@@ -185,6 +190,7 @@ class TeacherCache:
         batch_size: int,
         layers: Sequence[str] | None = None,
         num_views: int | None = None,
+        view_size: int | None = None,
         views_per_decode: int = 1,
         views_per_epoch: int | Literal["all"] = 1,
         shuffle_units: int = 4,
@@ -206,6 +212,7 @@ class TeacherCache:
             batch_size: samples of a step over all ranks.
             layers: names of the layers to read; None: all.
             num_views: views per image; None: as many as all shards and layers have.
+            view_size: one of `view_sizes`; None: `self.view_size`.
             views_per_decode: views made from one decode; consecutive batches then hold the same images.
             views_per_epoch: views of every image per epoch, a multiple of `views_per_decode`, or `all`.
             shuffle_units: shards whose samples are mixed, per lane.
@@ -227,6 +234,8 @@ class TeacherCache:
         """
         if not 0 <= rank < world_size:
             raise RecipeError("rank is not below world_size", got=f"rank {rank}, world_size {world_size}")
+        if view_size not in (None, *self.view_sizes):
+            raise RecipeError("view_size is not a size of the cache", got=view_size, expected=self.view_sizes)
         wanted: Iterable[str | None] = dict.fromkeys(layers or self.layers) or [None]  # None: the reader's error
         names = [self._reader.layer(name).name for name in wanted]
         order_config = _section(
@@ -242,7 +251,7 @@ class TeacherCache:
         )
         config = _section(LoaderConfig, "the loader", {"workers": workers, "prefetch": prefetch})
         verify = _section(VerifyConfig, "the comparison", {"first": verify_first, "every": verify_every})
-        joined = join(open_shards(SourceConfig(shards=source)), self._reader, names, num_views, on_missing)
+        joined = join(open_shards(SourceConfig(shards=source)), self._reader, names, num_views, on_missing, view_size)
         partners = partners_of_source(joined, self._reader, self._reader.manifest)
         order = SampleOrder(joined.counts, order_config, batch_size, joined.num_views, rank, world_size, partners)
         if not order.steps_per_epoch:

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=196)
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", type=int, nargs="+", default=range(6), help="of `time`, by their places in `arms`")
     options = parser.parse_args()
     print(f"`{provenance.command()}`, commit {provenance.commit()}, {provenance.processor()},")
     print(f"{provenance.cores()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n")
@@ -79,7 +80,7 @@ def recipe(options: argparse.Namespace, cache: Path, targets: dict[str, Any], **
 
 
 def arms() -> dict[str, dict[str, Any]]:
-    """The targets of each arm. All taps of a pair are at one depth, or the four read the end and the one block 9."""
+    """The targets of each arm. An arm of four is compared with the one whose last tap is as deep."""
     four: dict[str, dict[str, Any]] = {}
     for place in ("final", "block"):
         for kind in ("ff", "features", "cls"):
@@ -90,14 +91,16 @@ def arms() -> dict[str, dict[str, Any]]:
         "one, relations of block 9": {"relations": {"block": 9}},
         "four of block 9": {"relations": {"block": 9}, **{k: {"block": 9, **own} for k, own in four["block"].items()}},
         "four: relations of block 9, ff, features, cls of the end": {"relations": {"block": 9}, **four["final"]},
+        "one, features of the end": {"features": four["final"]["features"]},
     }
 
 
 def time_layers(options: argparse.Namespace, folder: Path) -> None:
     """Print each arm's times and bytes, and `info` of a cache of four layers."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms()}
+    chosen = {name: targets for place, (name, targets) in enumerate(arms().items()) if place in options.arms}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for number in range(options.rounds):
-        for place, (name, targets) in enumerate(arms().items()):
+        for place, (name, targets) in enumerate(chosen.items()):
             wanted = recipe(options, folder / f"cache-{place}-{number}", targets)
             parts = prepare(wanted)
             began_s, began_cpu_s = time.perf_counter(), time.process_time()
@@ -109,7 +112,7 @@ def time_layers(options: argparse.Namespace, folder: Path) -> None:
         wall, cpu = zip(*times, strict=True)
         size = sum(layer["bytes_per_view"] for layer in describe(folder / f"cache-{place}-0")["layers"])
         print(f"| {name} | {_spread(wall)} | {_spread(cpu)} | {size:,.0f} |")
-    print("\n" + textwrap.indent(format_info(describe(folder / "cache-1-0")), "    "))
+    print("\n" + textwrap.indent(format_info(describe(folder / "cache-0-0")), "    "))
 
 
 def _spread(values: tuple[float, ...]) -> str:

@@ -5,7 +5,7 @@ fields are sections (`configs/sections.py`).
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -131,16 +131,19 @@ class LayerTarget(NamedTuple):
     block: int
 
 
+# A layer's or teacher's name without dots, which would divide the path of a --set.
+TargetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+
+
 class TargetConfig(Section):
     """One of several layers that one pass of the teacher writes (docs/targets.md)."""
 
-    block: Positive | None = Field(default=None, description="Tapped block of this layer. Default: `teacher.block`.")
+    teacher: TargetName | None = Field(
+        default=None, description="Teacher of this layer, one of `teachers`. Default: the recipe's `teacher`."
+    )
+    block: Positive | None = Field(default=None, description="Tapped block. Default: `block` of the layer's teacher.")
     codec: CodecConfig = Field(default=SketchCodec(), description="As `codec` of the recipe.")
     mask: MaskConfig | None = Field(default=None, description="As `mask` of the recipe.")
-
-
-# A layer's name without dots, which would divide the path of a --set.
-TargetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
 class CacheTeacherRecipe(Section):
@@ -151,6 +154,11 @@ class CacheTeacherRecipe(Section):
     views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
     num_views: Width = Field(default=2, description="Views per image. Raising it later adds views to the cache.")
     teacher: TeacherConfig = Field(description="Teacher and tapped block.")
+    teachers: dict[TargetName, TeacherConfig] = Field(
+        default={},
+        description="Further teachers of the same views, by name; `targets.LAYER.teacher` names one. Each sees the "
+        "boxes at its own `img_size` (docs/caches.md).",
+    )
     codec: CodecConfig | None = Field(
         default=SketchCodec(),
         description="How a target becomes bytes. Part of a layer's identity.",
@@ -206,8 +214,10 @@ class CacheTeacherRecipe(Section):
     def layers(self) -> dict[str, LayerTarget]:
         """The layers to write, by name."""
         if self.targets is not None:
-            block = self.teacher.block
-            return {name: LayerTarget(own.codec, own.block or block) for name, own in self.targets.items()}
+            found = {}
+            for name, own in self.targets.items():
+                found[name] = LayerTarget(own.codec, own.block or self._teacher(own.teacher).block)
+            return found
         assert self.codec is not None  # by `_one_or_several`
         return {self.layer_name: LayerTarget(self.codec, self.teacher.block)}
 
@@ -217,6 +227,31 @@ class CacheTeacherRecipe(Section):
         if self.targets is not None:
             return {name: own.mask for name, own in self.targets.items()}
         return {self.layer_name: self.mask}
+
+    @property
+    def teacher_names(self) -> dict[str, str]:
+        """The name of each layer's teacher among `teachers`; "": the recipe's `teacher`."""
+        if self.targets is None:
+            return {self.layer_name: ""}
+        return {name: own.teacher or "" for name, own in self.targets.items()}
+
+    @property
+    def used_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers of the layers, by the names of `teacher_names`."""
+        return {name: self._teacher(name) for name in dict.fromkeys(self.teacher_names.values())}
+
+    @property
+    def further_sizes(self) -> list[int]:
+        """The sizes of views besides `views.size` that teachers see, ascending."""
+        return sorted({teacher.img_size for teacher in self.used_teachers.values()} - {self.views.size})
+
+    def changed_teachers(self, change: Callable[[TeacherConfig], TeacherConfig]) -> "CacheTeacherRecipe":
+        """The recipe with a change in every teacher."""
+        teachers = {name: change(teacher) for name, teacher in self.teachers.items()}
+        return self.model_copy(update={"teacher": change(self.teacher), "teachers": teachers})
+
+    def _teacher(self, name: str | None) -> TeacherConfig:
+        return self.teachers[name] if name else self.teacher
 
     @property
     def layer_name(self) -> str:
@@ -246,6 +281,25 @@ class CacheTeacherRecipe(Section):
     @classmethod
     def _no_codec_beside_targets(cls, data: Any) -> Any:
         return {"codec": None, **data} if isinstance(data, dict) and data.get("targets") is not None else data
+
+    @model_validator(mode="after")
+    def _each_teacher_used(self) -> "CacheTeacherRecipe":
+        named = {own.teacher for own in (self.targets or {}).values() if own.teacher is not None}
+        if unknown := sorted(named - self.teachers.keys()):
+            known = ", ".join(self.teachers) or "none"
+            raise ValueError(f"targets name the teacher {unknown[0]}, which is not in teachers; got {known}")
+        if unused := sorted(self.teachers.keys() - named):
+            raise ValueError(f"no target names the teacher {unused[0]}: set targets.LAYER.teacher, or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_of_one_size(self) -> "CacheTeacherRecipe":
+        if self.views.pairs is not None and self.further_sizes:
+            raise ValueError(
+                "views.pairs mixes images at one size, so all teachers need img_size = views.size; "
+                f"got {self.views.size} and {', '.join(map(str, self.further_sizes))}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_or_several(self) -> "CacheTeacherRecipe":

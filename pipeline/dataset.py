@@ -1,6 +1,6 @@
 """Batches of views from shards. Adjacent views of one image share one decode, and so do partners in one batch."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
@@ -62,6 +62,7 @@ class ViewBatch:
         view_keys: int64 [B], the identities that seed every draw about a view; empty if the law has no seed.
         unreadable: (key, reason) of images that could not be decoded; their views are absent from the batch.
         partners: the views that they are mixed with; None under a law without pairs.
+        further: the same views at further sizes, by size.
     """
 
     items: Items
@@ -79,9 +80,16 @@ class ViewBatch:
         """(sample key, view index) of every view."""
         return list(zip(self.keys, self.items[:, 2].tolist(), strict=True))
 
-    def digests(self) -> Tensor:
-        """int64 [B]: the 64-bit digest of every view's pixels."""
-        return torch.tensor([pixel_digest(view) for view in self.pixels], dtype=torch.int64)
+    further: dict[int, Tensor] = field(default_factory=dict)
+
+    def at(self, size: int) -> Tensor:
+        """uint8 [B, 3, size, size]: the pixels at one of the batch's sizes."""
+        return self.further.get(size, self.pixels)
+
+    def digests(self, size: int | None = None) -> Tensor:
+        """int64 [B]: the 64-bit digest of every view's pixels; `size` as in `at`."""
+        pixels = self.pixels if size is None else self.at(size)
+        return torch.tensor([pixel_digest(view) for view in pixels], dtype=torch.int64)
 
     def stored(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays of the view layer, first axis B: the low 32 bits of every digest."""
@@ -100,6 +108,7 @@ class ViewBatch:
             pixels=self.pixels.pin_memory(),
             records={name: array.pin_memory() for name, array in self.records.items()},
             view_keys=self.view_keys.pin_memory(),
+            further={size: pixels.pin_memory() for size, pixels in self.further.items()},
         )
 
     def pick(self, rows: npt.NDArray[np.int64]) -> "ViewBatch":
@@ -115,6 +124,7 @@ class ViewBatch:
             records={name: array[index] for name, array in self.records.items()},
             view_keys=self.view_keys[index] if len(self.view_keys) else self.view_keys,
             partners=None if self.partners is None else self.partners.pick(rows.tolist()),
+            further={size: pixels[index] for size, pixels in self.further.items()},
         )
 
 
@@ -130,10 +140,11 @@ class ImageViews:
     """Views of images under a view law, for stage one, masked pre-training and evaluation.
 
     Args:
-        shards: the shards.
+        shards: the shards of the items.
         law: the view law.
-        seed: the seed of the views' identities; None: they have none.
+        seed: the seed of the views' identities; None: batches have no view keys.
         lost: by shard, keys of images that a cache lists as unreadable: no view is mixed with them.
+        further: the same law at further sizes; none for a law with pairs.
     """
 
     def __init__(
@@ -142,17 +153,20 @@ class ImageViews:
         law: ViewLaw,
         seed: int | None = None,
         lost: Mapping[str, Collection[str]] | None = None,
+        further: Sequence[ViewLaw] = (),
     ) -> None:
-        self.shards, self.law, self.seed, self.lost = shards, law, seed, lost or {}
+        self.shards, self.law, self.seed, self.lost, self.further = shards, law, seed, lost or {}, tuple(further)
 
     def batch(self, items: Items) -> ViewBatch:
         """The views of `items`, int64 [B, 3 or more]: shard, sample, view index."""
-        batch = render_items(self.shards, items[:, :3], self.law, self.seed)
+        batch = render_items(self.shards, items[:, :3], self.law, self.seed, self.further)
         return batch if self.law.pairs is None else _mix_pairs(self.shards, batch, self.law, self.lost)
 
 
-def _cut(data: bytes, key: str, indices: list[int], law: ViewLaw) -> list[tuple[View, Tensor]]:
-    """The views `indices` of one image, which is decoded once per reduction, down to the lowest row in use.
+def _cut(data: bytes, key: str, indices: list[int], laws: Sequence[ViewLaw]) -> list[tuple[View, list[Tensor]]]:
+    """The views `indices` of one image at the size of each law, which all draw the same boxes.
+
+    The image is decoded once per reduction, down to the lowest row in use.
 
     Raises:
         SourceError: the image cannot be decoded, for any view.
@@ -160,22 +174,30 @@ def _cut(data: bytes, key: str, indices: list[int], law: ViewLaw) -> list[tuple[
     size = jpeg_size(data)
     whole = decode(data) if size is None else None
     height, width = size or whole.shape[1:]  # type: ignore[union-attr]  # exactly one of them is None
-    views = [law(key, index, height, width) for index in indices]
-    reductions = [reduction_of(view, law.size) if size and law.scaled_decode else 1 for view in views]
-    images = {}
-    for reduction in set(reductions):
-        rows = max(view.top + view.height for view, k in zip(views, reductions, strict=True) if k == reduction)
-        images[reduction] = decode(data, reduction, rows) if whole is None else whole
-    boxes = [reduced(view, reduction) for view, reduction in zip(views, reductions, strict=True)]
+    views = [laws[0](key, index, height, width) for index in indices]
+    reductions = [[reduction_of(view, law.size) if size and law.scaled_decode else 1 for law in laws] for view in views]
+    rows: dict[int, int] = {}
+    for view, of_view in zip(views, reductions, strict=True):
+        rows |= {k: max(view.top + view.height, rows.get(k, 0)) for k in of_view}
+    images = {k: decode(data, k, lowest) if whole is None else whole for k, lowest in rows.items()}
     return [
-        (view, render(images[reduction], box, law.size, law.interpolation))
-        for view, reduction, box in zip(views, reductions, boxes, strict=True)
+        (
+            view,
+            [
+                render(images[k], reduced(view, k), law.size, law.interpolation)
+                for law, k in zip(laws, of_view, strict=True)
+            ],
+        )
+        for view, of_view in zip(views, reductions, strict=True)
     ]
 
 
-def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: int | None) -> ViewBatch:
+def render_items(
+    shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: int | None, further: Sequence[ViewLaw] = ()
+) -> ViewBatch:
     """The pixels of the views of `items`, int64 [B, 3], for every stage; unreadable images are left out and listed."""
-    pixels = torch.empty((len(items), 3, law.size, law.size), dtype=torch.uint8)
+    laws = (law, *further)
+    pixels = [torch.empty((len(items), 3, each.size, each.size), dtype=torch.uint8) for each in laws]
     kept: list[int] = []
     keys: list[str] = []
     views: list[View] = []
@@ -184,15 +206,16 @@ def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: in
         rows = list(group)
         key = shards[unit].members().keys[sample]
         try:
-            cut = _cut(shards[unit].read(sample), key, [item[2] for _, item in rows], law)
+            cut = _cut(shards[unit].read(sample), key, [item[2] for _, item in rows], laws)
         except SourceError as error:
             unreadable.append((key, f"{error.what}: {error.got}"))
             continue
-        for (row, item), (view, crop) in zip(rows, cut, strict=True):
-            pixels[len(kept)] = crop
-            if steps := law.steps(key, item[2]):
-                own = pixels[len(kept)].numpy()
-                own[:] = apply(own, steps)
+        for (row, item), (view, crops) in zip(rows, cut, strict=True):
+            for each, held, crop in zip(laws, pixels, crops, strict=True):
+                held[len(kept)] = crop
+                if steps := each.steps(key, item[2]):
+                    own = held[len(kept)].numpy()
+                    own[:] = apply(own, steps)
             kept.append(row)
             keys.append(key)
             views.append(view)
@@ -204,11 +227,12 @@ def render_items(shards: tuple[Shard, ...], items: Items, law: ViewLaw, seed: in
     return ViewBatch(
         items=np.ascontiguousarray(items),
         keys=keys,
-        pixels=pixels[: len(kept)],
+        pixels=pixels[0][: len(kept)],
         labels=torch.tensor(labels, dtype=torch.int64),
         views=views,
         view_keys=torch.tensor(identities, dtype=torch.int64),
         unreadable=unreadable,
+        further={each.size: held[: len(kept)] for each, held in zip(further, pixels[1:], strict=True)},
     )
 
 
@@ -259,11 +283,11 @@ def _mix_pairs(
     for (unit, partner), several in apart.items():
         key = shards[unit].members().keys[partner]
         try:
-            cut = _cut(shards[unit].read(partner), key, [view for _, view, _ in several], law)
+            cut = _cut(shards[unit].read(partner), key, [view for _, view, _ in several], [law])
         except SourceError as error:
             unread[key] = f"{error.what}: {error.got}"
             continue
-        for (row, view, mix), (_, crop) in zip(several, cut, strict=True):
+        for (row, view, mix), (_, [crop]) in zip(several, cut, strict=True):
             other_pixels = apply(np.ascontiguousarray(crop.numpy()), law.steps(key, view))
             pixels[row] = mixed(pixels[row], other_pixels, mix)
             note(row, partner, mix)

@@ -35,9 +35,10 @@ from tinymim.pipeline.pairs import partners_of
 from tinymim.pipeline.records import Slice, SliceId, Slices, UnitReader, Units, named
 from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import RandomViews, law_of, view_key
+from tinymim.storage import layout
 from tinymim.storage.blocks import DIGEST
 from tinymim.storage.commit import UnitInfo
-from tinymim.storage.layout import VIEWS
+from tinymim.storage.layout import VIEWS, is_views
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.reader import CacheReader, views_from_zero
 
@@ -52,8 +53,8 @@ class CachedSource:
     Attributes:
         shards: covered shards in source order; item arrays index into this.
         num_views: views per image, from view 0.
-        units: the committed units of the layers of the records and of the view layer, by layer and shard, ascending by
-            view.
+        units: the committed units of the layers of the records, of the view layer and of that of the views' size, by
+            layer and shard, ascending by view.
         skipped: names of source shards that the cache does not cover.
         without_record: readable images of the covered shards for which the cache holds no record.
     """
@@ -67,7 +68,12 @@ class CachedSource:
     @property
     def layers(self) -> list[str]:
         """The layers of the records."""
-        return [layer for layer in self.units if layer != VIEWS]
+        return [layer for layer in self.units if not is_views(layer)]
+
+    @property
+    def digests(self) -> str:
+        """The layer with the digests of the views: the view layer, or that of another size."""
+        return [layer for layer in self.units if is_views(layer)][-1]
 
     @property
     def counts(self) -> list[int]:
@@ -81,6 +87,7 @@ def join(
     layers: Sequence[str | None] = (None,),
     num_views: int | None = None,
     on_missing: Literal["refuse", "skip"] = "refuse",
+    size: int | None = None,
 ) -> CachedSource:
     """Match source shards with committed units by name and content.
 
@@ -92,6 +99,7 @@ def join(
             all shards that have any.
         on_missing: whether images without a record raise an error or are left out. Images that were unreadable in
             stage one are always left out.
+        size: the size of the views to train on, one of the cache's; None: that of its manifest.
 
     Raises:
         CacheMismatch: a shard's bytes differ from those the teacher saw, its units hold different images, or images
@@ -101,7 +109,7 @@ def join(
         RecipeError: no shard has as many views as `num_views`.
     """
     _refuse_changed(source, reader.manifest)
-    names = [VIEWS, *(reader.layer(each).name for each in layers)]
+    names = [VIEWS, layout.view_layer(reader.manifest, size), *(reader.layer(each).name for each in layers)]
     units = {each: reader.by_shard(each) for each in names}
     views = {each: {s: views_from_zero(infos) for s, infos in by_shard.items()} for each, by_shard in units.items()}
     held = {shard.name: min(counts.get(shard.name, 0) for counts in views.values()) for shard in source.shards}
@@ -350,10 +358,10 @@ class ReplayedViews:
         per_lane: int = 1,
     ) -> None:
         self.reader, self.manifest, self.source, self.verify, self.lanes = reader, manifest, source, verify, lanes
-        law = law_of(manifest.views, manifest.environment)
+        law = law_of(manifest.views, manifest.environment, layout.size_of(source.digests, manifest))
         self._lost = None if law.pairs is None else lost_partners(source.units[VIEWS])
         self.pixels = ReplayedPixels(source.shards, law, verify, self._lost)
-        self._slices = Slices(reader, source.units, {VIEWS: [DIGEST], **arrays}, per_lane)
+        self._slices = Slices(reader, source.units, {source.digests: [DIGEST], **arrays}, per_lane)
         self._positions: OrderedDict[int, Future[_Index]] = OrderedDict()
         self._most_positions = 2 * lanes * per_lane
         self._in_flight: deque[_Entry] = deque()
@@ -410,7 +418,7 @@ class ReplayedViews:
                 views = np.unique(of_shard[:, 2]).tolist()
                 ids += [SliceId(layer, name, view) for layer in self.source.layers for view in views]
                 due = of_shard[_due(self.verify, of_shard[:, 3])]
-                ids += [SliceId(VIEWS, name, view) for view in np.unique(due[:, 2]).tolist()]
+                ids += [SliceId(self.source.digests, name, view) for view in np.unique(due[:, 2]).tolist()]
             entry.slices.update(self._slices.request(lane, ids))
         return entry
 
@@ -459,7 +467,7 @@ class ReplayedViews:
         due = np.flatnonzero(_due(self.verify, items[:, 3]))
         rendered = batch.records[DIGEST].numpy()
         for shard, view, at in _by_slice(items[due]):
-            stored = slices[SliceId(VIEWS, self.source.shards[shard].name, view)].arrays()[DIGEST]
+            stored = slices[SliceId(self.source.digests, self.source.shards[shard].name, view)].arrays()[DIGEST]
             places = due[at]
             found, wanted = rendered[places].astype(stored.dtype), stored[items[places, 1]]  # the bits that are stored
             if wrong := np.flatnonzero(found != wanted).tolist():

@@ -114,6 +114,10 @@ class RandomViews:
         if self.pairs is not None:
             self.canaries |= pair_canaries()
 
+    def at(self, size: int) -> "RandomViews":
+        """The same law at another size: the same boxes and flips, other pixels."""
+        return RandomViews(self.config.model_copy(update={"size": size}))
+
     def steps(self, key: str, view: int) -> Sequence[Step]:
         if not self._policies:
             return ()
@@ -146,12 +150,13 @@ def _largest_within(height: int, width: int, ratio_low: float, ratio_high: float
     return height, width
 
 
-def law_of(stored: Mapping[str, Any], made_with: Mapping[str, Any]) -> RandomViews:
+def law_of(stored: Mapping[str, Any], made_with: Mapping[str, Any], size: int | None = None) -> RandomViews:
     """The law by which the views of a cache were drawn.
 
     Args:
         stored: the law in the cache's manifest.
         made_with: the environment in the manifest.
+        size: one of the cache's sizes; None: that of the manifest.
 
     Raises:
         CacheMismatch: this version cannot draw its views.
@@ -161,7 +166,7 @@ def law_of(stored: Mapping[str, Any], made_with: Mapping[str, Any]) -> RandomVie
         # Caches from before scaled decoding lack the field, and do not use it.
         law = RandomViews(ViewConfig.model_validate({"scaled_decode": False} | dict(stored)))
         check_canaries(made_with, law.canaries)
-        return law
+        return law if size is None or size == law.size else law.at(size)
     except ValidationError as error:
         raise CacheMismatch(
             "the views of this cache follow a law that this version of tinymim does not have",

@@ -71,7 +71,6 @@ def run(recipe: FidelityRecipe) -> str:
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     require_view_size(recipe.views.size, recipe.teacher, "teacher")
-    require_view_size(recipe.views.size, recipe.student, "student")
     source = open_shards(recipe.source)
     block = recipe.teacher.block
     divided = divided_targets(list(recipe.codecs.values()), recipe.targets)
@@ -94,7 +93,8 @@ def run(recipe: FidelityRecipe) -> str:
     judged = {student: {name: CodecMoments(recipe.num_images) for name in codecs} for student in students}
 
     # ---- every view: teacher once, every codec, every student
-    views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
+    law = RandomViews(recipe.views)
+    views = ImageViews(source.shards, law, recipe.views.seed, further=[law.at(recipe.student.img_size)])
     plan = spread_items(source, recipe.num_images, recipe.batch_size)
     with (
         owned([recipe.run.folder]),
@@ -104,10 +104,10 @@ def run(recipe: FidelityRecipe) -> str:
     ):
         for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
             _refuse_unreadable(batch)
-            pixels, view_keys = batch.pixels.to(device), batch.view_keys.to(device)
-            tapped = teacher(pixels)
+            seen, view_keys = batch.at(recipe.student.img_size).to(device), batch.view_keys.to(device)
+            tapped = teacher(batch.pixels.to(device))
             drawn = {name: _draw(tried, tapped, view_keys, shapes, recipe.draws) for name, tried in codecs.items()}
-            for row in range(len(pixels)):
+            for row in range(len(seen)):
                 if stop.requested:
                     raise Interrupted("nothing was written")
                 some = torch.tensor([row], device=device)
@@ -118,7 +118,7 @@ def run(recipe: FidelityRecipe) -> str:
                     for name in names:
                         targets += [codecs[name].kind.pick(t, slice(row, row + 1)) for t in drawn[name]]
                     for student in students:
-                        dense, *found = probes[student, names[0]](pixels[row : row + 1], targets)
+                        dense, *found = probes[student, names[0]](seen[row : row + 1], targets)
                         for name in names:
                             judged[student][name].add(dense, found[: len(drawn[name])])
                             found = found[len(drawn[name]) :]

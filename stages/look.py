@@ -19,6 +19,8 @@ from tinymim.configs.sections import SourceConfig
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode
+from tinymim.pipeline.masks import visible_patches
+from tinymim.pipeline.replay import lost_partners
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import law_of, view_key
 from tinymim.stages.cache.opened import opened_kind
@@ -29,6 +31,7 @@ from tinymim.stages.pages.pictures import STORED, TEACHER
 from tinymim.stages.pages.views import ViewCell
 from tinymim.stages.units.draft import low_digests
 from tinymim.stages.units.prepare import prepare
+from tinymim.storage import layout
 from tinymim.storage.atomic import write_bytes_atomic
 from tinymim.storage.blocks import DIGEST
 from tinymim.storage.catalog import resolve
@@ -65,20 +68,22 @@ class Options(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """The image and its views as they are drawn here; `pixels` is None where the image is not at hand.
+    """The image and its views as they are drawn here; `pixels` is empty where the image is not at hand.
 
     Attributes:
         numbers: the view indices.
         keys: int64 [B], the view keys.
         cells: what the page shows of each view.
-        pixels: uint8 [B, 3, S, S].
+        named: (sample key, view index) of each view.
+        pixels: uint8 [B, 3, S, S] by size.
         image: uint8 [3, H, W].
     """
 
     numbers: list[int]
     keys: Tensor
     cells: list[SeenView]
-    pixels: Tensor | None
+    named: list[tuple[str, int]]
+    pixels: dict[int, Tensor]
     image: npt.NDArray[np.uint8] | None
 
 
@@ -104,13 +109,13 @@ def run(place: Path | str, options: Options) -> dict[str, Any]:
     # ---- cache, image, teacher and students
     reader = CacheReader(resolve(place))
     shard, row = _found(reader, options.key)
-    teacher, taught, source = _made_by(options, reader)
+    teachers, source = _made_by(options, reader)
     students = {name: load_student(folder, reader) for name, folder in _named(options.students).items()}
 
     # ---- the views, drawn again; the layers
     seen = _seen(reader, source, shard, row, options)
     layers = {
-        name: _layer(reader, layer, (shard, row), seen, teacher if name in taught else None, students, options.lines)
+        name: _layer(reader, layer, (shard, row), seen, teachers.get(name), students, options.lines)
         for name, layer in reader.layers.items()
     }
 
@@ -148,12 +153,12 @@ def _found(reader: CacheReader, key: str) -> tuple[str, int]:
     )
 
 
-def _made_by(options: Options, reader: CacheReader) -> tuple[Teacher | None, frozenset[str], ShardSet | None]:
-    """The teacher of the recipe, the layers of the cache that it made, and the images."""
+def _made_by(options: Options, reader: CacheReader) -> tuple[dict[str, Teacher], ShardSet | None]:
+    """The recipe's teachers by layer of the cache that they made, and the images."""
     recipe = options.recipe
     if recipe is None:
         source = options.source
-        return None, frozenset(), None if source is None else open_shards(SourceConfig(shards=parse_place(source)))
+        return {}, None if source is None else open_shards(SourceConfig(shards=parse_place(source)))
     if options.source is not None:
         recipe = recipe.model_copy(update={"source": SourceConfig(shards=parse_place(options.source))})
     # One image: not worth a GPU, which may be in use.
@@ -162,7 +167,7 @@ def _made_by(options: Options, reader: CacheReader) -> tuple[Teacher | None, fro
     taught = parts.layers.keys() & reader.layers.keys()
     for name in taught:
         check_same_layer(reader.layers[name], parts.layers[name])
-    return parts.teacher, frozenset(taught), parts.source
+    return {name: parts.teachers[name] for name in taught}, parts.source
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -187,8 +192,12 @@ def _seen(reader: CacheReader, source: ShardSet | None, shard: str, row: int, op
     digests = {number: int(each[DIGEST]) for number, each in _stored(reader, VIEWS, shard, row, held).items()}
     numbers, seed = list(digests), int(reader.manifest.views["seed"])
     keys = torch.tensor([view_key(seed, options.key, number) for number in numbers], dtype=torch.int64)
+    law = law_of(reader.manifest.views, reader.manifest.environment)
+    named = [(options.key, number) for number in numbers]
     if source is None:
-        return _Seen(numbers, keys, [SeenView(n, digests[n], None, None) for n in numbers], None, None)
+        if law.pairs is not None:  # the identity of a mixed view is that of both images
+            raise UserError("views of this cache are mixed with those of other images", hint="name them with --source")
+        return _Seen(numbers, keys, [SeenView(n, digests[n], None, None) for n in numbers], named, {}, None)
     own = source.by_name().get(shard)
     if own is None or own.content_hash != reader.manifest.shards[shard].content_hash:
         raise CacheMismatch(
@@ -197,9 +206,11 @@ def _seen(reader: CacheReader, source: ShardSet | None, shard: str, row: int, op
             expected=reader.manifest.shards[shard].content_hash if own else shard,
             hint="name the shards that the cache was made from with --source",
         )
-    law = law_of(reader.manifest.views, reader.manifest.environment)
+    sizes = [layout.size_of(name, reader.manifest) for name in reader.view_layers if name != VIEWS]
+    lost = None if law.pairs is None else lost_partners(reader.by_shard())
+    views = ImageViews((own,), law, seed, lost, [law.at(size) for size in sizes])
     sample = own.members().keys.index(options.key)
-    batch = ImageViews((own,), law, seed).batch(np.array([[0, sample, n] for n in numbers], dtype=np.int64))
+    batch = views.batch(np.array([[0, sample, n] for n in numbers], dtype=np.int64))
     if batch.unreadable:
         raise SourceError(f"image '{options.key}' can no longer be read", got=batch.unreadable[0][1])
     cells = [
@@ -210,7 +221,8 @@ def _seen(reader: CacheReader, source: ShardSet | None, shard: str, row: int, op
             numbers, low_digests(batch).tolist(), batch.views, batch.pixels.numpy(), strict=True
         )
     ]
-    return _Seen(numbers, keys, cells, batch.pixels, decode(own.read(sample)).numpy())
+    pixels = {size: batch.at(size) for size in (law.size, *sizes)}
+    return _Seen(numbers, batch.view_keys, cells, named, pixels, decode(own.read(sample)).numpy())
 
 
 @torch.no_grad()
@@ -242,18 +254,21 @@ def _layer(
         name: torch.from_numpy(np.stack([records[number][name] for number in numbers])) for name in records[numbers[0]]
     }
     stored: Target = kind.decode(arrays, keys, layer.shapes)
-    pixels = None if seen.pixels is None else seen.pixels[places]
+    pixels = {size: each[places] for size, each in seen.pixels.items()}
+    named = [seen.named[place] for place in places]
     columns: dict[str, Target] = {}
-    if teacher is not None and pixels is not None:
-        columns[TEACHER] = kind.exact(teacher(pixels, taps=kind.taps))
+    if teacher is not None and pixels:
+        kept = visible_patches(layer.mask, named, layer.shapes.grid, _CPU)
+        columns[TEACHER] = kind.exact(teacher(pixels[teacher.config.img_size], taps=kind.taps, kept=kept))
     columns[STORED] = stored
     losses = {}
     for name, student in learners.items():
-        if pixels is None:
+        if not pixels:
             continue
-        answers = student.answers(pixels)[layer.name]
+        answers = student.answers(pixels[student.size], named)[layer.name]
         columns[name] = kind.answered(answers, layer.shapes)
         found = kind.losses(answers, stored)
         losses[name] = {f"{kind.measure} {loss}": float(value.mean()) for loss, value in found.items()}
-    pictures = list(examples(kind, layer.shapes, columns, pixels, lines, len(places)))
+    shown = pixels.get(layout.size_of(VIEWS, reader.manifest))
+    pictures = list(examples(kind, layer.shapes, columns, shown, lines, len(places)))
     return LayerPicture(about, list(columns), pictures, losses)

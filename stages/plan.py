@@ -14,6 +14,7 @@ import torch
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.sections import TeacherConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
@@ -26,6 +27,7 @@ from tinymim.stages.planning.teacher import measured_teacher
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.preflight import RANDOM_WEIGHTS_HINT, hinted
 from tinymim.stages.run.progress import logger
+from tinymim.stages.training.student_step import view_size
 from tinymim.stages.units.prepare import prepare
 
 
@@ -36,7 +38,7 @@ class Options:
     seconds: float = 30.0  # approximate time spent measuring; opening, loading and starting processes not counted
     trainings: int = 1  # training runs of every student
     num_images: int | None = None  # size of the whole source, where the recipes name a sample of it
-    random_weights: bool = False  # for the teacher
+    random_weights: bool = False  # for the teachers
 
 
 def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], options: Options) -> dict[str, Any]:
@@ -77,9 +79,10 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
             alike = recipe.source == cache.source or options.num_images is not None
             images = count if alike else open_shards(recipe.source).num_samples
             seconds = 0.4 * options.seconds / len(students)
-            # The only layer has the cache recipe's name, whatever the student's recipe calls it.
-            layers = [name for name, _ in recipe.each_layer()] if len(reader.layers) > 1 else [None]
-            joined = join(shards, reader, layers, on_missing="skip")
+            layers = [name for name, _ in recipe.each_layer()]
+            if len(layers) == len(reader.layers) == 1:
+                layers = [None]  # the only layer has the cache recipe's name, whatever the student's recipe calls it
+            joined = join(shards, reader, layers, on_missing="skip", size=view_size(recipe, reader))
             trained.append(measured_student(name, recipe, images, cache.num_views, reader, joined, seconds))
 
     # ---- forecast
@@ -102,8 +105,12 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
 
 
 def _with_random_weights(recipe: CacheTeacherRecipe, folder: Path) -> CacheTeacherRecipe:
-    """The recipe with a file of random weights in `folder` for its teacher."""
-    path = folder / "random.safetensors"
-    weights = build_model(recipe.teacher).state_dict()
-    path.write_bytes(to_safetensors(weights, Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()))
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": str(path)})})
+    """The recipe with files of random weights in `folder` for its teachers."""
+
+    def randomised(teacher: TeacherConfig) -> TeacherConfig:
+        path = folder / f"random-{len(list(folder.iterdir()))}.safetensors"
+        weights = build_model(teacher).state_dict()
+        path.write_bytes(to_safetensors(weights, Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()))
+        return teacher.model_copy(update={"weights": str(path)})
+
+    return recipe.changed_teachers(randomised)

@@ -40,9 +40,9 @@ from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.ranks import Ranks, set_up
 from tinymim.stages.training.student_step import (
     StudentStep,
-    check_view_size,
     make_students,
     trained_on,
+    view_size,
     views_in_use,
     with_mask,
 )
@@ -79,9 +79,8 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     device = set_up(recipe, ranks)
     reader = CacheReader(resolve(recipe.cache))
     manifest, num_views = reader.manifest, views_in_use(recipe, ranks)
-    source = join(
-        open_shards(recipe.source), reader, [name for name, _ in recipe.each_layer()], num_views, recipe.on_missing
-    )
+    names, size = [name for name, _ in recipe.each_layer()], view_size(recipe, reader)
+    source = join(open_shards(recipe.source), reader, names, num_views, recipe.on_missing, size)
     # So that the run folder's recipe states what a resumed run continues with, although the cache may have grown.
     recipe = recipe.model_copy(update={"num_views": source.num_views})
     opened = opened_layers(reader, recipe, device)
@@ -103,9 +102,6 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     views = ReplayedViews(reader, manifest, source, arrays, recipe.verify, lanes, order.slices_per_lane)
 
     # ---- students, optimisers
-    for own in recipe.each().values():
-        assert own.student is not None  # by TrainStudentRecipe.each
-        check_view_size(own.student, int(manifest.views["size"]))
     students = make_students(recipe, terms, ranks, order, trained_on(reader, source))
     learners = [student.learner for student in students]
     for _, model, learner in students if ranks.first else ():
@@ -118,11 +114,11 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     }
     labelled = bool(source.shards[0].members().labels[0] != UNLABELLED)  # a set has labels or has none
     do_step = StudentStep(recipe, students, terms, targets, torch.from_numpy(order.places), batch_size, labelled)
-    audits = StudentAudits(recipe, manifest, opened, students, ranks)
+    audits = StudentAudits(recipe, manifest, opened, students, ranks, size)
 
     # ---- resume
-    names = [shard.name for shard in source.shards]
-    books = Bookkeeping(recipe, learners, ranks, order, names, "views_per_s", partial(weight_metrics, terms))
+    shards = [shard.name for shard in source.shards]
+    books = Bookkeeping(recipe, learners, ranks, order, shards, "views_per_s", partial(weight_metrics, terms))
     books.resume()
     books.describe(f"{sum(source.counts):,} images x {source.num_views} views")
     for term in terms if len(terms) > 1 else ():

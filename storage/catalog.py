@@ -7,7 +7,7 @@ from pathlib import Path
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.configs.place import joined
 from tinymim.storage import layout
-from tinymim.storage.layout import LAYERS, METADATA, VIEWS, UnitId, is_of_cache, layer_of
+from tinymim.storage.layout import LAYERS, METADATA, UnitId, is_of_cache, layer_of
 from tinymim.storage.manifest import Layer, Manifest
 from tinymim.storage.packed import open_cache_store
 from tinymim.storage.store import Entry, open_store
@@ -51,9 +51,9 @@ class Listed:
     entries: list[Entry]
 
 
-def listed(entries: Iterable[Entry], manifest: Manifest, layers: Iterable[str]) -> dict[str, Listed]:
-    """Coverage and size of the view layer and of `layers`, from a listing of the whole cache."""
-    by_layer: dict[str, list[Entry]] = {name: [] for name in (VIEWS, *layers)}
+def listed(entries: Iterable[Entry], manifest: Manifest, layers: Mapping[str, Layer]) -> dict[str, Listed]:
+    """Coverage and size of the view layers and of `layers`, from a listing of the whole cache."""
+    by_layer: dict[str, list[Entry]] = {name: [] for name in (*layout.view_layers(manifest, layers.values()), *layers)}
     for entry in entries:
         name = layer_of(entry.path)
         if name in by_layer:
@@ -101,7 +101,8 @@ def caches_below(root: Path | str) -> list[FoundCache]:
     """
     own = _look(root)
     if own is not None:
-        names = sorted(open_store(root).folders() - {VIEWS, LAYERS, layout.LEASES})
+        folders = open_store(root).folders() - {LAYERS, layout.LEASES}
+        names = sorted(name for name in folders if not layout.is_views(name))
     else:
         names = sorted(open_store(root).folders())
     found = (_look(joined(root, name)) for name in names)

@@ -40,6 +40,7 @@ from tinymim.storage.layout import (
     VIEWS,
     UnitId,
     is_of_cache,
+    is_views,
     layer_of,
 )
 from tinymim.storage.leases import Holder, Leases, shard_lease
@@ -78,6 +79,7 @@ class Survey:
 
     Attributes:
         manifest: the manifest that was checked against.
+        view_layers: the view layer, then those of further sizes.
         layers: the target layers whose descriptions are intact.
         units: by layer, the units with intact commit records, in source order, then by view.
         sizes: bytes of every file.
@@ -87,6 +89,7 @@ class Survey:
     """
 
     manifest: Manifest
+    view_layers: list[str]
     layers: Mapping[str, Layer]
     units: Mapping[str, list[UnitInfo]]
     sizes: Mapping[str, int]
@@ -96,11 +99,11 @@ class Survey:
 
     def arrays(self, layer: str) -> Mapping[str, ArrayType]:
         """Dtype and shape of every array of a record, by name."""
-        return VIEW_ARRAYS if layer == VIEWS else self.layers[layer].arrays
+        return VIEW_ARRAYS if is_views(layer) else self.layers[layer].arrays
 
     def all_units(self) -> list[UnitInfo]:
-        """The units of all layers, the view layer's first."""
-        return [info for layer in (VIEWS, *self.layers) for info in self.units.get(layer, ())]
+        """The units of all layers, those of the view layers first."""
+        return [info for layer in (*self.view_layers, *self.layers) for info in self.units.get(layer, ())]
 
 
 def survey(store: Store, manifest: Manifest | None = None) -> Survey:
@@ -123,14 +126,14 @@ def survey(store: Store, manifest: Manifest | None = None) -> Survey:
     leases |= Leases(store).living()
     check = _Survey(store, manifest, sizes, leases)
     check.descriptions()
-    for layer in (VIEWS, *check.layers):
+    for layer in (*check.view_layers, *check.layers):
         check.commits(layer)
     for layer in check.layers:
         check.constants(layer)
     check.one_family()
     check.groups()
     check.strays()
-    return Survey(manifest, check.layers, check.units, sizes, check.findings, check.foreign, leases)
+    return Survey(manifest, check.view_layers, check.layers, check.units, sizes, check.findings, check.foreign, leases)
 
 
 def check_unit(
@@ -227,6 +230,7 @@ class _Survey:
     manifest: Manifest
     sizes: Mapping[str, int]  # all files
     leases: Mapping[str, Holder | None]
+    view_layers: list[str] = field(default_factory=list)
     layers: dict[str, Layer] = field(default_factory=dict)
     units: dict[str, list[UnitInfo]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -249,6 +253,9 @@ class _Survey:
                 what = "the description of the layer is missing"
             self.findings.append(Finding("layer", path, f"{what}; its units cannot be checked", layer=name))
             self.known |= {path for path in self.sizes if layer_of(path) == name}
+        # Those of files too: they may belong to a layer without a description.
+        held = {name for path in self.sizes if is_of_cache(path) and is_views(name := layer_of(path) or "")}
+        self.view_layers = sorted({*layout.view_layers(self.manifest, self.layers.values()), *held})
 
     def commits(self, layer: str) -> None:
         shards = {layout.shard_stem(name): name for name in self.manifest.shards}
@@ -266,7 +273,8 @@ class _Survey:
                 self._about(after, f"{SHARED_VIEWS} {before.unit}")
 
     def _commit(self, layer: str, path: str, unit: UnitId) -> UnitInfo | Finding | None:
-        spec_id = self.manifest.spec_id if layer == VIEWS else self.layers[layer].spec_id
+        views = is_views(layer)
+        spec_id = layout.view_spec_id(layer, self.manifest) if views else self.layers[layer].spec_id
         try:
             data = self.store.read(path, layout.COMMIT_LIMIT_BYTES)
             return parse_commit(self.store.place, layer, unit, data, spec_id, self.manifest)
@@ -318,22 +326,26 @@ class _Survey:
         self.findings.append(Finding("constants", path, what, layer=layer))
 
     def one_family(self) -> None:
-        """Compare the layers: one set of images per shard, and no target of a view that the view layer lacks."""
+        """Compare the layers: one set of images per shard, and no target of a view that its view layers lack."""
         first: dict[str, UnitInfo] = {}
-        views: dict[str, set[int]] = {}
-        for unit in self.named[VIEWS]:
-            views.setdefault(unit.shard, set()).update(unit.views)
-        for layer in (VIEWS, *self.layers):
+        held_views: dict[str, dict[str, set[int]]] = {layer: {} for layer in self.view_layers}
+        for layer, by_shard in held_views.items():
+            for unit in self.named[layer]:
+                by_shard.setdefault(unit.shard, set()).update(unit.views)
+        views = held_views[VIEWS]
+        for layer in (*self.view_layers, *self.layers):
+            size = None if is_views(layer) else self.layers[layer].view_size
+            needed = dict.fromkeys((VIEWS, layout.view_layer(self.manifest, size)))
             for info in self.units[layer]:
                 shard = info.unit.shard
                 other = first.setdefault(shard, info)
                 if (info.key_digest, info.num_images) != (other.key_digest, other.num_images):
                     what = f"{OTHER_KEYS} {other}: {info.num_images} images with keys {info.key_digest}"
                     self._about(info, f"{what}, expected {other.num_images} with {other.key_digest}")
-                if lacking := [view for view in info.unit.views if view not in views.get(shard, ())]:
-                    self._about(
-                        info, f"the view layer lacks {len(lacking)} of its views, from {lacking[0]} on", "views"
-                    )
+                for name in needed:
+                    if lacking := [view for view in info.unit.views if view not in held_views[name].get(shard, ())]:
+                        what = "the view layer" if name == VIEWS else f"layer {name}"
+                        self._about(info, f"{what} lacks {len(lacking)} of its views, from {lacking[0]} on", "views")
         held = {unit.shard for unit in self.named[VIEWS] if unit.first_view == 0}
         for shard in views.keys() - held:
             unit = next(unit for unit in self.named[VIEWS] if unit.shard == shard)
@@ -345,7 +357,7 @@ class _Survey:
         """Check the metadata of groups, which have no digest in any record."""
         needed = {METADATA: layout.root_group(self.manifest)}
         needed |= {f"{LAYERS}/{name}/{METADATA}": layout.layer_group(layer) for name, layer in self.layers.items()}
-        plain = {f"{VIEWS}/{METADATA}": layout.plain_group(), f"{LAYERS}/{METADATA}": layout.plain_group()}
+        plain = {f"{name}/{METADATA}": layout.plain_group() for name in (*self.view_layers, LAYERS)}
         if any(self.units.values()):  # a new cache may lack them until its first unit
             needed |= plain
         wanted = needed | {path: data for path, data in plain.items() if path in self.sizes}

@@ -16,7 +16,7 @@ from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.manifest import REPAIR, Layer, Manifest, require_format_version
 from tinymim.storage.store import Store
 
-VIEWS = "views"  # the view layer
+VIEWS = "views"  # the view layer; `views@S` has the digests of its views at another size, S pixels
 LAYERS = "layers"  # folder of the target layers
 LEASES = "leases"  # of active writers; readers ignore them
 METADATA = "zarr.json"
@@ -26,7 +26,7 @@ MANIFEST_LIMIT_BYTES = 2**28
 COMMIT_LIMIT_BYTES = 2**26
 _GROUP_FIELDS = {"node_type": "group", "zarr_format": 3}
 _NAME = LAYER_NAME.strip("^$")
-_FOLDER = rf"({VIEWS}|{LAYERS}/(?P<layer>{_NAME}))"
+_FOLDER = rf"({VIEWS}(@[1-9][0-9]{{0,3}})?|{LAYERS}/(?P<layer>{_NAME}))"
 # Paths of all files of a cache, in any state: of units, of groups below the root, and others.
 UNIT_FILE = re.compile(rf"{_FOLDER}/(?P<stem>[A-Za-z0-9_-]+)/v[0-9]{{1,9}}-[0-9]{{1,9}}\.(?P<kind>zip|json)")
 GROUP_FILE = re.compile(rf"({_FOLDER}|{LAYERS})/{re.escape(METADATA)}")
@@ -86,9 +86,35 @@ def check_stems(shards: Iterable[str]) -> None:
             )
 
 
+def is_views(layer: str) -> bool:
+    """Whether a layer is the view layer, or that of another size; no target layer has such a name."""
+    return layer == VIEWS or layer.startswith(f"{VIEWS}@")
+
+
+def view_layer(manifest: Manifest, size: int | None) -> str:
+    """The layer with the digests of views of `size` pixels; None: of the size in the manifest."""
+    return VIEWS if size in (None, manifest.views["size"]) else f"{VIEWS}@{size}"
+
+
+def view_layers(manifest: Manifest, layers: Iterable[Layer]) -> list[str]:
+    """The view layer, then those of the further sizes of target layers."""
+    sizes = {layer.view_size for layer in layers} - {None, manifest.views["size"]}
+    return [VIEWS, *(view_layer(manifest, size) for size in sorted(filter(None, sizes)))]
+
+
+def size_of(layer: str, manifest: Manifest) -> int:
+    """The size in pixels of the views that a view layer is about."""
+    return int(manifest.views["size"] if layer == VIEWS else layer.partition("@")[2])
+
+
+def view_spec_id(layer: str, manifest: Manifest) -> str:
+    """The `spec_id` in the commit records of a view layer."""
+    return manifest.spec_id if layer == VIEWS else manifest.spec_id_at(size_of(layer, manifest))
+
+
 def layer_folder(layer: str) -> str:
     """The zarr group of a layer."""
-    return VIEWS if layer == VIEWS else f"{LAYERS}/{layer}"
+    return layer if is_views(layer) else f"{LAYERS}/{layer}"
 
 
 def shard_folder(layer: str, shard: str) -> str:
@@ -136,7 +162,7 @@ def is_commit(path: str) -> bool:
 def layer_of(path: str) -> str | None:
     """The layer in whose folder a file lies; None: in none."""
     first, _, rest = path.partition("/")
-    return VIEWS if first == VIEWS else rest.partition("/")[0] if first == LAYERS and "/" in rest else None
+    return first if is_views(first) else rest.partition("/")[0] if first == LAYERS and "/" in rest else None
 
 
 # ---- groups, whose attributes hold the manifest of the cache and of each layer
@@ -214,6 +240,11 @@ def layer_names(store: Store) -> list[str]:
     """The names of the target layers, sorted; a layer exists if and only if its group does."""
     names = sorted(name for name in store.folders(LAYERS) if re.fullmatch(LAYER_NAME, name))
     return [name for name in names if store.exists(f"{LAYERS}/{name}/{METADATA}")]
+
+
+def view_layer_names(store: Store) -> list[str]:
+    """The view layer and those of further sizes, from the folders that are there."""
+    return sorted({VIEWS, *filter(re.compile(_FOLDER).fullmatch, store.folders())})
 
 
 def _attributes(store: Store, path: str, absent: str) -> tuple[Any, Any]:

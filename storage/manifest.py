@@ -179,6 +179,10 @@ class Manifest(_Described):
         """
         return _spec_id(self._spec())
 
+    def spec_id_at(self, size: int) -> str:
+        """The `spec_id` that a cache of the same view law at another size would have."""
+        return _spec_id({"format_version": self.format_version, "views": {**self.views, "size": size}})
+
     def _spec(self) -> dict[str, Any]:
         return {"format_version": self.format_version, "views": self.views}
 
@@ -239,12 +243,21 @@ class Layer(_Described):
         texts: tuple[object, ...] = (self.cache, self.name)  # read from a file
         if not all(isinstance(text, str) for text in texts) or not re.fullmatch(LAYER_NAME, self.name):
             raise ValueError(f"layer {self.name!r} of {self.cache!r}: not the name of a layer")
+        size = self.view_size
+        if size is not None and (type(size) is not int or not 1 <= size < 10_000):
+            raise ValueError(f"teacher.arch.img_size is no size of views: {size!r}")
 
     @property
     def shapes(self) -> Shapes:
         """Shapes of the teacher's output for a view."""
         shapes = self.teacher["shapes"]
         return Shapes(**{**shapes, "grid": tuple(shapes["grid"])})
+
+    @property
+    def view_size(self) -> int | None:
+        """Width and height of the views that the teacher saw; None: those of the manifest."""
+        size: int | None = self.teacher["arch"].get("img_size")
+        return size
 
     @property
     def taps(self) -> tuple[Tap, ...]:

@@ -97,6 +97,7 @@ class CacheReader:
         store: the cache's store.
         manifest: the stored manifest; compare it with `manifest.check_same` before using a record.
         layers: the target layers by name.
+        view_layers: the view layer, then those of further sizes.
 
     Raises:
         UserError: there is no cache at `place`.
@@ -111,6 +112,7 @@ class CacheReader:
         self.manifest: Manifest = layout.read_manifest(self.store)
         names = layout.layer_names(self.store)
         self.layers: dict[str, Layer] = {name: layout.read_layer(self.store, name, self.manifest) for name in names}
+        self.view_layers: list[str] = layout.view_layers(self.manifest, self.layers.values())
         self._units: dict[str, list[UnitInfo]] = {}
         self._lock = threading.Lock()
 
@@ -153,10 +155,8 @@ class CacheReader:
         """
         with self._lock:
             if layer not in self._units:
-                spec_id, constants = self.manifest.spec_id, None
-                if layer != VIEWS:
-                    held = self.layer(layer)
-                    spec_id, constants = held.spec_id, constants_digest(self.store, held)
+                constants = None if layout.is_views(layer) else constants_digest(self.store, self.layer(layer))
+                spec_id = self._spec_id(layer)
                 self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants, paths)
             return list(self._units[layer])
 
@@ -166,12 +166,14 @@ class CacheReader:
         Raises:
             CacheMismatch, CacheCorrupt: as `parse_commit`; also where the record is missing.
         """
-        spec_id = self.manifest.spec_id if layer == VIEWS else self.layer(layer).spec_id
         try:
             data = self.store.read(layout.commit_file(layer, unit), layout.COMMIT_LIMIT_BYTES)
         except FileNotFoundError as error:
             raise corrupt_unit(self.place, unit, f"layer {layer} holds no record of it") from error
-        return parse_commit(self.place, layer, unit, data, spec_id, self.manifest)
+        return parse_commit(self.place, layer, unit, data, self._spec_id(layer), self.manifest)
+
+    def _spec_id(self, layer: str) -> str:
+        return layout.view_spec_id(layer, self.manifest) if layout.is_views(layer) else self.layer(layer).spec_id
 
     def by_shard(self, layer: str = VIEWS) -> dict[str, list[UnitInfo]]:
         """The committed units of a layer by shard name, ascending by view."""
@@ -195,7 +197,7 @@ class CacheReader:
 
     def arrays(self, layer: str) -> dict[str, ArrayType]:
         """Dtype and shape of every array of a record, by name."""
-        return dict(VIEW_ARRAYS) if layer == VIEWS else self.layer(layer).arrays
+        return dict(VIEW_ARRAYS) if layout.is_views(layer) else self.layer(layer).arrays
 
     def constants(self, layer: str) -> dict[str, Array] | None:
         """The constants of a target layer; errors of `read_constants`."""
@@ -286,11 +288,12 @@ class CacheReader:
     def bytes_by_component(self) -> dict[str, dict[str, int]]:
         """Bytes on disk by layer, and by component: "records", "keys", "overhead" (metadata and commit records)."""
         found: dict[str, dict[str, int]] = {}
-        for layer in (VIEWS, *self.layers):
+        for layer in (*self.view_layers, *self.layers):
             total = Counter(records=0, keys=0, overhead=0)
-            group = layout.plain_group() if layer == VIEWS else layout.layer_group(self.layers[layer])
+            views = layout.is_views(layer)
+            group = layout.plain_group() if views else layout.layer_group(self.layers[layer])
             total["overhead"] += len(group)
-            if layer != VIEWS and (record := read_record(self.store, self.layers[layer])[0]) is not None:
+            if not views and (record := read_record(self.store, self.layers[layer])[0]) is not None:
                 total["constants"] = record.size_bytes
                 total["overhead"] += len(signed(record.model_dump()))
             for info in self.units(layer):

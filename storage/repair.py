@@ -74,7 +74,7 @@ def repair(
                     continue
                 job.run(some)
                 leases.release(name)
-            store.remove_dead_writes(("", VIEWS, LAYERS, *map(layout.layer_folder, layers)))
+            store.remove_dead_writes(("", *layout.view_layer_names(store), LAYERS, *map(layout.layer_folder, layers)))
     finally:
         leases.close()
     return done
@@ -191,8 +191,9 @@ class _Repair:
 
     def _is_bad(self, layer: str, unit: UnitId, findings: list[Finding]) -> bool:
         """Whether a unit is still damaged."""
-        spec_id = self.manifest.spec_id if layer == VIEWS else self.layers[layer].spec_id
-        arrays = VIEW_ARRAYS if layer == VIEWS else self.layers[layer].arrays
+        views = layout.is_views(layer)
+        spec_id = layout.view_spec_id(layer, self.manifest) if views else self.layers[layer].spec_id
+        arrays = VIEW_ARRAYS if views else self.layers[layer].arrays
         try:
             data = self.store.read(layout.commit_file(layer, unit), layout.COMMIT_LIMIT_BYTES)
             info = parse_commit(self.store.place, layer, unit, data, spec_id, self.manifest)
@@ -204,5 +205,5 @@ class _Repair:
         if any(finding.what.startswith((SHARED_VIEWS, OTHER_KEYS)) for finding in about):
             return True
         sizes = {entry.path: entry.size_bytes for entry in self.store.list(layout.shard_folder(layer, unit.shard))}
-        wanted = None if layer == VIEWS else self.constants.get(layer)
+        wanted = None if views else self.constants.get(layer)
         return bool(check_unit(self.store, info, arrays, sizes.get(info.path))) or info.constants != wanted

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from tinymim.configs.errors import CacheCorrupt
 from tinymim.storage import layout
-from tinymim.storage.layout import LAYERS, LEASES, METADATA, VIEWS
+from tinymim.storage.layout import LAYERS, LEASES, METADATA
 from tinymim.storage.leases import Leases
 from tinymim.storage.manifest import Layer, Manifest, check_same, check_same_layer, grown
 from tinymim.storage.store import Store
@@ -50,7 +50,8 @@ def settle_layers(store: Store, manifest: Manifest, wanted: Iterable[Layer]) -> 
     """
     found: dict[str, Layer] = {}
     warnings: list[str] = []
-    groups = {f"{name}/{METADATA}": layout.plain_group() for name in (VIEWS, LAYERS)}
+    wanted = list(wanted)
+    groups = {f"{name}/{METADATA}": layout.plain_group() for name in (*layout.view_layers(manifest, wanted), LAYERS)}
     store.create_all({path: data for path, data in groups.items() if not store.exists(path)})
     for layer in wanted:
         path = f"{layout.layer_folder(layer.name)}/{METADATA}"

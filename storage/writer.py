@@ -52,7 +52,8 @@ class CacheWriter:
         place: the cache's folder or URL.
         store: the cache's store.
         manifest: the stored manifest, extended by the wanted shards.
-        layers: the target layers that it writes, by name; it can always write the view layer.
+        layers: the target layers that it writes, by name.
+        view_layers: the view layer, then those of further sizes of these layers; it can write them all.
         environment_differences: a line for a warning per library version that differs from the stored one.
     """
 
@@ -65,12 +66,13 @@ class CacheWriter:
         self._lock = threading.RLock()
         self.manifest, warnings = settle_manifest(store, manifest, leases)
         self.layers, more = settle_layers(store, self.manifest, layers)
+        self.view_layers = layout.view_layers(self.manifest, self.layers.values())
         self.environment_differences = list(dict.fromkeys(warnings + more))
         self._shard_of_stem = {layout.shard_stem(name): name for name in self.manifest.shards}
         self._constants = {name: constants_digest(store, layer) for name, layer in self.layers.items()}
         self._committed: dict[str, set[UnitId]] = {}
         self._claimed: set[UnitId] = set()
-        groups = ("", VIEWS, LAYERS, *map(layout.layer_folder, self.layers))
+        groups = ("", *self.view_layers, LAYERS, *map(layout.layer_folder, self.layers))
         store.remove_dead_writes((*groups, LEASES, *(f"{LEASES}/{folder}" for folder in (SHARDS, CONSTANTS_LEASES))))
         self._clean_after_the_dead(leases)
 
@@ -241,14 +243,14 @@ class CacheWriter:
 
     def arrays(self, layer: str) -> dict[str, ArrayType]:
         """Dtype and shape of every array of a record, by name."""
-        return dict(VIEW_ARRAYS) if layer == VIEWS else self.layers[layer].arrays
+        return dict(VIEW_ARRAYS) if layout.is_views(layer) else self.layers[layer].arrays
 
     def begin(self, layer: str, unit: UnitId, keys: Sequence[str]) -> AbstractContextManager["UnitDraft"]:
         """A unit to be filled view by view, after a claim if there is none yet. Leaving the block drops what was not
         committed.
 
         Args:
-            layer: the view layer, or one of `layers`.
+            layer: one of `view_layers` or `layers`.
             unit: a shard of the manifest, and views that the layer does not hold yet.
             keys: the shard's readable sample keys, one per image, in tar order.
 
@@ -334,7 +336,7 @@ class CacheWriter:
 
     def constants_of(self, layer: str) -> str | None:
         """The digest of the constants that a layer's new units are made with."""
-        return None if layer == VIEWS else self._constants[layer]
+        return None if layout.is_views(layer) else self._constants[layer]
 
     def _require_cache(self, layer: str = VIEWS) -> None:
         for path in (layout.METADATA, f"{layout.layer_folder(layer)}/{layout.METADATA}"):
@@ -382,7 +384,7 @@ class CacheWriter:
 
     def _remove_leftovers(self, shard: str) -> None:
         """Remove the files of uncommitted units of a shard whose lease this writer holds, in every layer."""
-        for layer in (VIEWS, *layout.layer_names(self.store)):
+        for layer in (*layout.view_layer_names(self.store), *layout.layer_names(self.store)):
             remove_uncommitted(self.store, layer, shard)
 
     def _clean_after_the_dead(self, leases: Leases) -> None:
@@ -462,13 +464,15 @@ class UnitDraft:
         if self._out.views_written != self.unit.num_views:
             raise InternalError(f"unit {self.unit}: {self._out.views_written} views were added")
         writer = self._writer
-        layer = None if self.layer == VIEWS else writer.layers[self.layer]
+        views = layout.is_views(self.layer)
         with explained_write_errors(writer.store):
             parts: UnitParts = self._out.close()
             info = UnitInfo(
                 layer=self.layer,
                 unit=self.unit,
-                spec_id=writer.manifest.spec_id if layer is None else layer.spec_id,
+                spec_id=(
+                    layout.view_spec_id(self.layer, writer.manifest) if views else writer.layers[self.layer].spec_id
+                ),
                 content_hash=writer.manifest.shards[self.unit.shard].content_hash,
                 num_images=len(self.keys),
                 key_digest=key_digest(self._key_arrays),

@@ -25,6 +25,7 @@ from tinymim.stages.run.progress import logger
 from tinymim.stages.training.device_stream import CPU
 from tinymim.stages.training.terms import Term
 from tinymim.stages.units.constants import on_device
+from tinymim.storage import layout
 from tinymim.storage.catalog import resolve
 from tinymim.storage.manifest import PROVENANCE_KEYS, Layer, Manifest
 from tinymim.storage.reader import CacheReader
@@ -47,6 +48,7 @@ class AuditBatch:
         kind: the kind of that layer, as whole targets for the losses of `term`.
         term: the term of the loss that is audited.
         place: its place among the students' heads.
+        size: the students' input size.
 
     Raises:
         ViewMismatch, SourceError, CacheCorrupt: its images or records have changed.
@@ -54,10 +56,17 @@ class AuditBatch:
     """
 
     def __init__(
-        self, config: AuditConfig, reader: CacheReader, audited: Layer, kind: TargetKind, term: Term, place: int
+        self,
+        config: AuditConfig,
+        reader: CacheReader,
+        audited: Layer,
+        kind: TargetKind,
+        term: Term,
+        place: int,
+        size: int,
     ) -> None:
         self._kind, self.term, self._place = kind, term, place
-        batch = _first_views(config, reader, audited, kind)
+        batch = _first_views(config, reader, audited, kind, size)
         self._images = Normalise()(batch.pixels)
         self._kept = visible_patches(audited.mask, batch.named, audited.shapes.grid, CPU)
         records = of_layer(batch.records, audited.name)
@@ -98,7 +107,7 @@ class AuditBatch:
         return {name: torch.cat(each).cpu() for name, each in found.items()}
 
 
-def audit_batches(config: AuditConfig, training: Manifest, opened: Sequence[Opened]) -> list[AuditBatch]:
+def audit_batches(config: AuditConfig, training: Manifest, opened: Sequence[Opened], size: int) -> list[AuditBatch]:
     """The audits of every layer that students learn from.
 
     One of several layers is audited by the first layer of the audit's cache that fits it, or by none, which is printed.
@@ -107,6 +116,7 @@ def audit_batches(config: AuditConfig, training: Manifest, opened: Sequence[Open
         config: the audit's section of the recipe.
         training: manifest of the cache that students are trained on.
         opened: the layers of it.
+        size: the students' input size.
 
     Raises:
         CacheMismatch: the audit's cache is of another teacher or view size, or its records are not whole targets; of
@@ -114,17 +124,25 @@ def audit_batches(config: AuditConfig, training: Manifest, opened: Sequence[Open
         As `AuditBatch`.
     """
     reader, found = CacheReader(resolve(config.cache)), []
+    sizes = [layout.size_of(name, reader.manifest) for name in reader.view_layers]
+    if size not in sizes:
+        raise CacheMismatch(
+            f"the audit's cache {reader.place} holds no views at the students' size",
+            got=", ".join(map(str, sizes)),
+            expected=size,
+            hint="make audit.cache with the recipe of `cache`, but with codec: {name: dense} and held-out shards",
+        )
     many = len(opened) > 1 and config.layer is None and len(reader.layers) > 0
     names = list(reader.layers) if many else [config.layer]
     for place, each in enumerate(opened):
         refusals: list[CacheMismatch | RecipeError] = []
         for audited in map(reader.layer, names):
             try:
-                kind = _whole_kind(training, each, reader, audited)
+                kind = _whole_kind(each, reader, audited)
             except (CacheMismatch, RecipeError) as error:
                 refusals.append(error)
                 continue
-            found.append(AuditBatch(config, reader, audited, kind, each.term, place))
+            found.append(AuditBatch(config, reader, audited, kind, each.term, place, size))
             break
         else:
             if len(opened) == 1 or (not found and place == len(opened) - 1):
@@ -138,9 +156,9 @@ def audit_batches(config: AuditConfig, training: Manifest, opened: Sequence[Open
     return found
 
 
-def _whole_kind(training: Manifest, opened: Opened, reader: CacheReader, audited: Layer) -> TargetKind:
+def _whole_kind(opened: Opened, reader: CacheReader, audited: Layer) -> TargetKind:
     """The kind of an audit's layer. Raises CacheMismatch or RecipeError where it cannot audit the layer `opened`."""
-    _require_same_teacher(training, opened.layer, reader.manifest, audited, reader.place)
+    _require_same_teacher(opened.layer, audited, reader.place)
     constants = on_device(reader.constants(audited.name), CPU)
     return audit_kind(audited.target, opened.kind, audited.shapes, constants)
 
@@ -150,13 +168,12 @@ def chunks(count: int) -> list[slice]:
     return [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
 
 
-def _require_same_teacher(training: Manifest, layer: Layer, audit: Manifest, audited: Layer, place: object) -> None:
+def _require_same_teacher(layer: Layer, audited: Layer, place: object) -> None:
     """Raises CacheMismatch where the teachers of two layers differ in anything that changes the meaning of a row."""
     wanted, found = (
         {f"teacher.{name}": value for name, value in each.teacher.items() if name not in _IGNORED}
         | {f"target.{name}": each.target.get(name) for name in ("taps", "mask")}
-        | {"views.size": manifest.views["size"]}
-        for manifest, each in ((training, layer), (audit, audited))
+        for each in (layer, audited)
     )
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -168,9 +185,9 @@ def _require_same_teacher(training: Manifest, layer: Layer, audit: Manifest, aud
             )
 
 
-def _first_views(config: AuditConfig, reader: CacheReader, layer: Layer, kind: TargetKind) -> ViewBatch:
+def _first_views(config: AuditConfig, reader: CacheReader, layer: Layer, kind: TargetKind, size: int) -> ViewBatch:
     """One view of each of the cache's first images, with every pixel digest checked."""
-    source = join(open_shards(config.source), reader, [layer.name], 1, "skip")
+    source = join(open_shards(config.source), reader, [layer.name], 1, "skip", size)
     if sum(source.counts) < config.num_images:
         raise UserError(
             "the audit's cache holds too few images of audit.source",

@@ -71,6 +71,7 @@ class StudentAudits:
         opened: the layers of it that students learn from.
         students: all students of the run.
         ranks: the ranks of the run.
+        size: the students' input size.
 
     Raises:
         As `audit_batches` and `AuditKnn`, on the first rank.
@@ -83,6 +84,7 @@ class StudentAudits:
         opened: Sequence[Opened],
         students: Sequence[Student],
         ranks: Ranks,
+        size: int,
     ) -> None:
         self._config, self._first = recipe.audit, ranks.first
         self._ranks = ranks
@@ -90,12 +92,12 @@ class StudentAudits:
         self._knn: AuditKnn | None = None
         if self._config is None or not ranks.first:
             return
-        self._batches = audit_batches(self._config, training, opened)
+        self._batches = audit_batches(self._config, training, opened, size)
         self._measures = {name: each.term.kind.measure for each in self._batches for name in each.losses}
         metrics = {name: each.term.metric(loss) for each in self._batches for name, loss in each.losses.items()}
         self._subjects = [_Subject(learner, model, metrics) for _, model, learner in students]
         if self._config.knn is not None:
-            self._knn = AuditKnn(self._config.knn, int(training.views["size"]), recipe.loader)
+            self._knn = AuditKnn(self._config.knn, size, recipe.loader)
 
     def after(self, step: int, books: Bookkeeping, stop: StopFlag) -> None:
         """Make the audit that is due after `step` steps.

@@ -14,7 +14,7 @@ from tinymim.storage.catalog import resolve
 from tinymim.storage.check import checked_pieces
 from tinymim.storage.commit import UnitInfo, corrupt_unit, encode_commit
 from tinymim.storage.constants import constants_bytes, constants_digest, constants_places
-from tinymim.storage.layout import VIEWS
+from tinymim.storage.layout import view_layers
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter, UnitTaken
@@ -44,7 +44,9 @@ def run(source: Path | str, target: Path | str, layers: Sequence[str] | None = N
     reader = CacheReader(resolve(source))
     refuse_itself(reader.place, target)
     chosen = [reader.layer(name) for name in (reader.layers if layers is None else dict.fromkeys(layers))]
-    copied: dict[str, int] = {name: 0 for name in (VIEWS, *(layer.name for layer in chosen))}
+    copied: dict[str, int] = {
+        name: 0 for name in (*view_layers(reader.manifest, chosen), *(layer.name for layer in chosen))
+    }
     copied_bytes, already_there = 0, 0
     damaged: list[CacheCorrupt] = []
     with CacheWriter.open(target, reader.manifest, chosen) as writer, StopFlag() as stop:
@@ -53,7 +55,7 @@ def run(source: Path | str, target: Path | str, layers: Sequence[str] | None = N
         for layer in chosen:
             _copy_constants(reader, writer, layer.name)
 
-        # ---- units, each committed when it is complete; those of the view layer first, which the others rest on
+        # ---- units, each committed when it is complete; those of view layers first, which the others rest on
         todo = [info for name in copied for info in reader.units(name)]
         num_units = len(todo)
 

@@ -22,6 +22,7 @@ from tinymim.stages.units.prepare import prepare
 from tinymim.storage.blocks import DIGEST, Array
 from tinymim.storage.catalog import resolve
 from tinymim.storage.commit import UnitInfo
+from tinymim.storage.layout import view_layer
 from tinymim.storage.manifest import check_same, check_same_layer
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import TargetKind
@@ -73,9 +74,9 @@ def run(
         UserError: the cache holds no such layer, or no record of the recipe's shards in it.
         RecipeError, SourceError, CheckpointError: as `cache-teacher`.
     """
-    # ---- source, teacher and codecs, compared with the manifest and the layers
+    # ---- source, teachers and codecs, compared with the manifest and the layers
     parts = prepare(recipe)
-    device, source, teacher = parts.device, parts.source, parts.teacher
+    device, source = parts.device, parts.source
     reader = CacheReader(resolve(place))
     warnings = check_same(reader.manifest, parts.manifest)
     shards = {shard.name: number for number, shard in enumerate(source.shards)}
@@ -98,11 +99,12 @@ def run(
     # ---- unit by unit: draw the views, run the teacher, encode, compare
     law = RandomViews(recipe.views)
     lost = None if law.pairs is None else lost_partners(reader.by_shard())
-    views = ImageViews(source.shards, law, recipe.views.seed, lost)
     tally = _Tally()
     with Meter("cache verify --deep", sum(len(rows) for _, _, rows in chosen), "views") as meter:
         for layer_name, info, rows in chosen:
             kind, prefix = kinds[layer_name], f"{layer_name}." if len(kinds) > 1 else ""
+            teacher = parts.teachers[layer_name]
+            views = ImageViews(source.shards, law.at(teacher.config.img_size), recipe.views.seed, lost)
             stored = _Stored(reader, info, rows)
             number = shards[info.unit.shard]
             held = reader.keys(info.unit.shard), None if lost is None else lost[info.unit.shard]
@@ -173,7 +175,7 @@ class _Stored:
     Attributes:
         images, views: int64 [n], of each record.
         keys: the n sample keys.
-        digests: uint32 [n], from the view layer.
+        digests: uint32 [n], from the view layer of the layer's size.
         arrays: the codec's arrays, [n, ...].
     """
 
@@ -194,12 +196,13 @@ class _Stored:
 
 
 def _digests(reader: CacheReader, info: UnitInfo, view: int) -> Array:
-    """uint32 [I]: what the view layer holds about a view; raises CacheCorrupt if it lacks the view."""
-    for unit in reader.by_shard().get(info.unit.shard, ()):
+    """uint32 [I]: what the view layer of the layer's size holds; raises CacheCorrupt if it lacks the view."""
+    layer = view_layer(reader.manifest, reader.layer(info.layer).view_size)
+    for unit in reader.by_shard(layer).get(info.unit.shard, ()):
         if view in unit.unit.views:
             digests: Array = reader.read_views(unit, [view])[DIGEST][0]
             return digests
-    raise CacheCorrupt(f"the view layer of {reader.place} lacks view {view} of shard {info.unit.shard}")
+    raise CacheCorrupt(f"layer {layer} of {reader.place} lacks view {view} of shard {info.unit.shard}")
 
 
 def _rows_of(batch: ViewBatch, items: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ from tinymim.stages.pages.numbers import format_bytes, format_value, plural, vie
 from tinymim.stages.pages.tables import plain_table
 from tinymim.storage.catalog import listed, resolve
 from tinymim.storage.commit import UnitInfo
-from tinymim.storage.layout import VIEWS
+from tinymim.storage.layout import is_views, size_of
 from tinymim.storage.leases import Leases
 from tinymim.storage.packed import open_cache_store
 from tinymim.storage.reader import CacheReader, views_from_zero
@@ -40,12 +40,13 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
     manifest = reader.manifest
     entries = list(reader.store.list())
     files = listed(entries, manifest, reader.layers)
-    for name in (VIEWS, *reader.layers):
+    names = (*reader.view_layers, *reader.layers)
+    for name in names:
         reader.units(name, (entry.path for entry in entries))
     sizes = reader.bytes_by_component()
     num_images = sum(shard.num_samples for shard in manifest.source)
     layers = []
-    for name in (VIEWS, *reader.layers):
+    for name in names:
         coverage, units = reader.coverage(name), reader.units(name)
         size_bytes = sum(sizes[name].values())
         layer: dict[str, Any] = {
@@ -71,10 +72,11 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
             "teacher_top1": _teacher_top1(units),
             "history": _history(files[name].entries),
         }
-        if name != VIEWS:
+        if not is_views(name):
             described = reader.layers[name]
             layer |= {
                 "spec_id": described.spec_id,
+                "view_size": described.view_size or manifest.views["size"],
                 "teacher": dict(described.teacher),
                 "target": dict(described.target),
                 "environment": dict(described.environment),
@@ -86,6 +88,7 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
         "format_version": manifest.format_version,
         "spec_id": manifest.spec_id,
         "views": dict(manifest.views),
+        "view_sizes": [size_of(name, manifest) for name in reader.view_layers],
         "num_shards": len(manifest.shards),
         "num_images": num_images,
         "layers": layers,
@@ -201,14 +204,19 @@ def format_info(info: Mapping[str, Any]) -> str:
         f"cache     {info['path']}",
         f"spec      {info['spec_id']}, format version {info['format_version']}",
         f"views     {view_law(info['views'])}",
+        *(
+            f"also at   {size} px: {', '.join(each['name'] for each in layers if each.get('view_size') == size)}"
+            for size in info["view_sizes"][1:]
+        ),
         f"source    {plural(info['num_shards'], 'shard')}, {info['num_images']:,} images",
         "",
         *_layer_table(info),
         "",
         *_size_lines(info),
     ]
-    for layer in layers[1:]:
-        lines += ["", *_layer_lines(layer)]
+    for layer in layers:
+        if not is_views(layer["name"]):
+            lines += ["", *_layer_lines(layer)]
     return "\n".join([*lines, "", *_maker_lines(info)])
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from tinymim.stages.run.progress import Meter
 from tinymim.storage.check import Finding, Survey, check_unit, survey
 from tinymim.storage.commit import UnitInfo
-from tinymim.storage.layout import VIEWS
 from tinymim.storage.manifest import Manifest
 from tinymim.storage.store import Store
 
@@ -39,7 +38,7 @@ class Inspection:
                     "records": sum(info.num_records for info in units[layer]),
                     "bytes": sum(info.size_bytes for info in units[layer]),
                 }
-                for layer in (VIEWS, *self.survey.layers)
+                for layer in (*self.survey.view_layers, *self.survey.layers)
             },
             "units": len(self.survey.all_units()),
             "bytes": sum(info.size_bytes for info in self.survey.all_units()),

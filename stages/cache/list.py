@@ -9,7 +9,7 @@ from tinymim.stages.cache.info import format_views
 from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.pages.tables import plain_table
 from tinymim.storage.catalog import FoundCache, Listed, caches_below, listed
-from tinymim.storage.layout import VIEWS
+from tinymim.storage.layout import is_views
 from tinymim.storage.manifest import Layer
 from tinymim.storage.packed import open_cache_store
 
@@ -81,7 +81,7 @@ def format_list(rows: Sequence[Mapping[str, Any]], root: Path | str) -> str:
             continue
         first = True
         for layer in row["layers"]:
-            if layer["name"] == VIEWS and len(row["layers"]) > 1:
+            if is_views(layer["name"]) and any(not is_views(other["name"]) for other in row["layers"]):
                 continue  # small, and as complete as the layers on it
             table.append(
                 (

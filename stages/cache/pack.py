@@ -16,7 +16,7 @@ from tinymim.storage.catalog import resolve
 from tinymim.storage.check import checked_pieces
 from tinymim.storage.commit import UnitInfo, encode_commit
 from tinymim.storage.constants import constants_bytes, constants_places
-from tinymim.storage.layout import LAYERS, METADATA, VIEWS
+from tinymim.storage.layout import LAYERS, METADATA
 from tinymim.storage.packed import (
     CARD,
     END,
@@ -121,7 +121,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 def _files(reader: CacheReader) -> Files:
     """Every file of the committed cache in the order of the tars: what describes it first, then sorted by path."""
     head: dict[str, bytes] = {METADATA: layout.root_group(reader.manifest)}
-    head |= {f"{name}/{METADATA}": layout.plain_group() for name in (VIEWS, LAYERS)}
+    head |= {f"{name}/{METADATA}": layout.plain_group() for name in (*reader.view_layers, LAYERS)}
     for name, layer in reader.layers.items():
         head[f"{layout.layer_folder(name)}/{METADATA}"] = layout.layer_group(layer)
         data = constants_bytes(reader.store, layer)
@@ -129,7 +129,7 @@ def _files(reader: CacheReader) -> Files:
             path, record_path = constants_places(name)
             head |= {path: data, record_path: reader.store.read(record_path, layout.COMMIT_LIMIT_BYTES)}
     body: dict[str, bytes | UnitInfo] = {}
-    for name in (VIEWS, *reader.layers):
+    for name in (*reader.view_layers, *reader.layers):
         for info in reader.units(name):
             body |= {info.path: info, layout.commit_file(name, info.unit): encode_commit(info)}
     return [*sorted(head.items()), *sorted(body.items())]

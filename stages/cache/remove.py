@@ -1,6 +1,6 @@
 """`tinymim cache remove`: delete a cache, or layers of one, and no other file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from tinymim.stages.pages.numbers import format_bytes, plural
 from tinymim.stages.run.progress import Meter
 from tinymim.storage import layout
 from tinymim.storage.constants import constants_places
-from tinymim.storage.layout import LAYERS, LEASES, METADATA, VIEWS, is_commit, is_of_cache, layer_of
+from tinymim.storage.layout import LAYERS, LEASES, METADATA, is_commit, is_of_cache, is_views, layer_of
 from tinymim.storage.leases import DEFAULT_LEASE_S, Leases
+from tinymim.storage.manifest import Manifest
 from tinymim.storage.store import REQUESTS, Store, explained_write_errors, open_store
 
 WATCH_S = 1.5 * DEFAULT_LEASE_S  # for a beat of writers on other machines
@@ -28,9 +29,10 @@ def plan(place: Path | str, layers: Sequence[str] | None = None) -> dict[str, An
     store = _opened(place)
     manifest = layout.read_manifest(store)
     sizes = {entry.path: entry.size_bytes for entry in store.list()}
-    held = sorted({name for path in sizes if is_of_cache(path) and (name := layer_of(path)) not in (None, VIEWS)})
+    present = sorted({name for path in sizes if is_of_cache(path) and (name := layer_of(path)) is not None})
+    held = [name for name in present if not is_views(name)]
     if unknown := [name for name in layers or () if name not in held]:
-        what = "the view layer goes with the whole cache only" if VIEWS in unknown else f"no layer {unknown[0]}"
+        what = "a view layer goes with the layers on it only" if is_views(unknown[0]) else f"no layer {unknown[0]}"
         raise UserError(
             f"{store.place}: {what}",
             got=unknown[0],
@@ -38,12 +40,16 @@ def plan(place: Path | str, layers: Sequence[str] | None = None) -> dict[str, An
             hint="`tinymim cache info` shows the layers",
         )
     chosen = held if layers is None else list(dict.fromkeys(layers))
-    inside = [path for path in sizes if layers is None or layer_of(path) in chosen]
+    views = [name for name in present if is_views(name)]
+    if layers is not None:
+        views = [name for name in views if name not in _view_layers(store, manifest, set(held) - set(chosen), views)]
+    inside = [path for path in sizes if layers is None or layer_of(path) in (*chosen, *views)]
     own = [path for path in inside if is_of_cache(path)]
     return {
         "path": str(store.place),
         "spec_id": manifest.spec_id,
         "layers": chosen,
+        "view_layers": views,
         "whole": layers is None,
         "units": sum(map(is_commit, own)),
         "files": len(own),
@@ -78,21 +84,30 @@ def run(place: Path | str, confirmed: bool, layers: Sequence[str] | None = None)
     store = _opened(place)
     refuse_writers(store)
     with explained_write_errors(store):
-        for name in (*planned["layers"], *([VIEWS] if layers is None else [])):  # targets first: they rest on the views
+        gone = (*planned["layers"], *reversed(planned["view_layers"]))  # targets first: they rest on the views
+        for name in gone:
             _remove_layer(store, name)
         if layers is not None:
-            left = [entry.path for name in planned["layers"] for entry in store.list(layout.layer_folder(name))]
+            left = [entry.path for name in gone for entry in store.list(layout.layer_folder(name))]
             return planned | {"foreign": sorted(left)}
         refuse_writers(store)  # a writer that started meanwhile keeps its manifest
         rest = sorted(entry.path for entry in store.list() if is_of_cache(entry.path) and entry.path != METADATA)
         store.remove([*rest, METADATA])
         left = sorted(entry.path for entry in store.list())
-        for folder in (VIEWS, LAYERS, LEASES):
+        for folder in (*planned["view_layers"], LAYERS, LEASES):
             if not any(path.startswith(f"{folder}/") for path in left):
                 store.remove_tree(folder)  # holds unfinished writes at most
         if not left:
             store.remove_tree("")
     return planned | {"foreign": left}
+
+
+def _view_layers(store: Store, manifest: Manifest, layers: Iterable[str], present: list[str]) -> list[str]:
+    """The view layers that target layers rest on; all that are present if a description cannot be read."""
+    try:
+        return layout.view_layers(manifest, [layout.read_layer(store, name, manifest) for name in sorted(layers)])
+    except UserError:
+        return present
 
 
 def format_report(report: Mapping[str, Any]) -> str:

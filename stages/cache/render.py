@@ -1,4 +1,4 @@
-"""Units of the view layer without a teacher: the images are decoded and cut again, and every view gets its digest."""
+"""Units of view layers without a teacher: the images are decoded and cut again, and every view gets its digest."""
 
 import contextlib
 import itertools
@@ -19,7 +19,7 @@ from tinymim.stages.units.draft import low_digests
 from tinymim.stages.units.ledger import parts_of
 from tinymim.storage.blocks import DIGEST, Array, key_arrays
 from tinymim.storage.commit import UnitInfo, key_digest
-from tinymim.storage.layout import VIEWS, UnitId
+from tinymim.storage.layout import VIEWS, UnitId, size_of
 from tinymim.storage.writer import CacheWriter
 
 
@@ -29,8 +29,9 @@ def render_units(
     source: ShardSet,
     units: Sequence[UnitId],
     known: Mapping[str, UnitInfo],
+    layer: str = VIEWS,
 ) -> None:
-    """Write missing units of the view layer; they get the bytes that `cache-teacher` writes.
+    """Write missing units of a view layer; they get the bytes that `cache-teacher` writes.
 
     Args:
         writer: the writer of the cache.
@@ -38,6 +39,7 @@ def render_units(
         source: the shards.
         units: the units.
         known: by shard a committed unit, whose images these must be.
+        layer: the view layer.
 
     Raises:
         SourceError: a shard cannot be read.
@@ -52,7 +54,8 @@ def render_units(
         for views in parts_of(unit, recipe.views_per_decode)
         for items in view_batches(*places[unit.shard], views, recipe.given_batch_size)
     ]
-    made = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
+    law = RandomViews(recipe.views).at(size_of(layer, writer.manifest))
+    made = ImageViews(source.shards, law, recipe.views.seed)
     loaded = batches(made, [items for _, _, items in plan], recipe.loader, pin_memory=False, look_ahead=False)
     with contextlib.closing(loaded), StopFlag() as stop, Meter("cache repair", len(units), "units") as meter:
         steps = zip(plan, loaded, strict=True)
@@ -74,10 +77,11 @@ def render_units(
             digests = [np.concatenate(part, axis=1) for part in parts.values()]
             own = keys[unit.first_view]
             _require_same(unit, own, unreadable, known.get(unit.shard))
-            with writer.begin(VIEWS, unit, own) as draft:
+            with writer.begin(layer, unit, own) as draft:
                 for part in digests:
                     draft.add({DIGEST: np.ascontiguousarray(part, "<u4")})
-                draft.commit({"unreadable": [[key, reason] for key, reason in unreadable.items()]})
+                lost = [[key, reason] for key, reason in unreadable.items()]
+                draft.commit({"unreadable": lost} if layer == VIEWS else {})
             writer.give_back(unit)
             meter.advance(1)
 

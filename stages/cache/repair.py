@@ -27,7 +27,7 @@ from tinymim.storage.writer import CacheWriter
 def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     """Inspect the recipe's cache, repair what needs no teacher, drop damaged units, and recompute missing ones.
 
-    The view layer and the recipe's layers are repaired. Units and constants of other layers need their own recipes.
+    The view layers and the recipe's layers are repaired. Units and constants of other layers need their own recipes.
     Sound files are not touched. On the same hardware and libraries, recomputed units get their original bytes.
 
     Returns:
@@ -53,7 +53,8 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     inspection = inspect_cache(store, "cache repair", manifest)
     for finding in inspection.findings:
         logger.info(f"cache repair: {finding}")
-    ours = [f for f in inspection.findings if f.kind in ("group", "stray") or f.layer in (VIEWS, *layers)]
+    view_layers = inspection.survey.view_layers
+    ours = [f for f in inspection.findings if f.kind in ("group", "stray") or f.layer in (*view_layers, *layers)]
     left = [finding for finding in inspection.findings if finding not in ours and finding.kind != "views"]
     shards = parts.source.by_name()
     lost = [f for f in ours if f.kind in ("commit", "unit", "views") and f.unit and f.unit.shard not in shards]
@@ -82,27 +83,27 @@ def run(recipe: CacheTeacherRecipe) -> dict[str, Any]:
     # ---- recompute missing units, cut into the same ranges of views as before: views by rendering, then targets
     good = {(info.layer, info.unit) for info in inspection.survey.all_units()} - set(done.dropped)
     former = [*done.dropped, *done.uncommitted]
-    views = _missing_views(inspection, good, done.dropped)
-    if views:
-        logger.info(f"cache repair: rendering {len(views)} units of the view layer again")
-        known = {info.unit.shard: info for info in inspection.survey.all_units() if (info.layer, info.unit) in good}
-        with CacheWriter.open(store.place, manifest, [], recipe.lease_s) as writer:
-            render_units(writer, recipe, parts.source, views, known)
+    known = {info.unit.shard: info for info in inspection.survey.all_units() if (info.layer, info.unit) in good}
+    for view_name in view_layers:  # the one with the keys comes first
+        if views := _missing_views(inspection, view_name, good, done.dropped):
+            logger.info(f"cache repair: rendering {len(views)} units of layer {view_name} again")
+            with CacheWriter.open(store.place, manifest, [], recipe.lease_s) as writer:
+                render_units(writer, recipe, parts.source, views, known, view_name)
     new = parts.manifest.shards.keys() - manifest.shards.keys()
     if new:
         logger.info(f"cache repair: {len(new)} shards of the source are new to the cache and are computed as well")
-    require_rebuildable(parts.kinds.values(), parts.teacher)
+    require_rebuildable(parts.kinds, parts.teachers)
     by_views: defaultdict[int, list[str]] = defaultdict(list)  # layers may have grown apart
     for layer_name in layers:
         own = [unit for name, unit in (*good, *done.dropped) if name == layer_name]
         by_views[max((unit.first_view + unit.num_views for unit in own), default=recipe.num_views)].append(layer_name)
     for num_views, names in by_views.items():
-        cut_like = [unit for name, unit in former if name in (VIEWS, *names)]
+        cut_like = [unit for name, unit in former if name in (*view_layers, *names)]
         # The place is given, because in `cache_root` it depends on all of the recipe's layers.
         here = {"num_views": num_views, "cache": store.place, "cache_root": None}
         fill(recipe.only(names).model_copy(update=here), parts, cut_like)
     reader = CacheReader(store.place)
-    now = [info for name in (VIEWS, *layers) for info in reader.units(name)]
+    now = [info for name in (*reader.view_layers, *layers) for info in reader.units(name)]
     return {
         "path": str(store.place),
         "spec_id": manifest.spec_id,
@@ -184,16 +185,22 @@ def _settled_layer(store: Store, wanted: Layer, manifest: Manifest) -> tuple[Lay
     return layer, []
 
 
-def _missing_views(inspection: Inspection, good: set[LayerUnit], dropped: Iterable[LayerUnit]) -> list[UnitId]:
-    """The units that the view layer must get: those that were dropped, and the views that targets need besides."""
+def _missing_views(
+    inspection: Inspection, layer: str, good: set[LayerUnit], dropped: Iterable[LayerUnit]
+) -> list[UnitId]:
+    """The units that a view layer must get: those that were dropped, and the views that targets need besides."""
+    manifest, layers = inspection.survey.manifest, inspection.survey.layers
+    resting = {name for name, each in layers.items() if layout.view_layer(manifest, each.view_size) == layer}
+    if layer == VIEWS:
+        resting = {*layers, *inspection.survey.view_layers} - {VIEWS}
     held: dict[str, list[UnitId]] = {}
     for name, unit in sorted(good):
-        if name == VIEWS:
+        if name == layer:
             held.setdefault(unit.shard, []).append(unit)
     missing: list[UnitId] = []
     # Former units first, so that they come back as they were; then the ranges of targets, without what is there.
-    wanted = sorted(unit for name, unit in dropped if name == VIEWS)
-    wanted += sorted(unit for name, unit in good if name != VIEWS)
+    wanted = sorted(unit for name, unit in dropped if name == layer)
+    wanted += sorted(unit for name, unit in good if name in resting)
     for unit in wanted:
         others = held.setdefault(unit.shard, [])
         borders = {unit.first_view, unit.first_view + unit.num_views}
@@ -225,7 +232,7 @@ def _restore_constants(
         # No unit depends on them, so `fill` may calibrate new ones.
         store.remove([record_path, path])
         return []
-    arrays = calibrated(kind, recipe.views, recipe.given_batch_size, parts.source, parts.teacher)
+    arrays = calibrated(kind, recipe.views, recipe.given_batch_size, parts.source, parts.teachers[layer.name])
     data, record = encode_constants(layer, {name: array.numpy() for name, array in arrays.items()})
     digest = json.loads(record)["record_digest"]
     if named != {digest}:

@@ -1,6 +1,6 @@
 """Pictures of cached views: what teacher, cache and students say about them (`tinymim look`, the demo's report)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,15 +14,18 @@ from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import VerifyConfig
 from tinymim.configs.taps import Shapes
-from tinymim.models.student import StudentModel, build_student, fit_of, fitted_shapes, shapes_of
+from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise
+from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.records import of_layer
 from tinymim.pipeline.replay import ReplayedViews, join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.pages.pictures import STORED, TEACHER, Example
 from tinymim.stages.run.folder import RECIPE_NAME
 from tinymim.stages.training.states import read_state
+from tinymim.stages.training.student_step import student_model, with_mask
+from tinymim.stages.training.terms import Term
 from tinymim.stages.units.constants import on_device
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import Answers, Target, TargetKind
@@ -37,19 +40,29 @@ class TrainedStudent(NamedTuple):
     """A student with its heads, from the training state of its run folder.
 
     Attributes:
+        recipe: its recipe, with the mask of its layers.
         model: the student, on the CPU, in eval mode.
         layers: names of the layers that it learns from, in the order of its heads.
         targets: by layer, the part of the records that it is compared on.
     """
 
+    recipe: TrainStudentRecipe
     model: StudentModel
     layers: tuple[str, ...]
     targets: Mapping[str, TargetsConfig]
 
+    @property
+    def size(self) -> int:
+        """The side of its input in pixels."""
+        assert self.recipe.student is not None  # by `load_student`
+        return self.recipe.student.img_size
+
     @torch.no_grad()
-    def answers(self, pixels: Tensor) -> dict[str, Answers]:
-        """The answers for uint8 views [B, 3, S, S], by layer."""
-        found = self.model.by_head(self.model(Normalise()(pixels)))
+    def answers(self, pixels: Tensor, named: Sequence[tuple[str, int]]) -> dict[str, Answers]:
+        """The answers for uint8 views [B, 3, S, S], given their (sample key, view index), by layer."""
+        kept = visible_patches(self.recipe.mask, named, shapes_of(self.model.vit, self.size).grid, _CPU)
+        images = Normalise()(pixels)
+        found = self.model.by_head(self.model(images) if kept is None else self.model(images, kept))
         return dict(zip(self.layers, found, strict=True))
 
 
@@ -73,16 +86,14 @@ def load_student(folder: Path, reader: CacheReader) -> TrainedStudent:
             expected=f"a folder of train-student with {RECIPE_NAME} and a training state",
             hint="a run of several students has a folder for each",
         )
-    layers = {reader.layer(name).name: config.targets for name, config in recipe.each_layer()}
-    vit = build_student(recipe.student)
-    own = shapes_of(vit, recipe.student.img_size)
-    shapes = {name: reader.layer(name).shapes for name in layers}
-    heads, fits = [], []
-    for name, targets in layers.items():
-        kind = stored_kind(reader.layer(name).target, targets, on_device(reader.constants(name), _CPU))
-        fits.append(fit_of(own, shapes[name], kind.taps))
-        heads.append(kind.head(fitted_shapes(own, fits[-1]), shapes[name]))
-    model = StudentModel(vit, *heads, fits=fits).eval()
+    targets = {reader.layer(name).name: config.targets for name, config in recipe.each_layer()}
+    terms = []
+    for name, own in targets.items():
+        layer = reader.layer(name)
+        kind = stored_kind(layer.target, own, on_device(reader.constants(name), _CPU))
+        terms.append(Term(kind, layer.shapes, name, mask=layer.mask))
+    recipe = with_mask(recipe, terms)
+    model = student_model(recipe, terms).eval()
     try:
         model.load_state_dict(read_state(folder)["parts"]["student"])
     except RuntimeError as error:
@@ -91,7 +102,7 @@ def load_student(folder: Path, reader: CacheReader) -> TrainedStudent:
             got=str(error).splitlines()[0],
             hint="name the cache that the student was trained from",
         ) from error
-    return TrainedStudent(model, tuple(layers), layers)
+    return TrainedStudent(recipe, model, tuple(targets), targets)
 
 
 def examples(
@@ -139,6 +150,6 @@ def relation_examples(
         STORED: kind.decode(of_layer(batch.records, layer.name), batch.view_keys, shapes),
     }
     for name, recipe in students.items():
-        answers = load_student(recipe.run.folder, reader).answers(batch.pixels)
+        answers = load_student(recipe.run.folder, reader).answers(batch.pixels, batch.named)
         columns[name] = kind.answered(answers[layer.name], shapes)
     yield from examples(kind, shapes, columns, batch.pixels, QUERIES_PER_IMAGE, len(batch.keys))

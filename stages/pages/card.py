@@ -18,7 +18,7 @@ def card(info: Mapping[str, Any], images_licence: str | None = None) -> str:
         info: the description of the cache (`stages/cache/info.py`).
         images_licence: the licence of the images, as its user states it.
     """
-    targets = info["layers"][1:]
+    targets = [layer for layer in info["layers"] if "teacher" in layer]
     licenses = sorted({str(layer["teacher"]["license"]) for layer in targets})
     teachers = sorted({layer["teacher"]["name"] for layer in targets})
     front = [

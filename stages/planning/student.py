@@ -21,7 +21,7 @@ from tinymim.stages.run.device import pick_device
 from tinymim.stages.training.device_stream import cached_targets
 from tinymim.stages.training.optim import Part
 from tinymim.stages.training.ranks import Ranks
-from tinymim.stages.training.student_step import Student, StudentStep, check_view_size, make_students, with_mask
+from tinymim.stages.training.student_step import Student, StudentStep, make_students, with_mask
 from tinymim.storage.reader import CacheReader
 
 INPUT_BATCH: Final = 32
@@ -53,20 +53,10 @@ def measured_student(
         UserError: the source holds less than one batch.
     """
     # ---- students
-    manifest, names = reader.manifest, [name for name, _ in recipe.each_layer()]
-    if len(names) > 1:
-        raise RecipeError(
-            f"{name} learns from several layers, and a plan measures one",
-            got=f"layers {', '.join(map(str, names))}",
-            expected="one layer",
-            hint=f"plan with each of them alone: --set layers=null --set layer={names[0]}",
-        )
-    [only] = source.layers  # the recipe may call it otherwise
+    manifest = reader.manifest
+    only = source.layers[0] if len(source.layers) == 1 else None  # the recipe may call it otherwise
     opened = opened_layers(reader, recipe, pick_device(recipe.run.device), only)
     recipe = with_mask(recipe, [each.term for each in opened])
-    for own in recipe.each().values():
-        assert own.student is not None  # by TrainStudentRecipe.each
-        check_view_size(own.student, int(manifest.views["size"]))
     if recipe.num_views is not None and recipe.num_views > num_views:
         raise RecipeError("num_views is more than the cache is for", got=recipe.num_views, expected=num_views)
     whole = SampleOrder([num_images], recipe.order, recipe.optim.batch_size, recipe.num_views or num_views)
@@ -105,7 +95,7 @@ def measured_student(
 def _step(
     recipe: TrainStudentRecipe,
     reader: CacheReader,
-    layer: str,
+    layer: str | None,
     students: Sequence[Student],
     batch: ViewBatch,
     seconds: float,

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
-from tinymim.configs.sections import MaskConfig
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher, taps_of
 from tinymim.pipeline.dataset import ImageViews
-from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
@@ -29,10 +27,11 @@ from tinymim.stages.planning import clocks
 from tinymim.stages.planning.clocks import Laps, loader_threads
 from tinymim.stages.planning.forecast import TeacherCosts
 from tinymim.stages.units.audit import UnitAudit
-from tinymim.stages.units.draft import UnitPart, encode
+from tinymim.stages.units.draft import UnitPart, encode, seen_by_layer
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.prepare import Prepared
+from tinymim.storage import layout
 from tinymim.storage.blocks import stored_bytes
 from tinymim.storage.commit import UnitInfo, encode_commit
 from tinymim.storage.layout import VIEWS, UnitId
@@ -116,39 +115,36 @@ class _StageOne:
         self.recipe, self.prepared, self.number, self.laps = recipe, prepared, number, laps
         self.shard = prepared.source.shards[number]
         self.unit = UnitId(self.shard.name, 0, min(recipe.views_per_batch, MOST_VIEWS[prepared.device.type]))
-        self.views = ImageViews(prepared.source.shards, RandomViews(recipe.views), recipe.views.seed)
+        law = RandomViews(recipe.views)
+        further = [law.at(size) for size in recipe.further_sizes]
+        self.views = ImageViews(prepared.source.shards, law, recipe.views.seed, further=further)
         self._begin = 0
         self.first = self.views.batch(self.items(FIRST_IMAGES, 1))
         if not self.first.keys:
             raise SourceError(f"the first images of shard {self.shard.name} are unreadable", got=self.first.unreadable)
         self._begin = int(self.first.items[0, 1])  # a readable image: no unit is empty
-        self._tapped: dict[MaskConfig | None, Tapped] = {
-            mask: self._seen_by(prepared.teacher, mask) for mask in recipe.masks.values()
-        }
+        self._seen = seen_by_layer(prepared.teachers, prepared.kinds, recipe.masks, self.first.named, self._pixels)
         self.kinds: dict[str, TargetKind] = {}
         self.constants: dict[str, dict[str, Tensor]] = {}
         self._probes: dict[str, GradientProbe] = {}
         for name, target in recipe.layers.items():
-            kind, self.constants[name] = self._kind(target, self._tapped[recipe.masks[name]])
+            teacher = prepared.teachers[name]
+            kind, self.constants[name] = self._kind(target, self._seen[name].tapped, teacher)
             shapes = prepared.layers[name].shapes
-            reference = reference_student(kind, recipe.views.size, shapes)
+            reference = reference_student(kind, teacher.config.img_size, shapes)
             self.kinds[name], self._probes[name] = kind, GradientProbe(kind, reference.to(prepared.device), shapes)
 
-    def _seen_by(self, teacher: Teacher, mask: MaskConfig | None) -> Tapped:
-        """A teacher's tensors for the first views."""
-        device = self.prepared.device
-        kept = visible_patches(mask, self.first.named, teacher.grid, device)
-        tapped: Tapped = teacher(self.first.pixels.to(device), kept=kept)
-        return tapped
+    def _pixels(self, size: int) -> Tensor:
+        return self.first.at(size).to(self.prepared.device)
 
     def items(self, images: int, views: int) -> Items:
         """The first views of some images, int64 [images x views, 3], those of an image adjacent."""
         samples = np.repeat(np.arange(self._begin, min(self._begin + images, self.shard.num_samples)), views)
         return np.stack([np.full_like(samples, self.number), samples, np.arange(len(samples)) % views], axis=1)
 
-    def _kind(self, target: LayerTarget, tapped: Tapped) -> tuple[TargetKind, dict[str, Tensor]]:
+    def _kind(self, target: LayerTarget, tapped: Tapped, teacher: Teacher) -> tuple[TargetKind, dict[str, Tensor]]:
         """A codec and its constants, from fewer views than those of a cache, of the same size."""
-        teacher, kind = self.prepared.teacher, make_kind(*target)
+        kind = make_kind(*target)
         made = kind.calibrate([tapped], teacher.projection) if kind.calibration_views else {}
         constants = {name: array.to(self.prepared.device) for name, array in made.items()}
         return make_kind(*target, constants=constants), constants
@@ -161,7 +157,10 @@ class _StageOne:
         rows = max(recipe.given_batch_size * recipe.views_per_batch // num_views, 1) * num_views
         audits = {name: UnitAudit(probe, recipe.audit_views) for name, probe in self._probes.items()}
         audit = next(iter(audits.values()))  # all get the same views
-        unit_part = UnitPart(self.unit, self.unit.views, len(items) // num_views, audits)
+        manifest = self.prepared.manifest
+        view_layers = layout.view_layers(manifest, self.prepared.layers.values())
+        sizes = {name: layout.size_of(name, manifest) for name in view_layers}
+        unit_part = UnitPart(self.unit, self.unit.views, len(items) // num_views, audits, sizes)
         for start in range(0, len(items), rows):
             some = items[start : start + rows]
             with loader_threads(recipe.loader.workers), self.laps.lap("decode", len(some)):
@@ -172,7 +171,7 @@ class _StageOne:
             audited = min(1, recipe.audit_views - audit.views)
             with self.laps.lap("models", len(some)):
                 piece = Piece(self.unit, tuple(self.kinds), self.unit.views, True, True)
-                encoded = encode(self.prepared.teacher, self.kinds, batch, piece, audited, device, recipe.masks)
+                encoded = encode(self.prepared.teachers, self.kinds, batch, piece, audited, device, recipe.masks)
             assert encoded.marks is not None  # of a batch that is not empty
             teacher_s, codec_s, copy_s = encoded.marks.between_s()
             self.laps.add("teacher", teacher_s / len(batch.keys))
@@ -191,17 +190,16 @@ class _StageOne:
         """
         layers = self.recipe.layers
         if len(layers) > 1:
-            masks = self.recipe.masks
-            each = {name: self._size_bytes(kind, self._tapped[masks[name]]) for name, kind in self.kinds.items()}
+            each = {name: self._size_bytes(kind, self._seen[name].tapped) for name, kind in self.kinds.items()}
             return {f"{len(layers)} layers": sum(each.values()), **each}
         found: dict[str, float] = {}
-        [mask] = self.recipe.masks.values()
-        tapped = self._tapped_for_all(mask)
-        [(own, block)] = layers.values()
+        [(layer, (own, block))] = layers.items()
+        teacher = self.prepared.teachers[layer]
+        tapped = self._tapped_for_all(layer)
         for config in (own, *ALTERNATIVES):
             with contextlib.suppress(RecipeError):  # a codec that does not fit the teacher
                 if set(make_kind(config, block).taps) <= tapped.keys():
-                    kind, _ = self._kind(LayerTarget(config, block), tapped)
+                    kind, _ = self._kind(LayerTarget(config, block), tapped, teacher)
                     found[describe_codec(config)] = self._size_bytes(kind, tapped)
         return found
 
@@ -209,15 +207,16 @@ class _StageOne:
         arrays = kind.encode(tapped, self.first.view_keys.to(self.prepared.device)).values()
         return sum(stored_bytes(array.cpu().numpy()) for array in arrays) / len(self.first.keys)
 
-    def _tapped_for_all(self, mask: MaskConfig | None) -> Tapped:
-        """The tensors of the first views at the taps of all alternatives that the teacher has."""
-        config, device, own = self.recipe.teacher, self.prepared.device, self._tapped[mask]
-        wanted = {tap for each in ALTERNATIVES for tap in make_kind(each, config.block).taps} - own.keys()
+    def _tapped_for_all(self, layer: str) -> Tapped:
+        """The tensors of the first views at the taps of all alternatives that the layer's teacher has."""
+        tapped, config = self._seen[layer].tapped, self.prepared.teachers[layer].config
+        wanted = {tap for each in ALTERNATIVES for tap in make_kind(each, config.block).taps} - tapped.keys()
         with contextlib.suppress(CheckpointError):  # weights that end at the tapped block have no final norm
             # A teacher of its own: the recipe's is cut after its last tap.
-            more = Teacher(config, [*own, *taps_of(config, sorted(wanted))]).to(device)
-            return self._seen_by(more, mask)
-        return own
+            more = Teacher(config, [*tapped, *taps_of(config, sorted(wanted))]).to(self.prepared.device)
+            found: Tapped = more(self._pixels(config.img_size), kept=self._seen[layer].kept)
+            return found
+        return tapped
 
 
 # ---------------------------------------------------------------- the disk or store
@@ -231,7 +230,7 @@ def _write_and_read(writer: CacheWriter, part: UnitPart, images_per_shard: float
     """
     num_views, timed, found = part.unit.num_views, Laps(), []
     for count in (1, len(part.keys)):
-        for each in (VIEWS, *part.audits):
+        for each in (*part.sizes, *part.audits):
             if part.unit in writer.committed(each):
                 writer.drop_unit(each, part.unit)
         with timed.lap("write", 1):
@@ -252,9 +251,9 @@ def _write_and_read(writer: CacheWriter, part: UnitPart, images_per_shard: float
 
 
 def _written(writer: CacheWriter, part: UnitPart, count: int) -> list[UnitInfo]:
-    """Commit the first `count` images of a unit to the view layer and the target layers."""
+    """Commit the first `count` images of a unit to the view layers and the target layers."""
     unit, infos = part.unit, []
-    statistics: dict[str, dict[str, Any]] = {VIEWS: {"unreadable": []}}
+    statistics: dict[str, dict[str, Any]] = {name: {} for name in part.sizes} | {VIEWS: {"unreadable": []}}
     statistics |= {layer: {"fidelity": audit.summary()} for layer, audit in part.audits.items()}
     for layer, about in statistics.items():
         with writer.begin(layer, unit, part.keys[:count]) as draft:

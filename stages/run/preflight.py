@@ -71,7 +71,8 @@ def require_inputs(recipe: RunRecipe) -> None:
             require_shards(recipe.source)
         case CacheTeacherRecipe():
             require_shards(recipe.source)
-            _require_weights(recipe.teacher.weights)
+            for teacher in recipe.used_teachers.values():
+                _require_weights(teacher.weights)
         case TrainStudentRecipe():
             resolve(recipe.cache)
             require_shards(recipe.source)
@@ -117,7 +118,8 @@ def preflight_plan(
         require_shards(recipe.source)
     if not random_weights:
         with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
-            _require_weights(caches[0].teacher.weights)
+            for teacher in caches[0].used_teachers.values():
+                _require_weights(teacher.weights)
     return caches[0], students
 
 

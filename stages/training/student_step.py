@@ -33,6 +33,7 @@ from tinymim.stages.training.optim import Part, parts_of, seeded
 from tinymim.stages.training.ranks import Ranks, rank_device
 from tinymim.stages.training.states import has_state
 from tinymim.stages.training.terms import Term, label_top1, naming
+from tinymim.storage import layout
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import TargetKind
@@ -82,24 +83,34 @@ def make_students(
             check_student_fits(own.student, term, own.mask)
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
-        vit = build_student(own.student, own.drop_path)
-        if own.recompute:
-            backbone.recompute(vit)
-        shapes = _seen_shapes(vit, own.student, own.mask)
-        if own.mim is not None:
-            check_decoder(own.mim, own.mask, vit)
-        fits = [fit_of(shapes, term.shapes, term.kind.taps) for term in terms]
-        heads = [term.kind.head(fitted_shapes(shapes, fit), term.shapes) for term, fit in zip(terms, fits, strict=True)]
-        paints = own.mask is not None and own.mask.hide == "token"
-        model = StudentModel(vit, *heads, fits=fits, paints=paints, mim=own.mim).to(device)
+        model = student_model(own, terms).to(device)
         about = f"{name or 'student'} of {count_parameters(model.vit):,} parameters"
         example: tuple[Tensor, ...] = (torch.zeros(2, 3, own.student.img_size, own.student.img_size, device=device),)
         if own.mask is not None:
-            visible = own.mask.num_visible(*shapes.grid)
+            visible = own.mask.num_visible(*backbone.grid(model.vit))
             example = (*example, torch.arange(visible, device=device).expand(2, -1))
         learner = Learner(name, about, own, "student", model, example, ranks, order, content)
         students.append(Student(own.jitter, model, learner))
     return students
+
+
+def student_model(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> StudentModel:
+    """The student of a recipe of one student, with a head for each term, on the CPU.
+
+    Raises:
+        CacheMismatch, RecipeError: as `make_students`.
+    """
+    assert recipe.student is not None  # by TrainStudentRecipe.each
+    vit = build_student(recipe.student, recipe.drop_path)
+    if recipe.recompute:
+        backbone.recompute(vit)
+    shapes = _seen_shapes(vit, recipe.student, recipe.mask)
+    if recipe.mim is not None:
+        check_decoder(recipe.mim, recipe.mask, vit)
+    fits = [fit_of(shapes, term.shapes, term.kind.taps) for term in terms]
+    heads = [term.kind.head(fitted_shapes(shapes, fit), term.shapes) for term, fit in zip(terms, fits, strict=True)]
+    paints = recipe.mask is not None and recipe.mask.hide == "token"
+    return StudentModel(vit, *heads, fits=fits, paints=paints, mim=recipe.mim)
 
 
 class StudentStep:
@@ -149,9 +160,8 @@ class StudentStep:
         self._batch = batch
         for stream in self.streams.values():
             stream.take(step, batch)
-        if self.recipe.mask is not None:
-            wanted = {(each.grid, each.learner.device) for each in self.students}
-            self._kept = {place: visible_patches(self.recipe.mask, batch.named, *place) for place in wanted}
+        wanted = {(each.grid, each.learner.device) for each in self.students} if self.recipe.mask is not None else set()
+        self._kept = {place: visible_patches(self.recipe.mask, batch.named, *place) for place in wanted}
 
     def add(self, step: int, part: Part) -> None:
         """Add the gradients of a part of the batch."""
@@ -161,7 +171,7 @@ class StudentStep:
         for student in self.students:
             jitter, model, learner = student
             stream = self.streams[learner.device]
-            kept = None if self.recipe.mask is None else self._kept[student.grid, learner.device]
+            kept = self._kept[student.grid, learner.device] if self._kept else None
             visible = () if kept is None else (kept[part.rows],)
             # The same draws for every student, so that a student among several trains as it would alone.
             model.draw(seeded(CPU, self.recipe.run.seed, step), self.places[part.rows], self.batch_size)
@@ -233,15 +243,29 @@ def trained_on(reader: CacheReader, source: CachedSource) -> list[str]:
     return digests + [shard.content_hash for shard in source.shards]
 
 
-def check_view_size(student: ModelConfig, size: int) -> None:
-    """Raises CacheMismatch where a student's input size is not the size of the cached views."""
-    if student.img_size != size:
+def view_size(recipe: TrainStudentRecipe, reader: CacheReader) -> int:
+    """The input size of all students: one of the cache's sizes, whose digests prove what they see.
+
+    Raises:
+        CacheMismatch: a student's input size is not a size of the cached views, or that of the other students.
+    """
+    cached = [layout.size_of(name, reader.manifest) for name in reader.view_layers]
+    own = list(dict.fromkeys(each.student.img_size for each in recipe.each().values() if each.student is not None))
+    if other := [size for size in own if size not in cached]:
         raise CacheMismatch(
             "student.img_size is not the size of the cached views",
-            got=student.img_size,
-            expected=size,
-            hint="students train at the size of the teacher's views",
+            got=other[0],
+            expected=cached[0] if len(cached) == 1 else f"one of {', '.join(map(str, cached))}",
+            hint="students train at the size of a teacher's views",
         )
+    if len(own) > 1:
+        raise CacheMismatch(
+            "students of one stream differ in img_size",
+            got=", ".join(map(str, own)),
+            expected="one size",
+            hint="train the students of each size in a run of their own",
+        )
+    return own[0]
 
 
 def with_mask(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> TrainStudentRecipe:

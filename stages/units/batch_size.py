@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages.run.progress import logger
+from tinymim.stages.units.draft import seen_by_layer
 from tinymim.targets.contract import TargetKind
 
 MAX_GPU_VIEWS = 2048  # fewer views per batch already saturate any GPU
@@ -18,38 +19,39 @@ HOST_SHARE = 0.25  # share of the free host memory for all batches that the load
 
 
 def find_images_per_batch(
-    teacher: Teacher,
-    kinds: Collection[TargetKind],
+    teachers: Mapping[str, Teacher],
+    kinds: Mapping[str, TargetKind],
     recipe: CacheTeacherRecipe,
     largest_shard: int,
     device: torch.device,
 ) -> int:
-    """The largest power of two of images whose views fit into memory with teacher and codecs; at least 1.
+    """The largest power of two of images whose views fit into memory with teachers and codecs; at least 1.
 
     A GPU tries batches, from one image up. A CPU takes `MAX_CPU_VIEWS`, because its memory is not what limits it.
     Two bounds hold on both: the host memory for the loader's batches, and the images of a shard, rounded up.
 
     Args:
-        teacher: the teacher, on `device`.
-        kinds: the codecs, on `device`.
+        teachers: the teachers by layer, on `device`.
+        kinds: the codecs by layer, on `device`.
         recipe: the cache recipe: number and size of views, loader.
         largest_shard: images of the largest shard.
-        device: the device that runs teacher and codecs.
+        device: the device that runs teachers and codecs.
     """
-    views, size, loader = recipe.views_per_batch, recipe.views.size, recipe.loader
+    views, loader = recipe.views_per_batch, recipe.loader
+    pixels = sum(size * size for size in (recipe.views.size, *recipe.further_sizes))
     ready_batches = max(1, loader.workers * loader.prefetch) + 2  # 2 more are on their way to the teacher
-    host_images = HOST_SHARE * _free_host_bytes() / (ready_batches * views * 3 * size * size)
+    host_images = HOST_SHARE * _free_host_bytes() / (ready_batches * views * 3 * pixels)
     on_cpu = device.type == "cpu"
     max_views = MAX_CPU_VIEWS if on_cpu else MAX_GPU_VIEWS
     max_images = min(host_images, max_views / views, _ceiling_power(largest_shard))
     images = 1
-    while 2 * images <= max_images and (on_cpu or _fits(teacher, kinds, 2 * images * views, size, device)):
+    while 2 * images <= max_images and (on_cpu or _fits(teachers, kinds, 2 * images * views, device)):
         images *= 2
     logger.info(f"cache-teacher: batch_size auto is {images} images, {images * views} views at once on {device.type}")
     return images
 
 
-def _fits(teacher: Teacher, kinds: Collection[TargetKind], views: int, size: int, device: torch.device) -> bool:
+def _fits(teachers: Mapping[str, Teacher], kinds: Mapping[str, TargetKind], views: int, device: torch.device) -> bool:
     """Whether a batch of `views` views leaves GPU memory to spare."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device)  # torch's own cache counts as used, but can be reused
@@ -58,10 +60,12 @@ def _fits(teacher: Teacher, kinds: Collection[TargetKind], views: int, size: int
     free_bytes = min(free_bytes, int(total_bytes * fraction))  # workers that share a GPU each have a fraction
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        pixels = torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device)
-        tapped, view_keys = teacher(pixels), torch.arange(views, device=device)
+        view_keys = torch.arange(views, device=device)
+        seen = seen_by_layer(
+            teachers, kinds, {}, (), lambda size: torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device)
+        )
         # A job holds the records of all layers until they are on their way to the host.
-        _records = [kind.encode(tapped, view_keys) for kind in kinds]
+        _records = [kind.encode(seen[layer].tapped, view_keys) for layer, kind in kinds.items()]
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) <= DEVICE_SHARE * free_bytes
     except torch.OutOfMemoryError:

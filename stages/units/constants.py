@@ -1,7 +1,7 @@
 """Constants of codecs: calibrated on a few views when a cache is created, read from the cache afterwards."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,15 @@ from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
 
 
-def require_rebuildable(kinds: Iterable[TargetKind], teacher: Teacher) -> None:
-    """Check, before a cache exists, that codecs with constants fit the teacher.
+def require_rebuildable(kinds: Mapping[str, TargetKind], teachers: Mapping[str, Teacher]) -> None:
+    """Check, before a cache exists, that codecs with constants fit their teachers, both by layer.
 
     Raises:
         RecipeError: stored records could not be rebuilt.
     """
-    for kind in kinds:
+    for layer, kind in kinds.items():
         if kind.calibration_views:
+            teacher = teachers[layer]
             kind.check_teacher(teacher.black(kind.taps), teacher.projection)
 
 
@@ -45,7 +46,7 @@ def settle_constants(
         layer: the name of the layer.
         recipe: the cache recipe.
         source: the shards.
-        teacher: the teacher, on its device.
+        teacher: the layer's teacher, on its device.
 
     Returns:
         None for a codec without constants.
@@ -116,7 +117,7 @@ def calibrated(
     device = teacher.normalise.mean.device
     images = ((shard, sample, 0) for shard, held in enumerate(source.shards) for sample in range(held.num_samples))
     items = np.array(list(itertools.islice(images, kind.calibration_views)), dtype=np.int64)
-    views = ImageViews(source.shards, RandomViews(law), law.seed)
+    views = ImageViews(source.shards, RandomViews(law).at(teacher.config.img_size), law.seed)
 
     def tapped() -> Iterator[Tapped]:
         count = 0

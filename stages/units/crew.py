@@ -85,7 +85,7 @@ class CacheWorker:
             place = cache_place(recipe, parts.layers)
             writer = CacheWriter.open(place, parts.manifest, list(parts.layers.values()), recipe.lease_s)
             try:
-                job = TeacherJob(recipe, parts.device, source, parts.teacher, writer)
+                job = TeacherJob(recipe, parts.device, source, parts.teachers, writer)
             except BaseException:
                 writer.close()
                 raise

@@ -1,8 +1,8 @@
 """Batches behind the teacher, and the part of a unit that they fill: keys, digests, records, audit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.timing import Marks
 from tinymim.storage.blocks import DIGEST
-from tinymim.storage.layout import VIEWS, UnitId
+from tinymim.storage.layout import UnitId
 from tinymim.targets.contract import TargetKind
 
 
@@ -30,16 +30,16 @@ class AuditedViews:
     """Views for the unit audit, on the teacher's device.
 
     Attributes:
-        tapped: by layer the teacher's tapped tensors, first axis B.
+        tapped: by layer the tapped tensors of its teacher, first axis B.
         kept: by layer the visible patches, int64 [B, M]; None for a layer without a mask.
-        pixels: uint8 [B, 3, S, S].
+        pixels: by layer uint8 [B, 3, S, S], at its teacher's size.
         records: by layer the codec's arrays, first axis B.
         view_keys: int64 [B].
     """
 
     tapped: dict[str, Tapped]
     kept: dict[str, Tensor | None]
-    pixels: Tensor
+    pixels: dict[str, Tensor]
     records: dict[str, dict[str, Tensor]]
     view_keys: Tensor
 
@@ -52,7 +52,7 @@ class EncodedBatch:
         piece: the batch's place in its unit.
         batch: the decoded views.
         arrays: by layer the codec's arrays on the CPU, first axis records.
-        marks: before the teacher, after it, after the codecs, after the copy to the CPU.
+        marks: before the teachers, after them, after the codecs, after the copy to the CPU.
         audited: views for the unit audit; None after a unit's first batches.
         finite: bool [B] on the CPU, whether the tapped tensors of a view are finite.
         hits: by layer of class logits, `TargetKind.hits` of the B views, on the CPU.
@@ -67,8 +67,43 @@ class EncodedBatch:
     hits: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Seen(NamedTuple):
+    """What a teacher gives for B views, and the patches that it saw, int64 [B, M]; None: all."""
+
+    tapped: Tapped
+    kept: Tensor | None
+
+
+def seen_by_layer(
+    teachers: Mapping[str, Teacher],
+    kinds: Mapping[str, TargetKind],
+    masks: Mapping[str, MaskConfig | None],
+    named: Sequence[tuple[str, int]],
+    pixels: Callable[[int], Tensor],
+    check: bool = True,
+) -> dict[str, Seen]:
+    """What each layer's teacher gives. A teacher runs once for its layers of one mask, to the last of their taps.
+
+    Args:
+        teachers: the teachers by layer.
+        kinds: the codecs of the wanted layers.
+        masks: the masks by layer; a layer may be absent.
+        named: (sample key, view index) of the views.
+        pixels: returns the views at a size, uint8 [B, 3, size, size], on the teachers' device.
+        check: as for `Teacher`.
+    """
+    found: dict[str, Seen] = {}
+    for teacher, mask in dict.fromkeys((teachers[layer], masks.get(layer)) for layer in kinds):
+        own = [layer for layer in kinds if teachers[layer] is teacher and masks.get(layer) == mask]
+        taps = {tap for layer in own for tap in kinds[layer].taps}
+        shown = pixels(teacher.config.img_size)
+        kept = visible_patches(mask, named, teacher.grid, shown.device)
+        found |= dict.fromkeys(own, Seen(teacher(shown, check=check, taps=taps, kept=kept), kept))
+    return found
+
+
 def encode(
-    teacher: Teacher,
+    teachers: Mapping[str, Teacher],
     kinds: Mapping[str, TargetKind],
     batch: ViewBatch,
     piece: Piece,
@@ -76,52 +111,51 @@ def encode(
     device: torch.device,
     masks: Mapping[str, MaskConfig | None] | None = None,
 ) -> EncodedBatch:
-    """Launch teacher and codecs of the unit's layers on a batch; on a GPU the work goes on after this returns.
+    """Launch teachers and codecs of the unit's layers on a batch; on a GPU the work goes on after this returns.
 
     Args:
-        teacher: the teacher, on `device`.
+        teachers: the teachers by layer, on `device`.
         kinds: the codecs by layer, on `device`.
         batch: the decoded views; may be empty.
         piece: the batch's place in its unit.
         audit_views: views that the audit still needs. It gets one view per image, because views of one image are too
             alike to show how gradients vary.
-        device: the device that runs teacher and codecs.
-        masks: by layer its mask; the teacher runs once for all layers of one mask.
+        device: the device that runs teachers and codecs.
+        masks: by layer its mask; a teacher runs once for all its layers of one mask.
     """
     if not batch.keys:
         return EncodedBatch(piece, batch)
     # Nothing here may wait for the GPU: the next batch is launched while this one computes.
-    pixels = batch.pixels.to(device, non_blocking=True)
-    view_keys = batch.view_keys.to(device, non_blocking=True)
     used = {layer: kinds[layer] for layer in piece.layers}
-    own_mask = {layer: (masks or {}).get(layer) for layer in used}
-    kept = {mask: visible_patches(mask, batch.named, teacher.grid, device) for mask in own_mask.values()}
+    sizes = dict.fromkeys(teachers[layer].config.img_size for layer in used)
+    pixels = {size: batch.at(size).to(device, non_blocking=True) for size in sizes}
+    view_keys = batch.view_keys.to(device, non_blocking=True)
     marks = Marks(device)
     marks.mark()
-    seen: dict[MaskConfig | None, Tapped] = {}
-    for mask, patches in kept.items():
-        taps = {tap for layer, kind in used.items() if own_mask[layer] == mask for tap in kind.taps}
-        # Reading the check would wait; the collector reads `finite` later.
-        seen[mask] = teacher(pixels, check=False, taps=taps, kept=patches)
-    finite = torch.stack([finite_views(tapped) for tapped in seen.values()]).all(0)
-    tapped_of = {layer: seen[mask] for layer, mask in own_mask.items()}
+    # Reading the check would wait; the collector reads `finite` later.
+    seen = seen_by_layer(teachers, used, masks or {}, batch.named, pixels.__getitem__, check=False)
+    once = {id(each): each for each in seen.values()}
+    finite = torch.stack([finite_views(each.tapped) for each in once.values()]).all(0)
     marks.mark()
-    records = {layer: kind.encode(tapped_of[layer], view_keys) for layer, kind in used.items()}
+    records = {layer: kind.encode(seen[layer].tapped, view_keys) for layer, kind in used.items()}
     labels = batch.labels.to(device, non_blocking=True)
-    hits = {layer: found for layer, kind in used.items() if (found := kind.hits(tapped_of[layer], labels)) is not None}
+    hits = {
+        layer: found for layer, kind in used.items() if (found := kind.hits(seen[layer].tapped, labels)) is not None
+    }
     marks.mark()
     audited = None
     if audit_views > 0:
         first = np.flatnonzero(batch.items[:, 2] == batch.items[0, 2])[:audit_views]
         rows = torch.from_numpy(first).to(device)
         some = {
-            mask: {tap: tuple(tensor[rows] for tensor in tensors) for tap, tensors in tapped.items()}
-            for mask, tapped in seen.items()
+            name: {tap: tuple(tensor[rows] for tensor in tensors) for tap, tensors in each.tapped.items()}
+            for name, each in once.items()
         }
+        shown = {size: each[rows] for size, each in pixels.items()}
         audited = AuditedViews(
-            {layer: some[mask] for layer, mask in own_mask.items()},
-            {layer: None if (patches := kept[mask]) is None else patches[rows] for layer, mask in own_mask.items()},
-            pixels[rows],
+            {layer: some[id(seen[layer])] for layer in used},
+            {layer: None if (kept := seen[layer].kept) is None else kept[rows] for layer in used},
+            {layer: shown[teachers[layer].config.img_size] for layer in used},
             {layer: {name: _picked(each, rows) for name, each in own.items()} for layer, own in records.items()},
             view_keys[rows],
         )
@@ -148,6 +182,7 @@ class UnitPart:
         views: k adjacent views of it.
         num_images: images of the shard.
         audits: by layer the unit's audit, which its parts share; these are the layers that lack the unit.
+        sizes: by view layer the size of its views.
 
     Attributes:
         keys: one key per readable image, I of them.
@@ -155,14 +190,21 @@ class UnitPart:
         partners: what happened to images as partners.
     """
 
-    def __init__(self, unit: UnitId, views: range, num_images: int, audits: Mapping[str, UnitAudit]) -> None:
-        self.unit, self.views, self.audits = unit, views, audits
+    def __init__(
+        self,
+        unit: UnitId,
+        views: range,
+        num_images: int,
+        audits: Mapping[str, UnitAudit],
+        sizes: Mapping[str, int],
+    ) -> None:
+        self.unit, self.views, self.audits, self.sizes = unit, views, audits, sizes
         self.keys: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
         self.partners = PartnersSeen()
         self._num_images = num_images
         # By layer and array, [k, images of the shard, ...].
-        self._arrays: dict[str, dict[str, npt.NDArray[Any]]] = {layer: {} for layer in (VIEWS, *audits)}
+        self._arrays: dict[str, dict[str, npt.NDArray[Any]]] = {layer: {} for layer in (*sizes, *audits)}
 
     @property
     def begins_unit(self) -> bool:
@@ -185,7 +227,7 @@ class UnitPart:
             self.audits[layer].count_hits(hits)
         begin, keys = len(self.keys), batch.keys[::num_views]
         self.keys += keys
-        found = {VIEWS: {DIGEST: low_digests(batch)}}
+        found = {layer: {DIGEST: low_digests(batch, size)} for layer, size in self.sizes.items()}
         found |= {layer: {name: each.numpy() for name, each in own.items()} for layer, own in encoded.arrays.items()}
         for layer, arrays in found.items():
             held = self._arrays[layer]
@@ -201,10 +243,12 @@ class UnitPart:
     def compare(self, views: AuditedViews) -> None:
         """Add views to the unit audit of every layer (I5)."""
         for layer, audit in self.audits.items():
-            audit.add(views.tapped[layer], views.pixels, views.records[layer], views.view_keys, views.kept[layer])
+            audit.add(
+                views.tapped[layer], views.pixels[layer], views.records[layer], views.view_keys, views.kept[layer]
+            )
 
     def records(self, layer: str) -> dict[str, npt.NDArray[Any]]:
-        """The arrays of a layer, also of the view layer, [k, I, ...]; empty without readable images."""
+        """The arrays of a layer, also of a view layer, [k, I, ...]; empty without readable images."""
         return {name: values[:, : len(self.keys)] for name, values in self._arrays[layer].items()}
 
     def refuse_too_many_unreadable(self, max_share: float) -> None:
@@ -231,6 +275,6 @@ class UnitPart:
             )
 
 
-def low_digests(batch: ViewBatch) -> npt.NDArray[np.uint32]:
-    """uint32 [B]: the low 32 bits of the digest of every view's pixels (I2)."""
-    return batch.digests().numpy().astype(np.uint32)
+def low_digests(batch: ViewBatch, size: int | None = None) -> npt.NDArray[np.uint32]:
+    """uint32 [B]: the low 32 bits of the digest of every view's pixels (I2); `size` as `ViewBatch.digests`."""
+    return batch.digests(size).numpy().astype(np.uint32)

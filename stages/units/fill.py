@@ -13,7 +13,7 @@ from tinymim.stages.units.board import CacheBoard, raise_failures
 from tinymim.stages.units.job import TeacherJob
 from tinymim.stages.units.ledger import LOOK_AGAIN_S, Ledger, UnitReport, missing_units
 from tinymim.stages.units.prepare import Prepared, cache_place
-from tinymim.storage.layout import VIEWS, UnitId
+from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter
 
 
@@ -22,7 +22,7 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
 
     Args:
         recipe: the cache recipe to run.
-        parts: the source, teacher, manifest and layers, from `prepare`; further layers than the recipe's are left out.
+        parts: the source, teachers, manifest and layers, from `prepare`; further layers than the recipe's are left out.
         cut_like: former units of the layers; their missing views become the same units again, not parts of longer ones.
 
     Raises:
@@ -52,9 +52,13 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
             f"= {source.num_samples * recipe.num_views * record_bytes / 2**30:.2f} GiB before compression, "
             + "; ".join(f"layer {name}, spec {layer.spec_id}" for name, layer in layers.items())
         )
+        if recipe.further_sizes:
+            sizes = ", ".join(map(str, (recipe.views.size, *recipe.further_sizes)))
+            logger.info(f"cache-teacher: every view is rendered at {sizes} px, and has a digest at each size")
 
         def missing() -> list[UnitId]:
-            held, view_units = [writer.refresh(name) for name in layers], writer.refresh(VIEWS)
+            held = [writer.refresh(name) for name in layers]
+            view_units = [unit for name in writer.view_layers for unit in writer.refresh(name)]
             return missing_units(source, held, view_units, recipe.num_views, recipe.views_per_unit, cut_like)
 
         ledger = Ledger(missing, recipe.retries)
@@ -69,7 +73,7 @@ def fill(recipe: CacheTeacherRecipe, parts: Prepared, cut_like: Collection[UnitI
             board = CacheBoard(ledger, source, meter, log, counts_batches=recipe.cluster is None)
             meter.total = board.views_left()
             if recipe.cluster is None:
-                job = TeacherJob(recipe, parts.device, source, parts.teacher, writer)
+                job = TeacherJob(recipe, parts.device, source, parts.teachers, writer)
                 _work_here(job, ledger, board, stop)
             else:
                 _work_on_cluster(recipe, source, ledger, board, stop)

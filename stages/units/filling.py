@@ -24,15 +24,15 @@ class _OpenUnit:
     Attributes:
         keys, unreadable: of the first part, and so of all.
         targets: the drafts of the unit in the target layers that lack it, by layer.
-        views: the draft in the view layer, None where that holds the views.
-        known: the unit of the view layer that holds the views.
+        views: the drafts in the view layers that lack the views, by layer.
+        known: the units of the other view layers that hold the views, by layer.
     """
 
     keys: list[str]
     unreadable: list[tuple[str, str]]
     targets: dict[str, UnitDraft]
-    views: UnitDraft | None
-    known: UnitInfo | None
+    views: dict[str, UnitDraft]
+    known: dict[str, UnitInfo]
 
 
 class UnitFilling:
@@ -52,7 +52,7 @@ class UnitFilling:
         """Write the next part of a unit.
 
         Returns:
-            What was committed: with the last part the unit of every layer, after that of the view layer if it was new.
+            What was committed: with the last part the unit of every layer, after those of view layers that were new.
 
         Raises:
             SourceError: too many images are unreadable, or others than in the parts before or as partners.
@@ -69,17 +69,16 @@ class UnitFilling:
         if (part.keys, part.unreadable) != (unit.keys, unit.unreadable):
             raise _changed_images(unit, part)
         part.partners.require(part.unit.shard, dict(part.unreadable))
-        if unit.views is not None:
-            unit.views.add(part.records(VIEWS))
-        else:
-            self._compare(unit, part)
-        for layer, draft in unit.targets.items():
+        for layer, info in unit.known.items():
+            self._compare(part, layer, info)
+        for layer, draft in (unit.views | unit.targets).items():
             draft.add(part.records(layer))
         if not part.ends_unit:
             return []
-        # The view layer's first: a target unit lies within views that it holds. After a kill between two layers, the
-        # next run makes the unit for the others alone.
-        done = [] if unit.views is None else [unit.views.commit({"unreadable": [list(row) for row in unit.unreadable]})]
+        # Those of view layers first: a target unit lies within views that they hold. After a kill between two layers,
+        # the next run makes the unit for the others alone.
+        unreadable = {"unreadable": [list(row) for row in unit.unreadable]}
+        done = [draft.commit(unreadable if layer == VIEWS else {}) for layer, draft in unit.views.items()]
         for layer, draft in unit.targets.items():
             done.append(draft.commit(part.audits[layer].statistics()))
         self.close()
@@ -94,21 +93,26 @@ class UnitFilling:
     def _begun(self, part: UnitPart) -> _OpenUnit:
         part.refuse_too_many_unreadable(self._max_unreadable)
         unit, keys = part.unit, part.keys
-        present = self._writer.of_shard(VIEWS, unit.shard)
-        known = next((self._view_unit(other) for other in present if other.overlaps(unit)), None)
-        if present:
-            self._require_same_images(part, known or self._view_unit(present[0]))
-        begun = {
-            layer: self._drafts.enter_context(self._writer.begin(layer, unit, keys))
-            for layer in (*part.audits, *(() if known else (VIEWS,)))
-        }
-        views = begun.pop(VIEWS, None)
-        return _OpenUnit(keys, part.unreadable, begun, views, known)
+        known: dict[str, UnitInfo] = {}
+        for layer in part.sizes:
+            present = self._writer.of_shard(layer, unit.shard)
+            if held := [other for other in present if other.overlaps(unit)]:
+                known[layer] = self._view_unit(layer, held[0])
+            if present:
+                self._require_same_images(part, known.get(layer) or self._view_unit(layer, present[0]))
+        views = {layer: self._begin(layer, part) for layer in part.sizes if layer not in known}
+        return _OpenUnit(
+            keys, part.unreadable, {layer: self._begin(layer, part) for layer in part.audits}, views, known
+        )
 
-    def _view_unit(self, unit: UnitId) -> UnitInfo:
+    def _begin(self, layer: str, part: UnitPart) -> UnitDraft:
+        return self._drafts.enter_context(self._writer.begin(layer, part.unit, part.keys))
+
+    def _view_unit(self, layer: str, unit: UnitId) -> UnitInfo:
         writer = self._writer
-        data = writer.store.read(layout.commit_file(VIEWS, unit), layout.COMMIT_LIMIT_BYTES)
-        return parse_commit(writer.place, VIEWS, unit, data, writer.manifest.spec_id, writer.manifest)
+        data = writer.store.read(layout.commit_file(layer, unit), layout.COMMIT_LIMIT_BYTES)
+        spec_id = layout.view_spec_id(layer, writer.manifest)
+        return parse_commit(writer.place, layer, unit, data, spec_id, writer.manifest)
 
     def _require_same_images(self, part: UnitPart, known: UnitInfo) -> None:
         if key_digest(key_arrays(part.keys)) != known.key_digest:
@@ -123,9 +127,8 @@ class UnitFilling:
     def _reader(self) -> CacheReader:
         return CacheReader(self._writer.place)
 
-    def _compare(self, unit: _OpenUnit, part: UnitPart) -> None:
-        assert unit.known is not None
-        stored, found = self._reader.read_views(unit.known, part.views)[DIGEST], part.records(VIEWS)[DIGEST]
+    def _compare(self, part: UnitPart, layer: str, known: UnitInfo) -> None:
+        stored, found = self._reader.read_views(known, part.views)[DIGEST], part.records(layer)[DIGEST]
         for view, image in np.argwhere(stored != found)[:1].tolist():
             made_with = self._writer.manifest.environment
             digests = int(found[view, image]), int(stored[view, image])

@@ -1,7 +1,7 @@
 """Turn units into commits on one device: in `cache-teacher` itself, or in each worker of a cluster.
 
     loader processes     read, decode, crop                     ahead by loader.prefetch batches each
-    this thread          claim units; teacher and codec on the device
+    this thread          claim units; teachers and codecs on the device
     thread "collect"     copies to the CPU, digests, audit      two batches behind
     thread "write"       compress, write, sync, commit          one part of a unit behind
 
@@ -40,7 +40,8 @@ from tinymim.stages.units.filling import UnitFilling
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.ledger import Piece, UnitBatches, UnitReport
 from tinymim.stages.units.timing import Stopwatch
-from tinymim.storage.layout import VIEWS, UnitId
+from tinymim.storage import layout
+from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter, UnitTaken
 from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
@@ -74,13 +75,13 @@ class Stop(Protocol):
 
 
 class TeacherJob:
-    """A teacher, its codecs and the writer of their layers.
+    """Teachers, their codecs and the writer of their layers.
 
     Args:
         recipe: the cache recipe.
-        device: the device of teacher and codecs.
+        device: the device of teachers and codecs.
         source: the shards.
-        teacher: the teacher, on `device`.
+        teachers: the teachers by layer, on `device`.
         writer: the writer of the cache.
 
     Raises:
@@ -92,24 +93,26 @@ class TeacherJob:
         recipe: CacheTeacherRecipe,
         device: torch.device,
         source: ShardSet,
-        teacher: Teacher,
+        teachers: Mapping[str, Teacher],
         writer: CacheWriter,
     ) -> None:
-        self.recipe, self.device, self.source, self.teacher, self.writer = recipe, device, source, teacher, writer
+        self.recipe, self.device, self.source, self.teachers, self.writer = recipe, device, source, teachers, writer
         self.kinds: dict[str, TargetKind] = {}
         self._probes: dict[str, GradientProbe | None] = {}
         for name, target in recipe.layers.items():
-            constants = settle_constants(writer, name, recipe, source, teacher)
+            constants = settle_constants(writer, name, recipe, source, teachers[name])
             kind, shapes = make_kind(*target, constants=constants), writer.layers[name].shapes
             self.kinds[name], self._probes[name] = kind, None
             if recipe.audit_views:
-                reference = reference_student(kind, recipe.views.size, shapes)
+                reference = reference_student(kind, teachers[name].config.img_size, shapes)
                 self._probes[name] = GradientProbe(kind, reference.to(device), shapes)
-        self._views = ImageViews(source.shards, RandomViews(recipe.views), recipe.views.seed)
+        law = RandomViews(recipe.views)
+        further = [law.at(size) for size in recipe.further_sizes]
+        self._views = ImageViews(source.shards, law, recipe.views.seed, further=further)
         self._shards = source.by_name()
         self._counts = {shard.name: shard.num_samples for shard in source.shards}
         self.images_per_batch = (
-            find_images_per_batch(teacher, self.kinds.values(), recipe, max(source.counts), device)
+            find_images_per_batch(teachers, self.kinds, recipe, max(source.counts), device)
             if recipe.batch_size == "auto"
             else recipe.batch_size
         )
@@ -192,7 +195,7 @@ class TeacherJob:
                     if piece.first:
                         audit_views = self.recipe.audit_views if piece.begins_unit else 0
                     encoded = encode(
-                        self.teacher, self.kinds, batch, piece, audit_views, self.device, self.recipe.masks
+                        self.teachers, self.kinds, batch, piece, audit_views, self.device, self.recipe.masks
                     )
                     audit_views -= 0 if encoded.audited is None else len(encoded.audited.view_keys)
                     with watch.during("waited_behind"):
@@ -226,9 +229,13 @@ class TeacherJob:
             units.settle(UnitReport(unit, "elsewhere"))
 
     def _fits_views(self, unit: UnitId) -> bool:
-        """Whether a unit lies within a unit of the view layer or outside all; another job may have added views."""
-        shared = [other for other in self.writer.of_shard(VIEWS, unit.shard) if other.overlaps(unit)]
-        return all(set(unit.views) <= set(other.views) for other in shared)
+        """Whether a unit lies within a unit of each view layer or outside all; another job may have added views."""
+        return all(
+            set(unit.views) <= set(other.views)
+            for layer in self.writer.view_layers
+            for other in self.writer.of_shard(layer, unit.shard)
+            if other.overlaps(unit)
+        )
 
     def _settle_finished(self, units: Units, watch: Stopwatch) -> None:
         with contextlib.suppress(queue.Empty):
@@ -249,6 +256,12 @@ class TeacherJob:
     def new_audits(self, layers: Iterable[str]) -> dict[str, UnitAudit]:
         """An empty audit of a unit for each layer."""
         return {layer: UnitAudit(self._probes[layer], self.recipe.audit_views) for layer in layers}
+
+    def sizes(self, layers: Iterable[str]) -> dict[str, int]:
+        """The view layers of target layers, and the sizes of their views; the cache's own comes first."""
+        manifest = self.writer.manifest
+        names = layout.view_layers(manifest, [self.writer.layers[layer] for layer in layers])
+        return {name: layout.size_of(name, manifest) for name in names}
 
     def num_images(self, unit: UnitId) -> int:
         """Images of the unit's shard."""
@@ -276,9 +289,10 @@ class _Collector:
         """Add the next batch; batches come in tar order, part after part, unit after unit."""
         piece: Piece = encoded.piece
         if piece.begins_unit:
-            self._audits = self._job.new_audits(piece.layers)
+            self._audits, self._sizes = self._job.new_audits(piece.layers), self._job.sizes(piece.layers)
         if piece.first or self._part is None:  # drops the part of a unit that ended half-way, with its loader
-            self._part = UnitPart(piece.unit, piece.views, self._job.num_images(piece.unit), self._audits)
+            num_images = self._job.num_images(piece.unit)
+            self._part = UnitPart(piece.unit, piece.views, num_images, self._audits, self._sizes)
         if encoded.marks is not None:
             # The wait for the GPU is here, up to two batches behind, so that the launching thread never waits for it.
             encoded.marks.wait()

@@ -17,7 +17,9 @@ from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.device import pick_device, require_view_size
+from tinymim.storage.layout import METADATA
 from tinymim.storage.manifest import Layer, Manifest, SourceShard, joint_spec_id
+from tinymim.storage.store import open_store
 from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
 
@@ -31,13 +33,13 @@ class Prepared(NamedTuple):
     device: torch.device
     source: ShardSet
     kinds: dict[str, TargetKind]  # by layer, without constants
-    teacher: Teacher
+    teachers: dict[str, Teacher]  # by layer; layers of one teacher share it
     manifest: Manifest
     layers: dict[str, Layer]  # by name
 
 
 def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None, model: nn.Module | None = None) -> Prepared:
-    """Open the source, load the teacher and make manifest and layers; writes nothing.
+    """Open the source, load the teachers and make manifest and layers; writes nothing.
 
     Args:
         recipe: the cache recipe.
@@ -45,23 +47,37 @@ def prepare(recipe: CacheTeacherRecipe, source: ShardSet | None = None, model: n
         model: the teacher itself, instead of the one that the recipe names.
 
     Raises:
-        RecipeError: views, teacher and codec do not fit one another.
+        RecipeError: views, teachers and codecs do not fit one another.
         SourceError: bad shards.
-        CheckpointError: the teacher's weights do not exist or do not fit.
+        CheckpointError: a teacher's weights do not exist or do not fit.
     """
     device = pick_device(recipe.run.device)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    require_view_size(recipe.views.size, recipe.teacher, "teacher")
+    _require_seen(recipe)
     source = open_shards(recipe.source) if source is None else source
     kinds = {name: make_kind(*target) for name, target in recipe.layers.items()}
-    teacher = Teacher(recipe.teacher, {tap for kind in kinds.values() for tap in kind.taps}, model).to(device)
+    teachers: dict[str, Teacher] = {}
+    for name, config in recipe.used_teachers.items():
+        own = [layer for layer, of in recipe.teacher_names.items() if of == name]
+        taps = {tap for layer in own for tap in kinds[layer].taps}
+        teachers |= dict.fromkeys(own, Teacher(config, taps, model if not name else None).to(device))
     manifest = make_manifest(recipe, source)
     layers = {
-        name: make_layer(name, target, manifest, teacher, kinds[name], recipe.masks[name])
+        name: make_layer(name, target, manifest, teachers[name], kinds[name], recipe.masks[name])
         for name, target in recipe.layers.items()
     }
-    return Prepared(device, source, kinds, teacher, manifest, layers)
+    return Prepared(device, source, kinds, teachers, manifest, layers)
+
+
+def _require_seen(recipe: CacheTeacherRecipe) -> None:
+    """Raises RecipeError where a new cache would have a size that none of its teachers sees."""
+    teachers = recipe.used_teachers
+    if any(teacher.img_size == recipe.views.size for teacher in teachers.values()):
+        return
+    if recipe.cache is None or not open_store(recipe.cache).exists(METADATA):
+        name, first = next(iter(teachers.items()))
+        require_view_size(recipe.views.size, first, f"teachers.{name}" if name else "teacher")
 
 
 def cache_place(recipe: CacheTeacherRecipe, layers: Mapping[str, Layer]) -> Path | str:

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from tinymim.configs.codecs import Relation, RelationLoss
 from tinymim.configs.taps import Shapes
-from tinymim.targets.contract import Answers, ArraySpec, Loss, Projection, Tapped, Views, Yardstick
+from tinymim.targets.contract import Answers, ArraySpec, Loss, PictureLine, Projection, Tapped, Views, Yardstick
 from tinymim.targets.relations.dense import Dense
 from tinymim.targets.relations.hidden import Hidden
 from tinymim.targets.relations.kind import RelationKind
@@ -115,6 +115,26 @@ class RelationDistance(RelationKind):
     def pick(self, target: Values, some: slice, device: torch.device | None = None) -> Values:  # type: ignore[override]
         """See `TargetKind`."""
         return {relation: held.pick(some, device) for relation, held in target.items()}
+
+    # ---- pictures
+
+    def answered(self, answers: Answers, shapes: Shapes) -> Values:  # type: ignore[override]
+        """See `TargetKind`."""
+        qkv = QKV(*answers).resplit(self.relation_heads(shapes.heads))
+        return {relation: self._values(None, relation_logits(qkv, relation)) for relation in self.relations}
+
+    def picture(  # type: ignore[override]
+        self, columns: Mapping[str, Values], shapes: Shapes, lines: int
+    ) -> list[PictureLine]:
+        """See `RelationKind`; logits are shown as probabilities."""
+        shown = {
+            name: {relation: self._shown(held) for relation, held in values.items()} for name, values in columns.items()
+        }
+        return super().picture(shown, shapes, lines)
+
+    def _shown(self, held: RowValues) -> DenseRows:
+        probs = held.value.softmax(-1) if self.before_softmax else held.value
+        return DenseRows(held.rows, probs, torch.special.entr(probs).sum(-1).mean((1, 2)))
 
     def _values(self, rows: Tensor | None, logits: Float[Tensor, "B H Q T"]) -> RowValues:
         return RowValues(rows, logits if self.before_softmax else logits.softmax(-1))

@@ -117,7 +117,7 @@ def test_views_of_more_than_256_tokens_are_picked_for_the_audit(tmp_path: Path) 
     )
     piece = Piece(UnitId("shard-000000.tar", 0, 2), ("a",), range(2), True, True)
     with LikeCuda():  # type: ignore[no-untyped-call]  # torch's
-        encoded = encode(Teacher(config, kind.taps), {"a": kind}, batch, piece, 16, torch.device("cpu"))
+        encoded = encode({"a": Teacher(config, kind.taps)}, {"a": kind}, batch, piece, 16, torch.device("cpu"))
     assert encoded.audited is not None and encoded.arrays["a"]["qk_tail_gap"].dtype == torch.uint16
     for name, picked in encoded.audited.records["a"].items():
         whole: Tensor = encoded.arrays["a"][name]

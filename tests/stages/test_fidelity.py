@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
+from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, FidelityRecipe
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher, fidelity, train_student
@@ -132,11 +132,15 @@ def test_a_trained_student_is_judged_too(root: Path) -> None:
         fidelity.run(recipe(root, student_state=root / "nowhere"))
 
 
+def test_a_student_of_another_size_sees_the_same_boxes_at_its_own(root: Path) -> None:
+    fidelity.run(recipe(root, student=STUDENT | {"img_size": 48, "patch_size": 12}))
+
+
 def test_what_does_not_fit_is_refused(root: Path) -> None:
     with pytest.raises(SourceError, match="too few images"):
         fidelity.run(recipe(root, num_images=61))
-    with pytest.raises(RecipeError, match=r"student\.img_size"):
-        fidelity.run(recipe(root, student=STUDENT | {"img_size": 64}))
+    with pytest.raises(CacheMismatch, match="tokens are not the teacher's"):
+        fidelity.run(recipe(root, student=STUDENT | {"img_size": 72}))  # a grid of 9 x 9, the teacher's is 4 x 4
     with pytest.raises(RecipeError, match="relation heads"):
         fidelity.run(recipe(root, codecs={"a": {"relation_heads": 3}}))
     with pytest.raises(ValueError, match="codecs is empty"):

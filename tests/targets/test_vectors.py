@@ -98,7 +98,7 @@ class TestVectors(TargetKindContract):
         "rows": (lambda: made({"kind": "features"}, rows=3), r"targets\.rows is for another kind"),
         "relations": (lambda: made({"kind": "cls"}, relations=("vv",)), r"targets\.relations is for another kind"),
         "keep_projector": (lambda: made({}, keep_projector=True), r"targets\.keep_projector is for another kind"),
-        "loss": (lambda: made({}, loss="mse"), r"targets\.loss is for another kind"),
+        "loss": (lambda: made({}, loss="mse"), r"targets\.loss mse is not a loss of sampled relations"),
         "grid": (
             lambda: made({"kind": "features"}).head(Shapes(3, 4, 10, 1, (3, 3)), SHAPES),
             r"student's patches are not the teacher's\n  got: student\.img_size",

@@ -181,7 +181,7 @@ def batch_of(root: Path, cache: Path, targets: TargetsConfig | None = None) -> A
     reader = CacheReader(root / "cache")
     layer = reader.layer()
     kind = opened_kind(reader, layer, targets or TargetsConfig(), CPU)
-    [found] = audit_batches(config, reader.manifest, [Opened(layer, kind, Term(kind, layer.shapes))])
+    [found] = audit_batches(config, reader.manifest, [Opened(layer, kind, Term(kind, layer.shapes))], 32)
     return found
 
 
@@ -253,7 +253,7 @@ def test_too_few_images_other_relations_and_training_images_are_said(
     config = AuditConfig.model_validate(audit(home, cache=home / "same", source=trained(home)))
     reader = CacheReader(home / "cache")
     kind, shapes = opened_kind(reader, reader.layer(), TargetsConfig(), CPU), reader.layer().shapes
-    audit_batches(config, reader.manifest, [Opened(reader.layer(), kind, Term(kind, shapes))])
+    audit_batches(config, reader.manifest, [Opened(reader.layer(), kind, Term(kind, shapes))], 32)
     assert "audit: warning: the training's cache also holds shard-000000.tar" in capsys.readouterr().err
 
 

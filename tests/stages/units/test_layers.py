@@ -96,8 +96,8 @@ def test_other_pixels_are_refused_by_name_and_nothing_is_written(home: Path, mon
     before, render = tree(home / "cache"), dataset.render_items
     manifest = CacheReader(home / "cache").manifest
 
-    def changed(shards: Any, items: Any, law: Any, seed: int | None) -> ViewBatch:
-        batch = render(shards, items, law, seed)
+    def changed(shards: Any, items: Any, law: Any, seed: int | None, further: Any) -> ViewBatch:
+        batch = render(shards, items, law, seed, further)
         rows = np.flatnonzero((batch.items == [1, 4, 3]).all(axis=1))
         batch.pixels[torch.from_numpy(rows)] ^= 1
         return batch
@@ -125,8 +125,8 @@ def unreadable(monkeypatch: pytest.MonkeyPatch, sample: int, views: set[int]) ->
     """One image of every shard cannot be decoded for these views."""
     render = dataset.render_items
 
-    def some(shards: Any, items: Any, law: Any, seed: int | None) -> ViewBatch:
-        batch = render(shards, items, law, seed)
+    def some(shards: Any, items: Any, law: Any, seed: int | None, further: Any) -> ViewBatch:
+        batch = render(shards, items, law, seed, further)
         rows = (batch.items[:, 1] != sample) | ~np.isin(batch.items[:, 2], list(views))
         if rows.all():
             return batch
@@ -243,7 +243,7 @@ def _leases_are_given_back(request: pytest.FixtureRequest, tmp_path: Path) -> It
     ],
 )
 def test_unreadable_images_are_refused_with_a_limit_that_was_passed(lost: int, most: float, text: str) -> None:
-    part = UnitPart(UnitId("shard-000000.tar", 0, 1), range(1), 24, {})
+    part = UnitPart(UnitId("shard-000000.tar", 0, 1), range(1), 24, {}, {})
     part.unreadable = [(f"k{number}", "cut short") for number in range(lost)]
     with pytest.raises(SourceError) as caught:
         part.refuse_too_many_unreadable(most)
