@@ -1,6 +1,7 @@
 """The students of `evidence.py` with the teacher in the loop: its dense relations, its features, or a control.
 
-Not a part of tinymim, which caches instead. The step is that of `train-student`; the teacher makes its targets.
+The step is that of `train-student`; the teacher makes its targets. `train-student` itself trains so with `on_missing:
+teacher`, from records. Here are float32 targets that no codec rounds, and controls that no cache can hold.
 """
 
 import contextlib
@@ -85,7 +86,7 @@ def train(recipe: TrainStudentRecipe, cache: CacheTeacherRecipe, wanted: Wanted)
     teacher = Teacher(cache.teacher, relations.taps).to(device)
     kind: Features | TargetKind = Features(relations.taps[0]) if wanted == "features" else relations
 
-    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> tuple[Target, ...]:
+    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor, _: object) -> tuple[Target, ...]:
         tapped: Tapped = teacher(pixels)
         if wanted == "strange relations":
             tapped = {tap: tuple(each.roll(1, dims=0) for each in tensors) for tap, tensors in tapped.items()}

@@ -132,7 +132,7 @@ def one_step(setting: Setting, variant: str, lap: Lap) -> None:
     """A whole step, from a batch in memory to updated weights; `lap` is called at the end of every part."""
     kind, teacher, shapes, student = setting.kind, setting.teacher, setting.shapes, setting.student
 
-    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> tuple[Target, ...]:
+    def target(pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor, _: object) -> tuple[Target, ...]:
         if variant == "no target":
             return (None,)
         if variant == "cached":

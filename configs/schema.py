@@ -343,6 +343,15 @@ class LayerConfig(Section):
     targets: TargetsConfig = Field(
         description="A choice among its targets, instead of the recipe's.", json_schema_extra=_INHERITED
     )
+    teacher: TeacherConfig | None = Field(
+        default=None,
+        description="With `on_missing: teacher`: its teacher. Default: the one that the cache's layer states.",
+    )
+    codec: CodecConfig | None = Field(
+        default=None,
+        description="With `teacher`: how its targets become bytes.",
+        json_schema_extra={"default": "the layer's; a sketch where the cache has none"},
+    )
 
 
 class StudentConfig(Section):
@@ -358,6 +367,7 @@ class StudentConfig(Section):
     )
 
 
+OnMissing = Literal["refuse", "skip", "teacher"]
 _OWN = ("optim", "drop_path", "jitter", "ema")  # fields that a student may override
 _OF_THE_STREAM = ("batch_size", "epochs", "steps", "accumulate")  # fields of `optim` that all students share
 
@@ -377,9 +387,21 @@ class TrainStudentRecipe(_Training):
     num_views: Positive | None = Field(
         default=None, description="Use the first N views of every image. Default: those that all shards have."
     )
-    on_missing: Literal["refuse", "skip"] = Field(
+    on_missing: OnMissing = Field(
         default="refuse",
-        description="Images without a record: `refuse` is an error, `skip` leaves them out and counts them.",
+        description="Images without a record: `refuse` is an error, `skip` leaves them out and counts them, `teacher` "
+        "computes what is missing (docs/training.md).",
+    )
+    fresh: Fraction = Field(
+        default=0.0,
+        description="With `on_missing: teacher`: share of the views that are new, with indices from `num_views` on.",
+    )
+    write_back: bool = Field(
+        default=False, description="With `on_missing: teacher`: write whole units that were computed into the cache."
+    )
+    views: ViewConfig | None = Field(
+        default=None,
+        description="With `on_missing: teacher`: view law, where there is no cache yet. Default: the cache's.",
     )
     student: ModelConfig | None = Field(default=None, description="The student. Give `student` or `students`.")
     students: dict[Name, StudentConfig] | None = Field(
@@ -432,6 +454,22 @@ class TrainStudentRecipe(_Training):
                 if own != shared:
                     what = f"students.{name}.optim.{field} must be the recipe's, because all students share one stream"
                     raise ValueError(f"{what}; got {own} and {shared}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_teacher(self) -> "TrainStudentRecipe":
+        layers = self.layers or {}
+        given = [name for name in ("fresh", "write_back", "views") if getattr(self, name)]
+        given += [f"layers.{name}.teacher" for name, each in layers.items() if each.teacher is not None]
+        if self.on_missing != "teacher" and given:
+            raise ValueError(f"on_missing must be teacher for {', '.join(given)}; got {self.on_missing}")
+        if lone := [name for name, each in layers.items() if each.codec is not None and each.teacher is None]:
+            raise ValueError(f"layers.{lone[0]}.codec needs layers.{lone[0]}.teacher; got none")
+        if self.on_missing == "teacher" and self.num_views is None and self.fresh < 1:
+            raise ValueError(
+                "on_missing: teacher needs num_views, the views per image that the cache will hold; got null. "
+                "fresh: 1 needs none"
+            )
         return self
 
     @model_validator(mode="after")

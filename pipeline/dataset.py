@@ -19,6 +19,38 @@ from tinymim.pipeline.pairs import Mix, mixed, mixed_key, partners_of
 from tinymim.pipeline.shards import Shard
 from tinymim.pipeline.views import View, ViewLaw, reduced, reduction_of, view_key
 from tinymim.storage.blocks import DIGEST
+from tinymim.storage.layout import UnitId
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """The records of B views that a cache lacks.
+
+    Attributes:
+        items: int64 [B, 3]: shard, sample in the tar, view index.
+        named: (sample key, view index) of every view.
+        layers: by layer, bool [B], whether the record is missing; layers that hold all are left out.
+        digests: uint32 [B], the low 32 bits of the digests of the pixels; empty if no unit is to be written.
+        units: by shard and view, the unit that may be written, and the layers that lack it.
+        lost: by shard and sample in the tar, why an image of these shards is left out.
+    """
+
+    items: Items
+    named: list[tuple[str, int]]
+    layers: dict[str, npt.NDArray[np.bool_]]
+    digests: npt.NDArray[np.uint32]
+    units: dict[tuple[int, int], tuple[UnitId, tuple[str, ...]]] = field(default_factory=dict)
+    lost: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def cut(self, rows: slice) -> "Lacking":
+        """A part of the batch."""
+        layers = {layer: missing[rows] for layer, missing in self.layers.items()}
+        return replace(self, items=self.items[rows], named=self.named[rows], layers=layers, digests=self.digests[rows])
+
+    @property
+    def num_views(self) -> int:
+        """Number of views that lack a record in any layer."""
+        return int(np.any(list(self.layers.values()), axis=0).sum()) if self.layers else 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,7 @@ class ViewBatch:
         unreadable: (key, reason) of images that could not be decoded; their views are absent from the batch.
         partners: the views that they are mixed with; None under a law without pairs.
         further: the same views at further sizes, by size.
+        lacking: the records that the cache lacks, where a teacher is to compute them.
     """
 
     items: Items
@@ -74,6 +107,7 @@ class ViewBatch:
     view_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     partners: Partners | None = None
+    lacking: Lacking | None = None
 
     @property
     def named(self) -> list[tuple[str, int]]:

@@ -101,11 +101,11 @@ def _entry_batches(source: ViewSource, items: Items) -> list[ViewBatch]:
     wanted = flat[by_image]
     rendered = source.batch(wanted)
     places = np.full(len(flat), -1)
-    places[by_image] = np.arange(len(flat)) if not rendered.unreadable else _places(wanted[:, :3], rendered.items)
+    places[by_image] = np.arange(len(flat)) if not rendered.unreadable else places_in(wanted[:, :3], rendered.items)
     return [rendered.pick(rows[rows >= 0]) for rows in places.reshape(items.shape[:2])]
 
 
-def _places(wanted: Items, found: Items) -> Items:
+def places_in(wanted: Items, found: Items) -> Items:
     """For every row of `wanted` [n, 3] its place in `found`, which leaves some out; -1 for those. int64 [n]."""
     place = {tuple(row): number for number, row in enumerate(found.tolist())}
     return np.array([place.get(tuple(row), -1) for row in wanted.tolist()], dtype=np.int64)

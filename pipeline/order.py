@@ -21,6 +21,7 @@ from tinymim.storage.atomic import canonical_json, digest_hex
 Items = npt.NDArray[np.int64]  # [samples, 3]: shard index, sample index within the shard, view index
 # By shard and view, the partner of every sample of the shard, its own number where it has none: int64 [samples].
 PartnersOf = Callable[[int, int], npt.NDArray[np.int64]]
+_WHOLE = 2**32  # the share 1
 
 
 def _permutation(length: int, *identity: object) -> npt.NDArray[np.int64]:
@@ -121,6 +122,8 @@ class SampleOrder:
         rank: index of this rank, below `world_size`.
         world_size: number of ranks.
         partners: the pairs of the view law. With one view a decode, partners stand next to each other in a batch.
+        fresh: share of the views that are new. A shard's new views are `num_views`, `num_views` + 1, ... in turn; none
+            comes twice. In between it goes on with the first `num_views`.
 
     Attributes:
         step: number of steps done. The caller sets it, since a loader takes batches ahead of training.
@@ -141,12 +144,18 @@ class SampleOrder:
         rank: int = 0,
         world_size: int = 1,
         partners: PartnersOf | None = None,
+        fresh: float = 0.0,
     ) -> None:
         assert 0 <= rank < world_size
         _refuse_misfit(order, batch_size, num_views, world_size)
         self.counts, self.order, self.batch_size, self.num_views = list(counts), order, batch_size, num_views
         # Several views of an image have several partners, and no order brings all of them together.
         self.partners = partners if order.views_per_decode == 1 else None
+        # By shard, so that a pass reads whole slices of the others. Phases are evenly spread over the shards: every
+        # pass renders the same share of them anew. Integers, so that no rounding differs between machines.
+        self._fresh, self._phases = round(fresh * _WHOLE), np.zeros(0, np.int64)
+        if self._fresh and num_views is not None:
+            self._phases = _permutation(len(counts), "fresh", order.seed) * _WHOLE // len(counts)
         self.lanes = range(rank, order.lanes, world_size)
         lane_size = batch_size // order.lanes
         self.places: npt.NDArray[np.int64] = np.concatenate(
@@ -214,7 +223,14 @@ class SampleOrder:
 
     def whole_batch(self, step: int) -> Items:
         """The samples of one step over all ranks, int64 [batch_size, 3], in the order of a single rank."""
-        order = SampleOrder(self.counts, self.order, self.batch_size, self.num_views, partners=self.partners)
+        order = SampleOrder(
+            self.counts,
+            self.order,
+            self.batch_size,
+            self.num_views,
+            partners=self.partners,
+            fresh=self._fresh / _WHOLE,
+        )
         order.step = step
         return next(order.plan(step + 1))[0, :, :3]
 
@@ -232,11 +248,15 @@ class SampleOrder:
         batch = np.concatenate(images)
         index = number * self.order.views_per_decode + view
         batch[:, 2] = index if self.num_views is None else index % self.num_views
+        if len(self._phases) and self.num_views is not None:
+            before, after = ((each * self._fresh + self._phases[batch[:, 0]]) // _WHOLE for each in (index, index + 1))
+            batch[:, 2] = np.where(after > before, self.num_views + before, (index - before) % self.num_views)
         return batch
 
     def _identity(self) -> str:
         fields = [self.order.model_dump(mode="json"), self.counts, self.batch_size, self.num_views]
         fields += [] if self.partners is None else ["pairs"]
+        fields += [self._fresh] if self._fresh else []
         return digest_hex(canonical_json({"order": fields}))
 
 

@@ -28,7 +28,7 @@ from tinymim.configs.errors import (
 from tinymim.configs.sections import LoaderConfig, VerifyConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import pixel_digest
-from tinymim.pipeline.loader import batches
+from tinymim.pipeline.loader import batches, places_in
 from tinymim.pipeline.mismatch import other_images, view_mismatch
 from tinymim.pipeline.order import Items, PartnersOf
 from tinymim.pipeline.pairs import partners_of
@@ -108,7 +108,7 @@ def join(
             such layer.
         RecipeError: no shard has as many views as `num_views`.
     """
-    _refuse_changed(source, reader.manifest)
+    refuse_changed(source, reader.manifest)
     names = [VIEWS, layout.view_layer(reader.manifest, size), *(reader.layer(each).name for each in layers)]
     units = {each: reader.by_shard(each) for each in names}
     views = {each: {s: views_from_zero(infos) for s, infos in by_shard.items()} for each, by_shard in units.items()}
@@ -127,14 +127,14 @@ def join(
     }
     without_record = 0
     for shard in covered:
-        info = _same_images(shard.name, [info for each in in_use.values() for info in each[shard.name]])
+        info = same_images(shard.name, [info for each in in_use.values() for info in each[shard.name]])
         without_record += (lost := _without_record(shard, info))
         if lost and on_missing == "refuse":
             _refuse_missing(shard, info, reader)
     return CachedSource(covered, wanted, in_use, skipped, without_record)
 
 
-def _refuse_changed(source: ShardSet, manifest: Manifest) -> None:
+def refuse_changed(source: ShardSet, manifest: Manifest) -> None:
     """Raises CacheMismatch where a shard is not the one in the manifest."""
     for shard in source.shards:
         stored = manifest.shards.get(shard.name)
@@ -197,7 +197,7 @@ def _existing(source: ShardSet, views: Mapping[str, int]) -> str:
     )
 
 
-def _same_images(shard: str, infos: Sequence[UnitInfo]) -> UnitInfo:
+def same_images(shard: str, infos: Sequence[UnitInfo]) -> UnitInfo:
     """The first of a shard's units. Raises CacheMismatch unless all hold the same images."""
     if len({info.key_digest for info in infos}) > 1:
         held = (
@@ -281,7 +281,10 @@ def _refuse_missing(shard: Shard, info: UnitInfo, reader: CacheReader) -> None:
 
 
 class ReplayedPixels(ImageViews):
-    """The part of replayed views for loader workers: pixels by the law, and the digests of those that are due."""
+    """The part of replayed views for loader workers: pixels by the law, and the digests of those that are due.
+
+    An image that cannot be read is an error, or with `may_lack` its views are left out.
+    """
 
     def __init__(
         self,
@@ -289,9 +292,10 @@ class ReplayedPixels(ImageViews):
         law: RandomViews,
         verify: VerifyConfig,
         lost: Mapping[str, Collection[str]] | None = None,
+        may_lack: bool = False,
     ) -> None:
         super().__init__(shards, law, law.config.seed, lost)
-        self.verify = verify
+        self.verify, self.may_lack = verify, may_lack
 
     def batch(self, items: Items) -> ViewBatch:
         """The views of `items`, int64 [B, 4]: shard, sample in the tar, view, running number since the start.
@@ -302,10 +306,14 @@ class ReplayedPixels(ImageViews):
             SourceError: an image that the cache holds is gone or unreadable.
         """
         batch = super().batch(items)
-        for key, reason in [*batch.unreadable, *(batch.partners.lost.items() if batch.partners else ())]:
+        gone = [*batch.unreadable, *(batch.partners.lost.items() if batch.partners else ())]
+        if gone and not self.may_lack:
+            key, reason = gone[0]
             raise SourceError(
                 f"image '{key}' is in the cache but can no longer be read", got=reason, hint="restore its shard"
             )
+        if gone:
+            items = items[places_in(batch.items, items[:, :3])]
         digests = torch.zeros(len(items), dtype=torch.int64)
         for place in np.flatnonzero(_due(self.verify, items[:, 3])).tolist():
             digests[place] = pixel_digest(batch.pixels[place])
@@ -317,7 +325,7 @@ def _due(verify: VerifyConfig, numbers: _Index) -> npt.NDArray[np.bool_]:
     return (numbers < verify.first) | (numbers % verify.every == 0 if verify.every else False)
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """An entry that is requested, or in flight."""
 
     items: Items  # [n, B, 4]: shard, cached image, view, running number
@@ -364,7 +372,7 @@ class ReplayedViews:
         self._slices = Slices(reader, source.units, {source.digests: [DIGEST], **arrays}, per_lane)
         self._positions: OrderedDict[int, Future[_Index]] = OrderedDict()
         self._most_positions = 2 * lanes * per_lane
-        self._in_flight: deque[_Entry] = deque()
+        self._in_flight: deque[Entry] = deque()
         # A spool holds the tars of every entry that left the plan, and may have no room for more than one entry's.
         self._ahead = _AHEAD if all(isinstance(shard.place, Path) for shard in source.shards) else 0
 
@@ -383,7 +391,7 @@ class ReplayedViews:
     def prepared(self, plan: Iterable[Items]) -> Iterator[Items | TinymimError]:
         """The entries of `plan` with positions in tars for cached images; their slices are being read."""
         self._in_flight.clear()
-        waiting: deque[_Entry] = deque()
+        waiting: deque[Entry] = deque()
         for items in plan:
             waiting.append(self._requested(items))
             if len(waiting) > self._ahead:
@@ -404,9 +412,9 @@ class ReplayedViews:
             found.append(replace(batch, records=self._gathered(items, entry.slices, pin_memory)))
         return found
 
-    def _requested(self, items: Items) -> _Entry:
+    def _requested(self, items: Items) -> Entry:
         """Request what an entry needs, for each lane in the order of first use."""
-        entry = _Entry(items.reshape(-1, *items.shape[-2:]), {}, {})
+        entry = Entry(items.reshape(-1, *items.shape[-2:]), {}, {})
         by_lane = np.array_split(entry.items, self.lanes, axis=1)
         for lane, part in enumerate(by_lane):
             rows = part.reshape(-1, 4)
@@ -419,8 +427,15 @@ class ReplayedViews:
                 ids += [SliceId(layer, name, view) for layer in self.source.layers for view in views]
                 due = of_shard[_due(self.verify, of_shard[:, 3])]
                 ids += [SliceId(self.source.digests, name, view) for view in np.unique(due[:, 2]).tolist()]
-            entry.slices.update(self._slices.request(lane, ids))
+            entry.slices.update(self._slices.request(lane, self._held(ids)))
         return entry
+
+    def _held(self, ids: list[SliceId]) -> list[SliceId]:
+        """Those of the slices that the cache holds: all, by `join`."""
+        return ids
+
+    def _slice(self, slices: dict[SliceId, Slice], name: SliceId) -> Slice | None:
+        return slices[name]
 
     def _positions_of(self, shard: int) -> Future[_Index]:
         found = self._positions.get(shard)
@@ -437,7 +452,7 @@ class ReplayedViews:
         places = places_in_tar(shard, keys, None if self._lost is None else self._lost[shard.name])
         return np.array([places[key] for key in keys], dtype=np.int64)
 
-    def _handed_out(self, entry: _Entry) -> Items | TinymimError:
+    def _handed_out(self, entry: Entry) -> Items | TinymimError:
         self._in_flight.append(entry)
         items = entry.items.copy()
         try:
@@ -449,11 +464,12 @@ class ReplayedViews:
         return items
 
     def _gathered(self, items: Items, slices: dict[SliceId, Slice], pin_memory: bool) -> dict[str, Tensor]:
-        """The records of a batch's items [B, 4], by `records.named`, first axis B."""
+        """The records of a batch's items [B, 4], by `records.named`, first axis B; any value where there is none."""
         found: dict[str, Tensor] = {}
-        for shard, view, at in _by_slice(items):
+        for shard, view, at in by_slice(items):
             for layer in self.source.layers:
-                arrays = slices[SliceId(layer, self.source.shards[shard].name, view)].arrays()
+                held = self._slice(slices, SliceId(layer, self.source.shards[shard].name, view))
+                arrays = {} if held is None else held.arrays()
                 for name, array in ((named(layer, own), array) for own, array in arrays.items()):
                     if name not in found:
                         like = torch.from_numpy(np.empty(0, array.dtype))
@@ -466,9 +482,11 @@ class ReplayedViews:
         """Compare the digests that are due."""
         due = np.flatnonzero(_due(self.verify, items[:, 3]))
         rendered = batch.records[DIGEST].numpy()
-        for shard, view, at in _by_slice(items[due]):
-            stored = slices[SliceId(self.source.digests, self.source.shards[shard].name, view)].arrays()[DIGEST]
-            places = due[at]
+        for shard, view, at in by_slice(items[due]):
+            held = self._slice(slices, SliceId(self.source.digests, self.source.shards[shard].name, view))
+            if held is None:
+                continue
+            stored, places = held.arrays()[DIGEST], due[at]
             found, wanted = rendered[places].astype(stored.dtype), stored[items[places, 1]]  # the bits that are stored
             if wrong := np.flatnonzero(found != wanted).tolist():
                 first = wrong[0]
@@ -478,7 +496,7 @@ class ReplayedViews:
                 raise view_mismatch(batch.keys[places[first]], name, view, *digests, made_with, partner)
 
 
-def _by_slice(items: Items) -> Iterator[tuple[int, int, _Index]]:
+def by_slice(items: Items) -> Iterator[tuple[int, int, _Index]]:
     """Shard, view, and the places in `items` [B, 4] of all items of that slice."""
     slices = items[:, 0] << 32 | items[:, 2]
     for number in np.unique(slices).tolist():

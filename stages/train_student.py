@@ -17,13 +17,14 @@ from tinymim.models.native_parts import missing_parts
 from tinymim.models.student import StudentModel
 from tinymim.models.timm_folder import Pixels, timm_config
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.replay import ReplayedViews, join, partners_of_source
-from tinymim.pipeline.shards import UNLABELLED, open_shards
+from tinymim.pipeline.shards import UNLABELLED
 from tinymim.stages.audits.student_audits import StudentAudits
-from tinymim.stages.cache.opened import arrays_of, kinds_of, opened_layers
+from tinymim.stages.cache.inputs import CachedInput
+from tinymim.stages.cache.teacher_input import TeacherInput
 from tinymim.stages.run.folder import (
     PROJECTOR_NAME,
     STUDENT_EMA_NAME,
@@ -34,23 +35,19 @@ from tinymim.stages.run.folder import (
 )
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
-from tinymim.stages.training.device_stream import cached_targets
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.ranks import Ranks, set_up
 from tinymim.stages.training.student_step import (
     StudentStep,
     make_students,
-    trained_on,
-    view_size,
     views_in_use,
     with_mask,
 )
-from tinymim.stages.training.terms import weight_metrics
+from tinymim.stages.training.terms import Term, weight_metrics
+from tinymim.stages.training.validation import merged
 from tinymim.storage.atomic import write_bytes_atomic, write_json_atomic
-from tinymim.storage.catalog import resolve
 from tinymim.storage.manifest import Layer
-from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import TargetHead
 
 
@@ -75,52 +72,48 @@ def run(recipe: TrainStudentRecipe) -> None:
 
 def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     """`run` on one of the ranks."""
-    # ---- cache joined with its images
-    device = set_up(recipe, ranks)
-    reader = CacheReader(resolve(recipe.cache))
-    manifest, num_views = reader.manifest, views_in_use(recipe, ranks)
-    names, size = [name for name, _ in recipe.each_layer()], view_size(recipe, reader)
-    source = join(open_shards(recipe.source), reader, names, num_views, recipe.on_missing, size)
-    # So that the run folder's recipe states what a resumed run continues with, although the cache may have grown.
-    recipe = recipe.model_copy(update={"num_views": source.num_views})
-    opened = opened_layers(reader, recipe, device)
-    terms = [each.term for each in opened]
-    recipe = with_mask(recipe, terms)
-    for skipped in source.skipped[:5]:
-        logger.info(f"train-student: shard {skipped} is not in the cache (yet) and is skipped")
-    if source.skipped or source.without_record:
-        logger.info(
-            f"train-student: skipped {len(source.skipped):,} shards, and {source.without_record:,} "
-            "images of the others that have no record in the cache (on_missing: skip)"
-        )
-    batch_size = recipe.optim.batch_size
-    partners = partners_of_source(source, reader, manifest)
-    order = SampleOrder(
-        source.counts, recipe.order, batch_size, source.num_views, ranks.rank, ranks.world_size, partners
-    )
-    arrays, lanes = arrays_of(opened), len(order.lanes)
-    views = ReplayedViews(reader, manifest, source, arrays, recipe.verify, lanes, order.slices_per_lane)
+    # ---- cache joined with its images, or a teacher in the loop
+    device, num_views = set_up(recipe, ranks), views_in_use(recipe, ranks)
+    opened = TeacherInput if recipe.on_missing == "teacher" else CachedInput
+    with opened(recipe, num_views, device) as data:
+        # So that the run folder's recipe states what a resumed run continues with, although the cache may have grown.
+        recipe = recipe.model_copy(update={"num_views": data.num_views})
+        _train(with_mask(recipe, [each.term for each in data.opened]), ranks, data)
 
-    # ---- students, optimisers
-    students = make_students(recipe, terms, ranks, order, trained_on(reader, source))
+
+def _train(recipe: TrainStudentRecipe, ranks: Ranks, data: CachedInput | TeacherInput) -> None:
+    # ---- order, students, optimisers
+    manifest, counts, terms = data.manifest, data.source.counts, [each.term for each in data.opened]
+    batch_size = recipe.optim.batch_size
+    order = SampleOrder(
+        counts,
+        recipe.order,
+        batch_size,
+        data.num_views,
+        ranks.rank,
+        ranks.world_size,
+        data.partners,
+        recipe.fresh,
+    )
+    students = make_students(recipe, terms, ranks, order, data.content)
     learners = [student.learner for student in students]
     for _, model, learner in students if ranks.first else ():
-        for layer, kind, _ in opened:
+        for layer, kind, _ in data.opened:
             if warning := missing_parts(model.vit, layer.teacher, kind.taps):
                 logger.info(f"train-student: warning: {f'{learner.name}: ' if learner.name else ''}{warning}")
-    targets = {
-        each: cached_targets(kinds_of(opened_layers(reader, recipe, each)))
-        for each in {learner.device: None for learner in learners}
-    }
-    labelled = bool(source.shards[0].members().labels[0] != UNLABELLED)  # a set has labels or has none
+    views = data.views(order)
+    targets = {each: data.targets(each) for each in {learner.device: None for learner in learners}}
+    labelled = bool(data.source.shards[0].members().labels[0] != UNLABELLED)  # a set has labels or has none
     do_step = StudentStep(recipe, students, terms, targets, torch.from_numpy(order.places), batch_size, labelled)
-    audits = StudentAudits(recipe, manifest, opened, students, ranks, size)
+    audits = StudentAudits(recipe, manifest, data.opened, students, ranks, data.size)
 
     # ---- resume
-    shards = [shard.name for shard in source.shards]
-    books = Bookkeeping(recipe, learners, ranks, order, shards, "views_per_s", partial(weight_metrics, terms))
+    names = [shard.name for shard in data.source.shards]
+    tally = _Tally(ranks, data)
+    books = Bookkeeping(recipe, learners, ranks, order, names, "views_per_s", partial(tally.metrics, terms))
     books.resume()
-    books.describe(f"{sum(source.counts):,} images x {source.num_views} views")
+    views_per_image = "new views" if data.num_views is None else f"{data.num_views} views"
+    books.describe(f"{sum(counts):,} images x {views_per_image}")
     for term in terms if len(terms) > 1 else ():
         logger.info(
             f"train-student: layer {term.layer}, weight {' to '.join(f'{w:g}' for w in dict.fromkeys(term.weights))}"
@@ -141,10 +134,13 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
         audits.after(books.first_step, books, stop)
         for step, batch in enumerate(stream, start=books.first_step):
             do_step(step, batch)
+            tally.add(batch)
             books.end_step(step + 1, stop, meter)
             audits.after(step + 1, books, stop)
 
     # ---- export
+    if tally.counts:
+        tally.log(books.first_step)
     if not ranks.first:
         return
     for own, (_, model, learner) in zip(recipe.each().values(), students, strict=True):
@@ -153,8 +149,8 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
             "made_by": "tinymim train-student",
             "recipe": dump_recipe(learner.recipe),
             "cache_spec_id": manifest.spec_id,
-            "layer_spec_id": ",".join(layer.spec_id for layer, *_ in opened),
-            "teachers": json.dumps({layer.name: _teacher(layer) for layer, *_ in opened}),
+            "layer_spec_id": ",".join(layer.spec_id for layer, *_ in data.opened),
+            "teachers": json.dumps({layer.name: _teacher(layer) for layer, *_ in data.opened}),
             "libraries": json.dumps(environment()),
             "steps": str(books.total_steps),
         }
@@ -166,6 +162,56 @@ def train(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
 def _teacher(layer: Layer) -> dict[str, Any]:
     """What a student's card says about a teacher."""
     return {name: layer.teacher[name] for name in ("name", "license", "weights_sha256")}
+
+
+class _Tally:
+    """Counts the views of all ranks, and those of them that a teacher computed in the loop.
+
+    Args:
+        ranks: the ranks of the run.
+        data: the input of the students.
+    """
+
+    def __init__(self, ranks: Ranks, data: CachedInput | TeacherInput) -> None:
+        self._ranks, self.counts = ranks, isinstance(data, TeacherInput)
+        self._here = torch.zeros(2, dtype=torch.int64)  # computed views and all views, of this rank and process
+        self._lost: dict[tuple[int, int], str] = {}
+        self._shards = data.source.shards
+        self._logged, self._step, self._share = torch.zeros(2, dtype=torch.int64), -1, 0.0
+
+    def add(self, batch: ViewBatch) -> None:
+        """Count a batch."""
+        if batch.lacking is not None:
+            self._here += torch.tensor([batch.lacking.num_views, len(batch.keys)])
+            self._lost |= batch.lacking.lost
+
+    def total(self) -> tuple[int, int]:
+        """Computed views and all views of this process and the other ranks'; all ranks must call it."""
+        computed, views = self._ranks.total(self._here).tolist()
+        return computed, views
+
+    def log(self, first_step: int) -> None:
+        """Print the totals of this process and the other ranks'; all ranks must call it."""
+        own = []
+        for (shard, sample), reason in self._lost.items():
+            own.append((f"{self._shards[shard].members().keys[sample]} of {self._shards[shard].name}", reason))
+        lost = merged(own, self._ranks)
+        computed, views = self.total()
+        logger.info(f"train-student: the teacher computed {computed:,} of {views:,} views since step {first_step:,}")
+        if lost:
+            key, reason = lost[0]
+            logger.info(f"train-student: left out {len(lost):,} images, the first is {key} ({reason})")
+
+    def metrics(self, terms: Sequence[Term], step: int, total_steps: int) -> dict[str, float]:
+        """Weights, and the share of views computed since the last logged step; all ranks must call it."""
+        found = weight_metrics(terms, step, total_steps)
+        if not self.counts:
+            return found
+        if step != self._step:  # every student logs it
+            now = torch.tensor(self.total())
+            computed, views = (now - self._logged).tolist()
+            self._step, self._logged, self._share = step, now, computed / max(views, 1)
+        return found | {"computed_share": self._share}
 
 
 def _export(

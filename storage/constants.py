@@ -84,6 +84,12 @@ def constants_digest(store: Store, layer: Layer) -> str | None:
     return read_record(store, layer)[1]
 
 
+def digest_of_constants(layer: Layer, arrays: Mapping[str, Array]) -> str:
+    """The `constants_digest` that a layer with these constants would have."""
+    _, record = encode_constants(layer, arrays)
+    return parse_record(record, _ConstantsRecord, layer.name)[1]
+
+
 def read_record(store: Store, layer: Layer) -> tuple[_ConstantsRecord | None, str | None]:
     """The record of the constants and its digest, both None if there are none; errors of `constants_digest`."""
     _, path = constants_places(layer.name)

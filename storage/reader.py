@@ -155,10 +155,23 @@ class CacheReader:
         """
         with self._lock:
             if layer not in self._units:
-                constants = None if layout.is_views(layer) else constants_digest(self.store, self.layer(layer))
-                spec_id = self._spec_id(layer)
-                self._units[layer] = read_commits(self.store, layer, spec_id, self.manifest, constants, paths)
+                self._units[layer] = self._committed(layer, paths)
             return list(self._units[layer])
+
+    def of_shard(self, layer: str, shard: str) -> list[UnitInfo]:
+        """The units of one shard as they are now, ascending by view; errors of `units`.
+
+        A shard that the manifest did not have is looked for in the manifest as it is now.
+        """
+        if shard not in self.manifest.shards:
+            self.manifest = layout.read_manifest(self.store)
+            if shard not in self.manifest.shards:
+                return []
+        return self._committed(layer, [entry.path for entry in self.store.list(layout.shard_folder(layer, shard))])
+
+    def _committed(self, layer: str, paths: Iterable[str] | None) -> list[UnitInfo]:
+        constants = None if layout.is_views(layer) else constants_digest(self.store, self.layer(layer))
+        return read_commits(self.store, layer, self._spec_id(layer), self.manifest, constants, paths)
 
     def unit(self, layer: str, unit: UnitId) -> UnitInfo:
         """One committed unit as it is now, also if it was committed after the others were listed.

@@ -197,6 +197,13 @@ def _read_results(run: RunSummary, metrics: Sequence[Line]) -> None:
         run.results["steps"] = max(steps)
     if epochs := [point.epoch for points in run.curves.values() for point in points if point.epoch is not None]:
         run.results["epochs"] = max(epochs)
+    if shares := run.curves.get("computed_share"):
+        # A line has the share of the views since the line before.
+        steps = [point.step for point in shares]
+        pairs = zip(shares, [0.0, *steps], strict=False)
+        computed_steps = sum(point.value * (point.step - before) for point, before in pairs)
+        run.results["computed_views"] = computed_steps * run.recipe["optim"]["batch_size"]
+        run.results["computed_share"] = computed_steps / steps[-1]
     evaluation = _json(run.folder / EVALUATION_NAME)
     run.results |= {name: value for name, value in evaluation.items() if isinstance(value, float)}  # counts are whole
     for name, entry in _json(run.folder / FINETUNED_NAME).get("weights", {}).items():

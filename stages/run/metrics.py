@@ -78,6 +78,8 @@ METRICS: Final = (
     Metric("device_h", "device-h", ",.3f", "lower", column=True),
     Metric("teacher_h", "teacher-h", ",.3f", "lower", column=True),
     Metric("teacher_share", "teacher share", ".0%", "lower", column=True),
+    Metric("computed_share", "by the teacher", ".0%", curve=METRICS_NAME, column=True),
+    Metric("computed_views", "views by the teacher", ",.0f", column=True),
     # ---- other numbers of a step, and of stage one
     Metric("step", "step", ",.0f"),
     Metric("epoch", "epoch", ".1f"),

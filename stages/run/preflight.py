@@ -74,8 +74,12 @@ def require_inputs(recipe: RunRecipe) -> None:
             for teacher in recipe.used_teachers.values():
                 _require_weights(teacher.weights)
         case TrainStudentRecipe():
-            resolve(recipe.cache)
+            if recipe.views is None:  # else the cache may not exist yet
+                resolve(recipe.cache)
             require_shards(recipe.source)
+            for _, layer in recipe.each_layer():
+                if layer.teacher is not None:
+                    _require_weights(layer.teacher.weights)
             if recipe.audit is not None:
                 resolve(recipe.audit.cache)
                 require_shards(recipe.audit.source)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tinymim.configs.sections import JitterConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.vit import Normalise
-from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.dataset import Lacking, ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.pipeline.records import of_layer
 from tinymim.stages.training.optim import seeded
@@ -20,8 +20,8 @@ from tinymim.targets.contract import Labels, Target, TargetKind
 CPU = torch.device("cpu")
 
 # Maps pixels uint8 [B, 3, S, S], the records' arrays and view keys int64 [B], all on one device, to their targets: one
-# for each term of the loss.
-MakeTargets = Callable[[Tensor, Mapping[str, Tensor], Tensor], tuple[Target, ...]]
+# for each term of the loss. The last argument states which records are still missing; None: none.
+MakeTargets = Callable[[Tensor, Mapping[str, Tensor], Tensor, Lacking | None], tuple[Target, ...]]
 
 
 def cached_targets(kinds: Mapping[str, tuple[TargetKind, Shapes]]) -> MakeTargets:
@@ -30,7 +30,7 @@ def cached_targets(kinds: Mapping[str, tuple[TargetKind, Shapes]]) -> MakeTarget
     Args:
         kinds: by layer, its kind with constants on the device, and its teacher's shapes.
     """
-    return lambda _pixels, records, view_keys: tuple(
+    return lambda _pixels, records, view_keys, _lacking: tuple(
         kind.decode(of_layer(records, layer), view_keys, shapes) for layer, (kind, shapes) in kinds.items()
     )
 
@@ -65,6 +65,7 @@ class DeviceStream:
         self._pixels, self._keys = torch.empty(0), torch.empty(0)
         self._labels = Labels.hard(torch.empty(0))
         self._records: dict[str, Tensor] = {}
+        self._lacking: Lacking | None = None
         self._images: dict[JitterConfig, Tensor] = {}
         self.targets: tuple[Target, ...] = ()
 
@@ -77,13 +78,15 @@ class DeviceStream:
         self._keys = batch.view_keys.to(self.device, non_blocking=True)
         labels = (batch.labels, *batch.partner_labels())
         self._labels = Labels(*(each.to(self.device, non_blocking=True) for each in labels))
+        self._lacking = batch.lacking
 
     def cut(self, rows: slice) -> None:
         """Select a part of the batch and compute its `targets`."""
         self._rows, self._images = rows, {}  # as float32, images take four times the batch: only one part's are kept
         records = {name: array[rows] for name, array in self._records.items()}
+        lacking = None if self._lacking is None else self._lacking.cut(rows)
         with current(self.device):
-            self.targets = self._make_targets(self._pixels[rows], records, self._keys[rows])
+            self.targets = self._make_targets(self._pixels[rows], records, self._keys[rows], lacking)
 
     @property
     def labels(self) -> Labels:

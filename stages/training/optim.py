@@ -175,6 +175,8 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     # The order of samples has an identity of its own, with the images and views in use, so a cache may grow. A layer's
     # content decides, not its name.
     free |= {"num_views": True, "on_missing": True, "layer": True, "layers": True, "targets": True}
+    if isinstance(recipe, TrainStudentRecipe):  # new views are part of the order, and the view law of a layer's content
+        free |= {"fresh": True, "write_back": True, "views": True}
     free["run"] = {"folder", "device", "threads", "log_every", "loggers"}
     free["recompute"] = True
     # Fields that are newer than states of before: where they are off, the identity is as without them.

@@ -145,7 +145,9 @@ class StudentStep:
     def __call__(self, step: int, batch: ViewBatch) -> None:
         """Do step `step`, counted from 0."""
         self.take(step, batch)
-        for part in parts_of(len(self.places), self.recipe.optim.accumulate):
+        if not batch.keys:
+            raise SourceError(f"no image of step {step} can be read", got=batch.unreadable[0])
+        for part in parts_of(len(self.places), self.recipe.optim.accumulate, present=len(batch.keys)):
             self.add(step, part)
         self.update(step)
 
@@ -250,14 +252,10 @@ def view_size(recipe: TrainStudentRecipe, reader: CacheReader) -> int:
         CacheMismatch: a student's input size is not a size of the cached views, or that of the other students.
     """
     cached = [layout.size_of(name, reader.manifest) for name in reader.view_layers]
-    own = list(dict.fromkeys(each.student.img_size for each in recipe.each().values() if each.student is not None))
-    if other := [size for size in own if size not in cached]:
-        raise CacheMismatch(
-            "student.img_size is not the size of the cached views",
-            got=other[0],
-            expected=cached[0] if len(cached) == 1 else f"one of {', '.join(map(str, cached))}",
-            hint="students train at the size of a teacher's views",
-        )
+    students = [each.student for each in recipe.each().values() if each.student is not None]
+    for student in students:
+        refuse_other_size(student, cached)
+    own = list(dict.fromkeys(student.img_size for student in students))
     if len(own) > 1:
         raise CacheMismatch(
             "students of one stream differ in img_size",
@@ -266,6 +264,17 @@ def view_size(recipe: TrainStudentRecipe, reader: CacheReader) -> int:
             hint="train the students of each size in a run of their own",
         )
     return own[0]
+
+
+def refuse_other_size(student: ModelConfig, cached: Sequence[int]) -> None:
+    """Raises CacheMismatch where a student's input size is none of the sizes of the cached views."""
+    if student.img_size not in cached:
+        raise CacheMismatch(
+            "student.img_size is not the size of the cached views",
+            got=student.img_size,
+            expected=cached[0] if len(cached) == 1 else f"one of {', '.join(map(str, cached))}",
+            hint="students train at the size of a teacher's views",
+        )
 
 
 def with_mask(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> TrainStudentRecipe:

@@ -240,6 +240,12 @@ class UnitPart:
                 by_view = values.reshape(len(keys), num_views, *shape).swapaxes(0, 1)
                 held[name][:, begin : len(self.keys)] = by_view
 
+    def fill(
+        self, keys: list[str], unreadable: list[tuple[str, str]], arrays: dict[str, dict[str, npt.NDArray[Any]]]
+    ) -> None:
+        """Take the records of all readable images at once, instead of `add`: by layer and name, arrays [k, I, ...]."""
+        self.keys, self.unreadable, self._arrays = keys, unreadable, arrays
+
     def compare(self, views: AuditedViews) -> None:
         """Add views to the unit audit of every layer (I5)."""
         for layer, audit in self.audits.items():

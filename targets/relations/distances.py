@@ -22,7 +22,7 @@ from tinymim.targets.relations.dense import Dense
 from tinymim.targets.relations.hidden import Hidden
 from tinymim.targets.relations.kind import RelationKind
 from tinymim.targets.relations.qkv import QKV, relation_logits
-from tinymim.targets.relations.rows import DenseRows
+from tinymim.targets.relations.rows import DenseRows, Rows
 from tinymim.targets.vectors import LEAST_NORM
 
 
@@ -127,7 +127,7 @@ class RelationDistance(RelationKind):
         self, columns: Mapping[str, Values], shapes: Shapes, lines: int
     ) -> list[PictureLine]:
         """See `RelationKind`; logits are shown as probabilities."""
-        shown = {
+        shown: dict[str, Rows] = {
             name: {relation: self._shown(held) for relation, held in values.items()} for name, values in columns.items()
         }
         return super().picture(shown, shapes, lines)

@@ -199,7 +199,7 @@ def test_all_problems_come_at_once_one_a_line(tmp_path: Path) -> None:
         ("verify.zzz=1", "verify.zzz: unknown key (value 1); fields here: first, every"),
         ("optim.steps=null", "optim: give epochs or steps, exactly one; got epochs=None, steps=None"),
         ("optim.betas=[0.5]", "optim.betas.1: required, but missing"),
-        ("views={1: 2}", "views: unknown key"),
+        ("view={1: 2}", "view: unknown key"),
         ("verify={1: 2}", "verify.1: got 1; keys should be strings"),
         (
             "student.name=null",

@@ -55,6 +55,24 @@ def test_students_may_be_on_devices_of_their_own() -> None:
     assert {name: own.run.device for name, own in recipe.each().items()} == {"a": "cuda:0", "b": "cuda:1"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"fresh": 0.5}, "on_missing must be teacher for fresh; got refuse"),
+        ({"write_back": True, "views": {}, "on_missing": "skip"}, "teacher for write_back, views; got skip"),
+        ({"layers": {"a": {"teacher": {}}}}, r"on_missing must be teacher for layers\.a\.teacher"),
+        ({"layers": {"a": {"codec": {"name": "dense"}}}}, r"layers\.a\.codec needs layers\.a\.teacher"),
+        ({"on_missing": "teacher"}, "on_missing: teacher needs num_views"),
+        ({"on_missing": "teacher", "fresh": 0.5}, "on_missing: teacher needs num_views"),
+    ],
+)
+def test_what_is_for_a_teacher_in_the_loop_needs_one(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        recipe(**changes)
+    for fine in ({"num_views": 2}, {"fresh": 1}):
+        assert recipe(on_missing="teacher", **fine).on_missing == "teacher"
+
+
 def test_the_resolved_recipe_of_several_students_is_a_recipe(tmp_path: Path) -> None:
     path, resolved = tmp_path / "recipe.yaml", tmp_path / "resolved.yaml"
     path.write_text(SEVERAL)

@@ -315,3 +315,61 @@ def test_an_entry_permutes_only_the_groups_up_to_it(monkeypatch: pytest.MonkeyPa
     order.step = order.steps_per_epoch // 2 + 1  # one step behind a border of groups: 5,008 of 10,000 samples
     next(order.plan(order.step + 1))
     assert lengths == [1000, 40]
+
+
+# ---------------------------------------------------------------- new views
+
+EQUAL_COUNTS = [6, 6, 6, 6, 6, 6, 6, 6]
+
+
+def fresh_order(fresh: float, **order: Any) -> SampleOrder:
+    return SampleOrder(EQUAL_COUNTS, OrderConfig(**order), 12, 3, fresh=fresh)
+
+
+def views_by_image(order: SampleOrder, steps: int) -> dict[tuple[int, int], list[int]]:
+    found: dict[tuple[int, int], list[int]] = {}
+    for _, items in order.steps(steps):
+        for shard, sample, view, _ in items.tolist():
+            found.setdefault((shard, sample), []).append(view)
+    return found
+
+
+@pytest.mark.parametrize("views_per_decode", [1, 2])
+def test_every_pass_renders_the_same_share_of_shards_anew_and_no_new_view_comes_twice(views_per_decode: int) -> None:
+    order = fresh_order(0.25, views_per_decode=views_per_decode, views_per_epoch=views_per_decode)
+    found = views_by_image(order, 4 * 12)
+    assert len(found) == 48 and {len(views) for views in found.values()} == {12}
+    for views in found.values():
+        new = [view for view in views if view >= 3]
+        assert new == [3, 4, 5]  # a quarter of 12
+        assert [view for view in views if view < 3] == [0, 1, 2] * 3  # the others go on in turn
+    for at in range(12):
+        assert sum(views[at] >= 3 for views in found.values()) == 12  # of 48 in every pass
+    for shard in range(8):
+        assert len({tuple(found[shard, sample]) for sample in range(6)}) == 1
+
+
+def test_no_new_views_are_the_order_as_before_and_all_of_them_have_no_end() -> None:
+    plain = SampleOrder(EQUAL_COUNTS, OrderConfig(), 12, 3)
+    for one, other in zip(plain.plan(20), fresh_order(0.0).plan(20), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert plain.state_dict() == fresh_order(0.0).state_dict() != fresh_order(0.5).state_dict()
+    assert set(map(tuple, views_by_image(fresh_order(1.0), 12).values())) == {(3, 4, 5)}
+
+
+def test_new_views_are_the_same_after_a_resume_and_for_any_number_of_ranks() -> None:
+    config = OrderConfig(lanes=4)
+    whole = [items for _, items in SampleOrder(EQUAL_COUNTS, config, 12, 3, fresh=0.3).steps(20)]
+    parts = [SampleOrder(EQUAL_COUNTS, config, 12, 3, rank, 2, fresh=0.3) for rank in range(2)]
+    for part in parts:
+        part.step = 7
+    for step, (left, right) in enumerate(zip(*(part.steps(20) for part in parts), strict=True), start=7):
+        both = {tuple(row) for _, items in (left, right) for row in items[:, :3].tolist()}
+        assert both == {tuple(row) for row in whole[step][:, :3].tolist()}
+        np.testing.assert_array_equal(parts[0].whole_batch(step), whole[step][:, :3])
+
+
+def test_which_shards_come_anew_is_golden() -> None:
+    found = views_by_image(fresh_order(0.25), 16)
+    golden = "0132 3012 3012 0312 0132 0123 0312 0123"
+    assert " ".join("".join(map(str, found[shard, 0])) for shard in range(8)) == golden

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.sections import JitterConfig
-from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.dataset import Lacking, ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.stages.training.device_stream import CPU, DeviceStream, current
 from tinymim.stages.training.optim import seeded
@@ -22,8 +22,11 @@ class CountingTargets:
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], list[int]]] = []
 
-    def __call__(self, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor) -> tuple[Target, ...]:
+    def __call__(
+        self, pixels: Tensor, records: Mapping[str, Tensor], view_keys: Tensor, lacking: Lacking | None
+    ) -> tuple[Target, ...]:
         assert torch.equal(pixels, batch().pixels[records["rows"]])
+        assert lacking is None
         self.asked.append((records["rows"].tolist(), view_keys.tolist()))
         return ()
 
