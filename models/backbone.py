@@ -52,6 +52,8 @@ def strides(model: nn.Module) -> tuple[int, ...]:
 
 def final_width(model: nn.Module) -> int:
     """Channels of the final tokens, after the model's last norm."""
+    if (own := own_shapes(model)) is not None:
+        return own.width
     return int(getattr(model, "num_features", 0)) or widths(model)[-1]
 
 

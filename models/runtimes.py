@@ -72,8 +72,9 @@ def load_trained(folder: Path) -> Trained:
                 got=f"factory {config['factory']}",
                 hint="load model.safetensors into that module, and export it by torch.export or torch.onnx yourself",
             )
-        cfg = config["pretrained_cfg"]
-        size, mean, std = int(cfg["input_size"][-1]), list(map(float, cfg["mean"])), list(map(float, cfg["std"]))
+        cfg, args = config["pretrained_cfg"], config["model_args"]
+        size = int(args["img_size"] if "img_size" in args else cfg["input_size"][-1])  # a ResNet takes no img_size
+        mean, std = list(map(float, cfg["mean"])), list(map(float, cfg["std"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} is no folder for timm",

@@ -14,7 +14,7 @@ from tinymim.configs.sections import ModelConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
-from tinymim.stages import cache_teacher, finetune, make_shards, train_student
+from tinymim.stages import cache_teacher, export, finetune, make_shards, train_student
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages import finetunes
 from tinymim.tests.stages.tiny import cache_recipe, losses, student_recipe
@@ -76,6 +76,22 @@ def test_relations_of_a_vit_teach_a_tiny_vit_that_timm_loads(home: Path) -> None
     own = load_file(folder / "student.safetensors")
     assert model.state_dict().keys() == own.keys()
     assert all(torch.equal(each, own[name]) for name, each in model.state_dict().items())
+    report = export.run(folder / "student", home / "out.pt2", "torch-export")
+    assert report["max_difference"] < 1e-4 and report["img_size"] == 32
+
+
+def test_masks_are_refused_by_models_of_maps(home: Path) -> None:
+    save_file(
+        build_model(ModelConfig.model_validate(SWIN)).state_dict(),
+        home / "swin.safetensors",
+        Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata(),
+    )
+    teacher, mask = SWIN | {"block": 3, "weights": str(home / "swin.safetensors")}, {"ratio": 0.5}
+    with pytest.raises(RecipeError, match=r"SwinTransformer cannot run on visible patches alone"):
+        cache_teacher.run(cache_recipe(home, teacher=teacher, codec={"kind": "features"}, mask=mask, cache=home / "m"))
+    for hide in ("drop", "token"):
+        with pytest.raises(RecipeError, match=r"TinyVit cannot run on visible patches alone"):
+            train_student.run(student_recipe(home, student=TINY_VIT, mask=mask | {"hide": hide}))
 
 
 # ---------------------------------------------------------------- labels
