@@ -225,11 +225,12 @@ class TeacherInput:
 
     def _loaded(self, device: torch.device) -> dict[tuple[str, ...], Teacher]:
         """The teachers on a device, by the layers that they serve; equal ones are loaded once."""
-        groups: dict[TeacherConfig, list[_Wanted]] = {}
+        groups: dict[str, list[_Wanted]] = {}
         for each in self._wanted.values():
-            groups.setdefault(each.recipe.teacher.model_copy(update={"block": 1}), []).append(each)
+            groups.setdefault(each.recipe.teacher.model_dump_json(exclude={"block"}), []).append(each)
         found = {}
-        for config, layers in groups.items():
+        for layers in groups.values():
+            config = layers[0].recipe.teacher.model_copy(update={"block": 1})
             with naming(layers[0].name if len(self._wanted) > 1 else ""):
                 found[tuple(each.name for each in layers)] = _teacher(config, layers, device)
         return found
