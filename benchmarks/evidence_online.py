@@ -54,7 +54,7 @@ class Features:
     measure: ClassVar[str] = "mse"
 
     def __init__(self, tap: Tap) -> None:
-        self.tap = tap
+        self.tap, self.taps = tap, (tap,)
 
     def exact(self, tapped: Tapped) -> Tensor:
         """The target [B, T, C]."""

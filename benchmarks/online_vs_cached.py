@@ -99,7 +99,7 @@ class NoTarget:
     measure: ClassVar[str] = "no"
 
     def __init__(self, kind: TargetKind) -> None:
-        self.head = kind.head
+        self.head, self.taps = kind.head, kind.taps
 
     def losses(self, answers: Answers, target: Target) -> dict[str, Loss]:
         """Mean squares of the answers."""

@@ -84,6 +84,16 @@ class _Training(Section):
     loader: LoaderConfig = Field(default=LoaderConfig(), description="Loader processes.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="States for resume.")
     precision: Precision = Field(default="fp32", description="Precision of training; `fp16` uses loss scaling.")
+    batch_norm: Literal["train", "frozen", "sync"] = Field(
+        default="train",
+        description="Batch norms use each rank's batch (train), their stored statistics (frozen; weights still train), "
+        "or the batch of all ranks (sync; GPUs).",
+    )
+    recompute: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: less memory, more time. With `batch_norm: train` the "
+        "stored statistics then see each batch twice.",
+    )
     workers: Processes = Field(
         default=1,
         description="Training processes on this machine, one per GPU. Ignored under torchrun (docs/training.md).",

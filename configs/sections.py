@@ -211,8 +211,12 @@ class ViewConfig(Section):
         return self
 
 
+# Arguments of timm that fields of recipes decide.
+_DECIDED = ("img_size", "num_classes", "in_chans", "drop_path_rate", "global_pool", "pretrained")
+
+
 class ModelConfig(Section):
-    """A plain ViT by its timm name. Sizes given here override those of the named architecture."""
+    """A model by its timm name. Sizes given here override those of the named architecture (docs/backbones.md)."""
 
     name: str = Field(default="vit_tiny_patch16_224", description="Model name in timm.")
     img_size: Side = Field(default=224, description="Input width and height in pixels.")
@@ -225,7 +229,11 @@ class ModelConfig(Section):
         description="`package.module:function` that returns a module of your own, which `name` then labels "
         "(docs/custom-models.md). Default: timm's model of that name.",
     )
-    args: dict[str, JsonValue] = Field(default={}, description="Keyword arguments of `factory`.")
+    args: dict[str, JsonValue] = Field(
+        default={},
+        description="Further arguments of timm's class, such as `{window_size: 4, depths: [2, 2, 6, 2]}`, or all "
+        "those of `factory`.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -241,8 +249,18 @@ class ModelConfig(Section):
         sizes = [name for name in ("patch_size", "embed_dim", "depth", "num_heads") if getattr(self, name) is not None]
         if self.factory and sizes:
             raise ValueError(f"{', '.join(sizes)} are timm's; give sizes to the factory by args")
-        if self.args and not self.factory:
-            raise ValueError(f"args are for a factory, which is missing; got {', '.join(self.args)}")
+        return self
+
+    @model_validator(mode="after")
+    def _arguments_of_timm(self) -> "ModelConfig":
+        if self.factory:
+            return self
+        given = {name for name in ("patch_size", "embed_dim", "depth", "num_heads") if getattr(self, name) is not None}
+        if taken := sorted(self.args.keys() & {*_DECIDED, *given}):
+            raise ValueError(f"args repeats what a field of the recipe decides; got {', '.join(taken)}")
+        flat = [each for value in self.args.values() for each in (value if isinstance(value, list) else [value])]
+        if any(isinstance(each, dict | list) for each in flat):
+            raise ValueError(f"args of timm are values and lists of values; got {self.args}")
         return self
 
     @model_validator(mode="after")

@@ -1,13 +1,15 @@
 """The inside of timm models: the only file that reads their blocks, embeddings and norms.
 
 Widths, strides and tokens are given by *place*, counted from 1 in the order of timm's own `feature_info` and
-`forward_intermediates`: a block of a plain ViT. A hierarchical family would list its stages there and add its grids
-here. The functions on blocks, attention and positions are capabilities that a model may lack.
+`forward_intermediates`: a block of a plain ViT, a stage of any other model. A plain ViT is one whose blocks give tokens
+of one width, prefix tokens first: timm's ViT, DeiT, BEiT, EVA, DINO, SigLIP, AIMv2. All others give maps, which become
+tokens in raster order, without prefix. The functions on blocks, attention and positions are for plain ViTs alone.
 
 Shapes: B image, P prefix token (class token, registers), N patch, T token = P + N, C channel, W row of qkv = 3 x C.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -30,6 +32,14 @@ PlainViT = VisionTransformer | Eva  # Eva: timm's plain ViT with rotary position
 # ---------------------------------------------------------------- sizes
 
 
+def is_plain(model: nn.Module) -> bool:
+    """Whether a model is a plain ViT: every block gives all its tokens, and the first of them may be prefix tokens."""
+    found = getattr(model, "forward_intermediates", None)
+    gives_prefix = found is not None and "return_prefix_tokens" in inspect.signature(found).parameters
+    same = isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList)
+    return gives_prefix and same and hasattr(getattr(model, "patch_embed", None), "grid_size")
+
+
 def widths(model: nn.Module) -> tuple[int, ...]:
     """Channels at every place."""
     return tuple(int(place["num_chs"]) for place in _places(model))
@@ -40,17 +50,53 @@ def strides(model: nn.Module) -> tuple[int, ...]:
     return tuple(int(place["reduction"]) for place in _places(model))
 
 
-def grid(model: nn.Module) -> tuple[int, int]:
-    """Rows and columns of patches at the model's image size."""
+def final_width(model: nn.Module) -> int:
+    """Channels of the final tokens, after the model's last norm."""
+    if (own := own_shapes(model)) is not None:
+        return own.width
+    return int(getattr(model, "num_features", 0)) or widths(model)[-1]
+
+
+def pooled_width(model: nn.Module) -> int:
+    """Channels of the embedding that the classifier reads."""
+    return int(getattr(model, "head_hidden_size", None) or final_width(model))
+
+
+def grid(model: nn.Module, img_size: int | None = None, place: int | None = None) -> tuple[int, int]:
+    """Rows and columns of tokens.
+
+    Args:
+        model: the model.
+        img_size: side of the input; a plain ViT has a grid of its own, so it may be left out.
+        place: the place, from 1; None for the final tokens.
+    """
     timm_model: Any = model
-    rows, columns = timm_model.patch_embed.grid_size
-    return int(rows), int(columns)
+    if is_plain(model):
+        rows, columns = timm_model.patch_embed.grid_size
+        return int(rows), int(columns)
+    assert img_size is not None, "the grid of a model of maps depends on its input"
+    side = -(-img_size // strides(model)[-1 if place is None else place - 1])
+    return side, side
 
 
-def patch(model: nn.Module) -> tuple[int, int] | None:
-    """Rows and columns of pixels of a patch; None where the first layer does not cut patches."""
+def cell(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of pixels that an input must be a multiple of; None where any input will do.
+
+    A plain ViT, and a model that starts with patches, leaves the border out otherwise; a pyramid would have a last map
+    whose cells are not all as large.
+    """
     size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return (int(size[0]), int(size[1])) if isinstance(size, tuple) and len(size) == 2 else None
+    own = (int(size[0]), int(size[1])) if isinstance(size, tuple) and len(size) == 2 else None
+    if is_plain(model) or not getattr(model, "feature_info", None):
+        return own
+    last = max(strides(model))
+    return last, last
+
+
+def takes_img_size(model: nn.Module) -> bool:
+    """Whether the model is built for one input size, the argument `img_size` of its class."""
+    makers = (vars(kind).get("__init__") for kind in type(model).__mro__)
+    return any("img_size" in inspect.signature(make).parameters for make in makers if inspect.isfunction(make))
 
 
 def prefix_tokens(model: nn.Module) -> int:
@@ -82,6 +128,12 @@ def classes(model: nn.Module) -> int:
     return int(getattr(model, "num_classes", 0))
 
 
+def classifier(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the classifier's parameters, as timm names them: "head." of a ViT, "fc." of a ResNet."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
 def heads(model: nn.Module) -> int | None:
     """Heads of the attention layers; None where there are none, or where they differ."""
     numbers = (getattr(layer, "num_heads", None) for layer in model.modules())
@@ -92,7 +144,7 @@ def heads(model: nn.Module) -> int | None:
 def _places(model: nn.Module) -> list[dict[str, Any]]:
     places: list[dict[str, Any]] | None = getattr(model, "feature_info", None)
     if not places:
-        raise RecipeError("timm does not list the model's widths", got=type(model).__name__, expected="a ViT")
+        raise RecipeError("timm does not list the model's widths", got=type(model).__name__, expected="a timm model")
     return places
 
 
@@ -100,10 +152,12 @@ def _places(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def blocks(model: nn.Module) -> nn.Sequential | nn.ModuleList:
-    """The blocks of a ViT in order. Raises RecipeError where there are none."""
+    """The blocks of a plain ViT in order. Raises RecipeError for any other model."""
     found = getattr(model, "blocks", None)
-    if not isinstance(found, nn.Sequential | nn.ModuleList):
-        raise RecipeError("the model has no attention blocks", got=type(model).__name__, expected="a ViT")
+    if not is_plain(model) or not isinstance(found, nn.Sequential | nn.ModuleList):
+        raise RecipeError(
+            "the model has no attention blocks over all its tokens", got=type(model).__name__, expected="a plain ViT"
+        )
     return found
 
 
@@ -159,21 +213,19 @@ def tokens_at(model: nn.Module, images: Tensor, place: int | None) -> Tensor:
     """Tokens [B, T, C] of normalised images [B, 3, S, S] at a place; nothing after it is computed.
 
     Args:
-        model: a ViT.
+        model: a timm model.
         images: normalised images.
         place: the place, from 1; None for the tokens after all blocks and the final norm.
 
     Raises:
-        RecipeError: the model has no such place, or no tokens there.
+        RecipeError: the model has no such place.
     """
     timm_model: Any = model
     if place is None:
-        tokens: Tensor = timm_model.forward_features(images)
-        if tokens.ndim != 3:
-            raise RecipeError("the model has no tokens", got=f"features {tuple(tokens.shape)}", expected="a ViT")
-        return tokens
-    if not 1 <= place <= len(blocks(model)):
-        raise RecipeError("block is outside the model", got=place, expected=f"1..{len(blocks(model))}")
+        return flat(model, timm_model.forward_features(images))
+    check_place(model, place)
+    if not is_plain(model):
+        return features_and_maps(model, images, [place], whole=False)[1][place].flatten(2).mT
     [found] = timm_model.forward_intermediates(
         images,
         indices=[place - 1],
@@ -185,11 +237,67 @@ def tokens_at(model: nn.Module, images: Tensor, place: int | None) -> Tensor:
     return torch.cat([found[1], found[0]], dim=1) if prefix_tokens(model) else found
 
 
-def classified(model: nn.Module, tokens: Tensor, logits: bool) -> Tensor:
-    """The classifier's logits [B, L] for final tokens [B, T, C], or the pooled embedding [B, C] that it reads."""
+def check_place(model: nn.Module, place: int) -> None:
+    """Raises RecipeError where a model has no such place."""
+    if not 1 <= place <= len(widths(model)):
+        raise RecipeError(
+            f"{'block' if is_plain(model) else 'stage'} is outside the model",
+            got=place,
+            expected=f"1..{len(widths(model))}",
+        )
+
+
+def features_and_maps(
+    model: nn.Module, images: Tensor, places: Sequence[int], whole: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """What `forward_features` gives if `whole`, else an empty tensor, and the maps [B, C, rows, columns] by place.
+
+    One pass; without `whole` it ends at the last place.
+    """
     timm_model: Any = model
-    found: Tensor = timm_model.forward_head(tokens, pre_logits=not logits)
-    return found
+    if not places:
+        return timm_model.forward_features(images), {}
+    ordered = sorted(set(places))
+    found = timm_model.forward_intermediates(
+        images,
+        indices=[place - 1 for place in ordered],
+        stop_early=not whole,
+        output_fmt="NCHW",
+        intermediates_only=not whole,
+    )
+    features, maps = found if whole else (images.new_empty(0), found)
+    return features, dict(zip(ordered, maps, strict=True))
+
+
+def flat(model: nn.Module, features: Tensor) -> Tensor:
+    """What `forward_features` gives as tokens [B, T, C]: maps in raster order.
+
+    Raises:
+        RecipeError: it gives something else.
+    """
+    if features.ndim == 4:
+        return features.flatten(1, 2) if getattr(model, "output_fmt", None) == "NHWC" else features.flatten(2).mT
+    if features.ndim != 3:
+        raise RecipeError("the model has no tokens", got=f"features {tuple(features.shape)}", expected="tokens or maps")
+    return features
+
+
+def classified(model: nn.Module, features: Tensor, logits: bool) -> Tensor:
+    """The classifier's logits [B, L] for what `forward_features` gives, or the embedding [B, C] that it reads."""
+    timm_model: Any = model
+    found: Tensor = timm_model.forward_head(features, pre_logits=not logits)
+    return found.flatten(1)
+
+
+def check_masked(model: nn.Module) -> None:
+    """Raises RecipeError where a model cannot run on visible patches alone."""
+    if not isinstance(model, PlainViT):
+        raise RecipeError(
+            f"{type(model).__name__} cannot run on visible patches alone",
+            got="a mask",
+            expected="a plain ViT, or one with rotary positions",
+            hint="leave the mask out",
+        )
 
 
 class _Kept(nn.Module):
@@ -219,13 +327,7 @@ def seeing(model: nn.Module, kept: Tensor | None) -> Iterator[None]:
     if kept is None:
         yield
         return
-    if not isinstance(model, VisionTransformer | Eva):
-        raise RecipeError(
-            f"{type(model).__name__} cannot run on visible patches alone",
-            got="a mask",
-            expected="a plain ViT, or one with rotary positions",
-            hint="leave the mask out",
-        )
+    check_masked(model)
     timm_model: Any = model
     held = timm_model.patch_drop
     timm_model.patch_drop = _Kept(kept, prefix_tokens(model), returns_indices=isinstance(model, Eva))
@@ -296,3 +398,56 @@ def set_drop_path(vit: PlainViT, rate: float) -> None:
     """Set stochastic depth to one rate in every block but the last, as TinyMIM does; timm's rate rises from 0."""
     for block in vit.blocks[:-1]:
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    vit.blocks[-1].drop_path1, vit.blocks[-1].drop_path2 = nn.Identity(), nn.Identity()
+
+
+# ---------------------------------------------------------------- training
+
+
+def forget_biases(model: nn.Module) -> None:
+    """Make attention layers compute their position biases at every pass.
+
+    TinyViT and LeViT keep them from the first pass in eval mode until `train` is called, so weights that are loaded or
+    averaged in between would meet the biases of earlier weights.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "attention_bias_cache"):
+            layer.register_forward_pre_hook(_forget)
+
+
+def _forget(layer: nn.Module, _args: Any) -> None:
+    layer.attention_bias_cache = {}  # type: ignore[assignment]  # a dictionary by device
+
+
+def recompute(model: nn.Module) -> None:
+    """Keep no activations inside blocks; the backward pass computes them again. Raises RecipeError without timm's."""
+    timm_model: Any = model
+    try:
+        timm_model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise RecipeError("timm cannot recompute this model's activations", got=type(model).__name__) from error
+
+
+def layers_below_head(model: nn.Module) -> dict[str, int] | None:
+    """By parameter the blocks between it and the head, for layer decay; None: timm's groups are the published ones.
+
+    TinyViT's own scale counts its blocks alone. The stem goes with the first of them, a downsampling with the last
+    before it, and norm and head with the last block (Wu et al., "TinyViT", ECCV 2022). timm counts downsamplings too.
+    """
+    if type(model).__name__ != "TinyVit":
+        return None
+    found: dict[str, int] = {}
+    depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr]
+    total = sum(depths)
+    for name, _ in model.named_parameters():
+        match name.split("."):
+            case ["stages", stage, "blocks", block, *_]:
+                number = sum(depths[: int(stage)]) + int(block)
+            case ["stages", stage, "downsample", *_]:
+                number = sum(depths[: int(stage)]) - 1
+            case ["patch_embed", *_]:
+                number = 0
+            case _:
+                number = total - 1
+        found[name] = total - 1 - number
+    return found

@@ -19,18 +19,21 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, first_line
 from tinymim.models import backbone
+from tinymim.models.layouts import TIMM, rewritten
+from tinymim.models.tables import fit_tables
 
 _PATH_MODULES = ("pathlib", "pathlib._local")  # before and since Python 3.13
 _SIZES = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads"
 _POOLED = (
     "a model fine-tuned with mean pooling has no norm over tokens: use it as a teacher, or take the pre-trained file"
 )
-_UNDER = ("model", "state_dict")  # keys of `torch.save`d dictionaries under which the weights may be
+INDEX = ".index.json"  # ends the name of transformers' list of shards
+# Keys of `torch.save`d dictionaries under which the weights may be.
+_UNDER = ("model", "state_dict", "model_state_dict", "model_state", "module")
 _DAMAGED = (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError)
 # Types that a checkpoint may hold beside tensors and plain values. The training loops of MAE, DINO and TinyMIM save
 # their command line, a namespace with paths. All of them only hold data.
@@ -39,7 +42,7 @@ _PLAIN: list[Any] = [
     *((PurePosixPath, f"{module}.{name}") for module in _PATH_MODULES for name in ("PosixPath", "PurePosixPath")),
     *((PureWindowsPath, f"{module}.{name}") for module in _PATH_MODULES for name in ("WindowsPath", "PureWindowsPath")),
 ]
-_NOT_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.")
+_NOT_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.", "lm_head.", "pooler.")
 # The tensors of an encoder in MAE's and TinyMIM's own checkpoints.
 _STEM = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias")
 _LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -48,11 +51,12 @@ _BLOCK = tuple(f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bi
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """The digest of the model's tensors, the file's tensors that were dropped, and the model's that the file lacks."""
+    """The digest of the model's tensors, the file's that were dropped, the model's that the file lacks, the layout."""
 
     sha256: str
     dropped: tuple[str, ...]
     new: tuple[str, ...] = ()
+    layout: str = TIMM
 
 
 class Contents(NamedTuple):
@@ -74,6 +78,8 @@ def read_checkpoint(path: Path, under: str | None = None) -> Contents:
     Raises:
         CheckpointError: the file cannot be read, is damaged, or holds something else.
     """
+    if path.name.endswith(INDEX):
+        return _read_shards(path, under)
     if _is_pytorch(path):
         return _read_pytorch(path, under)
     metadata = _metadata(path)
@@ -87,7 +93,20 @@ def read_checkpoint(path: Path, under: str | None = None) -> Contents:
 
 def read_metadata(path: Path, under: str | None = None) -> dict[str, str]:
     """The metadata strings of a file, which describe its origin; arguments and errors as `read_checkpoint`."""
+    if path.name.endswith(INDEX):
+        return {}
     return _read_pytorch(path, under).metadata if _is_pytorch(path) else _metadata(path)
+
+
+def _read_shards(path: Path, under: str | None) -> Contents:
+    """The shards that transformers' index names, which lie beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        assert names and all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(f"{path} is not an index of shards", got=first_line(error)) from error
+    parts = [read_checkpoint(path.with_name(name), under).tensors for name in names]
+    return Contents({name: tensor for part in parts for name, tensor in part.items()}, {})
 
 
 def _is_pytorch(path: Path) -> bool:
@@ -174,7 +193,7 @@ def load_tensors(
 
     Args:
         model: any module.
-        tensors: tensors by name; prefixes of DataParallel and of our MAE are removed.
+        tensors: tensors by name, in a layout of `models/layouts.py`.
         origin: the source of the tensors, for messages.
         may_drop: prefixes of tensors to drop where the model has none of that name and shape, in addition to those of
             decoders and heads.
@@ -182,9 +201,11 @@ def load_tensors(
         hint: the hint of the error.
     """
     wanted = model.state_dict()
-    tensors = _fit_position(model, _strip_prefix(dict(tensors)))
+    tensors, layout, outside = rewritten(model, dict(tensors))
+    tensors = fit_tables(model, tensors)
     fits = {name for name in wanted.keys() & tensors.keys() if _misfit(tensors[name], wanted[name]) is None}
-    dropped = tuple(sorted(name for name in tensors.keys() - fits if name.startswith((*_NOT_ENCODER, *may_drop))))
+    droppable = (*_NOT_ENCODER, *backbone.classifier(model), *may_drop)
+    dropped = tuple(sorted(name for name in tensors.keys() - fits if name.startswith(droppable)))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     new = tuple(sorted(name for name in wanted.keys() - tensors.keys() if may_lack and name.startswith(may_lack)))
     missing = sorted(wanted.keys() - tensors.keys() - set(new))
@@ -194,13 +215,13 @@ def load_tensors(
     ]
     if missing or unexpected or others:
         raise CheckpointError(
-            f"{origin} does not fit the model",
+            f"{origin} does not fit the model" + (f" (read as {layout})" if layout != TIMM else ""),
             got=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}; other shape or type: {_some(others)}",
             expected=f"{len(wanted)} tensors of the model" + (f", of which {len(new)} may be new" if new else ""),
             hint=_POOLED if missing == ["norm.bias", "norm.weight"] and "fc_norm.weight" in dropped else hint,
         )
     model.load_state_dict(wanted | tensors, strict=True)
-    return LoadedWeights(tensors_sha256(model.state_dict()), dropped, new)
+    return LoadedWeights(tensors_sha256(model.state_dict()), tuple(sorted({*dropped, *outside})), new, layout)
 
 
 def _misfit(tensor: Tensor, wanted: Tensor) -> str | None:
@@ -210,33 +231,6 @@ def _misfit(tensor: Tensor, wanted: Tensor) -> str | None:
     if not dense or tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex():
         return f"{tensor.dtype}{'' if dense else ', not dense,'} for {wanted.dtype}".replace("torch.", "")
     return None if tensor.shape == wanted.shape else f"{tuple(tensor.shape)} for {tuple(wanted.shape)}"
-
-
-def _strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # States of our own MAE, of DataParallel, of torch.compile and of DINO have a prefix and are otherwise the same.
-    for prefix in ("module.", "_orig_mod.", "encoder.", "backbone."):
-        if any(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def _fit_position(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Resample a square table of positions to the model's grid; a table of another form stays, and will not fit."""
-    table, wanted = tensors.get(backbone.POSITIONS), model.state_dict().get(backbone.POSITIONS)
-    if table is None or wanted is None or table.ndim != 3 or not table.is_floating_point():
-        return tensors
-    if table.shape[1] == wanted.shape[1] or (table.shape[0], table.shape[2]) != (1, wanted.shape[2]):
-        return tensors
-    rows, columns = backbone.grid(model)
-    prefix = wanted.shape[1] - rows * columns
-    # Some tables, as DeiT III's, have no row for the class token: it is as if that row were zero.
-    for own, missing in ((prefix, 0), (0, prefix)):
-        patches = table.shape[1] - own
-        if patches > 0 and math.isqrt(patches) ** 2 == patches:
-            fitted = resample_abs_pos_embed(table.float(), [rows, columns], num_prefix_tokens=own)
-            zeros = fitted.new_zeros(1, missing, fitted.shape[2])
-            return tensors | {backbone.POSITIONS: torch.cat([zeros, fitted], dim=1)}
-    return tensors
 
 
 def _some(names: list[str], most: int = 6) -> str:

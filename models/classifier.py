@@ -1,10 +1,12 @@
 """A timm model with a classifier head, for fine-tuning: an encoder's weights, and a new head where they have none."""
 
+import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import ModelConfig
+from tinymim.models import backbone
 from tinymim.models.backbone import FINAL_NORM, POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, tensors_sha256
 from tinymim.models.files import RANDOM
@@ -22,7 +24,8 @@ def build_classifier(config: ModelConfig, num_classes: int, pool: str, drop_path
     With `pool` "mean", timm's ViT has no final norm but a norm after the pooling, `fc_norm`, as in MAE's fine-tuning.
 
     Raises:
-        RecipeError: timm cannot build it, or it is a factory's, whose classifier is not known.
+        RecipeError: timm cannot build it, it has no class token for `pool` "cls", or it is a factory's, whose
+            classifier is not known.
     """
     if config.factory is not None:
         raise RecipeError(
@@ -30,7 +33,17 @@ def build_classifier(config: ModelConfig, num_classes: int, pool: str, drop_path
             got=f"factory {config.factory}",
             hint="evaluate the encoder with `tinymim evaluate`, or fine-tune it in a loop of your own",
         )
-    return build_model(config, drop_path=drop_path, num_classes=num_classes, global_pool=POOLS[pool])
+    try:
+        return build_model(config, drop_path=drop_path, num_classes=num_classes, global_pool=POOLS[pool])
+    except RecipeError as error:
+        if pool == "cls" and not _has_class_token(config):
+            raise RecipeError("pool: cls needs a class token", got=config.name, hint="set pool: mean") from error
+        raise
+
+
+def _has_class_token(config: ModelConfig) -> bool:
+    with torch.device("meta"):
+        return backbone.has_class_token(build_model(config))
 
 
 def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> LoadedWeights:
@@ -55,25 +68,19 @@ def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> Load
         model,
         tensors,
         origin,
-        may_drop=(FINAL_NORM, *_head(model)),
-        may_lack=(POOLED_NORM, *_head(model)),
+        may_drop=(FINAL_NORM, *backbone.classifier(model)),
+        may_lack=(POOLED_NORM, *backbone.classifier(model)),
         hint=hint,
     )
     check_heads(model, metadata, origin)
-    if any(name.startswith(_head(model)) for name in loaded.new):
+    if any(name.startswith(backbone.classifier(model)) for name in loaded.new):
         _initialise_head(model)
-        loaded = LoadedWeights(tensors_sha256(model.state_dict()), loaded.dropped, loaded.new)
+        loaded = LoadedWeights(tensors_sha256(model.state_dict()), loaded.dropped, loaded.new, loaded.layout)
     return loaded
-
-
-def _head(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the classifier's parameters, as timm names them: "head." of a ViT."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def _initialise_head(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if name.startswith(_head(model)):
+        if name.startswith(backbone.classifier(model)):
             weight: Tensor = parameter.data
             trunc_normal_(weight, std=_HEAD_STD) if weight.ndim > 1 else nn.init.zeros_(weight)

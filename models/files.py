@@ -11,6 +11,13 @@ from tinymim.configs.sections import HUB as HUB
 
 RANDOM: Final = "random"
 _PACKAGE: Final = "package:"
+# What timm and transformers write into a folder.
+_IN_FOLDER: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class WeightsFile(NamedTuple):
@@ -21,9 +28,10 @@ class WeightsFile(NamedTuple):
 
 
 def weights_file(weights: str) -> WeightsFile:
-    """The file of "package:NAME", of "FILE" or "FILE#KEY", in a folder that timm loads, or of "hf://OWNER/NAME/FILE".
+    """The file of "package:NAME", of "FILE" or "FILE#KEY", in a folder of timm or transformers, or of the hub.
 
-    A file of the hub is copied into the hub's local cache; without a path it is the repository's model.safetensors.
+    A file of the hub, "hf://OWNER/NAME/FILE", is copied into the hub's local cache; without a path it is the
+    repository's model.safetensors.
 
     Raises:
         CheckpointError: no such file.
@@ -40,8 +48,7 @@ def weights_file(weights: str) -> WeightsFile:
         hint = f"shipped weights: {shipped}"
     else:
         path, hint = Path(weights), "give a .safetensors or .pth file, hf://OWNER/NAME/FILE, 'hub', or 'package:NAME'"
-        if (inside := path / "model.safetensors").is_file():  # a folder for timm
-            path = inside
+        path = next((path / name for name in _IN_FOLDER if (path / name).is_file()), path)
     if not path.is_file():
         raise CheckpointError("weights file does not exist", got=path, hint=hint)
     return WeightsFile(path)

@@ -32,8 +32,10 @@ def missing_parts(student: nn.Module, teacher: Mapping[str, Any], taps: tuple[Ta
         return ""
     if name.lower().startswith(("hf-hub:", "hf_hub:")):  # would be fetched
         return ""
+    sizes = {field: teacher["arch"][field] for field in ModelConfig.model_fields.keys() & teacher["arch"].keys()}
+    args = {field: value for field, value in teacher["arch"].items() if field not in sizes}
     with torch.device("meta"):
-        native = backbone.native_parts(build_model(ModelConfig(name=name, **teacher["arch"])))
+        native = backbone.native_parts(build_model(ModelConfig(name=name, **{"args": args, **sizes})))
     lacking = sorted(native - backbone.native_parts(student))
     if not lacking:
         return ""

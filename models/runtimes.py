@@ -52,8 +52,10 @@ class Forward(nn.Module):
         self.classifies = backbone.classes(model) > 0
 
     def forward(self, images: Tensor) -> Tensor:
-        answer: Tensor = self.model(images) if self.classifies else self.model.forward_features(images)
-        return answer
+        if not self.classifies:
+            return backbone.flat(self.model, self.model.forward_features(images))
+        logits: Tensor = self.model(images)
+        return logits
 
 
 def load_trained(folder: Path) -> Trained:
@@ -71,7 +73,8 @@ def load_trained(folder: Path) -> Trained:
                 hint="load model.safetensors into that module, and export it by torch.export or torch.onnx yourself",
             )
         cfg, args = config["pretrained_cfg"], config["model_args"]
-        size, mean, std = int(args["img_size"]), list(map(float, cfg["mean"])), list(map(float, cfg["std"]))
+        size = int(args["img_size"] if "img_size" in args else cfg["input_size"][-1])  # a ResNet takes no img_size
+        mean, std = list(map(float, cfg["mean"])), list(map(float, cfg["std"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} is no folder for timm",
@@ -103,9 +106,9 @@ class Graph(NamedTuple):
 
 
 def to_graph(trained: Trained) -> Graph:
-    """The graph of `Forward`, with a dynamic batch, and with dynamic multiples of the patch where the model allows."""
+    """The graph of `Forward`, with a dynamic batch, and with dynamic multiples of its cells where the model allows."""
     forward, batch = Forward(trained.model).eval(), torch.export.Dim("batch", min=1)
-    patch = backbone.patch(trained.model)
+    patch = backbone.cell(trained.model)
     with _quiet():
         if trained.any_size and patch is not None:
             rows, columns = torch.export.Dim("rows", min=2), torch.export.Dim("columns", min=2)
@@ -193,7 +196,7 @@ def to_transformers(trained: Trained, tensors: Mapping[str, Tensor], metadata: M
             thirds = tensors[f"{own}.attn.qkv.{part}"].chunk(3)
             for name, third in zip(("query", "key", "value"), thirds, strict=True):
                 renamed[f"{theirs}.attention.attention.{name}.{part}"] = third
-    model, patch = trained.model, backbone.patch(trained.model)
+    model, patch = trained.model, backbone.cell(trained.model)
     assert patch is not None, "a plain ViT cuts patches"
     config = {
         "architectures": ["ViTModel"],

@@ -1,25 +1,39 @@
-"""A student during training: the timm ViT that is exported, and its heads, which are not part of it.
+"""A student during training: the timm model that is exported, and its heads, which are not part of it.
 
 Shapes: B view, S pixel, T token, C width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.sections import MimConfig, ModelConfig
-from tinymim.configs.taps import Shapes
+from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.custom import own_shapes, require_student
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 from tinymim.models.mae import PixelDecoder
+from tinymim.models.taps import WHOLE_VIEW
 from tinymim.models.vit import build_model, build_timm_student
 
 Answers = tuple[Tensor, ...]  # of one head; first axis views
+
+
+class Fit(NamedTuple):
+    """How a student's grid of patches becomes a teacher's.
+
+    Attributes:
+        pool: side of the squares of patches whose mean is one patch.
+        grow: side of the squares of patches that a learned linear layer makes of one patch.
+    """
+
+    pool: int = 1
+    grow: int = 1
 
 
 def build_student(config: ModelConfig, drop_path: float = 0.0) -> nn.Module:
@@ -39,12 +53,12 @@ def build_student(config: ModelConfig, drop_path: float = 0.0) -> nn.Module:
 
 
 class StudentModel(nn.Module):
-    """A plain ViT with one or more heads on its final tokens, whose answers are compared with the teacher.
+    """A model with one or more heads on its final tokens, whose answers are compared with the teacher.
 
     Args:
         vit: the model to export: a timm ViT, or a module that `build_student` makes.
         heads: each maps final tokens [B, T, C] to answers, a tuple of tensors.
-        pools: for each head the side of the squares of patches whose mean it gets, from `pool_side`; none: 1.
+        fits: for each head how its tokens are made from the final ones, by `fit_of`; none: the final tokens.
         paints: put a learned token in place of hidden patches; else they are dropped.
         mim: the loss on hidden patches; None: there is none.
     """
@@ -53,7 +67,7 @@ class StudentModel(nn.Module):
         self,
         vit: nn.Module,
         *heads: nn.Module,
-        pools: Sequence[int] = (),
+        fits: Sequence[Fit] = (),
         paints: bool = False,
         mim: MimConfig | None = None,
     ) -> None:
@@ -64,17 +78,25 @@ class StudentModel(nn.Module):
             self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.widths(vit)[-1]).normal_(std=0.02))
         self.mim_block = None if mim is None else mim.block
         self.decoder = None if mim is None else PixelDecoder(vit, mim, normed=mim.block is not None)
-        self.pools = tuple(pools) or (1,) * len(heads)
+        self.fits = tuple(fits) or (Fit(),) * len(heads)
         self.drop_paths = replace_drop_path(vit)
         # A single head is not in a list, so that the names of its weights in a state are those of older states.
         self.head: nn.Module = heads[0] if len(heads) == 1 else nn.ModuleList(heads)
+        width = backbone.final_width(vit)
+        self.grown = nn.ModuleDict(
+            {str(n): nn.Linear(width, fit.grow**2 * width) for n, fit in enumerate(self.fits) if fit.grow > 1}
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm spares from weight decay, such as tables of relative positions."""
+        return {f"vit.{name}" for name in getattr(self.vit, "no_weight_decay", set)()}
 
     def draw(self, generator: torch.Generator, places: Tensor, batch_size: int) -> None:
         """Draw the stochastic depth of the next forward pass in training; arguments as `set_drop_masks`."""
         set_drop_masks(self.drop_paths, generator, places, batch_size, next(self.parameters()).device)
 
     def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """The tokens [B, T, C] after the final norm, for normalised images [B, 3, S, S].
+        """The tokens [B, T, C] after the final norm, for normalised images [B, 3, S, S]; see `final_tokens`.
 
         `kept`, int64 [B, M], are the visible patches; None: all are.
         """
@@ -83,12 +105,11 @@ class StudentModel(nn.Module):
         else:
             hidden = backbone.painted(self.vit, kept, self.mask_token)
         with hidden:
-            tokens: Tensor = self.vit.forward_features(images)
-        return tokens
+            return final_tokens(self.vit, images)
 
     def answers(self, images: Tensor, kept: Tensor | None = None) -> tuple[Answers, ...]:
         """The answers of every head for normalised images [B, 3, S, S]; `kept` is as for `tokens`."""
-        return self._answers(self.tokens(images, kept))
+        return self._answers(self.tokens(images, kept), images.shape[-1])
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Any, ...]:
         """The answers for normalised images [B, 3, S, S]: of the only head, or a tuple of them.
@@ -105,17 +126,31 @@ class StudentModel(nn.Module):
             with backbone.tokens_after(self.vit, self.mim_block) as found:
                 tokens = self.tokens(images, kept)
             [read] = found
-        return *self._answers(tokens), self._mim(self.decoder, read, images, kept)
+        return *self._answers(tokens, images.shape[-1]), self._mim(self.decoder, read, images, kept)
 
-    def _answers(self, tokens: Tensor) -> tuple[Answers, ...]:
-        shapes = shapes_of(self.vit)
-        return tuple(head(_pooled(tokens, shapes, side)) for head, side in zip(self.heads, self.pools, strict=True))
+    def _answers(self, tokens: Tensor, img_size: int) -> tuple[Answers, ...]:
+        return tuple(head(self._fitted(tokens, img_size, number)) for number, head in enumerate(self.heads))
 
     def _mim(self, decoder: PixelDecoder, tokens: Tensor, images: Tensor, kept: Tensor) -> Tensor:
         rows, columns = backbone.grid(self.vit)
         hidden = torch.ones(len(kept), rows * columns, dtype=torch.int8, device=kept.device).scatter(1, kept, 0)
         # Stable: visible patches, then hidden ones, both ascending. No size depends on the values, so no GPU waits.
         return decoder.error(tokens, images, hidden.argsort(dim=1, stable=True), kept.shape[1])
+
+    def _fitted(self, tokens: Tensor, img_size: int, number: int) -> Tensor:
+        """Tokens [B, T, C] as the grid of a head; prefix tokens stay."""
+        pool, grow = self.fits[number]
+        if pool == grow == 1:
+            return tokens
+        shapes = shapes_of(self.vit, img_size)
+        prefix, patches = tokens[:, : shapes.prefix_tokens], tokens[:, shapes.prefix_tokens :]
+        rows, columns = shapes.grid
+        if pool > 1:
+            patches = patches.unflatten(1, (rows // pool, pool, columns // pool, pool)).mean((2, 4)).flatten(1, 2)
+        else:
+            squares = self.grown[str(number)](patches).unflatten(2, (grow, grow, -1)).unflatten(1, (rows, columns))
+            patches = squares.permute(0, 1, 3, 2, 4, 5).flatten(1, 4)
+        return torch.cat([prefix, patches], 1)
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:
@@ -129,38 +164,73 @@ class StudentModel(nn.Module):
         return answers if isinstance(self.head, nn.ModuleList) else (answers,)
 
 
-def pool_side(student: Shapes, teacher: Shapes) -> int:
-    """The whole number of student patches along a side of a teacher patch; 1 where there is none, or a mask."""
+def fit_of(student: Shapes, teacher: Shapes, taps: Sequence[Tap]) -> Fit:
+    """How a student's patches become a teacher's at some taps: by a whole factor between their grids, if there is one.
+
+    Masked tokens stay as they are. Tokens are not grown for targets of the whole view, which have no grid.
+    """
     if student.masked or teacher.masked:
-        return 1
-    sides = {own / its for own, its in zip(student.grid, teacher.grid, strict=True)}
+        return Fit()
+    pool = _factor(student.grid, teacher.grid)
+    grow = 1 if all(tap.kind in WHOLE_VIEW for tap in taps) else _factor(teacher.grid, student.grid)
+    return Fit(pool, grow)
+
+
+def _factor(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
+    """The whole number of one grid's cells along a side of the other's; 1 where there is none."""
+    sides = {own / its for own, its in zip(fine, coarse, strict=True)}
     side = sides.pop()
     return 1 if sides or side != int(side) else int(side)
 
 
-def pooled_shapes(student: Shapes, side: int) -> Shapes:
-    """The shapes of a student's tokens after `side` x `side` patches have become one."""
-    if side == 1:
+def fitted_shapes(student: Shapes, fit: Fit) -> Shapes:
+    """The shapes of a student's tokens as a head gets them."""
+    if fit == Fit():
         return student
-    rows, columns = (each // side for each in student.grid)
+    rows, columns = (each * fit.grow // fit.pool for each in student.grid)
     return replace(student, tokens=student.prefix_tokens + rows * columns, grid=(rows, columns))
 
 
-def _pooled(tokens: Tensor, shapes: Shapes, side: int) -> Tensor:
-    """Tokens [B, T, C] with the mean of every square of `side` x `side` patches; prefix tokens stay."""
-    if side == 1:
+def final_tokens(model: nn.Module, images: Tensor) -> Tensor:
+    """The final tokens [B, T, C] of a student.
+
+    In front of a model's map stands the embedding that its classifier reads, in the place of a class token, where it
+    has the map's width. So losses on the class token train the pooling and its norm.
+    """
+    timm_model: Any = model
+    features: Tensor = timm_model.forward_features(images)
+    tokens = backbone.flat(model, features)
+    if not _pooled_first(model):
         return tokens
-    prefix, patches = tokens[:, : shapes.prefix_tokens], tokens[:, shapes.prefix_tokens :]
-    rows, columns = (each // side for each in shapes.grid)
-    squares = patches.unflatten(1, (rows, side, columns, side))
-    return torch.cat([prefix, squares.mean((2, 4)).flatten(1, 2)], 1)
+    return torch.cat([backbone.classified(model, features, logits=False)[:, None], tokens], 1)
 
 
-def shapes_of(vit: nn.Module) -> Shapes:
-    """Sizes of a student; its device may be meta."""
-    if (own := own_shapes(vit)) is not None:
+def shapes_of(model: nn.Module, img_size: int | None = None) -> Shapes:
+    """Sizes of a student's final tokens; its device may be meta.
+
+    Args:
+        model: the model to export.
+        img_size: side of its input; a plain ViT has one of its own.
+    """
+    if (own := own_shapes(model)) is not None:
         return own
-    heads, width = backbone.heads(vit), backbone.widths(vit)[-1]
+    width, prefix = backbone.final_width(model), _prefix(model)
+    heads = backbone.heads(model) if backbone.is_plain(model) else _heads(width)
     assert heads is not None, "a plain ViT has attention"
-    (rows, columns), prefix = backbone.grid(vit), backbone.prefix_tokens(vit)
+    rows, columns = backbone.grid(model, img_size)
     return Shapes(heads, width // heads, rows * columns + prefix, prefix, (rows, columns))
+
+
+def _pooled_first(model: nn.Module) -> bool:
+    if own_shapes(model) is not None or backbone.is_plain(model) or backbone.prefix_tokens(model):
+        return False
+    return backbone.pooled_width(model) == backbone.final_width(model)
+
+
+def _prefix(model: nn.Module) -> int:
+    return backbone.prefix_tokens(model) + _pooled_first(model)
+
+
+def _heads(width: int) -> int:
+    """Heads for the answers of a model that has none of its own: of 32 channels, as far as they divide the width."""
+    return math.gcd(width, width // 32) if width >= 64 else 1

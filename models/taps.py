@@ -1,4 +1,4 @@
-"""Tensors taken at named places of any timm ViT (`Tap`), and a teacher that stops right after its last tap.
+"""Tensors taken at named places of any timm model (`Tap`), and a teacher that stops right after its last tap.
 
 The qkv tap intercepts the call of scaled dot-product attention. So it gets q and k after their norms and rotary
 embeddings, from fused, split and biased qkv layers, without a copy of any model's forward.
@@ -22,6 +22,7 @@ from tinymim.models import backbone
 Tapped = Mapping[Tap, tuple[Tensor, ...]]
 IN_ATTENTION = ("normed", "attention", "qkv")
 AT_END = ("tokens", "cls", "pooled", "logits")  # may have place 0
+WHOLE_VIEW = ("cls", "pooled", "logits")  # one vector a view, without a grid
 KINDS = (*IN_ATTENTION, *AT_END)
 
 
@@ -56,10 +57,11 @@ class CutTeacher(nn.Module):
     - "cls@N": the class token [B, C] after the block.
 
     "tokens@0" and "cls@0" are those after the final norm. "pooled@0" is the embedding [B, C] that the classifier reads,
-    and "logits@0" is what the classifier gives, [B, L].
+    and "logits@0" is what the classifier gives, [B, L]. A model that is no plain ViT has stages in the place of blocks,
+    and only the taps "tokens", "pooled" and "logits".
 
     Args:
-        model: a timm ViT.
+        model: a timm model.
         taps: one or more taps.
 
     Raises:
@@ -75,7 +77,8 @@ class CutTeacher(nn.Module):
         self.model = model
         # In the order of the forward pass; the end of the model comes last.
         self.taps = tuple(sorted(set(taps), key=lambda tap: (tap.place == 0, tap.place, KINDS.index(tap.kind))))
-        if self.taps[-1].place:
+        self._plain = backbone.is_plain(model)
+        if self.taps[-1].place and self._plain:
             del backbone.blocks(model)[self.taps[-1].place :]
 
     def attention(self, tap: Tap) -> nn.Module:
@@ -83,7 +86,14 @@ class CutTeacher(nn.Module):
         return backbone.attention(self.model, tap.place)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks that are not tapped: hooks that change with every call would compile them again."""
+        """Compile the blocks that are not tapped: hooks that change with every call would compile them again.
+
+        Raises:
+            RecipeError: the model is no plain ViT.
+        """
+        if not self._plain:
+            what = type(self.model).__name__
+            raise RecipeError("teacher.compile needs a plain ViT", got=what, hint="set teacher.compile: false")
         tapped = {tap.place for tap in self.taps}
         for number, block in enumerate(backbone.blocks(self.model), start=1):
             if number not in tapped:
@@ -95,6 +105,9 @@ class CutTeacher(nn.Module):
         With `kept`, int64 [B, M], the model sees these patches alone (`backbone.seeing`), and T is P + M.
         """
         wanted = [tap for tap in self.taps if taps is None or tap in taps]
+        if not self._plain:
+            with backbone.seeing(self.model, kept):
+                return self._of_maps(images, wanted)
         found: dict[Tap, tuple[Tensor, ...]] = {}
 
         def take(tap: Tap, *tensors: Tensor) -> None:
@@ -120,6 +133,24 @@ class CutTeacher(nn.Module):
             got=type(self.attention(missing)).__name__,
             expected="a plain ViT, whose blocks call scaled_dot_product_attention",
         )
+
+    def _of_maps(self, images: Tensor, wanted: Sequence[Tap]) -> Tapped:
+        """`forward` of a model that is no plain ViT: its stages give maps, which become tokens."""
+        found: dict[Tap, tuple[Tensor, ...]] = {}
+        places = [tap.place for tap in wanted if tap.place]
+        features, maps = backbone.features_and_maps(self.model, images, places, len(places) < len(wanted))
+        for tap in wanted:
+            if tap.place:
+                tokens = maps[tap.place].flatten(2).mT
+                found[tap] = (tokens, tokens[:, :0])
+            elif tap.kind == "tokens":
+                tokens = backbone.flat(self.model, features)
+                found[tap] = (tokens, tokens[:, : self._prefix])
+            elif tap.kind == "cls":
+                found[tap] = (backbone.flat(self.model, features)[:, 0],)
+            else:
+                found[tap] = (backbone.classified(self.model, features, logits=tap.kind == "logits"),)
+        return found
 
     def _hooked(self, tap: Tap, take: Callable[..., None]) -> list[RemovableHandle]:
         """The hooks of a tap inside a block, for one forward pass."""
@@ -155,9 +186,15 @@ class CutTeacher(nn.Module):
 
 def check_tap(model: nn.Module, tap: Tap) -> None:
     """Raises RecipeError where the model lacks the place of a tap; makes its attention layer call what taps catch."""
-    assert tap.kind in KINDS, f"a plain ViT has no tap {tap.kind}"
-    depth = len(backbone.blocks(model))
+    assert tap.kind in KINDS, f"no model has a tap {tap.kind}"
+    depth = len(backbone.widths(model))
     assert not (tap.place and tap.kind in ("pooled", "logits")), f"{tap} is at the end of a model only"
+    if not backbone.is_plain(model) and (tap.kind in IN_ATTENTION or (tap.kind == "cls" and tap.place)):
+        raise RecipeError(
+            f"the tap {tap} needs a plain ViT, whose blocks attend over all tokens",
+            got=type(model).__name__,
+            hint="its maps have codecs too: features, ff, gram; cls at: pooled; logits",
+        )
     if not (0 if tap.kind in AT_END else 1) <= tap.place <= depth:
         raise RecipeError("teacher.block is outside the teacher", got=tap.place, expected=f"1..{depth}")
     if tap.kind in ("attention", "qkv"):

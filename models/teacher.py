@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import TeacherConfig
+from tinymim.configs.sections import LARGEST, TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone, custom
 from tinymim.models.checkpoints import tensors_sha256
@@ -60,6 +60,7 @@ class Teacher(nn.Module):
         elif _at_classifier(taps) and others:
             self._sha256[False] = tensors_sha256(_built(config, others).state_dict())
         self.mean, self.std, _, self.license = stated(model, config, config.weights, config.mean, config.std)
+        self._plain = backbone.is_plain(model)
         self.normalise = Normalise(self.mean, self.std)
         custom.require_teacher(model)
         made: CustomTaps | CutTeacher
@@ -103,8 +104,9 @@ class Teacher(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.cut.shapes.grid if isinstance(self.cut, CustomTaps) else backbone.grid(self.cut.model)
+        """Rows and columns of patches, or of cells of the last map."""
+        cut = self.cut
+        return cut.shapes.grid if isinstance(cut, CustomTaps) else backbone.grid(cut.model, self.config.img_size)
 
     @property
     def prefix_tokens(self) -> int:
@@ -114,15 +116,22 @@ class Teacher(nn.Module):
         return backbone.prefix_tokens(self.cut.model)
 
     def shapes(self, taps: Collection[Tap] | None = None, visible: int | None = None) -> Shapes:
-        """Sizes of a view's tensors at some taps, by default at all, from a forward pass; `visible` as in `black`."""
+        """Sizes of a view's tensors at some taps, by default at all, from a forward pass; `visible` as in `black`.
+
+        Of a timm model that is no plain ViT they are those at the last of the taps, whose tokens have one head.
+        """
+        model, tapped = self.cut.model, self.black(taps, visible)
         if isinstance(self.cut, CustomTaps):
-            self.black(taps, visible)
             return self.cut.shapes
-        model = self.cut.model
+        if not self._plain:
+            last = max(tapped, key=lambda tap: tap.place or LARGEST)
+            grid, width = backbone.grid(model, self.config.img_size, last.place or None), tapped[last][0].shape[-1]
+            prefix = tapped[last][1].shape[1] if last.kind == "tokens" else 0
+            return Shapes(1, width, grid[0] * grid[1] + prefix, prefix, grid)
         (rows, columns), prefix = self.grid, self.prefix_tokens
         heads, width = backbone.heads(model) or 1, backbone.widths(model)[-1]
         head_dim, tokens = width // heads, (rows * columns if visible is None else visible) + prefix
-        for tap, tensors in self.black(taps, visible).items():
+        for tap, tensors in tapped.items():
             if tap.kind in ("qkv", "attention"):
                 _, heads, tokens, head_dim = tensors[0].shape
         return Shapes(heads, head_dim, tokens, prefix, (rows, columns))
@@ -130,10 +139,10 @@ class Teacher(nn.Module):
     def describe(self, taps: Collection[Tap] | None = None) -> dict[str, Any]:
         """The teacher's identity in a layer that reads some taps, by default all: whatever of it changes a number."""
         config = self.config
-        made_by = {"factory": config.factory, "args": config.args} if config.factory is not None else {}
+        own = {"factory": config.factory, "args": config.args} if config.factory is not None else size_overrides(config)
         return {
             "name": config.name,
-            "arch": {"img_size": config.img_size, **size_overrides(config), **made_by},
+            "arch": {"img_size": config.img_size, **own},
             "weights_sha256": self._sha256[_at_classifier(self.cut.taps if taps is None else taps)],
             "weights_origin": config.weights,
             "license": self.license,

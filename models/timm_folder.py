@@ -29,10 +29,15 @@ class Pixels:
         return {"pixels": json.dumps({"mean": self.mean, "std": self.std})}
 
 
-def timm_arguments(config: ModelConfig, num_classes: int, pool: str) -> dict[str, Any]:
+def timm_arguments(model: nn.Module, config: ModelConfig, pool: str) -> dict[str, Any]:
     """Arguments of `timm.create_model` that rebuild a classifier; its saved weights carry them as metadata."""
-    sizes = {"img_size": config.img_size, **size_overrides(config)}
-    return {"model_name": config.name, "num_classes": num_classes, "global_pool": POOLS[pool], **sizes}
+    named = {"model_name": config.name, "num_classes": backbone.classes(model), "global_pool": POOLS[pool]}
+    return named | _sizes(model, config)
+
+
+def _sizes(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
+    own = {"img_size": config.img_size} if backbone.takes_img_size(model) else {}
+    return own | size_overrides(config)
 
 
 def timm_config(
@@ -54,12 +59,11 @@ def timm_config(
     architecture: dict[str, Any] = timm_model.pretrained_cfg
     # A name with a source, "local-dir:..." or "hf-hub:...", brings arguments of its own.
     own = getattr(model, "_model_args", {}) if ":" in config.name else {}
-    sizes = {"img_size": config.img_size, **size_overrides(config)}
     found: dict[str, Any] = {
         "architecture": architecture["architecture"],
         "num_classes": timm_model.num_classes,
-        "num_features": backbone.widths(model)[-1],
-        "model_args": own | sizes | ({"global_pool": POOLS[pool]} if pool else {}),
+        "num_features": backbone.final_width(model),
+        "model_args": own | _sizes(model, config) | ({"global_pool": POOLS[pool]} if pool else {}),
         "pretrained_cfg": {
             "input_size": [3, config.img_size, config.img_size],
             "fixed_input_size": architecture.get("fixed_input_size", False),

@@ -1,4 +1,4 @@
-"""Plain ViTs over timm: build by name, normalise pixels, cut into patches."""
+"""Models over timm: build by name, normalise pixels, cut into patches."""
 
 import contextlib
 import re
@@ -30,84 +30,112 @@ def build_model(
     """
     if config.factory is not None:
         return custom.build(config)
-    overrides = size_overrides(config)
+    overrides = {"drop_path_rate": drop_path, **size_overrides(config), **extra}
     from_hub = not pretrained and config.name.lower().startswith(("hf-hub:", "hf_hub:"))  # its sizes are there
     try:
         with without_retries() if from_hub else contextlib.nullcontext() as unreachable:
-            model: nn.Module = timm.create_model(
-                config.name,
-                pretrained=pretrained,
-                num_classes=num_classes,
-                img_size=config.img_size,
-                drop_path_rate=drop_path,
-                **overrides,
-                **extra,
-            )
+            model = _created(config, pretrained=pretrained, num_classes=num_classes, **overrides)
     except (RuntimeError, TypeError, AssertionError, ValueError, OSError, LookupError, ZeroDivisionError) as error:
         if pretrained:  # `weights.build_pretrained` explains what a hub can do
             raise
+        if (unknown := _unknown(error)) == "drop_path_rate":
+            raise RecipeError(
+                f"timm's '{config.name}' has no stochastic depth", got=drop_path, hint="drop_path=0"
+            ) from error
+        if unknown is not None:
+            raise RecipeError(
+                f"timm's '{config.name}' does not take {unknown}",
+                got=f"{unknown}: {overrides.get(unknown)}",
+                hint="its own arguments go into args, such as {depths: [2, 2, 6, 2]}",
+            ) from error
         close = timm.list_models(f"*{re.sub('[^a-z0-9_]', '?', config.name.split('.')[0][:10])}*")[:5]
         raise RecipeError(
             f"timm cannot build '{config.name}'",
             got=unreachable or first_line(error),
             hint=f"names like it: {', '.join(close) or 'none'}",
         ) from error
-    patch = backbone.patch(model)
-    if patch is not None and any(config.img_size % side for side in patch):
+    cell = backbone.cell(model)
+    if cell is not None and any(config.img_size % side for side in cell):
+        cells = "patches" if backbone.is_plain(model) else "last cells"
         raise RecipeError(
-            f"img_size is not a multiple of the patch of '{config.name}': border pixels would be left out",
-            got=f"img_size {config.img_size}, patches of {patch[0]} x {patch[1]}",
-            hint=f"img_size={max(1, config.img_size // patch[0]) * patch[0]}, or set patch_size",
+            f"img_size is not a multiple of the {'patch' if backbone.is_plain(model) else 'last stride'} of "
+            f"'{config.name}': border pixels would be left out",
+            got=f"img_size {config.img_size}, {cells} of {cell[0]} x {cell[1]}",
+            hint=f"img_size={max(1, config.img_size // cell[0]) * cell[0]}"
+            + (", or set patch_size" if backbone.is_plain(model) else ""),
         )
+    backbone.forget_biases(model)
     return model
 
 
+def _created(config: ModelConfig, **arguments: Any) -> nn.Module:
+    """timm's model, without the image size and a drop rate of 0 where its class takes none."""
+    arguments["img_size"] = config.img_size
+    while True:
+        try:
+            return timm.create_model(config.name, **arguments)
+        except TypeError as error:
+            unknown = _unknown(error)
+            if unknown != "img_size" and (unknown != "drop_path_rate" or arguments[unknown]):
+                raise
+            del arguments[unknown]
+
+
+def _unknown(error: BaseException) -> str | None:
+    """The argument that a model's class does not take, from Python's message."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+    return None if found is None else found[1]
+
+
 def size_overrides(config: ModelConfig) -> dict[str, Any]:
-    """The sizes of a recipe that replace those of the named architecture, without the image size."""
+    """timm's arguments in a recipe that replace those of the named architecture, without the image size."""
     sizes = {
         "patch_size": config.patch_size,
         "embed_dim": config.embed_dim,
         "depth": config.depth,
         "num_heads": config.num_heads,
     }
-    return {name: value for name, value in sizes.items() if value is not None}
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in config.args.items()}
+    return {name: value for name, value in sizes.items() if value is not None} | args
 
 
-def build_timm_student(config: ModelConfig, drop_path: float = 0.0) -> backbone.PlainViT:
-    """As `build_vit`, or a plain ViT with rotary positions alone, such as timm's DINOv3, initialised likewise."""
-    model = build_model(config)
-    if not isinstance(model, Eva) or backbone.positions(model) is not None:
-        return _initialised(config, model, drop_path)
-    backbone.initialise_like_mae(model, None)
+def build_timm_student(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> nn.Module:
+    """As `build_model`, at the initial weights of a student; `drop_path` is its stochastic depth.
+
+    timm's VisionTransformer gets MAE's initialisation: a fixed 2-D sine-cosine position table, Xavier-uniform linear
+    layers (He et al., 2022), and one drop rate as in `backbone.set_drop_path`. So does an Eva with rotary positions
+    alone, such as DINOv3, without the table. Others keep timm's, with a rising rate.
+
+    Raises:
+        RecipeError: as `build_model`.
+    """
+    model = build_model(config, drop_path=drop_path, **extra)
+    table: Tensor | None
+    if isinstance(model, Eva) and backbone.positions(model) is None:
+        table = None
+    elif isinstance(model, VisionTransformer) and (held := backbone.positions(model)) is not None:
+        table = sincos_table(backbone.final_width(model), *backbone.grid(model), prefix=held.prefix)
+    else:
+        return model
+    backbone.initialise_like_mae(model, table)
     if drop_path:
         backbone.set_drop_path(model, drop_path)
     return model
 
 
 def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> VisionTransformer:
-    """As `build_model`, for students and masked pre-training, which need timm's plain VisionTransformer.
-
-    The position embedding is MAE's fixed 2-D sine-cosine table; linear layers are Xavier-initialised (He et al., 2022).
-    `drop_path` is as in `backbone.set_drop_path`.
+    """As `build_timm_student`, for masked pre-training, which needs timm's plain VisionTransformer.
 
     Raises:
         RecipeError: as `build_model`, or the model is not a plain ViT.
     """
-    return _initialised(config, build_model(config, **extra), drop_path)
-
-
-def _initialised(config: ModelConfig, model: nn.Module, drop_path: float) -> VisionTransformer:
-    held = backbone.positions(model) if isinstance(model, VisionTransformer) else None
-    if not isinstance(model, VisionTransformer) or held is None:
+    model = build_timm_student(config, drop_path, **extra)
+    if not isinstance(model, VisionTransformer) or backbone.positions(model) is None:
         raise RecipeError(
             f"'{config.name}' is not a plain ViT with a position embedding",
             got=type(model).__name__,
             expected="a VisionTransformer such as vit_tiny_patch16_224",
         )
-    table = sincos_table(backbone.widths(model)[-1], *backbone.grid(model), prefix=held.prefix)
-    backbone.initialise_like_mae(model, table)
-    if drop_path:
-        backbone.set_drop_path(model, drop_path)
     return model
 
 

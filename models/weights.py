@@ -2,20 +2,24 @@
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, TinymimError, first_line
 from tinymim.configs.sections import ModelConfig
+from tinymim.models import backbone
 from tinymim.models.backbone import POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_checkpoint, read_metadata
 from tinymim.models.files import FACTORY, HUB, RANDOM, weights_file
 from tinymim.models.heads import check_heads
 from tinymim.models.hub import without_retries
+from tinymim.models.layouts import TIMM
 from tinymim.models.timm_folder import Rgb
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model, size_overrides
 
@@ -45,7 +49,8 @@ def read_weights(config: ModelConfig, weights: str) -> Read:
 def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -> LoadedWeights:
     """Load a file into an encoder, in place.
 
-    A position embedding of another grid is resampled (timm's bicubic); all other tensors must fit.
+    Tables of positions and of position biases are resampled (`models/tables.py`); all other tensors must fit. A layout
+    other than timm's is logged.
 
     Args:
         model: the encoder.
@@ -60,6 +65,9 @@ def load_weights(model: nn.Module, weights: str, unread: tuple[str, ...] = ()) -
     tensors, metadata = read_checkpoint(*file)
     loaded = load_tensors(model, tensors, str(file.path), may_lack=unread)
     check_heads(model, metadata, str(file.path))
+    if loaded.layout != TIMM:
+        left_out = f"; not used: {', '.join(loaded.dropped)}" if loaded.dropped else ""
+        logging.getLogger("tinymim").info(f"{file.path}: read as {loaded.layout}{left_out}")
     return loaded
 
 
@@ -80,16 +88,17 @@ def build_with_weights(
         if config.factory is None:
             raise CheckpointError("weights: factory needs a factory", got=f"the timm model {config.name}")
         return build_model(config)
-    model = build_model(config, **(_classifier_of(read_weights(config, weights).tensors) if classifier else {}))
+    model = build_model(config, **(_classifier_of(config, read_weights(config, weights).tensors) if classifier else {}))
     load_weights(model, weights, unread)
     return model
 
 
-def _classifier_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """timm's arguments for the classifier of a ViT's weights: classes, and pooling by where its last norm is."""
-    head = tensors.get("head.weight")
-    pooled = {"global_pool": "avg"} if f"{POOLED_NORM}weight" in tensors else {}
-    return {"num_classes": 0 if head is None else len(head), **pooled}
+def _classifier_of(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """timm's arguments for the classifier in a file: classes, and a ViT's pooling by where its last norm is."""
+    with torch.device("meta"):
+        heads = backbone.classifier(build_model(config))
+    found = next((len(tensors[f"{head}weight"]) for head in heads if f"{head}weight" in tensors), 0)
+    return {"num_classes": found} | ({"global_pool": "avg"} if f"{POOLED_NORM}weight" in tensors else {})
 
 
 def build_pretrained(config: ModelConfig, num_classes: int | None = 0) -> nn.Module:

@@ -200,7 +200,7 @@ def make_students(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> 
 
 def _made_student(recipe: FidelityRecipe, kind: TargetKind, teacher: Shapes) -> StudentModel:
     vit = build_student(recipe.student)
-    return StudentModel(vit, kind.head(shapes_of(vit), teacher))
+    return StudentModel(vit, kind.head(shapes_of(vit, recipe.student.img_size), teacher))
 
 
 # ---------------------------------------------------------------- batches and views

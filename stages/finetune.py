@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tinymim.configs.errors import SourceError
 from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema import FinetuneRecipe
+from tinymim.models import backbone
 from tinymim.models.checkpoints import LoadedWeights, tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
@@ -87,6 +88,8 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     normalise, constants = Normalise(mean, std).to(device), Constants.of(mean, std)
     pixels = Pixels(mean, std, recipe.views.interpolation, 1 / recipe.validation.resize_ratio)
     paths = replace_drop_path(model)
+    if recipe.recompute:
+        backbone.recompute(model)
     model.to(device)
     size = recipe.model.img_size
     about = f"{recipe.model.name} of {count_parameters(model):,} parameters, {num_classes:,} classes"
@@ -103,7 +106,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
         "made_by": "tinymim finetune",
         "recipe": dump_recipe(recipe),
         "libraries": json.dumps(environment()),
-        "timm": json.dumps(timm_arguments(recipe.model, num_classes, recipe.pool)),
+        "timm": json.dumps(timm_arguments(model, recipe.model, recipe.pool)),
         "classes": json.dumps(source.classes),
         "constants": json.dumps(constants._asdict()),
         "started_from_sha256": start.sha256,
@@ -179,7 +182,8 @@ def started_from(recipe: FinetuneRecipe, start: LoadedWeights) -> str:
     if recipe.weights == RANDOM:
         return f"from scratch because of `weights: random` (seed {recipe.run.seed})"
     left_out = f"; not used: {', '.join(start.dropped)}" if start.dropped else ""
-    return f"from {recipe.weights}; new: {', '.join(start.new) or 'nothing, the head is loaded too'}{left_out}"
+    new = ", ".join(start.new) or "nothing, the head is loaded too"
+    return f"from {recipe.weights} ({start.layout}); new: {new}{left_out}"
 
 
 @dataclass
@@ -277,7 +281,7 @@ def _export(schedule: ValidationSchedule, start: LoadedWeights, source: ShardSet
             for name, found in (("train", sorted(history.unreadable.items())), ("val", schedule.validation.unreadable))
             for key, reason in found
         ],
-        "model": timm_arguments(recipe.model, len(history.confusion), recipe.pool),
+        "model": timm_arguments(learner.module, recipe.model, recipe.pool),
         "started_from": {"weights": recipe.weights, "sha256": start.sha256, "new": start.new, "unused": start.dropped},
         "recipe_digest": recipe_digest(recipe),
         "constants": json.loads(schedule.metadata["constants"]),

@@ -55,6 +55,8 @@ def train(recipe: PretrainMaeRecipe, ranks: Ranks) -> None:
     order = SampleOrder(source.counts, recipe.order, batch_size, None, ranks.rank, ranks.world_size)
     torch.manual_seed(recipe.run.seed)
     encoder = build_vit(recipe.model)
+    if recipe.recompute:
+        backbone.recompute(encoder)
     model = MaskedAutoencoder(encoder, recipe.mae).to(device)
     normalise = Normalise().to(device)
     (rows, columns), size = backbone.grid(encoder), recipe.model.img_size

@@ -138,7 +138,9 @@ def _mask_law(recipe: CacheTeacherRecipe | PretrainMaeRecipe) -> Callable[[str, 
     else:
         require_view_size(recipe.views.size, recipe.teacher, "teacher")
         with torch.device("meta"):
-            rows, columns = backbone.grid(build_model(recipe.teacher))
+            teacher = build_model(recipe.teacher)
+        backbone.check_masked(teacher)
+        rows, columns = backbone.grid(teacher)
     visible = mask.num_visible(rows, columns)
 
     def hidden(key: str, view: int) -> Mask:

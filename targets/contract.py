@@ -152,6 +152,10 @@ class StudentTarget(Protocol):
 
     measure: ClassVar[str]
 
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """See `TargetKind`."""
+
     def head(self, student: Shapes, teacher: Shapes) -> nn.Module:
         """See `TargetKind`."""
 

@@ -328,7 +328,7 @@ def check_grid(student: Shapes, teacher: Shapes) -> None:
         raise RecipeError(
             "the student's patches are not the teacher's",
             got=f"student.img_size and student.patch_size that give a grid of {student.grid[0]} x {student.grid[1]}",
-            expected=f"{teacher.grid[0]} x {teacher.grid[1]}, or a whole multiple",
+            expected=f"{teacher.grid[0]} x {teacher.grid[1]}, a whole multiple or a whole part of it",
         )
 
 

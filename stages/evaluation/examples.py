@@ -14,8 +14,7 @@ from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
 from tinymim.configs.sections import VerifyConfig
 from tinymim.configs.taps import Shapes
-from tinymim.models import backbone
-from tinymim.models.student import StudentModel
+from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.masks import visible_patches
@@ -61,7 +60,7 @@ class TrainedStudent(NamedTuple):
     @torch.no_grad()
     def answers(self, pixels: Tensor, named: Sequence[tuple[str, int]]) -> dict[str, Answers]:
         """The answers for uint8 views [B, 3, S, S], given their (sample key, view index), by layer."""
-        kept = visible_patches(self.recipe.mask, named, backbone.grid(self.model.vit), _CPU)
+        kept = visible_patches(self.recipe.mask, named, shapes_of(self.model.vit, self.size).grid, _CPU)
         images = Normalise()(pixels)
         found = self.model.by_head(self.model(images) if kept is None else self.model(images, kept))
         return dict(zip(self.layers, found, strict=True))

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tinymim.configs.errors import UserError
+from tinymim.configs.errors import RecipeError, UserError
 from tinymim.configs.schema import TrainingRecipe
 from tinymim.pipeline.order import Items, SampleOrder
 from tinymim.stages.run.folder import RunFolder
@@ -62,8 +63,9 @@ class Learner:
         content: list[str],
     ) -> None:
         self.name, self.about, self.recipe, self.ranks = name, about, recipe, ranks
-        self.module, self._example = module.train(), example
         self.device = next(module.parameters()).device
+        module = _with_batch_norm(module, recipe.batch_norm, self.device, ranks)
+        self.module, self._example = module.train(), example
         self.folder: Path = recipe.run.folder
         self.optimiser = make_optimiser(module, recipe.optim)
         self.scaler = make_scaler(self.device, recipe.precision)
@@ -195,6 +197,28 @@ class Learner:
             got=f"found by rank {', '.join(map(str, found_by))}; the state and the step's samples are in {dump}",
             hint="lower optim.base_lr, set optim.clip_norm, or train in fp32; the last saved state is intact",
         )
+
+
+def _with_batch_norm(module: nn.Module, mode: str, device: torch.device, ranks: Ranks) -> nn.Module:
+    """The module with its batch norms in the mode of the recipe.
+
+    Raises:
+        RecipeError: "sync" on several ranks without GPUs, which torch does not offer.
+    """
+    if mode == "sync" and ranks.world_size > 1:
+        if device.type != "cuda":
+            raise RecipeError("batch_norm: sync needs GPUs", got=device.type, hint="set batch_norm: train or frozen")
+        synchronous: nn.Module = convert_sync_batchnorm(module)
+        return synchronous
+    if mode == "frozen":
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.register_forward_pre_hook(_freeze)  # `train` turns the mode on again
+    return module
+
+
+def _freeze(layer: nn.Module, _args: Any) -> None:
+    layer.training = False
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from tinymim.configs.codecs import FIRST_TARGETS
 from tinymim.configs.errors import UserError
 from tinymim.configs.schema import LayerConfig, TrainingRecipe, TrainStudentRecipe
 from tinymim.configs.sections import LayerwiseOptimConfig, OptimConfig
+from tinymim.models import backbone
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.training.terms import weights_of
 from tinymim.storage.atomic import canonical_json, digest_hex
@@ -64,18 +65,34 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C].
 
-    With `layer_decay` the groups are timm's: by the model's layers, without decay for its `no_weight_decay`. Each has
-    an "lr_scale", a factor on the schedule's rate.
+    Nor is there any on what timm spares in its `no_weight_decay`, such as tables of relative positions. With
+    `layer_decay` the groups are timm's, by the model's layers (TinyViT: `backbone.layers_below_head`). Each has an
+    "lr_scale", a factor on the schedule's rate.
     """
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
     if isinstance(config, LayerwiseOptimConfig):
-        spared: set[str] = getattr(model, "no_weight_decay", set)()
+        if (below := backbone.layers_below_head(model)) is not None:
+            return torch.optim.AdamW(_groups_by_layer(model, config, below, spared), lr=0.0, betas=config.betas)
         layers = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
         return torch.optim.AdamW(layers, lr=0.0, betas=config.betas)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if p.squeeze().ndim <= 1]
-    decayed = [p for name, p in trained if p.squeeze().ndim > 1]
+    plain = [p for name, p in trained if p.squeeze().ndim <= 1 or name in spared]
+    decayed = [p for name, p in trained if p.squeeze().ndim > 1 and name not in spared]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas)
+
+
+def _groups_by_layer(
+    model: nn.Module, config: LayerwiseOptimConfig, below: Mapping[str, int], spared: set[str]
+) -> list[dict[str, Any]]:
+    """Groups by layers below the head and weight decay, which 1-D parameters and the spared ones have none of."""
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and name not in spared
+            scale = {"lr_scale": config.layer_decay ** below[name], "weight_decay": config.weight_decay * decays}
+            groups.setdefault((below[name], decays), {"params": [], **scale})["params"].append(parameter)
+    return list(groups.values())
 
 
 def optimiser_step(
@@ -161,12 +178,13 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     if isinstance(recipe, TrainStudentRecipe):  # new views are part of the order, and the view law of a layer's content
         free |= {"fresh": True, "write_back": True, "views": True}
     free["run"] = {"folder", "device", "threads", "log_every", "loggers"}
-    if recipe.ema is None:
-        free["ema"] = True  # keeps the identity of states that are older than the field, as for `targets`
+    free["recompute"] = True
+    # Fields that are newer than states of before: where they are off, the identity is as without them.
     for part in ("student", "model"):
         if (model := getattr(recipe, part, None)) is not None and model.factory is None:
-            free[part] = {"factory", "args"}
-    free |= {name: True for name in ("mask", "mim") if getattr(recipe, name, None) is None}
+            free[part] = {"factory"} if model.args else {"factory", "args"}
+    newer = (("ema", None), ("mask", None), ("mim", None), ("batch_norm", "train"))
+    free |= {name: True for name, off in newer if getattr(recipe, name, off) == off}
     fields = recipe.model_dump(mode="json", exclude=free)
     if isinstance(recipe, TrainStudentRecipe):
         fields |= _terms_identity([layer for _, layer in recipe.each_layer()])

@@ -18,7 +18,7 @@ from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, MimConfig, ModelConfig, StudentMaskConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models import backbone
-from tinymim.models.student import StudentModel, build_student, pool_side, pooled_shapes, shapes_of
+from tinymim.models.student import StudentModel, build_student, fit_of, fitted_shapes, shapes_of
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.masks import visible_patches
@@ -51,7 +51,7 @@ class Student(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of its patches."""
+        """Rows and columns of the patches of a student that can have a mask."""
         return backbone.grid(self.model.vit)
 
 
@@ -102,13 +102,15 @@ def student_model(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> StudentM
     """
     assert recipe.student is not None  # by TrainStudentRecipe.each
     vit = build_student(recipe.student, recipe.drop_path)
-    shapes = _seen_shapes(vit, recipe.mask)
+    if recipe.recompute:
+        backbone.recompute(vit)
+    shapes = _seen_shapes(vit, recipe.student, recipe.mask)
     if recipe.mim is not None:
         check_decoder(recipe.mim, recipe.mask, vit)
-    pools = [pool_side(shapes, term.shapes) for term in terms]
-    heads = [term.kind.head(pooled_shapes(shapes, side), term.shapes) for term, side in zip(terms, pools, strict=True)]
+    fits = [fit_of(shapes, term.shapes, term.kind.taps) for term in terms]
+    heads = [term.kind.head(fitted_shapes(shapes, fit), term.shapes) for term, fit in zip(terms, fits, strict=True)]
     paints = recipe.mask is not None and recipe.mask.hide == "token"
-    return StudentModel(vit, *heads, pools=pools, paints=paints, mim=recipe.mim)
+    return StudentModel(vit, *heads, fits=fits, paints=paints, mim=recipe.mim)
 
 
 class StudentStep:
@@ -313,11 +315,12 @@ def check_decoder(mim: MimConfig, mask: StudentMaskConfig | None, vit: nn.Module
         raise RecipeError("mim.block is outside the student", got=mim.block, expected=f"1..{depth}")
 
 
-def _seen_shapes(vit: nn.Module, mask: StudentMaskConfig | None) -> Shapes:
-    """The shapes of a student's tokens for a view with a mask."""
-    shapes = shapes_of(vit)
+def _seen_shapes(vit: nn.Module, config: ModelConfig, mask: StudentMaskConfig | None) -> Shapes:
+    """The shapes of a student's tokens for a view with a mask. Raises RecipeError where it cannot have one."""
+    shapes = shapes_of(vit, config.img_size)
     if mask is None:
         return shapes
+    backbone.check_masked(vit)
     visible = mask.num_visible(*shapes.grid)
     return shapes if mask.hide == "token" else replace(shapes, tokens=shapes.prefix_tokens + visible)
 
@@ -329,7 +332,7 @@ def check_student_fits(student: ModelConfig, term: Term, mask: StudentMaskConfig
         CacheMismatch, RecipeError: the kind of target cannot compare a student of these tokens, or of this width.
     """
     with naming(term.layer), torch.device("meta"):
-        own = _seen_shapes(build_student(student), mask)
+        own = _seen_shapes(build_student(student), student, mask)
         if term.shapes.masked:  # also for kinds that need no grid: a mask of another grid hides other pixels
             check_visible(own, term.shapes)
-        term.kind.head(pooled_shapes(own, pool_side(own, term.shapes)), term.shapes)
+        term.kind.head(fitted_shapes(own, fit_of(own, term.shapes, term.kind.taps)), term.shapes)

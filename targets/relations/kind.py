@@ -122,7 +122,7 @@ class RelationKind(TargetKind):
             raise CacheMismatch(
                 "the student's tokens are not the teacher's",
                 got=f"a grid of {rows} x {columns} and {student.prefix_tokens} prefix tokens",
-                expected=f"{teacher.grid[0]} x {teacher.grid[1]}, or a whole multiple, and {teacher.prefix_tokens}",
+                expected=f"{teacher.grid[0]} x {teacher.grid[1]}, a multiple or a part, and {teacher.prefix_tokens}",
                 hint="choose student.patch_size so that img_size / patch_size is the teacher's grid",
             )
         heads, width = self.relation_heads(teacher.heads), student.width

@@ -81,6 +81,13 @@ def test_a_warning_names_the_parts_that_a_student_lacks(teacher: str, student: s
     assert words in found and bool(words) == bool(found)
 
 
+def test_further_arguments_of_the_teacher_count() -> None:
+    model = build_student(ModelConfig(name="vit_small_patch14_dinov2", **SIZES))
+    assert not missing_parts(model, {"name": "vit_small_patch14_dinov2", "arch": SIZES}, QKV)
+    found = missing_parts(model, {"name": "vit_small_patch14_dinov2", "arch": SIZES | {"reg_tokens": 4}}, QKV)
+    assert "lacks the registers of its teacher" in found
+
+
 def test_training_prints_the_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,7 @@ def test_a_block_outside_the_teacher_is_refused(block: int) -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(RecipeError, match="no attention blocks"):
+    with pytest.raises(RecipeError, match="needs a plain ViT"):
         CutTeacher(timm.create_model("resnet18"), [Tap("qkv", 1)])
 
 

@@ -88,6 +88,15 @@ def pixels(config: ModelConfig, weights: str, **given: Any) -> tuple[Any, ...]:
     [
         ("vit_base_patch16_224.augreg_in21k", HALF, HALF),
         ("vit_base_patch16_224.mae", IMAGENET_MEAN, IMAGENET_STD),
+        ("vit_base_patch16_siglip_224.webli", HALF, HALF),
+        ("vit_small_patch16_dinov3.lvd1689m", IMAGENET_MEAN, IMAGENET_STD),
+        ("vit_large_patch16_dinov3.sat493m", (0.43, 0.411, 0.296), (0.213, 0.156, 0.143)),
+        (
+            "vit_base_patch16_clip_224.openai",
+            (0.48145466, 0.4578275, 0.40821073),
+            (0.26862954, 0.26130258, 0.27577711),
+        ),
+        ("tiny_vit_5m_224.dist_in22k", IMAGENET_MEAN, IMAGENET_STD),
         ("vit_tiny_patch16_224", HALF, HALF),  # all of timm's weights for it have these
     ],
 )

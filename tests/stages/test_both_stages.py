@@ -197,7 +197,7 @@ def test_another_view_size_is_refused_in_both_stages(home: Path) -> None:
     with pytest.raises(CacheMismatch, match=r"student\.img_size"):
         train_student.run(student_recipe(home, student=STUDENT | {"img_size": 40}))
     with pytest.raises(CacheMismatch, match="tokens"):
-        train_student.run(student_recipe(home, student=STUDENT | {"patch_size": 16}))
+        train_student.run(student_recipe(home, student=STUDENT | {"args": {"reg_tokens": 2}}))
 
 
 def test_another_teacher_is_refused(home: Path) -> None:

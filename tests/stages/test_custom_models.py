@@ -158,7 +158,8 @@ def test_what_is_no_student_is_refused(root: Path, tmp_path: Path, section: dict
     ("section", "match"),
     [
         ({"embed_dim": 8}, "give sizes to the factory by args"),
-        ({"factory": None, "args": {"a": 1}, "weights": "hub"}, "args are for a factory"),
+        ({"factory": None, "args": {"img_size": 1}, "weights": "hub"}, "args repeats what a field"),
+        ({"factory": None, "args": {"depths": [[1]]}, "weights": "hub"}, "values and lists of values"),
         ({"factory": "mine.teacher"}, "factory"),
         ({"weights": "hub"}, "needs a timm model"),
         ({"factory": None, "weights": "factory"}, "needs a factory"),

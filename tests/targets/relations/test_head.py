@@ -33,7 +33,7 @@ def test_the_head_is_a_qkv_layer_on_the_final_norm_in_the_students_own_heads() -
     assert isinstance(made.head, RelationHead)
     images = torch.randn(2, 3, 32, 32)
     q, _, v = made(images)
-    flat = made.head.projection(made.vit.forward_features(images))
+    flat = made.head.projection(made.tokens(images))
     assert q.shape == (2, 3, 17, 8)
     torch.testing.assert_close(q[:, 1], flat[..., 8:16])
     torch.testing.assert_close(v[:, 2], flat[..., 48 + 16 :])
