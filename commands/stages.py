@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         FidelityRecipe,
         FinetuneRecipe,
         PretrainMaeRecipe,
+        PretrainRecipe,
         Recipe,
         TrainStudentRecipe,
     )
@@ -63,6 +64,23 @@ def pretrain_mae(recipe: "PretrainMaeRecipe") -> None:
     Example: tinymim pretrain-mae demo-teacher --set optim.steps=200
     """
     from tinymim.stages import pretrain_mae as stage
+
+    stage.run(recipe)
+
+
+@_recipe_command("pretrain", sort_key=2)
+def pretrain(recipe: "PretrainRecipe") -> None:
+    """Train any model from images alone, by what it predicts of hidden squares.
+
+    FastMIM and SimMIM for ViT, Swin, PVT, ConvNeXt and others (docs/pretrain.md).
+
+    Reads the shards of `source`.
+    Writes run.folder as pretrain-mae does. The same command resumes.
+    --set workers=N trains on N GPUs.
+
+    Example: tinymim pretrain tinyimagenet40-fastmim --set optim.steps=200
+    """
+    from tinymim.stages import pretrain as stage
 
     stage.run(recipe)
 

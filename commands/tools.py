@@ -100,9 +100,9 @@ def show_views(
 ) -> None:
     """Draw a contact sheet: what teacher and student see of some images.
 
-    Shows every view with its box, flip, operations and, for pretrain-mae, mask.
+    Shows every view with its box, flip, operations and, in masked pre-training, mask.
 
-    Reads a recipe of cache-teacher or pretrain-mae, and its shards.
+    Reads a recipe of cache-teacher, pretrain-mae or pretrain, and its shards.
     Writes FILE, a self-contained page, and a picture of the same name, .png.
     Prints JSON: page, picture, law, images, views.
 
@@ -118,10 +118,10 @@ def show_views(
         Views of each image, from view 0.
     """
     from tinymim.configs.load import load_recipes
-    from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe
+    from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, PretrainRecipe
 
-    [loaded] = load_recipes([recipe], ("cache-teacher", "pretrain-mae"), overrides or ())
-    assert isinstance(loaded, CacheTeacherRecipe | PretrainMaeRecipe)  # `load_recipes` allows no other
+    [loaded] = load_recipes([recipe], ("cache-teacher", "pretrain-mae", "pretrain"), overrides or ())
+    assert isinstance(loaded, CacheTeacherRecipe | PretrainMaeRecipe | PretrainRecipe)  # `load_recipes` allows no other
     from tinymim.stages import views as stage
 
     print_json(stage.run(loaded, stage.Options(target, images, views)))

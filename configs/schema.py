@@ -32,6 +32,7 @@ from tinymim.configs.sections import (
     KnnEvaluator,
     LayerName,
     LayerwiseOptimConfig,
+    LightDecoderConfig,
     LinearEvaluator,
     LoaderConfig,
     MaeConfig,
@@ -45,6 +46,8 @@ from tinymim.configs.sections import (
     Place,
     Positive,
     Precision,
+    PredictedConfig,
+    PretrainMaskConfig,
     Processes,
     ResizeRatio,
     RunConfig,
@@ -122,6 +125,23 @@ class PretrainMaeRecipe(_Training):
     views: ViewConfig = Field(default=ViewConfig(), description=_VIEWS)
     model: ModelConfig = Field(description="Encoder to train.")
     mae: MaeConfig = Field(default=MaeConfig(), description="Mask and decoder.")
+
+
+class PretrainRecipe(_Training):
+    """`tinymim pretrain`: train any model from images alone, by what it predicts of hidden squares."""
+
+    stage: Literal["pretrain"] = Field(description=_STAGE)
+    source: SourceConfig = Field(description=_SOURCE)
+    views: ViewConfig = Field(default=ViewConfig(size=128), description=_VIEWS)
+    model: ModelConfig = Field(description="Model to train.")
+    weights: str = Field(
+        default="random",
+        description="Weights to start from: `random`, or a file, also of another input size; a run at a higher "
+        "resolution continues one at a lower.",
+    )
+    mask: PretrainMaskConfig = Field(default=PretrainMaskConfig(), description="Hidden squares.")
+    target: PredictedConfig = Field(default=PredictedConfig(), description="What is predicted of them.")
+    decoder: LightDecoderConfig = Field(default=LightDecoderConfig(), description="Decoder, dropped at export.")
 
 
 class LayerTarget(NamedTuple):
@@ -545,7 +565,7 @@ class FinetuneRecipe(_Training):
         return self
 
 
-TrainingRecipe = PretrainMaeRecipe | TrainStudentRecipe | FinetuneRecipe
+TrainingRecipe = PretrainMaeRecipe | PretrainRecipe | TrainStudentRecipe | FinetuneRecipe
 
 
 class EvaluateRecipe(Section):
@@ -614,7 +634,9 @@ class FidelityRecipe(Section):
 class ChainStep(Section):
     """One command of a chain."""
 
-    stage: Literal["pretrain-mae", "cache-teacher", "train-student", "finetune"] = Field(description="Command to run.")
+    stage: Literal["pretrain-mae", "pretrain", "cache-teacher", "train-student", "finetune"] = Field(
+        description="Command to run."
+    )
     recipe: Folder = Field(description="A file, or the name of a shipped recipe.")
     set: tuple[str, ...] = Field(default=(), description="`--set` values for this step, applied after the chain's own.")
 
@@ -631,11 +653,18 @@ class ChainRecipe(Section):
 
 
 RunRecipe = (
-    PretrainMaeRecipe | CacheTeacherRecipe | TrainStudentRecipe | EvaluateRecipe | FidelityRecipe | FinetuneRecipe
+    PretrainMaeRecipe
+    | PretrainRecipe
+    | CacheTeacherRecipe
+    | TrainStudentRecipe
+    | EvaluateRecipe
+    | FidelityRecipe
+    | FinetuneRecipe
 )
 Recipe = RunRecipe | ChainRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "pretrain-mae": PretrainMaeRecipe,
+    "pretrain": PretrainRecipe,
     "cache-teacher": CacheTeacherRecipe,
     "train-student": TrainStudentRecipe,
     "evaluate": EvaluateRecipe,

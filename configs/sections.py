@@ -494,6 +494,63 @@ class MimConfig(DecoderConfig):
     )
 
 
+class PretrainMaskConfig(Section):
+    """Hidden squares of an image, drawn from (seed, sample key) alone (I1)."""
+
+    hide: Literal["paint", "token", "drop"] = Field(
+        default="paint",
+        description="`paint` gives hidden pixels one learned colour (FastMIM; any model). `token` puts a learned token "
+        "in place of embedded patches (SimMIM; plain ViTs and Swin). `drop` leaves patches out (MAE; plain ViTs).",
+    )
+    ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of hidden squares.")
+    block: Side = Field(default=32, description="Width of a square in pixels.")
+
+    def num_visible(self, img_size: int) -> int:
+        """Visible squares of an image.
+
+        Raises:
+            RecipeError: squares do not fill the image, or all would be hidden, or none.
+        """
+        if img_size % self.block:
+            raise RecipeError("mask.block does not divide the image", got=f"{self.block} and {img_size} pixels")
+        squares = (img_size // self.block) ** 2
+        visible = round(squares * (1 - self.ratio))
+        if not 0 < visible < squares:
+            raise RecipeError(
+                "mask.ratio leaves no square to see or none to predict",
+                got=f"{self.ratio} of {squares} squares",
+                expected=f"{1 / squares:.3g} to {1 - 1 / squares:.3g}" if squares > 1 else "a smaller mask.block",
+            )
+        return visible
+
+
+class PredictedConfig(Section):
+    """What is predicted of hidden squares."""
+
+    name: Literal["hog", "pixels"] = Field(
+        default="hog", description="`hog`: histograms of oriented gradients in cells of 8 x 8 pixels; `pixels`."
+    )
+    normalise: bool = Field(
+        default=True,
+        description="Divide the histogram of each cell and colour by its length; normalise pixels per cell.",
+    )
+
+
+class LightDecoderConfig(Section):
+    """The decoder: transformer blocks on the encoder's last grid. Defaults are FastMIM's for ViT-B."""
+
+    dim: Width = Field(default=256, description="Width.")
+    depth: Depth = Field(default=1, description="Blocks.")
+    heads: Width = Field(default=8, description="Attention heads.")
+    position: bool = Field(default=False, description="Add a fixed position embedding. `mask.hide: drop` needs it.")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "LightDecoderConfig":
+        if self.dim % self.heads or (self.position and self.dim % 4):
+            raise ValueError(f"dim must be a multiple of heads, and of 4 with position; got {self.dim}, {self.heads}")
+        return self
+
+
 class JitterConfig(Section):
     """Colour jitter for the student only, fresh at every step (I3). The factor is drawn from 1 - x to 1 + x."""
 

@@ -337,6 +337,39 @@ def seeing(model: nn.Module, kept: Tensor | None) -> Iterator[None]:
         timm_model.patch_drop = held
 
 
+def can_drop(model: nn.Module) -> bool:
+    """Whether `seeing` can leave patches out of the model's input."""
+    return isinstance(model, VisionTransformer | Eva)
+
+
+def embedded_stride(model: nn.Module) -> int | None:
+    """Pixels along a side of the patches that the model embeds first; None where it embeds no square patches."""
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return int(size[0]) if isinstance(size, tuple) and size[0] == size[-1] else None
+
+
+def embedded_width(model: nn.Module) -> int:
+    """Channels of the embedded patches; 1 where the model embeds none."""
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    return int(getattr(projection, "out_channels", 1))
+
+
+@contextmanager
+def replaced(model: nn.Module, hidden: Tensor, token: Tensor) -> Iterator[None]:
+    """Within the context, `token` [1, 1, C] stands in the place of hidden embedded patches, bool [B, rows, columns]."""
+    timm_model: Any = model
+
+    def replace(_module: nn.Module, _args: Any, patches: Tensor) -> Tensor:
+        at = (hidden if patches.ndim == 4 else hidden.flatten(1))[..., None]
+        return torch.where(at, token.to(patches.dtype).view(-1), patches)
+
+    handle = timm_model.patch_embed.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def painted(model: nn.Module, kept: Tensor, token: Tensor) -> Iterator[None]:
     """Within the context, `token` [1, 1, C] replaces the embeddings of all patches but `kept`, int64 [B, M]."""

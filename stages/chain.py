@@ -5,10 +5,11 @@ from tinymim.configs.schema import (
     ChainRecipe,
     FinetuneRecipe,
     PretrainMaeRecipe,
+    PretrainRecipe,
     Recipe,
     TrainStudentRecipe,
 )
-from tinymim.stages import cache_teacher, finetune, pretrain_mae, train_student
+from tinymim.stages import cache_teacher, finetune, pretrain, pretrain_mae, train_student
 from tinymim.stages.run.preflight import load_steps
 from tinymim.stages.run.progress import logger
 
@@ -34,6 +35,8 @@ def _run(recipe: Recipe) -> None:
     match recipe:
         case PretrainMaeRecipe():
             pretrain_mae.run(recipe)
+        case PretrainRecipe():
+            pretrain.run(recipe)
         case CacheTeacherRecipe():
             cache_teacher.run(recipe)
         case TrainStudentRecipe():

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from tinymim.configs.errors import RecipeError, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe
+from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, PretrainRecipe
 from tinymim.configs.sections import MaskConfig
 from tinymim.models import backbone
 from tinymim.models.mae import MaskedAutoencoder
@@ -42,7 +42,7 @@ class Options(NamedTuple):
     views: int
 
 
-def run(recipe: CacheTeacherRecipe | PretrainMaeRecipe, options: Options) -> dict[str, object]:
+def run(recipe: CacheTeacherRecipe | PretrainMaeRecipe | PretrainRecipe, options: Options) -> dict[str, object]:
     """Write the sheet as a self-contained page and as PNG.
 
     Returns:
@@ -68,7 +68,9 @@ def run(recipe: CacheTeacherRecipe | PretrainMaeRecipe, options: Options) -> dic
     )
     rows = [_row(source, law, seed, mask, place, options.views) for place in _places(source, options.images)]
     words = view_law(recipe.views.identity())
-    if law_of_masks := _masks(recipe):
+    if isinstance(recipe, PretrainRecipe):
+        words += f", masks: {recipe.mask.ratio} of squares of {recipe.mask.block} pixels, seed {recipe.run.seed}"
+    elif law_of_masks := _masks(recipe):
         words += f", masks: {law_of_masks.ratio} of units of {law_of_masks.unit} patches, seed {law_of_masks.seed}"
     image = options.target.with_suffix(".png")
     write_bytes_atomic(image, sheet(rows))
@@ -125,8 +127,13 @@ def _masks(recipe: CacheTeacherRecipe | PretrainMaeRecipe) -> MaskConfig | None:
     return next((mask for mask in recipe.masks.values() if mask is not None), None)
 
 
-def _mask_law(recipe: CacheTeacherRecipe | PretrainMaeRecipe) -> Callable[[str, int], Mask | None]:
+def _mask_law(recipe: CacheTeacherRecipe | PretrainMaeRecipe | PretrainRecipe) -> Callable[[str, int], Mask | None]:
     """The hidden patches of a view, bool [rows, columns]; None where the recipe has no mask."""
+    if isinstance(recipe, PretrainRecipe):
+        require_view_size(recipe.views.size, recipe.model, "model")
+        side, shown = recipe.views.size // recipe.mask.block, recipe.mask.num_visible(recipe.views.size)
+        own = recipe.run.seed
+        return lambda key, view: (mask_order(own, key, view, side, side) >= shown).reshape(side, side)
     mask = _masks(recipe)
     if mask is None:
         return lambda key, view: None

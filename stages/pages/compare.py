@@ -54,6 +54,7 @@ _AUDITS = "Students: KL to dense targets of held-out images"
 PICTURES = (
     Picture("Students: sum of the KL to the cached targets", "nats per row", ("loss",), True, "train-student"),
     Picture("Masked autoencoders: loss", "squared error of masked patches", ("loss",), True, "pretrain-mae"),
+    Picture("Masked pre-training: loss", "squared error of hidden squares", ("loss",), True, "pretrain"),
     Picture("Fine-tuning: loss", "cross entropy", ("loss",), True, "finetune"),
     Picture(_AUDITS, "nats per row", ("audit_kl_*", "audit_ema_kl_*"), True),
     Picture("k-NN top-1 of audits", "% of images", ("audit_knn_top1", "audit_ema_knn_top1"), False),

@@ -28,7 +28,7 @@ from tinymim.stages.run.folder import (
 )
 from tinymim.stages.run.metrics import EMA, audit_metrics, members, metric
 
-STAGES: Final = ("train-student", "pretrain-mae", "finetune", "evaluate", "cache-teacher")
+STAGES: Final = ("train-student", "pretrain", "pretrain-mae", "finetune", "evaluate", "cache-teacher")
 _AVERAGES = (STUDENT_EMA_NAME, ENCODER_EMA_NAME, LAST_EMA_NAME)
 _READ = (METRICS_NAME, AUDIT_NAME, SESSIONS_NAME, EVALUATION_NAME, FINETUNED_NAME)
 Line = Mapping[str, Any]
@@ -151,7 +151,7 @@ def _read(folder: Path, recipe: dict[str, Any]) -> RunSummary:
     run = RunSummary(folder.name, folder, recipe["stage"], recipe, flattened(versions))
     metrics, audits = read_metrics(folder), read_audits(folder)
     epoch_steps = _steps_per_epoch(metrics, audits)
-    if run.stage in ("train-student", "pretrain-mae", "finetune"):
+    if run.stage in ("train-student", "pretrain", "pretrain-mae", "finetune"):
         for line in metrics:
             # A training line has its step, counted from 0; a validation line has the number of steps done.
             done = line["step"] + (0 if members("val_*", line) else 1)

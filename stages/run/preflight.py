@@ -18,6 +18,7 @@ from tinymim.configs.schema import (
     FidelityRecipe,
     FinetuneRecipe,
     PretrainMaeRecipe,
+    PretrainRecipe,
     Recipe,
     RunRecipe,
     TrainStudentRecipe,
@@ -69,6 +70,10 @@ def require_inputs(recipe: RunRecipe) -> None:
     match recipe:
         case PretrainMaeRecipe():
             require_shards(recipe.source)
+        case PretrainRecipe():
+            require_shards(recipe.source)
+            if recipe.weights != RANDOM:
+                _require_weights(recipe.weights)
         case CacheTeacherRecipe():
             require_shards(recipe.source)
             for teacher in recipe.used_teachers.values():
@@ -165,7 +170,7 @@ def _start_workers(recipe: RunRecipe) -> None:
     match recipe:
         case CacheTeacherRecipe():
             here = recipe.cluster is None
-        case PretrainMaeRecipe() | TrainStudentRecipe() | FinetuneRecipe():
+        case PretrainMaeRecipe() | PretrainRecipe() | TrainStudentRecipe() | FinetuneRecipe():
             here = "RANK" in os.environ or (recipe.workers == 1 and recipe.cluster == "local")
         case _:
             here = True

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from tinymim.configs.schema import FinetuneRecipe, PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.configs.schema import FinetuneRecipe, PretrainMaeRecipe, PretrainRecipe, TrainStudentRecipe
 from tinymim.stages.training.ranks import Ranks
 
-R = TypeVar("R", PretrainMaeRecipe, TrainStudentRecipe, FinetuneRecipe)
+R = TypeVar("R", PretrainMaeRecipe, PretrainRecipe, TrainStudentRecipe, FinetuneRecipe)
 
 
 Training = Callable[[R, Ranks], None]

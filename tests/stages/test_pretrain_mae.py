@@ -21,6 +21,7 @@ from tinymim.pipeline.masks import mask_orders
 from tinymim.stages import pretrain_mae
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
+from tinymim.stages.training import masked
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -166,7 +167,7 @@ def signal_in_mask(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> N
             os.kill(os.getpid(), number)
         return mask_orders(*arguments)
 
-    monkeypatch.setattr(pretrain_mae, "mask_orders", interrupt)
+    monkeypatch.setattr(masked, "mask_orders", interrupt)
 
 
 def test_a_run_stopped_at_any_step_resumes_bit_for_bit(

@@ -1,0 +1,139 @@
+"""Masked image modelling: what is hidden is not seen, and errors count there alone, for every way to hide."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinymim.configs.errors import RecipeError
+from tinymim.configs.sections import LightDecoderConfig, ModelConfig, PredictedConfig, PretrainMaskConfig
+from tinymim.models import backbone
+from tinymim.models.mim import MaskedModel, features
+from tinymim.models.student import build_student
+from tinymim.models.vit import patchify
+from tinymim.pipeline.masks import mask_orders
+
+SIZE = 64
+VIT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 16}
+SWIN: dict[str, Any] = {
+    "name": "swin_tiny_patch4_window7_224",
+    "args": {"window_size": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+}
+CONV: dict[str, Any] = {"name": "convnextv2_atto", "args": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}}
+HIDES = get_args(PretrainMaskConfig.model_fields["hide"].annotation)
+
+
+def model_of(sizes: dict[str, Any], hide: str, block: int, target: str = "hog", **more: Any) -> MaskedModel:
+    torch.manual_seed(0)
+    encoder = build_student(ModelConfig.model_validate({"img_size": SIZE} | sizes))
+    mask = PretrainMaskConfig.model_validate({"hide": hide, "block": block} | more)
+    predicted = PredictedConfig.model_validate({"name": target})
+    decoder = LightDecoderConfig(dim=16, heads=2, position=hide == "drop")
+    return MaskedModel(encoder, SIZE, mask, predicted, decoder)
+
+
+def orders(block: int, count: int = 2) -> Tensor:
+    side = SIZE // block
+    return mask_orders(0, [(f"key {n}", 0) for n in range(count)], side, side)
+
+
+CASES = [
+    (VIT, "paint", 16),
+    (VIT, "paint", 32),
+    (VIT, "paint", 8),
+    (VIT, "token", 32),
+    (VIT, "drop", 16),
+    (VIT, "drop", 32),
+    (SWIN, "paint", 32),
+    (SWIN, "paint", 16),
+    (SWIN, "token", 32),
+    (SWIN, "token", 16),
+    (CONV, "paint", 32),
+]
+
+
+@pytest.mark.parametrize("target", ["hog", "pixels"])
+@pytest.mark.parametrize(("sizes", "hide", "block"), CASES)
+def test_the_loss_is_the_error_of_hidden_squares(
+    sizes: dict[str, Any], hide: str, block: int, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a loop over squares, with the prediction as a picture of as many numbers a pixel of a cell."""
+    model, order = model_of(sizes, hide, block, target), orders(block)
+    images, cell = torch.randn(2, 3, SIZE, SIZE), model.cell
+    wanted = features(images, model.target, cell)
+    predicted = torch.randn_like(wanted)
+    monkeypatch.setattr(model, "_predicted", lambda _tokens: predicted)
+    errors, side = [], SIZE // cell
+    for b in range(2):
+        for square in (order[b] >= model.num_visible).nonzero().flatten().tolist():
+            top, left = square // (SIZE // block) * block, square % (SIZE // block) * block
+            cells = [
+                y // cell * side + x // cell
+                for y in range(top, top + block, cell)
+                for x in range(left, left + block, cell)
+            ]
+            errors += [((predicted[b, n] - wanted[b, n]).double() ** 2).mean() for n in cells]
+    assert len(errors) == 2 * round(0.75 * side**2)
+    torch.testing.assert_close(model(images, order).double(), torch.stack(errors).mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("sizes", "hide", "block"), CASES)
+def test_hidden_pixels_are_not_seen_and_all_parameters_learn(sizes: dict[str, Any], hide: str, block: int) -> None:
+    model, order = model_of(sizes, hide, block).eval(), orders(block)
+    images = torch.randn(2, 3, SIZE, SIZE)
+    hidden = (order >= model.num_visible).unflatten(1, (SIZE // block, SIZE // block))
+    at = hidden.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, None]
+    seen = model._encoded(images, hidden)
+    assert torch.equal(seen, model._encoded(torch.where(at, 7.0, images), hidden))
+    assert not torch.equal(seen, model._encoded(torch.where(at, images, 7.0), hidden))
+    model(images, order).backward()
+    still = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    # What pools for a classifier has no part in a loss on the map.
+    assert still <= {f"encoder.{name}{end}" for name in ("head.norm.", "norm_head.") for end in ("weight", "bias")}
+
+
+def test_predictions_of_a_large_cell_are_in_the_order_of_the_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Swin cell of 32 pixels holds 2 x 2 squares of 16; each part of its prediction is compared with its own."""
+    model = model_of(SWIN, "paint", 16, "pixels")
+    numbers = torch.arange(16.0)  # of squares in raster order
+    as_squares = numbers.view(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(1, 4, 4)  # cell, its four squares
+    width = model.decoder_pred.out_features // 4
+    monkeypatch.setattr(model.decoder_pred, "forward", lambda _x: as_squares.repeat_interleave(width, 2))
+    found = model._predicted(torch.zeros(1, 4, backbone.final_width(model.encoder)))
+    assert torch.equal(found[0, :, 0], numbers) and found.shape == (1, 16, width)
+
+
+def test_histograms_of_a_cell_are_channels_then_rows_then_columns() -> None:
+    images = torch.randn(1, 3, SIZE, SIZE)
+    large = features(images, PredictedConfig(), 16)  # 2 x 2 cells each
+    small = features(images, PredictedConfig(), 8).view(8, 8, 27)
+    expected = torch.stack([small[2, 4], small[2, 5], small[3, 4], small[3, 5]], 1)  # [27, 4] of row 1, column 2
+    assert torch.equal(large[0, 1 * 4 + 2], expected.flatten())
+    pixels = features(images, PredictedConfig(name="pixels", normalise=False), 16)
+    assert torch.equal(pixels, patchify(images, 16))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hide", "block", "message"),
+    [
+        (SWIN, "drop", 32, "SwinTransformer cannot leave patches out"),
+        (CONV, "token", 32, "embeds no patches"),
+        (VIT, "drop", 8, "only whole patches can be dropped"),
+        (VIT, "token", 8, "no embedded patches that fit mask.block"),
+        (VIT, "paint", 4, "HOG needs squares"),
+        (VIT, "paint", 48, "mask.block does not divide the image"),
+        (VIT, "paint", 64, "mask.ratio leaves no square to see"),
+    ],
+)
+def test_what_cannot_be_hidden_is_refused(sizes: dict[str, Any], hide: str, block: int, message: str) -> None:
+    with pytest.raises(RecipeError, match=message.replace(".", r"\.")):
+        model_of(sizes, hide, block)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_is_finite_at_extremes(dtype: torch.dtype) -> None:
+    model = model_of(VIT, "paint", 16)
+    for images in (torch.zeros(1, 3, SIZE, SIZE), torch.full((1, 3, SIZE, SIZE), 100.0)):
+        with torch.autocast("cpu", dtype=dtype):
+            assert bool(model(images, orders(16, 1)).isfinite())

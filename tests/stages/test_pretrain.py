@@ -1,0 +1,101 @@
+"""`tinymim pretrain`: a run is resumed to the bit, its encoder is a plain timm model that other stages read."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from tinymim.configs.errors import CheckpointError, RecipeError
+from tinymim.configs.schema import PretrainRecipe
+from tinymim.stages import pretrain
+from tinymim.stages.run.folder import read_metrics
+from tinymim.stages.run.interrupt import Interrupted
+
+SWIN: dict[str, Any] = {
+    "name": "swin_tiny_patch4_window7_224",
+    "img_size": 64,
+    "args": {"window_size": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+}
+VIT: dict[str, Any] = {
+    "name": "vit_tiny_patch16_224",
+    "img_size": 64,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+}
+
+
+def recipe(shards: Path, folder: Path, **changes: Any) -> PretrainRecipe:
+    fields: dict[str, Any] = {
+        "stage": "pretrain",
+        "source": {"shards": shards},
+        "views": {"size": 64},
+        "model": SWIN,
+        "decoder": {"dim": 16, "heads": 2},
+        "optim": {"batch_size": 16, "steps": 4, "base_lr": 0.05, "warmup": 0.2},
+        "loader": {"workers": 0},
+        "run": {"folder": folder, "device": "cpu", "threads": 1, "log_every": 1},
+    }
+    return PretrainRecipe.model_validate(fields | changes)
+
+
+def test_a_stopped_run_ends_with_the_same_encoder_which_timm_loads(
+    drawn_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain.run(recipe(drawn_shards, tmp_path / "whole"))
+    stopped = recipe(drawn_shards, tmp_path / "stopped")
+    real, steps = torch.optim.AdamW.step, [0]
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(Interrupted):
+            pretrain.run(stopped)
+    pretrain.run(stopped)
+    ours, theirs = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
+    losses = [line["loss"] for line in read_metrics(tmp_path / "whole")]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    model = timm.create_model(f"local-dir:{tmp_path / 'whole' / 'encoder'}", pretrained=True)
+    assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_at_a_higher_resolution_starts_where_one_at_a_lower_ended(drawn_shards: Path, tmp_path: Path) -> None:
+    """FastMIM's progressive resolution, as a chain of runs; the tables of positions are resampled."""
+    pretrain.run(recipe(drawn_shards, tmp_path / "low", model=VIT))
+    high = recipe(
+        drawn_shards,
+        tmp_path / "high",
+        model=VIT | {"img_size": 96},
+        views={"size": 96},
+        weights=str(tmp_path / "low" / "encoder.safetensors"),
+        optim={"batch_size": 16, "steps": 1, "base_lr": 1e-12, "weight_decay": 0.0},
+    )
+    pretrain.run(high)
+    low, found = (load_file(tmp_path / name / "encoder.safetensors") for name in ("low", "high"))
+    for name in set(found) - {"pos_embed"}:
+        torch.testing.assert_close(found[name], low[name], rtol=0, atol=1e-6)
+    assert found["pos_embed"].shape == (1, 1 + 36, 16)
+
+
+def test_a_run_from_other_weights_does_not_resume(drawn_shards: Path, tmp_path: Path) -> None:
+    pretrain.run(recipe(drawn_shards, tmp_path / "first", model=VIT))
+    weights = str(tmp_path / "first" / "encoder.safetensors")
+    pretrain.run(recipe(drawn_shards, tmp_path / "second", model=VIT, weights=weights))
+    with pytest.raises(CheckpointError, match="another recipe or other data"):
+        pretrain.run(recipe(drawn_shards, tmp_path / "second", model=VIT))
+
+
+def test_two_sizes_are_refused(drawn_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"views\.size is not model\.img_size"):
+        pretrain.run(recipe(drawn_shards, tmp_path, views={"size": 128}))
