@@ -22,8 +22,9 @@ OTHER_VERBS = {"compare", "make-shards", "cache", "recipes", "demo"}
 
 
 def commands() -> list[list[str]]:
-    texts = [ROOT / "README.md", *(ROOT / "configs" / "recipes").glob("*.yaml")]
-    lines = [line for text in texts for line in re.findall(r"^(?:    |#   )(tinymim .*)$", text.read_text(), re.M)]
+    files = [ROOT / "README.md", *(ROOT / "configs" / "recipes").glob("*.yaml")]
+    texts = [re.sub(r"\\\n#? +", "", file.read_text()) for file in files]  # a line that ends with \ goes on
+    lines = [line for text in texts for line in re.findall(r"^(?:    |#   )(tinymim .*)$", text, re.M)]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
