@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
 
 
@@ -13,6 +15,7 @@ def cells(kind: str) -> list[dict[str, Any]]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == kind]
 
 
+@pytest.mark.slow
 def test_the_cells_run_in_a_fresh_process(tmp_path: Path) -> None:
     code = "\n".join("".join(cell["source"]) for cell in cells("code"))
     threads = "import matplotlib, torch\nmatplotlib.use('Agg')\ntorch.set_num_threads(1)\n"

@@ -40,10 +40,10 @@ class CachedInput:
     def __init__(self, recipe: TrainStudentRecipe, num_views: int | None, device: torch.device) -> None:
         assert recipe.on_missing != "teacher"
         self._recipe, self._reader = recipe, CacheReader(resolve(recipe.cache))
-        names = [name for name, _ in recipe.each_layer()]
+        names, shards = [name for name, _ in recipe.each_layer()], open_shards(recipe.source)
         self.manifest = self._reader.manifest
         self.size = view_size(recipe, self._reader)
-        self.source = join(open_shards(recipe.source), self._reader, names, num_views, recipe.on_missing, self.size)
+        self.source = join(shards, self._reader, names, num_views, recipe.on_missing, self.size)
         self.partners = partners_of_source(self.source, self._reader, self.manifest)
         self.num_views: int | None = self.source.num_views
         self.opened: list[Opened] = opened_layers(self._reader, recipe, device)

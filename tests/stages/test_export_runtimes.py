@@ -89,6 +89,7 @@ def test_a_classifier_gives_logits(tmp_path: Path, to: Format) -> None:
         export.run(tmp_path, tmp_path / "hf", "transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("to", NAMES)

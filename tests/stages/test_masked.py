@@ -240,6 +240,7 @@ def test_a_resumed_run_has_the_same_losses_and_another_mim_another_identity(
     assert losses(home) == losses(made)
 
 
+@pytest.mark.slow
 def test_parts_and_ranks_train_like_one(made: Path, home: Path) -> None:
     changes = {"layer": None, "layers": {"attn": {}, "rel": {"weight": 0.5}}, "mim": MIM | {"block": 1}}
     order = {"shuffle_units": 2, "lanes": 2}

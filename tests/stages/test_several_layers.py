@@ -110,6 +110,7 @@ def test_students_among_several_learn_as_alone(made: Path, home: Path) -> None:
     assert "kl_rel/qk" in read_metrics(home / "run-student" / "wide")[0]
 
 
+@pytest.mark.slow
 def test_parts_and_ranks_train_like_one(made: Path, home: Path) -> None:
     train_student.run(recipe(home, optim=OPTIM | {"accumulate": 2}))
     np.testing.assert_allclose(losses(home), losses(made), rtol=1e-4)

@@ -221,6 +221,7 @@ def test_units_that_another_job_commits_are_read(home: Path, monkeypatch: pytest
     assert found == train(home, "grows", "cached", on_missing="refuse")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_and_write_whole_units(home: Path) -> None:
     cached(home, "half", "*0.tar", num_views=2)
     order = {"shuffle_units": 1, "lanes": 2}

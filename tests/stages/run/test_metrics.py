@@ -15,6 +15,7 @@ WRITTEN = [
     "records", "gib_written", "units_left", "units_failed", "eta_s", "decode_share", "teacher_share",
     "finetuned_best_top1", "finetuned_last_top1", "finetuned_last-ema_top5", "steps", "epochs", "alarms",
     "elapsed_s", "device_h", "teacher_h", "weight_clip-logits", "label_top1", "label_top1_clip-logits",
+    "computed_share",
 ]
 # fmt: on
 

@@ -137,6 +137,7 @@ def test_workers_write_several_layers_and_only_those_that_lack(cluster: Cluster,
     assert tree(tmp_path / "cache") == tree(tmp_path / "one" / "cache")
 
 
+@pytest.mark.slow
 def test_a_worker_is_killed_and_a_node_leaves(cluster: Cluster, made: Path, tmp_path: Path) -> None:
     killed: list[int] = []
 
