@@ -1,4 +1,4 @@
-"""Does a student from the cache learn what one with the teacher at its side learns? Nine experiments on 64-px images.
+"""Does a student from the cache learn what one with the teacher at its side learns? Ten experiments on 64-px images.
 
     python benchmarks/evidence.py tune > rates.md              # learning rates, by images that no result is read off
     python benchmarks/evidence.py run [--only 1 4] [--seeds 0] # all runs that have no result yet
@@ -267,7 +267,7 @@ def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[Model
         return {"": (model, str(folder / ENCODER_NAME))}
     recipe = cast(TrainStudentRecipe, load_recipe(Path(base), command, sets))
     if arm.kind in ONLINE:
-        evidence_online.train(recipe, lab.cache("64x8"), ONLINE[arm.kind])
+        evidence_online.train(recipe, lab.cache(arm.cache), ONLINE[arm.kind])
     else:
         train_student.run(recipe)
     return {name: (own.student or model, str(own.run.folder / STUDENT_NAME)) for name, own in recipe.each().items()}

@@ -1,4 +1,4 @@
-"""What `evidence.py` runs: nine experiments, their arms and the caches that these read.
+"""What `evidence.py` runs: ten experiments, their arms and the caches that these read.
 
 Every arm is a shipped recipe (`tinyimagenet40-*`) and what is set beyond it, so that the command of each run can be
 printed and repeated. All arms of an experiment take as many steps of as many images, and those of one seed begin with
@@ -6,7 +6,7 @@ the same weights and see the same images in the same order: differences between 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # How an arm's student is made: from a cache; with the teacher at its side, by its relations, by its features, or by its
 # relations of another image; by `pretrain-mae`; by `finetune` from random weights; not at all.
@@ -89,7 +89,10 @@ def _hidden(block: int) -> Cache:
 
 
 # Layers of one pass: relations as in all other experiments, and three kinds read from the end of the teacher.
-_KINDS = "{relations: {block: 5}, ff: {codec: {kind: ff}}, features: {codec: {kind: features, at: final}}, cls: {codec: {kind: cls}}}"
+_KINDS = (
+    "{relations: {block: 5}, ff: {codec: {kind: ff}}, features: {codec: {kind: features, at: final}}, "
+    "cls: {codec: {kind: cls}}}"
+)
 FEW_SHARDS = "train-00000[0-1].tar"  # 2,000 images, so that 400 steps are 12.8 passes
 CACHES: dict[str, Cache] = {
     "64x8": Cache(),
@@ -168,6 +171,15 @@ def of_target(target: str, steps: int = STEPS, sets: tuple[str, ...] = (), name:
     )
 
 
+_STRONG: dict[str, Any] = {
+    "cache": "strong",
+    "sets": ("jitter={brightness: 0, contrast: 0, saturation: 0}",),
+    "judged": False,
+    "finetuned": SEEDS,
+    "steps": 4 * STEPS,
+    "target": "logits",
+}
+
 EXPERIMENTS: dict[str, Experiment] = {
     "1": Experiment(
         "Cached sketches against the teacher online",
@@ -245,6 +257,23 @@ EXPERIMENTS: dict[str, Experiment] = {
         "What each kind of target teaches, four times the steps",
         "Is the order of the kinds one of short trainings only?",
         tuple(of_target(target, 4 * STEPS) for target in TARGETS),
+    ),
+    "10": Experiment(
+        "Logits of strong views, cached, online, and labels",
+        "TinyViT's pre-training on a small scale: a student of a fine-tuned teacher's top-10 logits on 16 cached views "
+        "with RandAugment and erasing, of the same teacher online, and of labels on the same views.",
+        (
+            Arm("strong logits, cached", **_STRONG),
+            Arm("strong logits, online", "online", **_STRONG),
+            Arm(
+                "labels of strong views",
+                "supervised",
+                sets=("augment={rand_augment: rand-m9-mstd0.5-inc1, erasing: 0.25, mixup: 0, cutmix: 0}",),
+                judged=False,
+                finetuned=SEEDS,
+                steps=4 * STEPS,
+            ),
+        ),
     ),
 }
 
