@@ -174,8 +174,8 @@ def _rates() -> Iterator[tuple[str, Arm]]:
     for kind in TUNED:
         for rate in TRIED:
             yield "4", Arm(f"{kind}, base_lr {rate:g}", kind, sets=(f"optim.base_lr={rate}",))
-    for target in TARGETS:
-        for rate in TRIED:
+    for rate in reversed(TRIED[1:]):
+        for target in TARGETS:
             yield "8", of_rate(target, rate)
 
 

@@ -166,9 +166,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
 def of_target(target: str, steps: int = STEPS, sets: tuple[str, ...] = (), name: str = "") -> Arm:
     """The arm that learns from some layers of the cache "kinds"."""
     name = name or f"{target}, {steps:,} steps"
-    return Arm(
-        name, cache="kinds", sets=TARGETS[target] + sets, judged=False, finetuned=SEEDS, steps=steps, target=target
-    )
+    own = TARGETS[target] + sets
+    return Arm(name, cache="kinds", sets=own, judged=False, finetuned=SEEDS, steps=steps, target=target)
 
 
 _STRONG: dict[str, Any] = {
