@@ -196,9 +196,9 @@ def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
         return
     logger.info(f"evidence: experiment {number}, {arm.name}, seed {seed}")
     if arm.kind == "cached":
-        for name, cache in CACHES.items():
-            if arm.cache in (name, cache.after):
-                cache_teacher.run(lab.cache(name))  # at once where it is there already
+        for cache, own in CACHES.items():
+            if arm.cache in (cache, own.after):
+                cache_teacher.run(lab.cache(cache))  # at once where it is there already
     began_s, began_cpu_s = time.monotonic(), _cpu_s()
     students = _train(lab, arm, seed, folder)
     train = {"train_s": time.monotonic() - began_s, "train_cpu_s": _cpu_s() - began_cpu_s}
