@@ -1,4 +1,4 @@
-"""Does a student from the cache learn what one with the teacher at its side learns? Seven experiments on 64-px images.
+"""Does a student from the cache learn what one with the teacher at its side learns? Ten experiments on 64-px images.
 
     python benchmarks/evidence.py tune > rates.md              # learning rates, by images that no result is read off
     python benchmarks/evidence.py run [--only 1 4] [--seeds 0] # all runs that have no result yet
@@ -25,7 +25,7 @@ import evidence_online
 import evidence_page
 import provenance
 import torch
-from evidence_arms import CACHES, EXPERIMENTS, FINETUNE_STEPS, RATES, Arm, Kind, all_runs
+from evidence_arms import CACHES, EXPERIMENTS, FINETUNE_STEPS, RATES, TARGETS, Arm, Kind, all_runs, of_target
 
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import (
@@ -45,10 +45,11 @@ from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, train_student
 from tinymim.stages.cache.info import describe
 from tinymim.stages.fidelity import spread_items
-from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME, STUDENT_NAME
+from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME, RECIPE_NAME, STUDENT_NAME
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.states import read_state
 from tinymim.storage.atomic import write_json_atomic
+from tinymim.storage.layout import VIEWS
 from tinymim.targets.kinds import make_kind
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "tinyimagenet40"
@@ -70,7 +71,7 @@ class Lab:
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self.data, self.folder, self.results = flags.data, flags.folder, flags.results
-        self.teacher = flags.teacher
+        self.teacher, self.classifier = flags.teacher, flags.classifier
         self.threads = flags.threads
 
     def _run(self, folder: Path, seed: int = 0) -> list[str]:
@@ -78,15 +79,30 @@ class Lab:
 
     def cache(self, name: str) -> CacheTeacherRecipe:
         """The recipe of a cache by its name in `CACHES`."""
-        sets = [f"source.shards={self.data}", f"teacher.weights={self.teacher}", *CACHES[name].sets]
-        sets += [f"cache={self.folder / 'caches' / name.replace(' ', '-')}", "loader.workers=1"]
+        cache = CACHES[name]
+        weights = self.classifier if cache.classifier else self.teacher
+        sets = [f"source.shards={self.data}", f"teacher.weights={weights}", *cache.sets]
+        sets += [f"cache={self.place(cache.after or name)}", "loader.workers=1"]
         # A process of its own: several may write one cache.
         sets += self._run(self.folder / "caching" / f"{name.replace(' ', '-')}-{os.getpid()}")
-        return cast(CacheTeacherRecipe, load_recipe(Path("tinyimagenet40-cache"), "cache-teacher", sets))
+        return cast(CacheTeacherRecipe, load_recipe(Path(cache.recipe), "cache-teacher", sets))
+
+    def place(self, cache: str) -> Path:
+        """Where a cache is."""
+        return self.folder / "caches" / cache.replace(" ", "-")
+
+    def rate(self, arm: Arm) -> list[str]:
+        """`--set` of the learning rate; those that come with the arm's own settings go before it."""
+        if not arm.target:
+            return [f"optim.base_lr={RATES[arm.kind]}"] if arm.kind in RATES else []
+        tried = {rate: self.results / f"{_name(of_rate(arm.target, rate), TUNE_SEED)}.json" for rate in TRIED}
+        found = {rate: json.loads(path.read_bytes()) for rate, path in tried.items() if path.exists()}
+        best = max(found, key=lambda rate: found[rate]["knn_top1"] + found[rate]["linear_top1"], default=TRIED[-1])
+        return [f"optim.base_lr={best}"]
 
     def training(self, arm: Arm, seed: int, folder: Path) -> tuple[str, str, list[str]]:
         """Command, shipped recipe and `--set`s that make an arm's student; those of `online` arms are its settings."""
-        rate = [f"optim.base_lr={RATES[arm.kind]}"] if arm.kind in RATES else []
+        rate = self.rate(arm)
         if arm.kind == "supervised":
             own = [*rate, *PLAIN, "weights=random", "optim.layer_decay=1", "optim.betas=[0.9, 0.95]", "optim.min_lr=0"]
             return "finetune", "tinyimagenet40-finetune", self.finetuning(arm.steps, seed, folder, [*own, *arm.sets])
@@ -96,8 +112,7 @@ class Lab:
             model = self.student().model_dump(exclude_none=True)
             sets += [f"model={json.dumps(model)}", "mae.decoder_dim=48", *arm.sets]
             return "pretrain-mae", "tinyimagenet40-mae", sets
-        cache = self.folder / "caches" / arm.cache.replace(" ", "-")
-        return "train-student", "tinyimagenet40-student", [*sets, f"cache={cache}", *arm.sets]
+        return "train-student", "tinyimagenet40-student", [*sets, f"cache={self.place(arm.cache)}", *arm.sets]
 
     def finetuning(self, steps: int, seed: int, folder: Path, sets: list[str]) -> list[str]:
         """`--set`s of `finetune tinyimagenet40-finetune`."""
@@ -127,8 +142,9 @@ def main() -> None:
     if flags.what == "page":
         print(evidence_page.page(flags.results, lab_commands(lab)))
     elif flags.what == "tune":
-        for arm in _rates():
-            _once(lab, "tune", arm, TUNE_SEED)
+        for number, arm in _rates():
+            if number in flags.only:
+                _once(lab, "tune", arm, TUNE_SEED)
         print(evidence_page.rates(flags.results))
     else:
         for number, arm, seed in all_runs():
@@ -148,14 +164,24 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="caches and run folders")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--teacher", type=Path, default=RESULTS / "teacher.safetensors", help="its weights")
+    parser.add_argument("--classifier", type=Path, default=Path("runs/evidence/classifier/last.safetensors"))
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
-def _rates() -> Iterator[Arm]:
+def _rates() -> Iterator[tuple[str, Arm]]:
+    """Number of an experiment that wants it, and arm."""
     for kind in TUNED:
         for rate in TRIED:
-            yield Arm(f"{kind}, base_lr {rate:g}", kind, sets=(f"optim.base_lr={rate}",))
+            yield "4", Arm(f"{kind}, base_lr {rate:g}", kind, sets=(f"optim.base_lr={rate}",))
+    for rate in reversed(TRIED[1:]):
+        for target in TARGETS:
+            yield "8", of_rate(target, rate)
+
+
+def of_rate(target: str, rate: float) -> Arm:
+    """The arm that tries a learning rate for a target."""
+    return of_target(target, sets=(f"optim.base_lr={rate}",), name=f"{target}, base_lr {rate:g}")
 
 
 # ---------------------------------------------------------------- one run
@@ -170,7 +196,9 @@ def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
         return
     logger.info(f"evidence: experiment {number}, {arm.name}, seed {seed}")
     if arm.kind == "cached":
-        cache_teacher.run(lab.cache(arm.cache))  # at once where it is there already
+        for cache, own in CACHES.items():
+            if arm.cache in (cache, own.after):
+                cache_teacher.run(lab.cache(cache))  # at once where it is there already
     began_s, began_cpu_s = time.monotonic(), _cpu_s()
     students = _train(lab, arm, seed, folder)
     train = {"train_s": time.monotonic() - began_s, "train_cpu_s": _cpu_s() - began_cpu_s}
@@ -185,12 +213,22 @@ def _once(lab: Lab, number: str, arm: Arm, seed: int) -> None:
         if arm.judged and arm.kind in ("cached", "online", "strange"):
             record |= held_out_kl(lab, model, folder / student)
         if arm.kind == "cached":
-            record["bytes_per_view"] = describe(lab.cache(arm.cache).cache or "")["bytes_per_view"]
+            record["bytes_per_view"] = _bytes_per_view(lab, arm, folder)
         path = result.with_name(f"{name}{'-' + student if student else ''}.json")
         lab.results.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, record)
     if not result.exists():  # of several students: done
         write_json_atomic(result, {"arm": arm.name, "seed": seed, "students": list(students)})
+
+
+def _bytes_per_view(lab: Lab, arm: Arm, folder: Path) -> float:
+    """Of the view layer and the layers that an arm reads."""
+    recipe = cast(TrainStudentRecipe, load_recipe(folder / RECIPE_NAME, "train-student"))
+    read = {VIEWS} | {name for name, _ in recipe.each_layer()}
+    layers = describe(str(lab.place(arm.cache)))["layers"]
+    if len(layers) == 2:  # its only target, whatever the recipe calls it
+        return float(sum(layer["bytes_per_view"] for layer in layers))
+    return float(sum(layer["bytes_per_view"] for layer in layers if layer["name"] in read))
 
 
 def _finetuned(lab: Lab, arm: Arm, seed: int) -> None:
@@ -229,7 +267,7 @@ def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[Model
         return {"": (model, str(folder / ENCODER_NAME))}
     recipe = cast(TrainStudentRecipe, load_recipe(Path(base), command, sets))
     if arm.kind in ONLINE:
-        evidence_online.train(recipe, lab.cache("64x8"), ONLINE[arm.kind])
+        evidence_online.train(recipe, lab.cache(arm.cache), ONLINE[arm.kind])
     else:
         train_student.run(recipe)
     return {name: (own.student or model, str(own.run.folder / STUDENT_NAME)) for name, own in recipe.each().items()}

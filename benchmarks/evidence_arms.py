@@ -1,4 +1,4 @@
-"""What `evidence.py` runs: seven experiments, their arms and the caches that these read.
+"""What `evidence.py` runs: ten experiments, their arms and the caches that these read.
 
 Every arm is a shipped recipe (`tinyimagenet40-*`) and what is set beyond it, so that the command of each run can be
 printed and repeated. All arms of an experiment take as many steps of as many images, and those of one seed begin with
@@ -6,7 +6,7 @@ the same weights and see the same images in the same order: differences between 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # How an arm's student is made: from a cache; with the teacher at its side, by its relations, by its features, or by its
 # relations of another image; by `pretrain-mae`; by `finetune` from random weights; not at all.
@@ -40,6 +40,7 @@ class Arm:
         finetuned: seeds whose student is fine-tuned, too.
         seeds: more of them where a difference is to be resolved.
         steps: of the training.
+        target: what sets its learning rate, where that is not `kind`: the best that `evidence.py tune` found for it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Arm:
     finetuned: tuple[int, ...] = ()
     seeds: tuple[int, ...] = SEEDS
     steps: int = STEPS
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,19 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Cache:
-    """`--set`s of `cache-teacher tinyimagenet40-cache`."""
+    """`--set`s of `cache-teacher` with a shipped recipe.
+
+    Attributes:
+        sets: `--set`s beyond the recipe.
+        recipe: the shipped recipe.
+        after: name of the cache that it adds a layer to; empty for one of its own.
+        classifier: whether its teacher is the fine-tuned one.
+    """
 
     sets: tuple[str, ...] = field(default=())
+    recipe: str = "tinyimagenet40-cache"
+    after: str = ""
+    classifier: bool = False
 
 
 def _topk(tail: str, kept: int = 2, rows: int = 65) -> Cache:
@@ -76,6 +88,11 @@ def _hidden(block: int) -> Cache:
     return Cache(("codec={name: hidden, bits: 8}", f"teacher.block={block}"))
 
 
+# Layers of one pass: relations as in all other experiments, and three kinds read from the end of the teacher.
+_KINDS = (
+    "{relations: {block: 5}, ff: {codec: {kind: ff}}, features: {codec: {kind: features, at: final}}, "
+    "cls: {codec: {kind: cls}}}"
+)
 FEW_SHARDS = "train-00000[0-1].tar"  # 2,000 images, so that 400 steps are 12.8 passes
 CACHES: dict[str, Cache] = {
     "64x8": Cache(),
@@ -91,6 +108,13 @@ CACHES: dict[str, Cache] = {
     "hidden 4": _hidden(4),
     "hidden 5": _hidden(5),
     "hidden 6": _hidden(6),
+    "kinds": Cache(("codec=null", "teacher.block=6", f"targets={_KINDS}")),
+    "kinds, logits": Cache(
+        ("codec={kind: logits, name: topk, classes: 40}", "teacher.block=6", "layer=logits"),
+        after="kinds",
+        classifier=True,
+    ),
+    "strong": Cache(recipe="tinyimagenet40-logits-cache", classifier=True),
 }
 
 _MORE = (0, 1, 2, 3, 4)
@@ -124,6 +148,36 @@ _LONG: tuple[tuple[str, Kind, str], ...] = (
     ("features", "features", "64x8"),
     ("masked autoencoder", "mae", "64x8"),
 )
+
+_MLP = "targets.projector=mlp"
+# What is learnt from, by the name of its learning rate: settings beyond the cache.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "relations": ("layer=relations",),
+    "ff": ("layer=ff",),
+    "features, linear head": ("layer=features",),
+    "features, MLP head": ("layer=features", _MLP),
+    "cls": ("layer=cls",),
+    "logits": ("layer=logits",),
+    "ff + cls": ("layers={ff: {}, cls: {}}",),
+    "relations + features": ("layers={relations: {}, features: {}}",),
+}
+
+
+def of_target(target: str, steps: int = STEPS, sets: tuple[str, ...] = (), name: str = "") -> Arm:
+    """The arm that learns from some layers of the cache "kinds"."""
+    name = name or f"{target}, {steps:,} steps"
+    own = TARGETS[target] + sets
+    return Arm(name, cache="kinds", sets=own, judged=False, finetuned=SEEDS, steps=steps, target=target)
+
+
+_STRONG: dict[str, Any] = {
+    "cache": "strong",
+    "sets": ("jitter={brightness: 0, contrast: 0, saturation: 0}",),
+    "judged": False,
+    "finetuned": SEEDS,
+    "steps": 4 * STEPS,
+    "target": "logits",
+}
 
 EXPERIMENTS: dict[str, Experiment] = {
     "1": Experiment(
@@ -190,6 +244,34 @@ EXPERIMENTS: dict[str, Experiment] = {
         tuple(
             Arm(f"{name}, {4 * STEPS:,} steps", kind, cache, judged=kind in ("cached", "online"), steps=4 * STEPS)
             for name, kind, cache in _LONG
+        ),
+    ),
+    "8": Experiment(
+        "What each kind of target teaches",
+        "Relations, patch cosines (ff), features with a narrow and a wide head, class token, logits of the fine-tuned "
+        "teacher, and two mixes, at a tuned rate each: which teaches most in as many steps?",
+        tuple(of_target(target) for target in TARGETS),
+    ),
+    "9": Experiment(
+        "What each kind of target teaches, four times the steps",
+        "Is the order of the kinds one of short trainings only?",
+        tuple(of_target(target, 4 * STEPS) for target in TARGETS),
+    ),
+    "10": Experiment(
+        "Logits of strong views, cached, online, and labels",
+        "TinyViT's pre-training on a small scale: a student of a fine-tuned teacher's top-10 logits on 16 cached views "
+        "with RandAugment and erasing, of the same teacher online, and of labels on the same views.",
+        (
+            Arm("strong logits, cached", **_STRONG),
+            Arm("strong logits, online", "online", **_STRONG),
+            Arm(
+                "labels of strong views",
+                "supervised",
+                sets=("augment={rand_augment: rand-m9-mstd0.5-inc1, erasing: 0.25, mixup: 0, cutmix: 0}",),
+                judged=False,
+                finetuned=SEEDS,
+                steps=4 * STEPS,
+            ),
         ),
     ),
 }
