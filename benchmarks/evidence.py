@@ -89,7 +89,8 @@ class Lab:
 
     def place(self, cache: str) -> Path:
         """Where a cache is."""
-        return self.folder / "caches" / cache.replace(" ", "-")
+        folder: Path = self.folder / "caches"
+        return folder / cache.replace(" ", "-")
 
     def rate(self, arm: Arm) -> list[str]:
         """`--set` of the learning rate; those that come with the arm's own settings go before it."""
