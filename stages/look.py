@@ -257,8 +257,8 @@ def _layer(
     pixels = {size: each[places] for size, each in seen.pixels.items()}
     named = [seen.named[place] for place in places]
     columns: dict[str, Target] = {}
+    kept = visible_patches(layer.mask, named, layer.shapes.grid, _CPU)
     if teacher is not None and pixels:
-        kept = visible_patches(layer.mask, named, layer.shapes.grid, _CPU)
         columns[TEACHER] = kind.exact(teacher(pixels[teacher.config.img_size], taps=kind.taps, kept=kept))
     columns[STORED] = stored
     losses = {}
@@ -270,5 +270,5 @@ def _layer(
         found = kind.losses(answers, stored)
         losses[name] = {f"{kind.measure} {loss}": float(value.mean()) for loss, value in found.items()}
     shown = pixels.get(layout.size_of(VIEWS, reader.manifest))
-    pictures = list(examples(kind, layer.shapes, columns, shown, lines, len(places)))
+    pictures = list(examples(kind, layer.shapes, columns, shown, lines, len(places), kept))
     return LayerPicture(about, list(columns), pictures, losses)

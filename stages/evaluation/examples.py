@@ -1,11 +1,13 @@
 """Pictures of cached views: what teacher, cache and students say about them (`tinymim look`, the demo's report)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from tinymim.configs.codecs import TargetsConfig
@@ -28,7 +30,7 @@ from tinymim.stages.training.student_step import student_model, with_mask
 from tinymim.stages.training.terms import Term
 from tinymim.stages.units.constants import on_device
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.contract import Answers, Target, TargetKind
+from tinymim.targets.contract import Answers, PictureLine, Target, TargetKind
 from tinymim.targets.kinds import stored_kind
 
 EXAMPLE_IMAGES = (0, 3, 5, 8)  # in the first shard: stripes, rings, bricks, waves
@@ -112,6 +114,7 @@ def examples(
     pixels: Tensor | None,
     lines: int,
     views: int,
+    kept: Int64[Tensor, "B M"] | None = None,
 ) -> Iterator[Example]:
     """The lines of every view's picture.
 
@@ -122,12 +125,32 @@ def examples(
         pixels: uint8 [B, 3, S, S]; None: not at hand.
         lines: most lines of a view.
         views: B.
+        kept: the patches that a masked layer's teacher saw; hidden ones are nan in the pictures.
     """
+    seen = shapes if kept is None else replace(shapes, grid=(1, shapes.visible))
     for view in range(views):
         one = {name: kind.pick(target, slice(view, view + 1)) for name, target in columns.items()}
         image = None if pixels is None else pixels[view].permute(1, 2, 0).numpy()
-        for line in kind.picture(one, shapes, lines):
-            yield Example(image, line)
+        for line in kind.picture(one, seen, lines):
+            yield Example(image, line if kept is None else _on_grid(line, kept[view], shapes.grid))
+
+
+def _on_grid(line: PictureLine, kept: Int64[Tensor, " M"], grid: tuple[int, int]) -> PictureLine:
+    """A line about visible patches, [1, M] each, with the patches in their places."""
+
+    def placed(values: Tensor) -> Tensor:
+        if values.ndim == 1:  # bars
+            return values
+        whole = values.new_full((grid[0] * grid[1], *values.shape[2:]), torch.nan)
+        whole[kept] = values[0]
+        on_grid: Tensor = whole.unflatten(0, grid)
+        return on_grid
+
+    panels = {group: {name: placed(each) for name, each in own.items()} for group, own in line.panels.items()}
+    if line.query is None:
+        return line._replace(panels=panels)
+    row, column = divmod(int(kept[line.query[1]]), grid[1])
+    return line._replace(query=(row, column), panels=panels)
 
 
 @torch.no_grad()

@@ -107,6 +107,33 @@ def test_what_does_not_belong_is_refused(made: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "others"], "nothing was written"
 
 
+def test_masked_layers_are_shown_as_their_teacher_saw_them(made: Path, tmp_path: Path) -> None:
+    """The dense answers of teacher and cache are the same numbers, so the student's loss is that of dense targets."""
+    root = copied(made, tmp_path / "made")
+    masked = {"targets": {"rel": {"codec": {"name": "dense"}, "mask": {"ratio": 0.5, "seed": 4}}}}
+    cache_teacher.run(every_kind(root, **masked))
+    optim = {"batch_size": 8, "steps": 2, "base_lr": 0.1, "warmup": 0.2}
+    train_student.run(student_recipe(root, cache=root / "kinds", layer="rel", optim=optim))
+    shown = options(root, recipe=every_kind(root, **masked), students=[root / "run-student"])
+    found = look.run(root / "kinds", shown)
+    assert found["same_pixels"] == [0, 1]
+    assert found["layers"]["rel"]["columns"] == ["teacher", "in the cache", "run-student"]
+    assert found["layers"]["gram"]["columns"] == ["in the cache"], "another recipe's layer"
+
+
+def test_mixed_views_are_drawn_with_their_partners(made: Path, tmp_path: Path) -> None:
+    root = copied(made, tmp_path / "made")
+    views = cache_recipe(root).views.model_dump(mode="json", exclude_none=True) | {
+        "pairs": {"mixup": 0.8, "cutmix": 1.0}
+    }
+    mixed = {"views": views, "targets": {"cls": TARGETS["cls"]}, "cache": root / "mixed"}
+    cache_teacher.run(every_kind(root, **mixed))
+    with pytest.raises(UserError, match="mixed with those of other images"):
+        look.run(root / "mixed", options(root))
+    found = look.run(root / "mixed", options(root, recipe=every_kind(root, **mixed)))
+    assert found["same_pixels"] == [0, 1]
+
+
 def test_names_from_outside_are_escaped() -> None:
     evil = "<img src=x onerror=alert(1)>\"'&"
     layer = LayerPicture({evil: evil}, [evil], [], {evil: {evil: 1.0}})

@@ -1,5 +1,6 @@
 """Masks that teacher and student share: records of visible patches, students on them, and the loss on hidden pixels."""
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,16 @@ def test_a_masked_student_is_audited_on_its_visible_patches(home: Path) -> None:
     cache_teacher.run(masked_cache(home, cache=home / "other", targets={"attn": {"codec": DENSE}}))
     with pytest.raises(CacheMismatch, match=r"target\.mask"):
         train_student.run(recipe(home, audit=audit | {"cache": home / "other"}, **elsewhere(home, "no")))
+
+
+def test_a_teacher_in_the_loop_sees_the_visible_patches_alone(home: Path) -> None:
+    """Records of a masked layer that are computed in training have the bits of stored ones."""
+    short: dict[str, Any] = {"mim": None, "optim": OPTIM | {"steps": 3}}
+    train_student.run(recipe(home, **short, **elsewhere(home, "cached")))
+    for folder in (home / "masked" / "layers" / "attn").iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    train_student.run(recipe(home, on_missing="teacher", num_views=2, **short, **elsewhere(home, "computed")))
+    ours, theirs = (losses(home / name) for name in ("cached", "computed"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert {line["computed_share"] for line in read_metrics(home / "computed")} == {1.0}
