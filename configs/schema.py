@@ -430,11 +430,11 @@ TrainingRecipe = PretrainMaeRecipe | TrainStudentRecipe | FinetuneRecipe
 
 
 class EvaluateRecipe(Section):
-    """`tinymim evaluate`: evaluators of a frozen encoder, such as k-NN and a linear probe, on labelled shards."""
+    """`tinymim evaluate`: evaluators of a frozen model: k-NN, a linear probe, its own classifier, its throughput."""
 
     stage: Literal["evaluate"] = Field(description=_STAGE)
-    train: SourceConfig = Field(description=_TRAIN)
-    val: SourceConfig = Field(description=_VAL)
+    train: SourceConfig | None = Field(default=None, description=f"{_TRAIN} `knn` and `linear` need them.")
+    val: SourceConfig | None = Field(default=None, description=f"{_VAL} All evaluators but `throughput` need them.")
     model: ModelConfig = Field(description="Encoder.")
     weights: str = Field(description=_WEIGHTS)
     block: Positive | None = Field(
@@ -461,6 +461,16 @@ class EvaluateRecipe(Section):
             raise ValueError("evaluators is empty: name at least one")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"evaluators names {', '.join(twice)} twice: the results have one place for each")
+        return self
+
+    @model_validator(mode="after")
+    def _what_they_need(self) -> "EvaluateRecipe":
+        for each in self.evaluators:
+            needed = {"knn": ("train", "val"), "linear": ("train", "val"), "classifier": ("val",)}.get(each.name, ())
+            if lacking := [name for name in needed if getattr(self, name) is None]:
+                raise ValueError(f"evaluator {each.name} needs {' and '.join(lacking)}: labelled images")
+            if each.name == "classifier" and self.weights == "random":
+                raise ValueError("evaluator classifier needs weights with a classifier; got weights: random")
         return self
 
 

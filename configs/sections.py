@@ -460,7 +460,35 @@ class LinearEvaluator(Section):
     max_iter: Positive = Field(default=200, description="Largest number of L-BFGS iterations.")
 
 
-Evaluator = Annotated[KnnEvaluator | LinearEvaluator, Field(discriminator="name")]
+class ClassifierEvaluator(Section):
+    """An evaluator: accuracy of the classifier in the weights, as it is; nothing is trained."""
+
+    name: Literal["classifier"] = Field(description="This evaluator.")
+    class_map: Folder | None = Field(
+        default=None,
+        description="Text file with the classifier's class of label 0, 1, ..., one a line; -1: none. Default: labels "
+        "are the classifier's classes.",
+    )
+    real_labels: Literal["timm"] | Folder | None = Field(
+        default=None,
+        description="Also measure accuracy on ImageNet ReaL's labels: its `real.json`, a JSON object {image name: "
+        "labels}, or `timm` for the copy in timm.",
+    )
+
+
+class ThroughputEvaluator(Section):
+    """An evaluator: images per second of a forward pass on random pixels, parameters, and multiply-adds."""
+
+    name: Literal["throughput"] = Field(description="This evaluator.")
+    batch_size: Batch = Field(default=64, description="Images per forward pass.")
+    precision: Precision = Field(default="fp32", description="Precision of the forward pass.")
+    passes: Positive = Field(default=30, description="Passes that are timed; the median counts.")
+    warmup_passes: Positive = Field(default=5, description="Passes before them.")
+
+
+Evaluator = Annotated[
+    KnnEvaluator | LinearEvaluator | ClassifierEvaluator | ThroughputEvaluator, Field(discriminator="name")
+]
 
 
 class AuditKnnConfig(KnnConfig):

@@ -79,8 +79,9 @@ def require_inputs(recipe: RunRecipe) -> None:
                     require_shards(recipe.audit.knn.train)
                     require_shards(recipe.audit.knn.val)
         case EvaluateRecipe() | FinetuneRecipe():
-            require_shards(recipe.train)
-            require_shards(recipe.val)
+            for source in (recipe.train, recipe.val):
+                if source is not None:
+                    require_shards(source)
             if recipe.weights != RANDOM:
                 _require_weights(recipe.weights)
         case FidelityRecipe():
