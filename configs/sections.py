@@ -71,7 +71,8 @@ class Section(BaseModel):
     def choice(cls) -> dict[str, str]:
         """The values that select this section among possible ones: `kind`, and `name` unless `kind` implies it."""
         fields = {name: cls.model_fields.get(name) for name in ("kind", "name")}
-        found = {n: f for n, f in fields.items() if f is not None and get_origin(f.annotation) is Literal}
+        single = {n: f for n, f in fields.items() if f is not None and get_origin(f.annotation) is Literal}
+        found = {n: f for n, f in single.items() if len(get_args(f.annotation)) == 1}
         return {
             name: get_args(field.annotation)[0]
             for name, field in found.items()
@@ -266,16 +267,20 @@ class OptimConfig(Section):
 
 
 class LayerwiseOptimConfig(OptimConfig):
-    """AdamW for fine-tuning, with a lower rate in each lower layer (timm's `param_groups_layer_decay`).
+    """The optimiser of fine-tuning, with a lower rate in each lower layer (timm's `param_groups_layer_decay`).
 
     `base_lr` is the rate of the head.
     """
 
+    name: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="`adamw`, or `sgd` with Nesterov's momentum, which transfer to small sets uses."
+    )
+    momentum: Beta = Field(default=0.9, description="Momentum of `sgd`.")
     base_lr: float = Field(
         default=5e-4, gt=0, description="Learning rate of the head at batch 256; scales with the batch as above."
     )
     min_lr: float = Field(default=1e-6, ge=0, description="Learning rate of the head at the end.")
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Betas of AdamW.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Betas of `adamw`.")
     layer_decay: float = Field(
         default=0.65,
         gt=0,

@@ -1,7 +1,10 @@
 """A timm model with a classifier head, for fine-tuning: an encoder's weights, and a new head where they have none."""
 
+from collections.abc import Mapping
+
 import torch
 from timm.layers import trunc_normal_
+from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
@@ -43,7 +46,8 @@ def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> Load
     """Load an encoder's weights, or a classifier's, into a classifier.
 
     The head stays new unless the weights have one of N classes, N as in the model; so does `fc_norm` unless they have
-    it. An encoder's final norm is dropped where the model has `fc_norm`. All other tensors must fit.
+    it. An encoder's final norm is dropped where the model has `fc_norm`. A plain ViT's weights also fit timm's BEiT,
+    whose tables of relative positions (zero) and layer scales (`init_values`) then are new. All other tensors must fit.
 
     Args:
         model: a model from `build_classifier`.
@@ -62,7 +66,7 @@ def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> Load
         tensors,
         origin,
         may_drop=(FINAL_NORM, *backbone.classifier(model)),
-        may_lack=(POOLED_NORM, *backbone.classifier(model)),
+        may_lack=(POOLED_NORM, *backbone.classifier(model), *_grown(model, tensors)),
         hint=hint,
     )
     check_heads(model, metadata, origin)
@@ -70,6 +74,15 @@ def load_classifier(model: nn.Module, config: ModelConfig, weights: str) -> Load
         _initialise_head(model)
         loaded = LoadedWeights(tensors_sha256(model.state_dict()), loaded.dropped, loaded.new, loaded.layout)
     return loaded
+
+
+_GROWN = (".relative_position_bias_table", ".gamma_1", ".gamma_2")  # what BEiT has more than a ViT
+
+
+def _grown(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names that weights of a ViT lack for BEiT; none where the weights have some of the kind."""
+    kinds = [kind for kind in _GROWN if not any(name.endswith(kind) for name in tensors)]
+    return tuple(name for name in model.state_dict() if isinstance(model, Beit) and name.endswith(tuple(kinds)))
 
 
 def _initialise_head(model: nn.Module) -> None:

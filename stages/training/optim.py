@@ -1,4 +1,4 @@
-"""Optimisation of all training stages: AdamW, the schedule, parts of a batch, randomness by step."""
+"""Optimisation of all training stages: the optimiser, the schedule, parts of a batch, randomness by step."""
 
 import hashlib
 import math
@@ -61,19 +61,24 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     return Schedule(peak_lr, config.min_lr, round(config.warmup * total), total)
 
 
-def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C].
+def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW, or SGD; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C].
 
     Nor is there any on what timm spares in its `no_weight_decay`, such as tables of relative positions. With
     `layer_decay` the groups are timm's, by the model's layers (TinyViT: `backbone.layers_below_head`). Each has an
     "lr_scale", a factor on the schedule's rate.
     """
     spared: set[str] = getattr(model, "no_weight_decay", set)()
+    groups: list[dict[str, Any]]
     if isinstance(config, LayerwiseOptimConfig):
         if (below := backbone.layers_below_head(model)) is not None:
-            return torch.optim.AdamW(_groups_by_layer(model, config, below, spared), lr=0.0, betas=config.betas)
-        layers = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
-        return torch.optim.AdamW(layers, lr=0.0, betas=config.betas)
+            groups = _groups_by_layer(model, config, below, spared)
+        else:
+            groups = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
+        if config.name == "sgd":
+            # A momentum of 0 has no Nesterov form; torch refuses the pair.
+            return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.momentum > 0)
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if p.squeeze().ndim <= 1 or name in spared]
     decayed = [p for name, p in trained if p.squeeze().ndim > 1 and name not in spared]
@@ -179,6 +184,8 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     # Fields that are newer than states of before: where they are off, the identity is as without them.
     free |= {name: True for name, off in (("ema", None), ("batch_norm", "train")) if getattr(recipe, name) == off}
     fields = recipe.model_dump(mode="json", exclude=free)
+    if fields["optim"].get("name") == "adamw":
+        del fields["optim"]["name"], fields["optim"]["momentum"]
     for name in {"student", "model"} & fields.keys():
         if not fields[name]["args"]:
             del fields[name]["args"]
