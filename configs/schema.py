@@ -401,6 +401,11 @@ class FinetuneRecipe(_Training):
     )
     model: ModelConfig = Field(description="Encoder.")
     weights: str = Field(description=_WEIGHTS)
+    class_map: Folder | None = Field(
+        default=None,
+        description="Start with rows of the weights' head: a text file with their class of label 0, 1, ..., one a "
+        "line; -1: the mean of the others. Default: see docs/finetune.md.",
+    )
     pool: Literal["mean", "cls"] = Field(
         default="mean", description="Input of the head: the mean over patches through a new norm, or the class token."
     )

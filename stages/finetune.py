@@ -83,7 +83,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     # ---- model, optimiser
     torch.manual_seed(recipe.run.seed)
     model = build_classifier(recipe.model, num_classes, recipe.pool, recipe.drop_path)
-    start = load_classifier(model, recipe.model, recipe.weights)
+    start = load_classifier(model, recipe.model, recipe.weights, recipe.class_map)
     mean, std, source_of_pixels, _ = stated(model, recipe.model, recipe.weights, recipe.mean, recipe.std)
     normalise, constants = Normalise(mean, std).to(device), Constants.of(mean, std)
     pixels = Pixels(mean, std, recipe.views.interpolation, 1 / recipe.validation.resize_ratio)

@@ -175,7 +175,7 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
         ("loader", "checkpoint", "verify", "audit", "source", "cache", "students"), True
     )
     free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
-    free |= {"train": True, "val": True, "weights": True}
+    free |= {"train": True, "val": True, "weights": True, "class_map": True}  # the model at the start is in `content`
     # The order of samples has an identity of its own, with the images and views in use, so a cache may grow. A layer's
     # content decides, not its name.
     free |= {"num_views": True, "on_missing": True, "layer": True, "layers": True, "targets": True}

@@ -10,7 +10,7 @@ from torch import nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import MaeConfig, ModelConfig
-from tinymim.models.checkpoints import to_safetensors
+from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.timm_folder import timm_arguments
@@ -124,12 +124,38 @@ def test_a_class_token_that_is_not_there_is_refused() -> None:
         build_classifier(ModelConfig(name="swin_tiny_patch4_window7_224"), 5, "cls")
 
 
+def test_a_class_map_takes_rows_of_another_head_and_their_mean_for_minus_one(tmp_path: Path) -> None:
+    """float64 reference of the mean over the mapped rows, a class that is mapped twice counting twice."""
+    before = classifier(num_classes=9, seed=3)
+    weights = save(tmp_path / "w.safetensors", before)
+    rows = [7, 2, -1, 2]
+    (tmp_path / "map.txt").write_text("".join(f"{row}\n" for row in rows))
+    model = classifier(num_classes=4, seed=4)
+    loaded = load_classifier(model, CONFIG, weights, tmp_path / "map.txt")
+    assert loaded.new == () and loaded.sha256 == tensors_sha256(model.state_dict())
+    for name in HEAD:
+        theirs = before.state_dict()[name].double()
+        expected = torch.stack([theirs[row] if row >= 0 else theirs[[7, 2, 2]].mean(dim=0) for row in rows])
+        torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-6, atol=1e-8)
+    assert torch.equal(model.state_dict()["fc_norm.weight"], before.state_dict()["fc_norm.weight"])
+
+
+def test_a_class_map_that_does_not_fit_is_refused(encoder: tuple[nn.Module, str], tmp_path: Path) -> None:
+    weights = save(tmp_path / "w.safetensors", classifier(num_classes=9))
+    for text, file, kind, message in (
+        ("0\n1\n", weights, RecipeError, "not one of the model's classes"),
+        ("0\n1\n9\n2\n", weights, CheckpointError, "lacks a class"),
+        ("0\n1\n2\n3\n", encoder[1], CheckpointError, "no head for class_map"),
+    ):
+        (tmp_path / "map.txt").write_text(text)
+        with pytest.raises(kind, match=message):
+            load_classifier(classifier(num_classes=4), CONFIG, file, tmp_path / "map.txt")
+
+
 # ---- BEiT from a plain ViT: relative positions at fine-tuning only
 
 
-RPE = CONFIG.model_copy(
-    update={"name": "beit_base_patch16_224", "args": {"use_abs_pos_emb": True, "init_values": 0}}
-)
+RPE = CONFIG.model_copy(update={"name": "beit_base_patch16_224", "args": {"use_abs_pos_emb": True, "init_values": 0}})
 
 
 def test_a_vit_with_new_relative_positions_computes_the_same_until_they_are_trained(tmp_path: Path) -> None:
@@ -144,7 +170,6 @@ def test_a_vit_with_new_relative_positions_computes_the_same_until_they_are_trai
     assert loaded.new == tables and loaded.dropped == () and "biases of q and v" in loaded.layout
     assert all(not beit.state_dict()[name].any() for name in tables)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    vit.load_state_dict({name: tensor.float().double() for name, tensor in vit.state_dict().items()})  # as in the file
     torch.testing.assert_close(beit(images), vit(images), rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         beit.get_parameter(tables[0]).normal_()
