@@ -20,6 +20,7 @@ from tinymim.configs.sections import (
     AugmentConfig,
     Batch,
     CheckpointConfig,
+    ClassTeacherConfig,
     Cluster,
     ClusterConfig,
     Device,
@@ -414,6 +415,9 @@ class FinetuneRecipe(_Training):
     drop_path: DropRate = Field(
         default=0.1, description="Stochastic depth; the rate rises from 0 to this value (timm)."
     )
+    distil: ClassTeacherConfig | None = Field(
+        default=None, description="Class distillation by a classifier in the loop; needs `pool: cls`. Default: none."
+    )
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="Label smoothing.")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="Augmentation.")
     optim: LayerwiseOptimConfig = Field(description="Optimiser, schedule and length.")
@@ -423,6 +427,8 @@ class FinetuneRecipe(_Training):
     def _whole_pairs(self) -> "FinetuneRecipe":
         if self.views.operations is not None:
             raise ValueError("views.operations is for caches and pre-training; fine-tuning has `augment` instead")
+        if self.distil is not None and self.pool != "cls":
+            raise ValueError("distil trains heads on the class and the distillation token; set pool: cls")
         if self.augment.mixes and self.optim.batch_size % (2 * self.order.lanes):
             raise ValueError(
                 "mixup and cutmix pair samples of a lane, so optim.batch_size must be a multiple of 2 x order.lanes; "

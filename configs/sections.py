@@ -289,6 +289,20 @@ class LayerwiseOptimConfig(OptimConfig):
     )
 
 
+class ClassTeacherConfig(ModelConfig):
+    """A classifier that teaches the distillation token of a DeiT during fine-tuning (Touvron et al., ICML 2021)."""
+
+    name: str = Field(default="regnety_160.deit_in1k", description="Model name in timm.")
+    weights: str = Field(default="hub", description="`hub`, or a file of a classifier of the same classes.")
+    loss: Literal["hard", "soft"] = Field(
+        default="hard", description="Learn the teacher's class (hard), or its probabilities (soft)."
+    )
+    weight: Fraction = Field(default=0.5, description="Weight of this loss; the labels have the rest.")
+    temperature: float = Field(default=1.0, gt=0, le=1000, description="Temperature of `soft`.")
+    mean: Mean | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: Std | None = Field(default=None, description=STD_DESCRIPTION)
+
+
 class LoaderConfig(Section):
     """Reading and decoding. These fields change neither a pixel nor the order of samples."""
 

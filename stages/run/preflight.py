@@ -84,6 +84,8 @@ def require_inputs(recipe: RunRecipe) -> None:
                     require_shards(source)
             if recipe.weights != RANDOM:
                 _require_weights(recipe.weights)
+            if isinstance(recipe, FinetuneRecipe) and recipe.distil is not None:
+                _require_weights(recipe.distil.weights)
         case FidelityRecipe():
             require_shards(recipe.source)
             _require_weights(recipe.teacher.weights)

@@ -186,6 +186,8 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     fields = recipe.model_dump(mode="json", exclude=free)
     if fields["optim"].get("name") == "adamw":
         del fields["optim"]["name"], fields["optim"]["momentum"]
+    if (teacher := fields.pop("distil", None)) is not None:  # `content` has the digest of its weights
+        fields["distil"] = {name: value for name, value in teacher.items() if name != "weights"}
     for name in {"student", "model"} & fields.keys():
         if not fields[name]["args"]:
             del fields[name]["args"]
