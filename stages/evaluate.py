@@ -55,10 +55,9 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
     probes = [each for each in recipe.evaluators if each.name in PROBES]
     measures = [each for each in recipe.evaluators if each.name in MEASURES]
     train = open_shards(recipe.train) if recipe.train and probes else None
-    val = (
-        open_shards(recipe.val) if recipe.val and any(each.name != "throughput" for each in recipe.evaluators) else None
-    )
-    counts = {"num_classes": count_classes(train, val)} if train and val else {}
+    judges = any(each.name != "throughput" for each in recipe.evaluators)
+    val = open_shards(recipe.val) if recipe.val and judges else None
+    num_classes = count_classes(train, val) if train and val else 0
 
     # ---- frozen models
     loaded = load_encoder(recipe) if probes else None
@@ -67,6 +66,7 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
     assert known is not None  # the schema wants at least one evaluator
     model, mean, std = known  # with the classifier, where there is one: a file's digest covers it
     metrics: Measured = {}
+    counts: dict[str, int] = {}
     unreadable: list[dict[str, str]] = []
     with owned([recipe.run.folder]), RunFolder(recipe) as log, StopFlag() as stop:
         # ---- features, once; probes
@@ -82,7 +82,7 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
             for config in probes:
                 metrics |= PROBES[config.name](encoder, sets, config)
             counts |= {f"num_{name}_images": len(encoded.labels) for name, encoded in sets._asdict().items()}
-            counts["num_features"] = sets.train.features.shape[1]
+            counts |= {"num_classes": num_classes, "num_features": sets.train.features.shape[1]}
             unreadable = _listed(sets.train.unreadable, "train") + _listed(sets.val.unreadable, "val")
 
         # ---- the whole model
@@ -90,7 +90,7 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
             whole = Whole(*loaded_whole, recipe, val, device, stop)
             for config in measures:
                 metrics |= MEASURES[config.name](whole, config)
-            if val and not unreadable:
+            if val and not loaded:
                 counts["num_val_images"] = val.num_samples - len(whole.unreadable)
                 unreadable = _listed(whole.unreadable, "val")
         log.log(0, **{name: value for name, value in metrics.items() if isinstance(value, float)})

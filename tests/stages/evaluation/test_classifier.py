@@ -173,3 +173,17 @@ def test_probes_and_the_classifier_in_one_evaluation(drawn_shards: Path, tmp_pat
     result = evaluate.run(recipe(drawn_shards, tmp_path / "run", weights=weights, evaluators=evaluators))
     assert {"knn_top1", "classifier_top1"} <= result.keys()
     assert result["weights_sha256"] == tensors_sha256(load_file(weights))  # as `compare` looks for it
+
+
+def test_unreadable_images_are_listed_and_not_judged(drawn_shards: Path, tmp_path: Path, weights: str) -> None:
+    images = some_images(drawn_shards, 4)
+    broken = list(images)[2]
+    images[broken] = b"broken"
+    write_tar(tmp_path / "val" / "x.tar", images, dict.fromkeys(images, 0))
+    result = measured(tmp_path / "val", tmp_path / "run", weights)
+    assert result["num_val_images"] == 3 and [(row["set"], row["key"]) for row in result["unreadable"]] == [
+        ("val", broken)
+    ]
+    write_tar(tmp_path / "none" / "x.tar", {"a": b"broken"}, {"a": 0})
+    with pytest.raises(SourceError, match="no image of val can be read"):
+        measured(tmp_path / "none", tmp_path / "run", weights)
