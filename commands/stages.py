@@ -135,10 +135,10 @@ def chain(recipe: "ChainRecipe") -> None:
 
 @_recipe_command("evaluate", sort_key=5)
 def evaluate(recipe: "EvaluateRecipe") -> None:
-    """Evaluate a frozen encoder on labelled shards: k-NN and linear probe.
+    """Evaluate a frozen model: k-NN, linear probe, its own classifier, throughput.
 
-    Reads the shards of `train` and `val`, and `weights`: a file, `hub`,
-    `package:NAME` or `random`.
+    Reads the shards of `train` and `val` where an evaluator needs them, and
+    `weights`: a file, `hub`, `package:NAME` or `random`.
     Writes evaluation.json into run.folder and prints the same JSON.
 
     Example: tinymim evaluate tinyimagenet40-eval --set weights=random

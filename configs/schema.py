@@ -20,6 +20,7 @@ from tinymim.configs.sections import (
     AugmentConfig,
     Batch,
     CheckpointConfig,
+    ClassTeacherConfig,
     Cluster,
     ClusterConfig,
     Device,
@@ -539,6 +540,11 @@ class FinetuneRecipe(_Training):
     )
     model: ModelConfig = Field(description="Encoder.")
     weights: str = Field(description=_WEIGHTS)
+    class_map: Folder | None = Field(
+        default=None,
+        description="Start with rows of the weights' head: a text file with their class of label 0, 1, ..., one a "
+        "line; -1: the mean of the others. Default: see docs/finetune.md.",
+    )
     pool: Literal["mean", "cls"] = Field(
         default="mean", description="Input of the head: the mean over patches through a new norm, or the class token."
     )
@@ -546,6 +552,9 @@ class FinetuneRecipe(_Training):
     std: Std | None = Field(default=None, description=STD_DESCRIPTION)
     drop_path: DropRate = Field(
         default=0.1, description="Stochastic depth; the rate rises from 0 to this value (timm)."
+    )
+    distil: ClassTeacherConfig | None = Field(
+        default=None, description="Class distillation by a classifier in the loop; needs `pool: cls`. Default: none."
     )
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="Label smoothing.")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="Augmentation.")
@@ -557,6 +566,8 @@ class FinetuneRecipe(_Training):
         for name in ("operations", "pairs"):
             if getattr(self.views, name) is not None:
                 raise ValueError(f"views.{name} is for caches and pre-training; fine-tuning has `augment` instead")
+        if self.distil is not None and self.pool != "cls":
+            raise ValueError("distil trains heads on the class and the distillation token; set pool: cls")
         if self.augment.mixes and self.optim.batch_size % (2 * self.order.lanes):
             raise ValueError(
                 "mixup and cutmix pair samples of a lane, so optim.batch_size must be a multiple of 2 x order.lanes; "
@@ -569,11 +580,11 @@ TrainingRecipe = PretrainMaeRecipe | PretrainRecipe | TrainStudentRecipe | Finet
 
 
 class EvaluateRecipe(Section):
-    """`tinymim evaluate`: evaluators of a frozen encoder, such as k-NN and a linear probe, on labelled shards."""
+    """`tinymim evaluate`: evaluators of a frozen model: k-NN, a linear probe, its own classifier, its throughput."""
 
     stage: Literal["evaluate"] = Field(description=_STAGE)
-    train: SourceConfig = Field(description=_TRAIN)
-    val: SourceConfig = Field(description=_VAL)
+    train: SourceConfig | None = Field(default=None, description=f"{_TRAIN} `knn` and `linear` need them.")
+    val: SourceConfig | None = Field(default=None, description=f"{_VAL} All evaluators but `throughput` need them.")
     model: ModelConfig = Field(description="Encoder.")
     weights: str = Field(description=_WEIGHTS)
     block: Positive | None = Field(
@@ -600,6 +611,16 @@ class EvaluateRecipe(Section):
             raise ValueError("evaluators is empty: name at least one")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"evaluators names {', '.join(twice)} twice: the results have one place for each")
+        return self
+
+    @model_validator(mode="after")
+    def _what_they_need(self) -> "EvaluateRecipe":
+        for each in self.evaluators:
+            needed = {"knn": ("train", "val"), "linear": ("train", "val"), "classifier": ("val",)}.get(each.name, ())
+            if lacking := [name for name in needed if getattr(self, name) is None]:
+                raise ValueError(f"evaluator {each.name} needs {' and '.join(lacking)}: labelled images")
+            if each.name == "classifier" and self.weights == "random":
+                raise ValueError("evaluator classifier needs weights with a classifier; got weights: random")
         return self
 
 

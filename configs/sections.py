@@ -76,7 +76,8 @@ class Section(BaseModel):
     def choice(cls) -> dict[str, str]:
         """The values that select this section among possible ones: `kind`, and `name` unless `kind` implies it."""
         fields = {name: cls.model_fields.get(name) for name in ("kind", "name")}
-        found = {n: f for n, f in fields.items() if f is not None and get_origin(f.annotation) is Literal}
+        single = {n: f for n, f in fields.items() if f is not None and get_origin(f.annotation) is Literal}
+        found = {n: f for n, f in single.items() if len(get_args(f.annotation)) == 1}
         return {
             name: get_args(field.annotation)[0]
             for name, field in found.items()
@@ -334,22 +335,40 @@ class OptimConfig(Section):
 
 
 class LayerwiseOptimConfig(OptimConfig):
-    """AdamW for fine-tuning, with a lower rate in each lower layer (timm's `param_groups_layer_decay`).
+    """The optimiser of fine-tuning, with a lower rate in each lower layer (timm's `param_groups_layer_decay`).
 
     `base_lr` is the rate of the head.
     """
 
+    name: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="`adamw`, or `sgd` with Nesterov's momentum, which transfer to small sets uses."
+    )
+    momentum: Beta = Field(default=0.9, description="Momentum of `sgd`.")
     base_lr: float = Field(
         default=5e-4, gt=0, description="Learning rate of the head at batch 256; scales with the batch as above."
     )
     min_lr: float = Field(default=1e-6, ge=0, description="Learning rate of the head at the end.")
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Betas of AdamW.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Betas of `adamw`.")
     layer_decay: float = Field(
         default=0.65,
         gt=0,
         le=1,
         description="Rate of a layer relative to the layer above it. 1: the same rate everywhere.",
     )
+
+
+class ClassTeacherConfig(ModelConfig):
+    """A classifier that teaches the distillation token of a DeiT during fine-tuning (Touvron et al., ICML 2021)."""
+
+    name: str = Field(default="regnety_160.deit_in1k", description="Model name in timm.")
+    weights: str = Field(default="hub", description="`hub`, or a file of a classifier of the same classes.")
+    loss: Literal["hard", "soft"] = Field(
+        default="hard", description="Learn the teacher's class (hard), or its probabilities (soft)."
+    )
+    weight: Fraction = Field(default=0.5, description="Weight of this loss; the labels have the rest.")
+    temperature: float = Field(default=1.0, gt=0, le=1000, description="Temperature of `soft`.")
+    mean: Mean | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: Std | None = Field(default=None, description=STD_DESCRIPTION)
 
 
 class LoaderConfig(Section):
@@ -650,7 +669,35 @@ class LinearEvaluator(Section):
     max_iter: Positive = Field(default=200, description="Largest number of L-BFGS iterations.")
 
 
-Evaluator = Annotated[KnnEvaluator | LinearEvaluator, Field(discriminator="name")]
+class ClassifierEvaluator(Section):
+    """An evaluator: accuracy of the classifier in the weights, as it is; nothing is trained."""
+
+    name: Literal["classifier"] = Field(description="This evaluator.")
+    class_map: Folder | None = Field(
+        default=None,
+        description="Text file with the classifier's class of label 0, 1, ..., one a line; -1: none. Default: labels "
+        "are the classifier's classes.",
+    )
+    real_labels: Literal["timm"] | Folder | None = Field(
+        default=None,
+        description="Also measure accuracy on ImageNet ReaL's labels: its `real.json`, a JSON object {image name: "
+        "labels}, or `timm` for the copy in timm.",
+    )
+
+
+class ThroughputEvaluator(Section):
+    """An evaluator: images per second of a forward pass on random pixels, parameters, and multiply-adds."""
+
+    name: Literal["throughput"] = Field(description="This evaluator.")
+    batch_size: Batch = Field(default=64, description="Images per forward pass.")
+    precision: Precision = Field(default="fp32", description="Precision of the forward pass.")
+    passes: Positive = Field(default=30, description="Passes that are timed; the median counts.")
+    warmup_passes: Positive = Field(default=5, description="Passes before them.")
+
+
+Evaluator = Annotated[
+    KnnEvaluator | LinearEvaluator | ClassifierEvaluator | ThroughputEvaluator, Field(discriminator="name")
+]
 
 
 class AuditKnnConfig(KnnConfig):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from tinymim.models import backbone
@@ -53,9 +54,24 @@ def rewritten(model: nn.Module, tensors: Tensors) -> Rewritten:
     for name, is_it, convert in _LAYOUTS:
         if is_it(found):
             found, layout = convert(model, found), name if layout == TIMM else f"{layout}, {name}"
+    if isinstance(model, Beit) and any(name.endswith(".qkv.bias") for name in found):
+        found = _with_biases_apart(found)
+        layout = f"{layout}, biases of q and v (those of k do not change attention)"
     indices = {name for name in found if name.endswith(_INDICES)}
     dropped |= indices
     return Rewritten({n: each for n, each in found.items() if n not in indices}, layout, tuple(sorted(dropped)))
+
+
+def _with_biases_apart(tensors: Tensors) -> Tensors:
+    """A ViT's biases of q and v as BEiT has them; k's add the same to all scores of a query, which softmax drops."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".qkv.bias"):
+            q, _, v = tensor.chunk(3)
+            found |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+        else:
+            found[name] = tensor
+    return found
 
 
 def _without(name: str, prefixes: tuple[str, ...]) -> str:

@@ -40,12 +40,13 @@ def _absolute(table: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
         return table
     prefix = target.shape[1] - grid[0] * grid[1]
     # Some tables, as DeiT III's, have no row for the class token: it is as if that row were zero.
-    for own, missing in ((prefix, 0), (0, prefix)):
+    # A distilled DeiT has a row more than a ViT, behind that of the class token.
+    for own, missing in ((prefix, 0), (1, prefix - 1), (0, prefix)):
         patches = table.shape[1] - own
         if patches > 0 and math.isqrt(patches) ** 2 == patches:
             fitted = resample_abs_pos_embed(table.float(), list(grid), num_prefix_tokens=own)
             zeros = fitted.new_zeros(1, missing, fitted.shape[2])
-            return torch.cat([zeros, fitted], dim=1)
+            return torch.cat([fitted[:, :own], zeros, fitted[:, own:]], dim=1)
     return table
 
 

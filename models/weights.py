@@ -34,14 +34,16 @@ class Read(NamedTuple):
     origin: str
 
 
-def read_weights(config: ModelConfig, weights: str) -> Read:
-    """The tensors of `weights`, which must not be "random".
+def read_weights(config: ModelConfig, weights: str, classifier: bool = False) -> Read:
+    """The tensors of `weights`, which must not be "random"; those of "hub" have timm's classifier if `classifier`.
 
     Raises:
         CheckpointError: the weights do not exist, cannot be read, or cannot be fetched.
     """
     if weights == HUB:
-        return Read(build_pretrained(config).state_dict(), {}, f"timm's '{config.name}'")
+        return Read(
+            build_pretrained(config, num_classes=None if classifier else 0).state_dict(), {}, f"timm's '{config.name}'"
+        )
     file = weights_file(weights)
     return Read(*read_checkpoint(*file), str(file.path))
 

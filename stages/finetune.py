@@ -37,6 +37,7 @@ from tinymim.stages.run.folder import BEST_NAME, FINETUNED_NAME, LAST_EMA_NAME, 
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
+from tinymim.stages.training.class_teacher import ClassTeacher
 from tinymim.stages.training.launch import on_ranks
 from tinymim.stages.training.learner import Learner
 from tinymim.stages.training.optim import parts_of, seeded
@@ -83,10 +84,11 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     # ---- model, optimiser
     torch.manual_seed(recipe.run.seed)
     model = build_classifier(recipe.model, num_classes, recipe.pool, recipe.drop_path)
-    start = load_classifier(model, recipe.model, recipe.weights)
+    start = load_classifier(model, recipe.model, recipe.weights, recipe.class_map)
     mean, std, source_of_pixels, _ = stated(model, recipe.model, recipe.weights, recipe.mean, recipe.std)
     normalise, constants = Normalise(mean, std).to(device), Constants.of(mean, std)
     pixels = Pixels(mean, std, recipe.views.interpolation, 1 / recipe.validation.resize_ratio)
+    teacher = None if recipe.distil is None else ClassTeacher(recipe, model, normalise, device)
     paths = replace_drop_path(model)
     if recipe.recompute:
         backbone.recompute(model)
@@ -97,6 +99,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     content = [
         f"policies {POLICIES_VERSION}",
         start.sha256,
+        *([f"teacher {teacher.sha256}"] if teacher else []),
         *(shard.content_hash for each in (source, held_out) for shard in each.shards),
     ]
     learner = Learner("", about, recipe, "model", model, example, ranks, order, content)
@@ -148,7 +151,12 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
                 with learner.part_of_step(part.first, part.last):
                     with autocast(device, recipe.precision):
                         logits = learner.model(images[part.rows])
-                    learner.backward({"loss": criterion(logits.float(), targets[part.rows])}, part.share)
+                    own = logits[0] if teacher else logits
+                    losses = {"loss": criterion(own.float(), targets[part.rows])}
+                    if teacher:
+                        given = teacher(images[part.rows])
+                        losses = teacher.losses(logits, losses["loss"], given, targets[part.rows])
+                    learner.backward(losses, part.share)
             learner.update(step)
             # The state is saved before the validation, so a stop in the middle of it loses no step.
             books.end_step(step + 1, stop, meter, save=schedule.due(step + 1))

@@ -1,8 +1,8 @@
 """Frozen features of a labelled set, and the encoder that computes them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tinymim.models.probes import pooled_features
 from tinymim.models.student import build_student
 from tinymim.models.timm_folder import Rgb
 from tinymim.models.weights import build_with_weights, stated
-from tinymim.pipeline.dataset import ImageViews
+from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.shards import Shard
@@ -87,24 +87,51 @@ class Encoder:
             RecipeError: the model has no such block or no class token.
             Interrupted: `stop` was requested.
         """
-        counts = [shard.num_samples for shard in shards]
-        plan = (item for unit, count in enumerate(counts) for item in view_batches(unit, count, (0,), self.batch_size))
-        views, on_gpu = ImageViews(tuple(shards), self.law), self.device.type == "cuda"
         found: list[Tensor] = []
         labels: list[Tensor] = []
         unreadable: list[tuple[str, str]] = []
-        with Meter(label, sum(counts), "images") as meter:
-            for batch in batches(views, plan, self.loader, pin_memory=on_gpu):
-                if stop.requested:
-                    raise Interrupted("no evaluation written; the same command starts it from scratch")
-                unreadable += batch.unreadable
-                if batch.keys:
-                    images = self.normalise(batch.pixels.to(self.device, non_blocking=True))
-                    found.append(pooled_features(self.model, images, self.block, self.pool).float().cpu())
-                    labels.append(batch.labels)
-                meter.advance(len(batch.keys) + len(batch.unreadable))
+        for batch, images in centre_crops(shards, self.law, self.normalise, self, self.device, stop, label):
+            unreadable += batch.unreadable
+            if images is not None:
+                found.append(pooled_features(self.model, images, self.block, self.pool).float().cpu())
+                labels.append(batch.labels)
         if not found:
             raise SourceError(f"{label}: no image can be read", got=f"{len(unreadable)} unreadable images")
         for key, reason in unreadable[:10]:
             logger.info(f"{label}: unreadable: {key}: {reason}")
         return EncodedSet(torch.cat(found), torch.cat(labels), unreadable)
+
+
+class Reading(Protocol):
+    """Settings of reading: a recipe of `evaluate`, or an encoder."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def loader(self) -> LoaderConfig: ...
+
+
+def centre_crops(
+    shards: Sequence[Shard],
+    law: ViewLaw,
+    normalise: nn.Module,
+    reading: Reading,
+    device: torch.device,
+    stop: StopFlag,
+    label: str,
+) -> Iterator[tuple[ViewBatch, Tensor | None]]:
+    """The images of `shards` in batches, each with its normalised pixels on the device; None: none can be read.
+
+    Raises:
+        Interrupted: `stop` was requested.
+    """
+    counts = [shard.num_samples for shard in shards]
+    plan = (item for unit, count in enumerate(counts) for item in view_batches(unit, count, (0,), reading.batch_size))
+    stream = batches(ImageViews(tuple(shards), law), plan, reading.loader, pin_memory=device.type == "cuda")
+    with Meter(label, sum(counts), "images") as meter:
+        for batch in stream:
+            if stop.requested:
+                raise Interrupted("no evaluation written; the same command starts it from scratch")
+            yield batch, normalise(batch.pixels.to(device, non_blocking=True)) if batch.keys else None
+            meter.advance(len(batch.keys) + len(batch.unreadable))

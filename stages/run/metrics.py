@@ -61,6 +61,10 @@ METRICS: Final = (
     # ---- evaluators
     Metric("knn_top1", "k-NN", ".1%", "higher", column=True),
     Metric("linear_top1", "linear", ".1%", "higher", column=True),
+    Metric("real_top1", "ReaL", ".1%", "higher", column=True),
+    Metric("throughput_images_per_s", "images/s of a pass", ",.0f", "higher", column=True),
+    Metric("params_m", "M params", ",.2f", "lower", column=True),
+    Metric("gmacs", "GMACs", ",.2f", "lower", column=True),
     Metric("*_top1", "{}", ".1%", "higher", column=True),
     Metric("*_top5", "{} top-5", ".1%", "higher"),
     Metric("ema_*_top1", "{}, average", ".1%", "higher"),

@@ -92,10 +92,13 @@ def require_inputs(recipe: RunRecipe) -> None:
                     require_shards(recipe.audit.knn.train)
                     require_shards(recipe.audit.knn.val)
         case EvaluateRecipe() | FinetuneRecipe():
-            require_shards(recipe.train)
-            require_shards(recipe.val)
+            for source in (recipe.train, recipe.val):
+                if source is not None:
+                    require_shards(source)
             if recipe.weights != RANDOM:
                 _require_weights(recipe.weights)
+            if isinstance(recipe, FinetuneRecipe) and recipe.distil is not None:
+                _require_weights(recipe.distil.weights)
         case FidelityRecipe():
             require_shards(recipe.source)
             _require_weights(recipe.teacher.weights)

@@ -1,4 +1,4 @@
-"""Optimisation of all training stages: AdamW, the schedule, parts of a batch, randomness by step."""
+"""Optimisation of all training stages: the optimiser, the schedule, parts of a batch, randomness by step."""
 
 import hashlib
 import math
@@ -62,19 +62,24 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     return Schedule(peak_lr, config.min_lr, round(config.warmup * total), total)
 
 
-def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C].
+def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW, or SGD; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C].
 
     Nor is there any on what timm spares in its `no_weight_decay`, such as tables of relative positions. With
     `layer_decay` the groups are timm's, by the model's layers (TinyViT: `backbone.layers_below_head`). Each has an
     "lr_scale", a factor on the schedule's rate.
     """
     spared: set[str] = getattr(model, "no_weight_decay", set)()
+    groups: list[dict[str, Any]]
     if isinstance(config, LayerwiseOptimConfig):
         if (below := backbone.layers_below_head(model)) is not None:
-            return torch.optim.AdamW(_groups_by_layer(model, config, below, spared), lr=0.0, betas=config.betas)
-        layers = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
-        return torch.optim.AdamW(layers, lr=0.0, betas=config.betas)
+            groups = _groups_by_layer(model, config, below, spared)
+        else:
+            groups = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
+        if config.name == "sgd":
+            # A momentum of 0 has no Nesterov form; torch refuses the pair.
+            return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.momentum > 0)
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if p.squeeze().ndim <= 1 or name in spared]
     decayed = [p for name, p in trained if p.squeeze().ndim > 1 and name not in spared]
@@ -171,7 +176,7 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
         ("loader", "checkpoint", "verify", "audit", "source", "cache", "students"), True
     )
     free |= {"workers": True, "cluster": True, "max_restarts": True, "optim": {"accumulate"}}
-    free |= {"train": True, "val": True, "weights": True}
+    free |= {"train": True, "val": True, "weights": True, "class_map": True}  # the model at the start is in `content`
     # The order of samples has an identity of its own, with the images and views in use, so a cache may grow. A layer's
     # content decides, not its name.
     free |= {"num_views": True, "on_missing": True, "layer": True, "layers": True, "targets": True}
@@ -186,6 +191,10 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
     newer = (("ema", None), ("mask", None), ("mim", None), ("batch_norm", "train"))
     free |= {name: True for name, off in newer if getattr(recipe, name, off) == off}
     fields = recipe.model_dump(mode="json", exclude=free)
+    if fields["optim"].get("name") == "adamw":
+        del fields["optim"]["name"], fields["optim"]["momentum"]
+    if (teacher := fields.pop("distil", None)) is not None:  # `content` has the digest of its weights
+        fields["distil"] = {name: value for name, value in teacher.items() if name != "weights"}
     if isinstance(recipe, TrainStudentRecipe):
         fields |= _terms_identity([layer for _, layer in recipe.each_layer()])
     return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))

@@ -10,11 +10,12 @@ from torch import nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import MaeConfig, ModelConfig
-from tinymim.models.checkpoints import to_safetensors
+from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.mae import MaskedAutoencoder
 from tinymim.models.timm_folder import timm_arguments
-from tinymim.models.vit import build_vit
+from tinymim.models.vit import build_model, build_vit
+from tinymim.models.weights import load_weights
 
 CONFIG = ModelConfig(name="vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 HEAD = ("head.bias", "head.weight")
@@ -121,3 +122,92 @@ def test_the_arguments_in_a_file_make_the_model() -> None:
 def test_a_class_token_that_is_not_there_is_refused() -> None:
     with pytest.raises(RecipeError, match="needs a class token"):
         build_classifier(ModelConfig(name="swin_tiny_patch4_window7_224"), 5, "cls")
+
+
+def test_a_class_map_takes_rows_of_another_head_and_their_mean_for_minus_one(tmp_path: Path) -> None:
+    """float64 reference of the mean over the mapped rows, a class that is mapped twice counting twice."""
+    before = classifier(num_classes=9, seed=3)
+    weights = save(tmp_path / "w.safetensors", before)
+    rows = [7, 2, -1, 2]
+    (tmp_path / "map.txt").write_text("".join(f"{row}\n" for row in rows))
+    model = classifier(num_classes=4, seed=4)
+    loaded = load_classifier(model, CONFIG, weights, tmp_path / "map.txt")
+    assert loaded.new == () and loaded.sha256 == tensors_sha256(model.state_dict())
+    for name in HEAD:
+        theirs = before.state_dict()[name].double()
+        expected = torch.stack([theirs[row] if row >= 0 else theirs[[7, 2, 2]].mean(dim=0) for row in rows])
+        torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-6, atol=1e-8)
+    assert torch.equal(model.state_dict()["fc_norm.weight"], before.state_dict()["fc_norm.weight"])
+
+
+def test_a_class_map_that_does_not_fit_is_refused(encoder: tuple[nn.Module, str], tmp_path: Path) -> None:
+    weights = save(tmp_path / "w.safetensors", classifier(num_classes=9))
+    for text, file, kind, message in (
+        ("0\n1\n", weights, RecipeError, "not one of the model's classes"),
+        ("0\n1\n9\n2\n", weights, CheckpointError, "lacks a class"),
+        ("0\n1\n2\n3\n", encoder[1], CheckpointError, "no head for class_map"),
+    ):
+        (tmp_path / "map.txt").write_text(text)
+        with pytest.raises(kind, match=message):
+            load_classifier(classifier(num_classes=4), CONFIG, file, tmp_path / "map.txt")
+
+
+# ---- BEiT from a plain ViT: relative positions at fine-tuning only
+
+
+RPE = CONFIG.model_copy(update={"name": "beit_base_patch16_224", "args": {"use_abs_pos_emb": True, "init_values": 0}})
+
+
+def test_a_vit_with_new_relative_positions_computes_the_same_until_they_are_trained(tmp_path: Path) -> None:
+    """float64: the tables start at zero, and biases of k, which BEiT lacks, change no attention."""
+    vit = classifier(seed=7).double().eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.manual_seed(1)
+    beit = build_classifier(RPE, 5, "mean").double().eval()
+    loaded = load_classifier(beit, RPE, save(tmp_path / "vit.safetensors", vit))
+    tables = tuple(f"blocks.{block}.attn.relative_position_bias_table" for block in range(2))
+    assert loaded.new == tables and loaded.dropped == () and "biases of q and v" in loaded.layout
+    assert all(not beit.state_dict()[name].any() for name in tables)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(beit(images), vit(images), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        beit.get_parameter(tables[0]).normal_()
+    assert not torch.allclose(beit(images), vit(images), rtol=1e-3)
+
+
+def test_the_old_variant_scales_the_branches_by_a_tenth(tmp_path: Path) -> None:
+    old = RPE.model_copy(update={"args": {"use_abs_pos_emb": True, "init_values": 0.1}})
+    beit = build_classifier(old, 5, "mean")
+    loaded = load_classifier(beit, old, save(tmp_path / "vit.safetensors", build_vit(CONFIG)))
+    assert [name for name in loaded.new if ".gamma_" in name] == [
+        f"blocks.{block}.gamma_{branch}" for block in range(2) for branch in (1, 2)
+    ]
+    assert all(bool((beit.state_dict()[name] == 0.1).all()) for name in loaded.new if ".gamma_" in name)
+
+
+def test_tables_of_a_window_of_14_have_732_rows_and_their_own_weights_are_loaded(tmp_path: Path) -> None:
+    config = RPE.model_copy(update={"img_size": 224, "patch_size": 16, "depth": 1})
+    before = build_classifier(config, 5, "mean")
+    name = "blocks.0.attn.relative_position_bias_table"
+    assert before.get_parameter(name).shape == (732, 2)
+    torch.nn.init.normal_(before.get_parameter(name))
+    again = build_classifier(config, 5, "mean")
+    weights = save(tmp_path / "beit.safetensors", before)
+    assert load_classifier(again, config, weights).new == ()
+    assert torch.equal(again.get_parameter(name), before.get_parameter(name))
+
+
+def test_weights_with_some_of_the_tables_are_incomplete(tmp_path: Path) -> None:
+    state = build_classifier(RPE, 5, "mean").state_dict()
+    del state["blocks.1.attn.relative_position_bias_table"]
+    (tmp_path / "w.safetensors").write_bytes(to_safetensors(state, {}))
+    with pytest.raises(CheckpointError, match="does not fit") as caught:
+        load_classifier(build_classifier(RPE, 5, "mean"), RPE, str(tmp_path / "w.safetensors"))
+    assert "blocks.1.attn.relative_position_bias_table" in str(caught.value.got)
+
+
+def test_relative_positions_are_no_encoders_own(tmp_path: Path) -> None:
+    """Elsewhere than in fine-tuning nothing may be new: a table that nobody trains would be zero for ever."""
+    with pytest.raises(CheckpointError, match="relative_position_bias_table"):
+        load_weights(build_model(RPE), save(tmp_path / "vit.safetensors", build_vit(CONFIG)))

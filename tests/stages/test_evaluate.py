@@ -119,7 +119,10 @@ def test_without_evaluators_in_the_recipe_there_are_both_and_every_section_has_i
         ("linear", {"name": "linear", "l2": 1e-3, "max_iter": 200}),
     ]
     sections = get_args(get_args(Evaluator)[0])
-    assert [get_args(each.model_fields["name"].annotation)[0] for each in sections] == list(evaluate.EVALUATORS)
+    assert [get_args(each.model_fields["name"].annotation)[0] for each in sections] == [
+        *evaluate.PROBES,
+        *evaluate.MEASURES,
+    ]
 
 
 def test_features_do_not_depend_on_batches_or_workers(drawn_shards: Path) -> None:

@@ -24,7 +24,7 @@ from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
 from tinymim.stages import finetune, make_shards
 from tinymim.stages.run.interrupt import Interrupted
-from tinymim.stages.training.optim import make_optimiser, state_identity
+from tinymim.stages.training.optim import make_optimiser, make_scaler, optimiser_step, state_identity
 from tinymim.stages.training.validation import Validation
 from tinymim.tests.stages.conftest import Run
 from tinymim.tests.stages.finetunes import losses, recipe, validations
@@ -305,6 +305,63 @@ def test_a_step_moves_a_layer_by_its_share_of_the_rate(shards: Path, tmp_path: P
     for name, scale in (("head.bias", 1.0), ("blocks.1.mlp.fc2.bias", 0.5), ("patch_embed.proj.bias", 0.125)):
         moved = (after[name] - before[name]).abs().max()
         assert float(moved) == pytest.approx(0.01 * scale, rel=1e-3), name
+
+
+def test_sgd_steps_are_nesterovs_with_the_rates_of_the_layers(shards: Path, tmp_path: Path) -> None:
+    """Three steps against Sutskever's formula in float64, on gradients of 1, 2 and 3."""
+    own = {"name": "sgd", "momentum": 0.9, "layer_decay": 0.5, "weight_decay": 0.0, "batch_size": 8, "steps": 9}
+    wanted = recipe(shards, tmp_path, optim=own)
+    model = build_classifier(wanted.model, 10, "mean")
+    optimiser = make_optimiser(model, wanted.optim)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = {"head.bias": 1.0, "blocks.1.mlp.fc2.bias": 0.5, "patch_embed.proj.bias": 0.125}
+    expected = {name: dict(model.named_parameters())[name].detach().double().clone() for name in held}
+    scaler, velocity = make_scaler(torch.device("cpu"), "fp32"), 0.0
+    for step, lr in enumerate((0.1, 0.2, 0.05), start=1):
+        for parameter in names:
+            parameter.grad = torch.full_like(parameter, float(step))
+        optimiser_step(model, optimiser, scaler, lr, None)
+        velocity = 0.9 * velocity + step
+        for name, scale in held.items():
+            expected[name] -= lr * scale * (step + 0.9 * velocity)
+    for parameter, name in names.items():
+        if name in held:
+            torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-6, atol=1e-6)
+    plain = make_optimiser(model, recipe(shards, tmp_path, optim=own | {"momentum": 0.0}).optim)
+    assert not plain.defaults["nesterov"]
+
+
+def test_sgd_resumes_with_its_momentum_and_refuses_the_states_of_adamw(shards: Path, tmp_path: Path) -> None:
+    own = {"name": "sgd", "base_lr": 0.05, "warmup": 0.2, "batch_size": 8, "clip_norm": 1.0}
+    finetune.run(recipe(shards, tmp_path / "whole", optim=own | {"steps": 8}))
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in_step(finetune, 4, signal.SIGTERM, patch)
+        with pytest.raises(Interrupted):
+            finetune.run(recipe(shards, tmp_path / "stopped", optim=own | {"steps": 8}))
+    with pytest.raises(CheckpointError, match="another recipe"):
+        finetune.run(recipe(shards, tmp_path / "stopped", optim=own | {"steps": 8, "name": "adamw"}))
+    finetune.run(recipe(shards, tmp_path / "stopped", optim=own | {"steps": 8}))
+    assert losses(tmp_path / "stopped")[-3:] == losses(tmp_path / "whole")[-3:]
+    whole, stopped = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_relative_positions_are_trained_and_exported_as_timms_beit(shards: Path, tmp_path: Path) -> None:
+    start = to_safetensors(build_vit(recipe(shards, tmp_path).model).state_dict(), STATED)
+    (tmp_path / "mae.safetensors").write_bytes(start)
+    args = {"use_abs_pos_emb": True, "init_values": 0}
+    model = recipe(shards, tmp_path).model.model_dump() | {"name": "beit_base_patch16_224", "args": args}
+    weights = str(tmp_path / "mae.safetensors")
+    optim = {"batch_size": 8, "steps": 3, "base_lr": 0.05}
+    report = finetune.run(recipe(shards, tmp_path / "run", model=model, weights=weights, optim=optim))
+    assert report is not None
+    table = "blocks.0.attn.relative_position_bias_table"
+    assert table in report["started_from"]["new"]
+    with safe_open(tmp_path / "run" / "last.safetensors", "pt") as file:
+        plain = timm.create_model(**json.loads(file.metadata()["timm"]))
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
+    plain.load_state_dict(state, strict=True)
+    assert state[table].any() and type(plain).__name__ == "Beit"
 
 
 def test_what_does_not_fit_is_refused(shards: Path, tmp_path: Path) -> None:
