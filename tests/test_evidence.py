@@ -30,6 +30,7 @@ def lab(evidence: Any, tmp_path: Path) -> Any:
         "folder": tmp_path,
         "results": tmp_path,
         "teacher": Path("teacher.safetensors"),
+        "classifier": Path("classifier.safetensors"),
         "threads": 1,
     }
     return evidence.Lab(argparse.Namespace(**flags))
@@ -44,7 +45,7 @@ def test_every_arm_is_a_recipe_and_every_cache_is_used(evidence: Any, lab: Any) 
         if arm.kind != "random":
             assert recipe.optim.base_lr == evidence.RATES[arm.kind]
         if arm.kind == "cached":
-            used.add(arm.cache)
+            used |= {arm.cache} | {name for name, each in evidence.CACHES.items() if each.after == arm.cache}
             cache = lab.cache(arm.cache)
             assert isinstance(recipe, TrainStudentRecipe) and recipe.cache == cache.cache
             assert recipe.source.pattern == cache.source.pattern and (recipe.num_views or 2) <= cache.num_views

@@ -68,7 +68,7 @@ def test_values_and_defaults_are_in_words() -> None:
 
 def test_an_unknown_stage_is_refused_with_the_stages_there_are() -> None:
     with pytest.raises(RecipeError, match=r"train-student.* or all"):
-        fields.text("pretrain")
+        fields.text("pre-train")
 
 
 def test_a_wrong_recipe_names_the_command_that_explains_its_fields(tmp_path: Path) -> None:

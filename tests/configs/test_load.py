@@ -169,7 +169,7 @@ def test_a_recipe_without_a_stage_says_what_to_add(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "reply"),
-    [("train-studnet", "did you mean `train-student`?"), ("[1]", "pretrain-mae, cache-teacher")],
+    [("train-studnet", "did you mean `train-student`?"), ("[1]", "pretrain, cache-teacher")],
 )
 def test_an_unknown_stage_gets_a_suggestion(tmp_path: Path, value: str, reply: str) -> None:
     assert reply in _error(tmp_path, STUDENT.replace("train-student", value, 1))

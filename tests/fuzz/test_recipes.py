@@ -16,6 +16,7 @@ from tinymim.tests.fuzz.odd import VALUES, places, put
 
 STARTS = {
     "pretrain-mae": "mae-lite-tiny",
+    "pretrain": "imagenet-fastmim-swin-b",
     "cache-teacher": "imagenet-sample-topk",
     "train-student": "imagenet-tinymim-t",
     "finetune": "imagenet-mae-lite-finetune",

@@ -18,9 +18,9 @@ SIZE = 64
 VIT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 16}
 SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",
-    "args": {"window_size": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+    "args": {"window_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
 }
-CONV: dict[str, Any] = {"name": "convnextv2_atto", "args": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}}
+CONV: dict[str, Any] = {"name": "convnextv2_atto", "args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}}
 HIDES = get_args(PretrainMaskConfig.model_fields["hide"].annotation)
 
 

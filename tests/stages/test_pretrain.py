@@ -19,7 +19,7 @@ from tinymim.stages.run.interrupt import Interrupted
 SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",
     "img_size": 64,
-    "args": {"window_size": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+    "args": {"window_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
 }
 VIT: dict[str, Any] = {
     "name": "vit_tiny_patch16_224",

@@ -15,7 +15,7 @@ WRITTEN = [
     "records", "gib_written", "units_left", "units_failed", "eta_s", "decode_share", "teacher_share",
     "finetuned_best_top1", "finetuned_last_top1", "finetuned_last-ema_top5", "steps", "epochs", "alarms",
     "elapsed_s", "device_h", "teacher_h", "weight_clip-logits", "label_top1", "label_top1_clip-logits",
-    "computed_share",
+    "computed_share", "computed_views", "real_top1", "throughput_images_per_s", "params_m", "gmacs",
 ]
 # fmt: on
 
@@ -56,8 +56,13 @@ def test_the_longest_matching_entry_counts(name: str, header: str, value: float,
 
 def test_curves_are_losses_and_validations_and_audits_have_theirs_in_a_file_of_their_own() -> None:
     curves = {file: [name for name in WRITTEN if metric(name).curve == file] for file in (METRICS_NAME, AUDIT_NAME)}
-    assert {name for name in curves[METRICS_NAME] if not name.startswith("val_")} == {"loss", "kl_qk", "kl_vv"}
-    assert len(curves[METRICS_NAME]) == 9
+    assert {name for name in curves[METRICS_NAME] if not name.startswith("val_")} == {
+        "loss",
+        "kl_qk",
+        "kl_vv",
+        "computed_share",
+    }
+    assert len(curves[METRICS_NAME]) == 10
     assert all(name.startswith("audit_") for name in curves[AUDIT_NAME]) and "audit_gap_qk" not in curves[AUDIT_NAME]
     assert metric("cosine_cls").curve == METRICS_NAME and metric("cosine_cls").column
 
