@@ -518,8 +518,8 @@ class PretrainMaskConfig(Section):
 
     hide: Literal["paint", "token", "drop"] = Field(
         default="paint",
-        description="`paint` gives hidden pixels a learned colour (any model), `token` replaces embedded patches (ViTs, "
-        "Swin), `drop` leaves patches out (ViTs).",
+        description="`paint` gives hidden pixels a learned colour (any model), `token` replaces embedded patches "
+        "(ViTs, Swin), `drop` leaves patches out (ViTs).",
     )
     ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of hidden squares.")
     block: Side = Field(default=32, description="Width of a square in pixels.")
