@@ -211,7 +211,8 @@ def same_images(shard: str, infos: Sequence[UnitInfo]) -> UnitInfo:
 def unreadable_keys(info: UnitInfo) -> frozenset[str]:
     """The keys that a unit of the view layer lists as unreadable."""
     listed = info.statistics.get("unreadable", ())
-    return frozenset(str(key) for key, _ in listed) if isinstance(listed, list) else frozenset()
+    rows = listed if isinstance(listed, list) else ()
+    return frozenset(str(row[0]) for row in rows if isinstance(row, list) and row)
 
 
 def lost_partners(units: Mapping[str, Sequence[UnitInfo]]) -> dict[str, frozenset[str]]:
@@ -238,7 +239,8 @@ def partners_of_source(source: CachedSource, reader: UnitReader, manifest: Manif
 
 def _without_record(shard: Shard, info: UnitInfo) -> int:
     """The number of a shard's images without a record, except those listed as unreadable."""
-    return shard.num_samples - info.num_images - len(unreadable_keys(info))
+    unreadable = info.statistics.get("unreadable", ())
+    return shard.num_samples - info.num_images - (len(unreadable) if isinstance(unreadable, list) else 0)
 
 
 def places_in_tar(shard: Shard, keys: Sequence[str], lost: Collection[str] | None = None) -> dict[str, int]:
