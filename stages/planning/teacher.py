@@ -96,9 +96,21 @@ def measured_teacher(
             workers=recipe.loader.workers,
             phase_s={name: seconds for name, seconds in laps.medians_s().items() if name != "models"},
             cores=laps.cores("models"),
-            codec_bytes={name: record_bytes + size - own for name, size in payload.items()},
+            codec_bytes={name: as_record(size, own, record_bytes) for name, size in payload.items()},
         )
         yield costs, CacheReader(place), ShardSet((stage.shard,))
+
+
+def as_record(size: float, own: float, record_bytes: float) -> float:
+    """Bytes of a record of another codec, as it lies in a unit.
+
+    Args:
+        size: bytes of its arrays, measured apart.
+        own: the same of the codec that the recipe writes.
+        record_bytes: bytes of a record of that codec in a unit.
+    """
+    # What a unit adds is the same for all. Where units compress better than a few records, all do so in proportion.
+    return size + record_bytes - own if record_bytes >= own else size * record_bytes / own
 
 
 class _StageOne:

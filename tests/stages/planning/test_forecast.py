@@ -15,6 +15,7 @@ from tinymim.stages.planning.forecast import (
     forecast_training,
     overlapped,
 )
+from tinymim.stages.planning.teacher import as_record
 
 # 1,000 images x 4 views; the teacher takes 10 ms a view, the student 2 ms.
 PHASES = {
@@ -156,3 +157,9 @@ def test_the_verdict_counts_every_device() -> None:
 def test_without_a_student_there_is_no_verdict() -> None:
     alone = forecast(TEACHER, [], cores=4, trainings=1)
     assert alone.cache is None and alone.stage_one.seconds > 0
+
+
+def test_a_codec_s_record_has_a_size_also_where_units_compress_better_than_samples() -> None:
+    assert as_record(300.0, 100.0, 120.0) == 320.0  # a unit adds 20 bytes
+    assert as_record(100.0, 100.0, 60.0) == 60.0
+    assert as_record(20.0, 100.0, 60.0) == 12.0  # the difference of the two would be negative
