@@ -1,6 +1,6 @@
 # An image that runs tinymim. Apart from the base image, everything comes from PyPI.
 #   docker build -t tinymim .
-#   docker run --rm --shm-size=2g -v "$PWD/runs:/work/runs" tinymim demo
+#   docker run --rm --shm-size=2g -v "$PWD/runs:/data/runs" tinymim demo
 FROM python:3.11-slim AS build
 # PyPI's torch for Linux has CUDA. https://download.pytorch.org/whl/cpu has a smaller one for CPUs.
 ARG TORCH_INDEX=https://pypi.org/simple
@@ -16,8 +16,8 @@ RUN python -m venv /opt/tinymim \
 FROM python:3.11-slim
 COPY --from=build /opt/tinymim /opt/tinymim
 ENV PATH=/opt/tinymim/bin:$PATH PYTHONUNBUFFERED=1
-RUN useradd --create-home --uid 1000 tinymim && mkdir /work && chown tinymim /work
+RUN useradd --create-home --uid 1000 tinymim && mkdir /data && chown tinymim /data
 USER tinymim
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["tinymim"]
 CMD ["--help"]
