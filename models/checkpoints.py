@@ -29,7 +29,8 @@ from tinymim.models.tables import fit_tables
 _PATH_MODULES = ("pathlib", "pathlib._local")  # before and since Python 3.13
 _SIZES = "check the model's name, img_size, patch_size, embed_dim, depth and num_heads"
 _POOLED = (
-    "a model fine-tuned with mean pooling has no norm over tokens: use it as a teacher, or take the pre-trained file"
+    "a model fine-tuned with mean pooling has no norm over tokens: read its last block, logits or pooled embedding "
+    "(codec.at: block, pooled), or take the pre-trained file"
 )
 INDEX = ".index.json"  # ends the name of transformers' list of shards
 # Keys of `torch.save`d dictionaries under which the weights may be.

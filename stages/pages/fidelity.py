@@ -138,7 +138,10 @@ def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
             )
         axis.set(xscale="log", yscale="log", xlabel="stored bytes per view", title=f"student {student}")
         axis.grid(visible=True, which="major", alpha=0.3)
-        axis.margins(x=0.12, y=0.08)
+        axis.margins(x=0.28, y=0.08)
     axes[0].set_ylabel("noise ratio: added / image-to-image gradient variance")
-    figure.suptitle("Size of a codec and the noise it adds to the gradient; hollow red: biased, not averaged by steps")
+    title = (
+        "Size of a codec and the noise it adds to the gradient\nHollow red: biased, which more steps do not average out"
+    )
+    figure.suptitle(title, fontsize=11)
     write_bytes_atomic(path, png(figure))
