@@ -34,11 +34,12 @@ def cache_list(
 ) -> None:
     """List the caches below a root, a line per layer.
 
-    Reads the manifests and the names of files of the caches directly in ROOT, or of
-    ROOT itself; writes nothing. A cache that cannot be read is listed with its
+    Reads the manifests and the names of files of the caches directly in ROOT, or
+    of ROOT itself; writes nothing. A cache that cannot be read is listed with its
     problem.
 
     Example: tinymim cache list s3://bucket/caches
+
     """
     from tinymim.stages.cache import list as stage
 
@@ -86,8 +87,8 @@ def cache_verify(
     Reads all files of the cache: sizes, digests, decoding, keys, commit records,
     groups, constants, files that belong to nothing, and the layers against one
     another. --deep also reads the images and the teacher: it draws, renders and
-    encodes a sample of views of the recipe's layers again. All digests of pixels must
-    equal the stored ones, and of the elements of records --min-agreement.
+    encodes a sample of views of the recipe's layers again. All digests of pixels
+    must equal the stored ones, and of the elements of records --min-agreement.
     Writes nothing. Prints all findings. Exit code 0 without findings, else 2.
 
     Example: tinymim cache verify caches/mine --deep cache.yaml --sample 256
@@ -129,14 +130,15 @@ def cache_verify(
 def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """Recompute damaged or missing parts of a cache, and nothing else.
 
-    Reads all files of the recipe's cache, the images and the teacher. A recipe that
-    did not make the cache is refused before anything is touched.
-    Writes damaged metadata, manifest, the descriptions of the recipe's layers and their
-    constants again, removes stray files and damaged units, then runs cache-teacher
-    for the missing units of the view layer and the recipe's layers. They get their
-    original bytes. Other layers need their own recipes.
+    Reads all files of the recipe's cache, the images and the teacher. A recipe
+    that did not make the cache is refused before anything is touched.
+    Writes damaged metadata, manifest, the descriptions of the recipe's layers and
+    their constants again, removes stray files and damaged units, then runs
+    cache-teacher for the missing units of the view layer and the recipe's layers.
+    They get their original bytes. Other layers need their own recipes.
 
     Example: tinymim cache repair cache.yaml --set cache=caches/mine
+
     """
     loaded = load_cache_recipe(recipe, overrides)
     from tinymim.stages.run.preflight import preflight
@@ -206,11 +208,12 @@ def cache_pack(
     """Pack a cache into a few large tars and a card, as for a model hub.
 
     Reads the committed units and compares every byte with its checksum.
-    Writes tars of at most 4 GiB (one file may be larger), their index cache.json and
-    the card README.md. Equal caches give equal tars. A stopped pack resumes.
+    Writes tars of at most 4 GiB (one file may be larger), their index cache.json
+    and the card README.md. Equal caches give equal tars. A stopped pack resumes.
     `cache copy DST elsewhere` unpacks it.
 
     Example: tinymim cache pack caches/mine packed/mine
+
     """
     from tinymim.stages.cache import pack as stage
 
@@ -229,9 +232,9 @@ def cache_remove(
 ) -> None:
     """Remove a cache or layers of one, and only files that belong to it.
 
-    Reads the manifest at PATH and lists its files. Without --yes it prints them and
-    exits with code 2. Refuses folders that are no tinymim cache, and caches with an
-    active writer.
+    Reads the manifest at PATH and lists its files. Without --yes it prints them
+    and exits with code 2. Refuses folders that are no tinymim cache, and caches
+    with an active writer.
     Writes nothing. Removes commit records first and what describes them last, so a
     stopped removal can be run again. Foreign files are named and left.
 

@@ -91,8 +91,9 @@ def cache_teacher(recipe: "CacheTeacherRecipe") -> None:
 
     Reads the shards of `source` and the teacher's weights.
     Writes `cache` (format: docs/cache-format.md) and run.folder. The same command
-    resumes. A larger num_views or more shards add to the cache; another teacher or
-    view law is refused.
+    resumes. A larger num_views or more shards add to the cache, and so do further
+    layers of any teacher. Another view law is refused, and so is another teacher
+    or codec under the name of a layer that is there.
 
     Example: tinymim cache-teacher imagenet-sample-cache --set num_views=4
     """
@@ -107,12 +108,13 @@ def train_student(recipe: "TrainStudentRecipe") -> None:
 
     Reads `cache` and the shards of `source`.
     Writes run.folder, or one folder per student: student.safetensors, the folder
-    student (timm loads it as local-dir:RUN/student), trained.json (names of trained
-    tensors), metrics.jsonl, TensorBoard, the resolved recipe, versions, audit.jsonl
-    if `audit` is set, and state-STEP.pt for resume. The same command resumes.
-    --set workers=N trains on N GPUs.
+    student (timm loads it as local-dir:RUN/student), trained.json (names of
+    trained tensors), metrics.jsonl, TensorBoard, the resolved recipe, versions,
+    audit.jsonl if `audit` is set, and state-STEP.pt for resume. The same command
+    resumes. --set workers=N trains on N GPUs.
 
     Example: tinymim train-student imagenet-sample-student --set optim.steps=600
+
     """
     from tinymim.stages import train_student as stage
 
@@ -178,14 +180,15 @@ def fidelity(recipe: "FidelityRecipe") -> None:
 
     Runs the teacher on a few views and encodes them with every codec in `codecs`.
     Compares the student's gradient with the one under dense relations: bias with
-    standard error, noise ratio (added / image-to-image variance), angle, norm. Also
-    reports bytes per view and the time to encode and decode. `student_state` adds a
-    trained student to the untrained one.
+    standard error, noise ratio (added / image-to-image variance), angle, norm.
+    Also reports bytes per view and the time to encode and decode. `student_state`
+    adds a trained student to the untrained one.
     Reads the shards of `source` and the teacher's weights.
     Writes run.folder with fidelity.json (per relation and head) and frontier.png,
     and prints the tables.
 
     Example: tinymim fidelity imagenet-sample-fidelity --set num_images=16
+
     """
     from tinymim.stages import fidelity as stage
 

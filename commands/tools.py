@@ -34,13 +34,13 @@ def make_shards(
     """Pack images into webdataset shards with an index, and report what went in.
 
     Reads SRC: a folder of images, a folder of tars, or the word `drawn` (generated
-    textures of ten classes). Links are followed. Class sub-folders give labels, and
-    so do .cls members and ImageNet's tar for each class.
+    textures of ten classes). Links are followed. Class sub-folders give labels,
+    and so do .cls members and ImageNet's tar for each class.
     Writes DST: PREFIX-000000.tar, ..., index.members, index.json. Image bytes are
     kept, unless --resize-short shrinks large images; the result is then another
     source, which needs its own caches.
-    Reports what was seen, taken and left out and why, classes, sizes, colours, and
-    the next commands: on stderr, in index.json, and as a page with --report.
+    Reports what was seen, taken and left out and why, classes, sizes, colours,
+    and the next commands: on stderr, in index.json, and as a page with --report.
     Prints one line of JSON: num_samples, shards, unreadable.
 
     Example: tinymim make-shards photos/train shards/train
@@ -100,7 +100,8 @@ def show_views(
 ) -> None:
     """Draw a contact sheet: what teacher and student see of some images.
 
-    Shows every view with its box, flip, operations and, in masked pre-training, mask.
+    Shows every view with its box, flip, operations and, in masked pre-training,
+    mask.
 
     Reads a recipe of cache-teacher, pretrain-mae or pretrain, and its shards.
     Writes FILE, a self-contained page, and a picture of the same name, .png.
@@ -141,7 +142,7 @@ def look(
     views: int = 2,
     lines: int = 3,
 ) -> None:
-    """Show one image of a cache: its views, what each layer stores, what students say.
+    """Show one image of a cache: its views, its records, and what students say.
 
     Draws relations, attention, features, classes: the teacher's exact target, the
     decoded record, and the student's answer beside one another.
@@ -151,7 +152,7 @@ def look(
     Writes a self-contained page, and a picture of the same name, .png.
     Prints JSON: page, picture, shard, views, same_pixels, layers.
 
-    Example: tinymim look caches/mine --key cats/001 --recipe runs/cache/recipe.yaml
+    Example: tinymim look caches/mine --key cats/001 --recipe cache.yaml
 
     Parameters
     ----------
@@ -272,9 +273,9 @@ def live(
 ) -> None:
     """Serve a web page of running and finished jobs, until Ctrl-C.
 
-    Shows progress and time left, what limits a run, losses, audits and alarms, where
-    time goes, the units and writers of a cache, and the age of heartbeats. Anyone who
-    can read the folders can open it; the job need not run on this machine.
+    Shows progress and time left, what limits a run, losses, audits and alarms,
+    where time goes, the units and writers of a cache, and the age of heartbeats.
+    Anyone who can read the folders can open it, also from another machine.
 
     Reads run folders and caches at the places and up to two folders below, also in
     object stores. Without PLACE, reads runs and caches here. Writes nothing.
@@ -304,9 +305,10 @@ def doctor(*, as_json: Annotated[bool, Parameter(name="--json", negative="")] = 
     """Check this machine: versions, GPUs, decoders, limits, disk, weights hub.
 
     Reads the machine and makes one connection to the hub, for 5 seconds at most.
-    Compares the pixels that the decoders and operations make with recorded digests.
-    Writes nothing. Prints one table, and what to do about each finding. Exit code 0
-    if nothing failed, also with warnings, such as an unreachable hub; else 2.
+    Compares the pixels that the decoders and operations make with recorded
+    digests.
+    Writes nothing. Prints one table, and what to do about each finding. Exit code
+    0 if nothing failed, also with warnings, such as an unreachable hub; else 2.
 
     Example: tinymim doctor
 
