@@ -330,7 +330,7 @@ class CacheTeacherRecipe(Section):
             given = [name for name in ("codec", "mask", "layer") if getattr(self, name) is not None]
             if given:
                 raise ValueError(
-                    f"{' and '.join(given)} describe one layer, and targets several: leave one of them out"
+                    f"{' and '.join(given)} of the recipe and targets exclude each other: targets has its own for each"
                 )
             if not self.targets:
                 raise ValueError("targets is empty: name at least one layer")
