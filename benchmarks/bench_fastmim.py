@@ -1,0 +1,170 @@
+"""FastMIM against MAE at equal time: the same ViT, as many seconds of training each, then probes and fine-tuning.
+
+    python benchmarks/bench_fastmim.py [--seconds 80] [--seeds 0 1 2] [--rounds 3] > page.md    # 11 min a seed
+
+First `--rounds` short trainings of each arm give the CPU time of a step on one thread, without loader processes, which
+is its wall time on a free core; loading and decoding count. The steps that fit into `--seconds` are then the arm's
+schedule. Every encoder is probed and fine-tuned at 64 px by the settings of tinyimagenet40-eval and -finetune. Without
+images at --data nothing is measured. Keep the page under benchmarks/results/.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import provenance
+import torch
+
+from tinymim.configs.load import load_recipe
+from tinymim.configs.schema import EvaluateRecipe, FinetuneRecipe, PretrainMaeRecipe, PretrainRecipe
+from tinymim.stages import evaluate, finetune, pretrain, pretrain_mae
+from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME
+from tinymim.stages.training.bookkeeping import Bookkeeping
+
+DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "tinyimagenet40"
+VIT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+SIZE = 64  # pixels of probes and fine-tuning
+UNTRAINED = "none, random weights"
+PATHS = str.maketrans(" ", "-", ",")  # from an arm's name to its folder's
+# Side of the views and of a painted square; None is MAE, which drops patches. 32 of 64 px is as 128 of 224 px, about.
+ARMS: dict[str, tuple[int, int | None]] = {
+    "MAE, 64 px": (64, None),
+    "FastMIM, 64 px": (64, 16),
+    "FastMIM, 32 px": (32, 8),
+}
+WARM = 2  # steps of a measurement that do not count
+MEASURED = 6  # those that do
+COLUMNS = ("knn_top1", "linear_top1", "finetune_top1")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="FastMIM and MAE, equal seconds")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of tinyimagenet40")
+    parser.add_argument("--seconds", type=float, default=80, help="of pre-training, for each arm and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, default=3, help="of the measurement of a step's time")
+    parser.add_argument("--base-lr", type=float, default=4e-3, help="optim.base_lr of pre-training, all arms")
+    parser.add_argument("--finetune-steps", type=int, default=120)
+    parser.add_argument("--train-pattern", default="train-00000?.tar", help="images of the probes' features")
+    args = parser.parse_args()
+    if not args.data.is_dir():
+        print(f"no images in {args.data} (--data or TINYMIM_DATA names another folder)", file=sys.stderr)
+        return 0
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        step_s: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for number in range(args.rounds):
+            for arm in ARMS:
+                step_s[arm].append(
+                    trained(root / f"speed-{number}" / arm.translate(PATHS), args, arm, WARM + MEASURED, 0)[0]
+                )
+        steps = {arm: max(1, round(args.seconds / statistics.median(each))) for arm, each in step_s.items()}
+        found = {
+            (arm, seed): result(root / f"seed-{seed}" / arm.translate(PATHS), args, arm, steps.get(arm, 0), seed)
+            for seed in args.seeds
+            for arm in (*ARMS, UNTRAINED)
+        }
+    page(args, step_s, steps, found)
+    return 0
+
+
+def result(root: Path, args: argparse.Namespace, arm: str, steps: int, seed: int) -> dict[str, float]:
+    """Shares of an arm by column, and the seconds that its training took: on the wall, and of the CPU."""
+    weights, found = "random", {"wall_s": 0.0, "cpu_s": 0.0}
+    if arm in ARMS:
+        began, began_cpu = time.perf_counter(), time.process_time()
+        weights = str(trained(root, args, arm, steps, seed)[1])
+        found = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - began_cpu}
+    sets = [f"train.shards={args.data}", f"val.shards={args.data}", f"weights={weights}", *_run(root / "probes", seed)]
+    sets += [f"train.pattern={args.train_pattern}", f"model={json.dumps(VIT | {'img_size': SIZE})}"]
+    probed = evaluate.run(cast(EvaluateRecipe, load_recipe(Path("tinyimagenet40-eval"), "evaluate", sets)))
+    sets = [f"train.shards={args.data}", f"val.shards={args.data}", f"weights={weights}", *_run(root / "tuned", seed)]
+    sets += [f"model={json.dumps(VIT | {'img_size': SIZE})}", "optim.epochs=null", f"order.seed={seed}"]
+    sets += [f"optim.steps={args.finetune_steps}", "validation.every_epochs=100"]
+    tuned = finetune.run(cast(FinetuneRecipe, load_recipe(Path("tinyimagenet40-finetune"), "finetune", sets)))
+    assert tuned is not None
+    probed["finetune_top1"] = tuned["weights"][LAST_NAME]["top1"]
+    return found | {column: probed[column] for column in COLUMNS}
+
+
+def trained(root: Path, args: argparse.Namespace, arm: str, steps: int, seed: int) -> tuple[float, Path]:
+    """Seconds of a step of an arm's pre-training, the median, and the weights."""
+    size, block = ARMS[arm]
+    sets = [f"source.shards={args.data}", f"views={{size: {size}, scale: [0.2, 1.0]}}", f"order.seed={seed}"]
+    sets += [f"model={json.dumps(VIT | {'img_size': size})}", f"optim.base_lr={args.base_lr}", "optim.warmup=0.1"]
+    sets += [
+        f"optim.steps={steps}",
+        "optim.batch_size=64",
+        f"checkpoint.every_steps={steps}",
+        *_run(root / "training", seed),
+    ]
+    with timed() as ends:
+        if block is None:
+            recipe = cast(PretrainMaeRecipe, load_recipe(Path("tinyimagenet40-mae"), "pretrain-mae", sets))
+            pretrain_mae.run(recipe)
+        else:
+            sets.append(f"mask.block={block}")
+            pretrain.run(cast(PretrainRecipe, load_recipe(Path("tinyimagenet40-fastmim"), "pretrain", sets)))
+    took = [after - before for before, after in zip(ends[WARM:], ends[WARM + 1 :], strict=False)]
+    return statistics.median(took) if took else 0.0, root / "training" / ENCODER_NAME
+
+
+def _run(folder: Path, seed: int) -> list[str]:
+    return [f"run.folder={folder}", f"run.seed={seed}", "run.threads=1", "run.log_every=1000000", "loader.workers=0"]
+
+
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """The CPU time of this process at the end of every step."""
+    ends: list[float] = []
+    end_step = Bookkeeping.end_step
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        ends.append(time.process_time())
+        end_step(*args, **kwargs)
+
+    with mock.patch.object(Bookkeeping, "end_step", noted):
+        yield ends
+
+
+def page(
+    args: argparse.Namespace,
+    step_s: dict[str, list[float]],
+    steps: dict[str, int],
+    found: dict[tuple[str, int], dict[str, float]],
+) -> None:
+    print(f"# FastMIM and MAE at equal time, {date.today()}\n")
+    print(f"- commit {provenance.commit()}, command `{provenance.command()}`")
+    print(f"- {provenance.processor()}, {provenance.cores()} cores, one thread; torch {torch.__version__}, fp32")
+    print(f"- Python {platform.python_version()}; ViT 128 wide, 6 blocks, patches of 8 px, decoder 64 wide, 1 block")
+    print(f"- batch 64, base_lr {args.base_lr:g} for all; {args.finetune_steps} steps of fine-tuning at {SIZE} px")
+    print(f"- seeds {', '.join(map(str, args.seeds))}; means, in brackets least to most where there are several\n")
+    print("| pre-training | ms a step | steps | wall s | CPU s | k-NN top-1 | linear top-1 | fine-tuned top-1 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arm in (*ARMS, UNTRAINED):
+        of_seeds = [found[arm, seed] for seed in args.seeds]
+        cells = [spread([1e3 * each for each in step_s[arm]], 0) if arm in ARMS else "", str(steps.get(arm, 0))]
+        cells += [spread([each[name] for each in of_seeds], 0) for name in ("wall_s", "cpu_s")]
+        cells += [spread([100 * each[name] for each in of_seeds], 1) for name in COLUMNS]
+        print(f"| {arm} | {' | '.join(cells)} |")
+
+
+def spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
