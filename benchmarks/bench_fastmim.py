@@ -28,7 +28,7 @@ import torch
 
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import EvaluateRecipe, FinetuneRecipe, PretrainMaeRecipe, PretrainRecipe
-from tinymim.stages import evaluate, finetune, pretrain, pretrain_mae
+from tinymim.stages import evaluate, finetune, pretrain
 from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME
 from tinymim.stages.training.bookkeeping import Bookkeeping
 
@@ -113,7 +113,7 @@ def trained(root: Path, args: argparse.Namespace, arm: str, steps: int, seed: in
     with timed() as ends:
         if block is None:
             recipe = cast(PretrainMaeRecipe, load_recipe(Path("tinyimagenet40-mae"), "pretrain-mae", sets))
-            pretrain_mae.run(recipe)
+            pretrain.run(recipe)
         else:
             sets.append(f"mask.block={block}")
             pretrain.run(cast(PretrainRecipe, load_recipe(Path("tinyimagenet40-fastmim"), "pretrain", sets)))

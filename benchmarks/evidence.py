@@ -42,7 +42,7 @@ from tinymim.models.vit import Normalise, build_vit
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages import cache_teacher, evaluate, finetune, pretrain_mae, train_student
+from tinymim.stages import cache_teacher, evaluate, finetune, pretrain, train_student
 from tinymim.stages.cache.info import describe
 from tinymim.stages.fidelity import spread_items
 from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME, RECIPE_NAME, STUDENT_NAME
@@ -264,7 +264,7 @@ def _train(lab: Lab, arm: Arm, seed: int, folder: Path) -> dict[str, tuple[Model
         finetune.run(cast(FinetuneRecipe, load_recipe(Path(base), command, sets)))
         return {"": (model, str(folder / LAST_NAME))}
     if arm.kind == "mae":
-        pretrain_mae.run(cast(PretrainMaeRecipe, load_recipe(Path(base), command, sets)))
+        pretrain.run(cast(PretrainMaeRecipe, load_recipe(Path(base), command, sets)))
         return {"": (model, str(folder / ENCODER_NAME))}
     recipe = cast(TrainStudentRecipe, load_recipe(Path(base), command, sets))
     if arm.kind in ONLINE:

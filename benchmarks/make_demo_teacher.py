@@ -13,7 +13,7 @@ from pathlib import Path
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import PretrainMaeRecipe
 from tinymim.models.checkpoints import read_checkpoint, to_safetensors
-from tinymim.stages import make_shards, pretrain_mae
+from tinymim.stages import make_shards, pretrain
 from tinymim.stages.run.folder import ENCODER_NAME, METRICS_NAME
 from tinymim.storage.atomic import write_bytes_atomic
 
@@ -30,7 +30,7 @@ def main() -> None:
         shards = Path(recipe.source.shards)
         if not (shards / "index.json").exists():
             make_shards.run("drawn", shards, make_shards.Options(count=10_000, seed=1))
-        pretrain_mae.run(recipe)
+        pretrain.run(recipe)
         encoder = recipe.run.folder / ENCODER_NAME
     packed = to_safetensors(*read_checkpoint(encoder), half=True)
     write_bytes_atomic(WEIGHTS / "demo-teacher.safetensors", packed)

@@ -63,7 +63,7 @@ def pretrain_mae(recipe: "PretrainMaeRecipe") -> None:
 
     Example: tinymim pretrain-mae demo-teacher --set optim.steps=200
     """
-    from tinymim.stages import pretrain_mae as stage
+    from tinymim.stages import pretrain as stage
 
     stage.run(recipe)
 
@@ -72,7 +72,9 @@ def pretrain_mae(recipe: "PretrainMaeRecipe") -> None:
 def pretrain(recipe: "PretrainRecipe") -> None:
     """Train any model from images alone, by what it predicts of hidden squares.
 
-    FastMIM and SimMIM for ViT, Swin, PVT, ConvNeXt and others (docs/pretrain.md).
+    FastMIM, SimMIM and MAE for ViT, Swin, Hiera, PVT, ConvNeXt and others
+    (docs/pretrain.md). Hidden patches predict HOG or pixels. To predict a
+    teacher's tokens: train-student with `mask`, e.g. tinyimagenet40-masked.
 
     Reads the shards of `source`.
     Writes run.folder as pretrain-mae does. The same command resumes.

@@ -144,6 +144,12 @@ class PretrainRecipe(_Training):
     target: PredictedConfig = Field(default=PredictedConfig(), description="What is predicted of them.")
     decoder: LightDecoderConfig = Field(default=LightDecoderConfig(), description="Decoder, dropped at export.")
 
+    @model_validator(mode="after")
+    def _dropped_patches_have_positions(self) -> "PretrainRecipe":
+        if self.mask.hide == "drop" and not self.decoder.position:
+            raise ValueError("mask.hide: drop needs decoder.position: true; dropped patches differ in nothing else")
+        return self
+
 
 class LayerTarget(NamedTuple):
     """What a layer holds: a codec, and the teacher's block that it taps."""

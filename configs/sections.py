@@ -467,6 +467,44 @@ class StudentMaskConfig(MaskConfig):
     )
 
 
+class PredictedConfig(Section):
+    """What is predicted of hidden squares."""
+
+    name: Literal["hog", "pixels"] = Field(
+        default="hog", description="`hog`: histograms of oriented gradients in cells of 8 x 8 pixels; `pixels`."
+    )
+    normalise: bool = Field(
+        default=True,
+        description="Divide the histogram of each cell and colour by its length; normalise pixels per cell.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_teacher(cls, data: Any) -> Any:
+        name = data.get("name") if isinstance(data, dict) else data
+        if name in ("tokens", "features", "teacher"):
+            raise ValueError(
+                f"'{name}' cannot be computed from an image alone; hog and pixels can. To predict a teacher's tokens, "
+                "cache them and give `mask` to `tinymim train-student`; start from the recipe tinyimagenet40-masked"
+            )
+        return data
+
+
+class LightDecoderConfig(Section):
+    """The decoder: transformer blocks on the encoder's last grid. Defaults are FastMIM's for ViT-B."""
+
+    dim: Width = Field(default=256, description="Width.")
+    depth: Depth = Field(default=1, description="Blocks.")
+    heads: Width = Field(default=8, description="Attention heads.")
+    position: bool = Field(default=False, description="Add a fixed position embedding. `mask.hide: drop` needs it.")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "LightDecoderConfig":
+        if self.dim % self.heads or (self.position and self.dim % 4):
+            raise ValueError(f"dim must be a multiple of heads, and of 4 with position; got {self.dim}, {self.heads}")
+        return self
+
+
 class DecoderConfig(Section):
     """A decoder that predicts hidden patches. Defaults are MAE-Lite's decoder for ViT-T."""
 
@@ -483,6 +521,15 @@ class DecoderConfig(Section):
                 f"got {self.decoder_dim} and {self.decoder_heads}"
             )
         return self
+
+    def decoder(self) -> LightDecoderConfig:
+        """Its sizes."""
+        sizes = {"dim": self.decoder_dim, "depth": self.decoder_depth, "heads": self.decoder_heads}
+        return LightDecoderConfig.model_validate(sizes | {"position": True})
+
+    def target(self) -> PredictedConfig:
+        """What it predicts."""
+        return PredictedConfig(name="pixels", normalise=self.norm_pixels)
 
 
 class MaeConfig(DecoderConfig):
@@ -519,7 +566,7 @@ class PretrainMaskConfig(Section):
     hide: Literal["paint", "token", "drop"] = Field(
         default="paint",
         description="`paint` gives hidden pixels a learned colour (any model), `token` replaces embedded patches "
-        "(ViTs, Swin), `drop` leaves patches out (ViTs).",
+        "(ViTs, Swin), `drop` leaves patches out (ViTs, Hiera).",
     )
     ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of hidden squares.")
     block: Side = Field(default=32, description="Width of a square in pixels.")
@@ -541,33 +588,6 @@ class PretrainMaskConfig(Section):
                 expected=f"{1 / squares:.3g} to {1 - 1 / squares:.3g}" if squares > 1 else "a smaller mask.block",
             )
         return visible
-
-
-class PredictedConfig(Section):
-    """What is predicted of hidden squares."""
-
-    name: Literal["hog", "pixels"] = Field(
-        default="hog", description="`hog`: histograms of oriented gradients in cells of 8 x 8 pixels; `pixels`."
-    )
-    normalise: bool = Field(
-        default=True,
-        description="Divide the histogram of each cell and colour by its length; normalise pixels per cell.",
-    )
-
-
-class LightDecoderConfig(Section):
-    """The decoder: transformer blocks on the encoder's last grid. Defaults are FastMIM's for ViT-B."""
-
-    dim: Width = Field(default=256, description="Width.")
-    depth: Depth = Field(default=1, description="Blocks.")
-    heads: Width = Field(default=8, description="Attention heads.")
-    position: bool = Field(default=False, description="Add a fixed position embedding. `mask.hide: drop` needs it.")
-
-    @model_validator(mode="after")
-    def _whole_heads(self) -> "LightDecoderConfig":
-        if self.dim % self.heads or (self.position and self.dim % 4):
-            raise ValueError(f"dim must be a multiple of heads, and of 4 with position; got {self.dim}, {self.heads}")
-        return self
 
 
 class JitterConfig(Section):

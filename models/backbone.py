@@ -9,13 +9,15 @@ Shapes: B image, P prefix token (class token, registers), N patch, T token = P +
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
 from timm.layers import DropPath
-from timm.models import Eva, VisionTransformer
+from timm.models import Eva, Hiera, VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
@@ -318,7 +320,8 @@ def seeing(model: nn.Module, kept: Tensor | None) -> Iterator[None]:
     """Within the context, the model runs on its prefix tokens and some patches alone.
 
     Args:
-        model: a plain ViT, or one with rotary positions.
+        model: a plain ViT, or one with rotary positions; of a Hiera, whose patches are mask units of its last stride,
+            `forward_features` alone.
         kept: int64 [B, M], raster-order numbers of the patches to keep, in the order that their tokens get; None: all.
 
     Raises:
@@ -327,8 +330,15 @@ def seeing(model: nn.Module, kept: Tensor | None) -> Iterator[None]:
     if kept is None:
         yield
         return
-    check_masked(model)
     timm_model: Any = model
+    if isinstance(model, Hiera):
+        timm_model.forward_features = partial(_hiera_features, timm_model.forward_features, model, kept)
+        try:
+            yield
+        finally:
+            del timm_model.forward_features  # the class's method shows again
+        return
+    check_masked(model)
     held = timm_model.patch_drop
     timm_model.patch_drop = _Kept(kept, prefix_tokens(model), returns_indices=isinstance(model, Eva))
     try:
@@ -337,15 +347,25 @@ def seeing(model: nn.Module, kept: Tensor | None) -> Iterator[None]:
         timm_model.patch_drop = held
 
 
+def _hiera_features(whole: Callable[..., Tensor], model: Hiera, kept: Tensor, images: Tensor) -> Tensor:
+    """What `forward_features` gives of visible mask units; timm gives them in raster order."""
+    visible = kept.new_zeros(len(kept), math.prod(model.mask_spatial_shape), dtype=torch.bool).scatter(1, kept, True)
+    return take(whole(images, mask=visible), kept.argsort(dim=1).argsort(dim=1))
+
+
 def can_drop(model: nn.Module) -> bool:
     """Whether `seeing` can leave patches out of the model's input."""
-    return isinstance(model, VisionTransformer | Eva)
+    if isinstance(model, Hiera):  # a token at the end for each mask unit
+        return strides(model)[-1] == model.mask_unit_size[0] * model.patch_stride[0]
+    return isinstance(model, PlainViT)
 
 
 def embedded_stride(model: nn.Module) -> int | None:
-    """Pixels along a side of the patches that the model embeds first; None where it embeds no square patches."""
-    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return int(size[0]) if isinstance(size, tuple) and size[0] == size[-1] else None
+    """Pixels along a side of the patches that the model embeds first; None where these overlap or are not square."""
+    embedding = getattr(model, "patch_embed", None)
+    size = getattr(embedding, "patch_size", None)
+    apart = getattr(getattr(embedding, "proj", None), "stride", None) == size
+    return int(size[0]) if isinstance(size, tuple) and apart and size[0] == size[-1] else None
 
 
 def embedded_width(model: nn.Module) -> int:

@@ -4,25 +4,21 @@ How squares are hidden is one choice, what is predicted another: FastMIM paints 
 2022), SimMIM replaces embedded patches by a token and predicts pixels (Xie et al., CVPR 2022), MAE leaves patches out
 (He et al., CVPR 2022).
 
-Shapes: B image, S pixel, U square of the mask, N cell of the encoder's last grid, M cell that is compared, F feature.
+Shapes: B image, S pixel, N cell that is compared, R row of such cells.
 """
 
-import math
-
 import torch
-from jaxtyping import Bool, Float, Int64
-from timm.layers import LayerNorm
-from timm.models.vision_transformer import Block
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import LightDecoderConfig, PredictedConfig, PretrainMaskConfig
+from tinymim.configs.sections import LightDecoderConfig, MaeConfig, PredictedConfig, PretrainMaskConfig
 from tinymim.models import backbone
-from tinymim.models.hog import CELL, FEATURES, hog
-from tinymim.models.vit import patchify, sincos_table
+from tinymim.models.decoder import LightDecoder
+from tinymim.models.hog import CELL
 
 
-class MaskedModel(nn.Module):
+class MaskedModel(LightDecoder):
     """An encoder, a light decoder, and the mean squared error of what is predicted of hidden squares.
 
     Args:
@@ -32,11 +28,13 @@ class MaskedModel(nn.Module):
         target: what is predicted.
         decoder: sizes of the decoder.
 
+    Attributes:
+        rows: rows of cells that are compared, and columns.
+        unit: rows of cells of a square of the mask.
+
     Raises:
         RecipeError: the squares do not fit the image or the encoder's cells, or the encoder cannot hide them this way.
     """
-
-    position: Tensor | None
 
     def __init__(
         self,
@@ -46,143 +44,90 @@ class MaskedModel(nn.Module):
         target: PredictedConfig,
         decoder: LightDecoderConfig,
     ) -> None:
-        super().__init__()
-        self.hide, self.target = mask.hide, target
-        self.stride, self.prefix = backbone.strides(encoder)[-1], backbone.prefix_tokens(encoder)
-        self.num_visible = mask.num_visible(img_size)
-        self.block, self.cell = mask.block, min(mask.block, self.stride)
-        self._check(encoder, mask)
-        self.encoder = encoder
-        rows, columns = backbone.grid(encoder, img_size)
-        self.hidden_paint = nn.Parameter(_paint_shape(encoder, self.hide, decoder.dim))
-        nn.init.normal_(self.hidden_paint, std=0.02)
-        self.decoder_embed = nn.Linear(backbone.final_width(encoder), decoder.dim)
-        table = sincos_table(decoder.dim, rows, columns, prefix=self.prefix) if decoder.position else None
-        self.register_buffer("position", table)
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder.dim, decoder.heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(decoder.depth)
-        )
-        self.decoder_norm = LayerNorm(decoder.dim)
-        self.decoder_pred = nn.Linear(decoder.dim, (self.stride // self.cell) ** 2 * num_features(target, self.cell))
-        for name, module in self.named_modules():
-            if name.startswith("decoder") and isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        stride = backbone.strides(encoder)[-1]
+        cell = min(mask.block, stride)
+        squares = mask.num_visible(img_size)
+        _check(encoder, mask, target, stride)
+        token = _token(encoder, mask.hide, decoder.dim)
+        super().__init__(encoder, decoder, target, img_size, cell, encoder=encoder, token=token)
+        self.hide, self.rows, self.unit = mask.hide, img_size // cell, mask.block // cell
+        self.num_visible = squares * self.unit**2
 
-    def _check(self, encoder: nn.Module, mask: PretrainMaskConfig) -> None:
-        large, small = max(self.block, self.stride), self.cell
-        if large % small:
-            raise RecipeError(
-                "mask.block does not fit the encoder's cells",
-                got=f"{self.block} pixels, cells of {self.stride}",
-                expected=f"a multiple or a divisor of {self.stride}",
-            )
-        if self.target.name == "hog" and small % CELL:
-            raise RecipeError(
-                "HOG needs squares and cells of whole 8 x 8 pixels",
-                got=f"mask.block {self.block}, cells of {self.stride}",
-                expected="multiples of 8",
-            )
-        if mask.hide == "drop" and self.block % self.stride:
-            raise RecipeError(
-                "only whole patches can be dropped",
-                got=f"mask.block {self.block}, patches of {self.stride}",
-                expected=f"a multiple of {self.stride}",
-            )
-        if mask.hide == "drop" and not backbone.can_drop(encoder):
-            raise RecipeError(
-                f"{type(encoder).__name__} cannot leave patches out",
-                got="mask.hide: drop",
-                expected="a plain ViT",
-                hint="mask.hide=paint, which any encoder can",
-            )
-        if mask.hide == "token":
-            side = backbone.embedded_stride(encoder)
-            if side is None or self.block % side:
-                raise RecipeError(
-                    f"{type(encoder).__name__} has no embedded patches that fit mask.block"
-                    if side
-                    else f"{type(encoder).__name__} embeds no patches that a token could replace",
-                    got=f"mask.block {self.block}" + (f", patches of {side}" if side else ""),
-                    hint=f"mask.block={max(1, self.block // side) * side}" if side else "mask.hide=paint",
-                )
-
-    def forward(self, images: Float[Tensor, "B 3 S S"], order: Int64[Tensor, "B U"]) -> Tensor:
+    def forward(self, images: Float[Tensor, "B 3 S S"], order: Tensor) -> Tensor:
         """The loss, a scalar.
 
         Args:
             images: normalised pixels; the target is computed from these.
-            order: the place of each square, in raster order, in the order in which squares stay visible.
+            order: int64 or float [B, N], distinct per row; cells with the least values stay visible.
         """
-        side = math.isqrt(order.shape[1])
-        hidden = (order >= self.num_visible).unflatten(1, (side, side))
-        predicted = self._predicted(self._encoded(images, hidden))
-        error = (predicted - self._target(images).to(predicted.dtype)).square().mean(-1)
-        compared = _grown(hidden, self.block // self.cell).flatten(1)
-        return error[compared].mean()  # all images hide as many cells
+        ranks = order.argsort(dim=1)
+        return self.error(self._encoded(images, ranks), images, ranks, self.num_visible)
 
-    def _encoded(self, images: Tensor, hidden: Bool[Tensor, "B R R"]) -> Tensor:
-        """The encoder's tokens [B, P + N, C] of images with hidden squares; with `drop`, of visible patches alone."""
-        if self.hide == "paint":
-            at = _grown(hidden, self.block)[:, None]
-            return backbone.tokens_at(self.encoder, torch.where(at, self.hidden_paint.to(images.dtype), images), None)
-        if self.hide == "token":
-            side = backbone.embedded_stride(self.encoder)
-            assert side is not None  # by `_check`
-            with backbone.replaced(self.encoder, _grown(hidden, self.block // side), self.hidden_paint):
+    def _encoded(self, images: Tensor, ranks: Tensor) -> Tensor:
+        """The encoder's tokens of images with hidden cells; with `drop`, of visible patches alone, in their order."""
+        if self.hide == "drop":
+            with backbone.seeing(self.encoder, ranks[:, : self.num_visible]):
                 return backbone.tokens_at(self.encoder, images, None)
-        patches = _grown(hidden, self.block // self.stride).flatten(1)
-        kept = (~patches).nonzero()[:, 1].view(len(images), -1)
-        with backbone.seeing(self.encoder, kept):
-            tokens = backbone.tokens_at(self.encoder, images, None)
-        # The decoder's width: what stands in the place of dropped patches is put in behind `decoder_embed`.
-        embedded = self.decoder_embed(tokens)
-        raster = self.hidden_paint.to(embedded.dtype).expand(len(images), patches.shape[1], -1)
-        raster = raster.scatter(1, kept[..., None].expand(-1, -1, raster.shape[2]), embedded[:, self.prefix :])
-        return torch.cat([embedded[:, : self.prefix], raster], 1)
-
-    def _predicted(self, tokens: Tensor) -> Float[Tensor, "B M F"]:
-        x = tokens if self.hide == "drop" else self.decoder_embed(tokens)
-        x = x if self.position is None else x + self.position
-        for block in self.decoder_blocks:
-            x = block(x)
-        cells = self.decoder_pred(self.decoder_norm(x))[:, self.prefix :]
-        side, parts = math.isqrt(cells.shape[1]), self.stride // self.cell
-        squares = cells.unflatten(2, (parts, parts, -1)).unflatten(1, (side, side))
-        found: Tensor = squares.permute(0, 1, 3, 2, 4, 5).flatten(1, 4)
-        return found
-
-    @torch.no_grad()
-    def _target(self, images: Tensor) -> Float[Tensor, "B M F"]:
-        return features(images, self.target, self.cell)
+        flat = torch.zeros_like(ranks, dtype=torch.bool).scatter(1, ranks[:, self.num_visible :], True)
+        hidden = flat.unflatten(1, (self.rows, self.rows))
+        if self.hide == "paint":
+            at = _grown(hidden, self.cell)[:, None]
+            return backbone.tokens_at(self.encoder, torch.where(at, self.mask_token.to(images.dtype), images), None)
+        side = backbone.embedded_stride(self.encoder)
+        assert side is not None  # by `_check`
+        with backbone.replaced(self.encoder, _grown(hidden, self.cell // side), self.mask_token):
+            return backbone.tokens_at(self.encoder, images, None)
 
 
-def num_features(target: PredictedConfig, cell: int) -> int:
-    """Numbers that are predicted of a cell of `cell` x `cell` pixels."""
-    return 3 * cell**2 if target.name == "pixels" else FEATURES * (cell // CELL) ** 2
+def masked_autoencoder(encoder: nn.Module, img_size: int, config: MaeConfig) -> MaskedModel:
+    """MAE: dropped patches, pixels, a decoder with positions. Raises RecipeError as `MaskedModel`."""
+    config.num_visible(*backbone.grid(encoder, img_size))  # refuses under the names of its own fields
+    block = config.mask_unit * backbone.strides(encoder)[-1]
+    mask = PretrainMaskConfig(hide="drop", ratio=config.mask_ratio, block=block)
+    return MaskedModel(encoder, img_size, mask, config.target(), config.decoder())
 
 
-def features(images: Float[Tensor, "B 3 S S"], target: PredictedConfig, cell: int) -> Float[Tensor, "B M F"]:
-    """What is predicted of every cell of `cell` x `cell` pixels, in raster order.
+def _check(encoder: nn.Module, mask: PretrainMaskConfig, target: PredictedConfig, stride: int) -> None:
+    large, small = max(mask.block, stride), min(mask.block, stride)
+    if large % small:
+        raise RecipeError(
+            "mask.block does not fit the encoder's cells",
+            got=f"{mask.block} pixels, cells of {stride}",
+            expected=f"a multiple or a divisor of {stride}",
+        )
+    if target.name == "hog" and small % CELL:
+        raise RecipeError(
+            "HOG needs squares and cells of whole 8 x 8 pixels",
+            got=f"mask.block {mask.block}, cells of {stride}",
+            expected="multiples of 8",
+        )
+    if mask.hide == "drop" and mask.block % stride:
+        raise RecipeError(
+            "only whole patches can be dropped",
+            got=f"mask.block {mask.block}, patches of {stride}",
+            expected=f"a multiple of {stride}",
+        )
+    if mask.hide == "drop" and not backbone.can_drop(encoder):
+        raise RecipeError(
+            f"{type(encoder).__name__} cannot leave patches out",
+            got="mask.hide: drop",
+            expected="a plain ViT or Hiera",
+            hint="tinymim pretrain with mask.hide: paint, which any encoder can",
+        )
+    if mask.hide == "token":
+        side = backbone.embedded_stride(encoder)
+        if side is None or mask.block % side:
+            raise RecipeError(
+                f"{type(encoder).__name__} has no embedded patches that fit mask.block"
+                if side
+                else f"{type(encoder).__name__} embeds no patches that a token could replace",
+                got=f"mask.block {mask.block}" + (f", patches of {side}" if side else ""),
+                hint=f"mask.block={max(1, mask.block // side) * side}" if side else "mask.hide=paint",
+            )
 
-    Pixels are in MAE's order, channels last, normalised by the cell's mean and unbiased variance. Of HOG, F counts
-    channels, then rows, then columns of its cells within one of ours.
-    """
-    if target.name == "hog":
-        found, side = hog(images, target.normalise), cell // CELL
-        rows = found.shape[2] // side
-        tiles = found.unflatten(3, (rows, side)).unflatten(2, (rows, side))  # [B, 27, row, in, column, in]
-        grouped: Tensor = tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
-        return grouped
-    patches = patchify(images, cell)
-    if not target.normalise:
-        return patches
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
 
-
-def _paint_shape(encoder: nn.Module, hide: str, decoder_dim: int) -> Tensor:
-    """Zeros in the shape of what stands in the place of hidden squares: a colour, or a token."""
+def _token(encoder: nn.Module, hide: str, decoder_dim: int) -> Tensor:
+    """Zeros in the shape of what stands in the place of hidden cells: a colour, or a token."""
     if hide == "paint":
         return torch.zeros(1, 3, 1, 1)
     return torch.zeros(1, 1, decoder_dim if hide == "drop" else backbone.embedded_width(encoder))

@@ -16,8 +16,8 @@ from tinymim.configs.sections import MimConfig, ModelConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.custom import own_shapes, require_student
+from tinymim.models.decoder import LightDecoder
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
-from tinymim.models.mae import PixelDecoder
 from tinymim.models.taps import WHOLE_VIEW
 from tinymim.models.vit import build_model, build_timm_student
 
@@ -77,7 +77,9 @@ class StudentModel(nn.Module):
         if paints:
             self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.widths(vit)[-1]).normal_(std=0.02))
         self.mim_block = None if mim is None else mim.block
-        self.decoder = None if mim is None else PixelDecoder(vit, mim, normed=mim.block is not None)
+        self.decoder: LightDecoder | None = None
+        if mim is not None:
+            self.decoder = LightDecoder(vit, mim.decoder(), mim.target(), normed=mim.block is not None)
         self.fits = tuple(fits) or (Fit(),) * len(heads)
         self.drop_paths = replace_drop_path(vit)
         # A single head is not in a list, so that the names of its weights in a state are those of older states.
@@ -131,7 +133,7 @@ class StudentModel(nn.Module):
     def _answers(self, tokens: Tensor, img_size: int) -> tuple[Answers, ...]:
         return tuple(head(self._fitted(tokens, img_size, number)) for number, head in enumerate(self.heads))
 
-    def _mim(self, decoder: PixelDecoder, tokens: Tensor, images: Tensor, kept: Tensor) -> Tensor:
+    def _mim(self, decoder: LightDecoder, tokens: Tensor, images: Tensor, kept: Tensor) -> Tensor:
         rows, columns = backbone.grid(self.vit)
         hidden = torch.ones(len(kept), rows * columns, dtype=torch.int8, device=kept.device).scatter(1, kept, 0)
         # Stable: visible patches, then hidden ones, both ascending. No size depends on the values, so no GPU waits.

@@ -9,7 +9,7 @@ from tinymim.configs.schema import (
     Recipe,
     TrainStudentRecipe,
 )
-from tinymim.stages import cache_teacher, finetune, pretrain, pretrain_mae, train_student
+from tinymim.stages import cache_teacher, finetune, pretrain, train_student
 from tinymim.stages.run.preflight import load_steps
 from tinymim.stages.run.progress import logger
 
@@ -33,9 +33,7 @@ def run(recipe: ChainRecipe) -> None:
 
 def _run(recipe: Recipe) -> None:
     match recipe:
-        case PretrainMaeRecipe():
-            pretrain_mae.run(recipe)
-        case PretrainRecipe():
+        case PretrainRecipe() | PretrainMaeRecipe():
             pretrain.run(recipe)
         case CacheTeacherRecipe():
             cache_teacher.run(recipe)

@@ -20,7 +20,7 @@ from tinymim.models.files import weights_file
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import INDEX_NAME, read_index
-from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain_mae, train_student
+from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain, train_student
 from tinymim.stages.evaluation.encode import load_encoder
 from tinymim.stages.evaluation.examples import relation_examples
 from tinymim.stages.pages.demo import Arm, Report, text_table, write_report
@@ -102,7 +102,7 @@ def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weigh
     logger.info("demo 4/5: train the same two networks as masked autoencoders, for the same number of steps")
     for autoencoder in recipes.autoencoders.values():
         with folder_hint(CheckpointError):
-            pretrain_mae.run(autoencoder)
+            pretrain.run(autoencoder)
 
     logger.info("demo 5/5: evaluate all seven encoders by k-NN and linear probe")
     arms = measure(recipes)

@@ -12,8 +12,7 @@ from tinymim.configs.errors import RecipeError, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, PretrainRecipe
 from tinymim.configs.sections import MaskConfig
 from tinymim.models import backbone
-from tinymim.models.mae import MaskedAutoencoder
-from tinymim.models.vit import build_model, build_vit
+from tinymim.models.vit import build_model
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode
 from tinymim.pipeline.masks import mask_order
@@ -139,9 +138,9 @@ def _mask_law(recipe: CacheTeacherRecipe | PretrainMaeRecipe | PretrainRecipe) -
         return lambda key, view: None
     if isinstance(recipe, PretrainMaeRecipe):
         require_view_size(recipe.views.size, recipe.model, "model")
-        encoder = build_vit(recipe.model)
-        MaskedAutoencoder(encoder, recipe.mae)  # refuses a ratio or unit that does not fit
-        rows, columns = backbone.grid(encoder)
+        with torch.device("meta"):
+            rows, columns = backbone.grid(build_model(recipe.model), recipe.views.size)
+        recipe.mae.num_visible(rows, columns)  # refuses under the names of its own fields
     else:
         require_view_size(recipe.views.size, recipe.teacher, "teacher")
         with torch.device("meta"):

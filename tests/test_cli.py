@@ -254,7 +254,7 @@ def test_evaluate_prints_its_result_and_set_reaches_the_recipe(run: Run, monkeyp
     assert (seen[0].weights, seen[0].batch_size) == ("random", 9)
 
 
-@pytest.mark.parametrize("stage", ["pretrain_mae", "cache_teacher", "train_student"])
+@pytest.mark.parametrize("stage", ["pretrain", "cache_teacher", "train_student"])
 def test_training_verbs_run_their_stage(stage: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 

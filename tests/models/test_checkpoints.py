@@ -15,7 +15,7 @@ from timm.models import VisionTransformer
 from tinymim.configs.errors import CheckpointError
 from tinymim.configs.sections import MaeConfig, ModelConfig
 from tinymim.models.checkpoints import load_tensors, read_checkpoint, read_metadata, tensors_sha256, to_safetensors
-from tinymim.models.mae import MaskedAutoencoder
+from tinymim.models.mim import masked_autoencoder
 from tinymim.models.vit import build_vit
 from tinymim.models.weights import load_weights
 from tinymim.tests import official
@@ -66,7 +66,7 @@ def test_half_precision_is_stored_and_read_back_as_fp32(tmp_path: Path) -> None:
 
 
 def test_the_official_mae_layout_loads_and_says_what_it_dropped(tmp_path: Path) -> None:
-    model = MaskedAutoencoder(vit(1), MaeConfig(decoder_dim=8, decoder_heads=2))
+    model = masked_autoencoder(vit(1), 32, MaeConfig(decoder_dim=8, decoder_heads=2))
     own = {k: v for k, v in model.encoder.state_dict().items()}
     decoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("encoder.", "position"))}
     official = own | decoder | {"decoder_pos_embed": torch.zeros(1, 17, 8)}

@@ -12,7 +12,7 @@ from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.sections import MaeConfig, ModelConfig
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
-from tinymim.models.mae import MaskedAutoencoder
+from tinymim.models.mim import masked_autoencoder
 from tinymim.models.timm_folder import timm_arguments
 from tinymim.models.vit import build_model, build_vit
 from tinymim.models.weights import load_weights
@@ -57,7 +57,7 @@ def test_an_encoder_gets_a_new_head_and_all_else_is_its_own(
 
 def test_the_official_mae_layout_is_an_encoder(tmp_path: Path) -> None:
     torch.manual_seed(7)
-    mae = MaskedAutoencoder(build_vit(CONFIG), MaeConfig(decoder_dim=8, decoder_heads=2))
+    mae = masked_autoencoder(build_vit(CONFIG), CONFIG.img_size, MaeConfig(decoder_dim=8, decoder_heads=2))
     own = {name.removeprefix("encoder."): tensor for name, tensor in mae.state_dict().items()}
     own["decoder_pos_embed"] = own.pop("position")  # as the official files call it
     torch.save({"model": own, "epoch": 3}, tmp_path / "mae.pth")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.sections import MaeConfig, MimConfig, ModelConfig
-from tinymim.models.mae import MaskedAutoencoder
+from tinymim.models.mim import masked_autoencoder
 from tinymim.models.student import StudentModel
 from tinymim.models.vit import build_vit
 
@@ -40,7 +40,7 @@ def other_hidden_pixels(pictures: Tensor) -> Tensor:
 def test_the_loss_on_hidden_pixels_is_that_of_a_masked_autoencoder() -> None:
     ours = student(mim={})
     assert ours.decoder is not None
-    reference = MaskedAutoencoder(ours.vit, MaeConfig.model_validate(DECODER)).double().eval()
+    reference = masked_autoencoder(ours.vit, 32, MaeConfig.model_validate(DECODER)).double().eval()
     reference.load_state_dict(ours.decoder.state_dict() | {f"encoder.{n}": t for n, t in ours.vit.state_dict().items()})
     tokens, loss = ours(images(), KEPT)
     assert tokens.shape == (2, 5, 16)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import LightDecoderConfig, ModelConfig, PredictedConfig, PretrainMaskConfig
+from tinymim.configs.sections import LightDecoderConfig, MaeConfig, ModelConfig, PredictedConfig, PretrainMaskConfig
 from tinymim.models import backbone
-from tinymim.models.mim import MaskedModel, features
+from tinymim.models.decoder import features
+from tinymim.models.mim import MaskedModel, masked_autoencoder
 from tinymim.models.student import build_student
 from tinymim.models.vit import patchify
 from tinymim.pipeline.masks import mask_orders
@@ -21,6 +22,12 @@ SWIN: dict[str, Any] = {
     "args": {"window_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
 }
 CONV: dict[str, Any] = {"name": "convnextv2_atto", "args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}}
+HIERA: dict[str, Any] = {
+    "name": "hiera_tiny_224",
+    "args": {"stages": [1, 1, 1, 1], "abs_win_pos_embed": True, "global_pos_size": [4, 4]},
+    "embed_dim": 8,
+    "num_heads": 1,
+}
 HIDES = get_args(PretrainMaskConfig.model_fields["hide"].annotation)
 
 
@@ -33,9 +40,8 @@ def model_of(sizes: dict[str, Any], hide: str, block: int, target: str = "hog", 
     return MaskedModel(encoder, SIZE, mask, predicted, decoder)
 
 
-def orders(block: int, count: int = 2) -> Tensor:
-    side = SIZE // block
-    return mask_orders(0, [(f"key {n}", 0) for n in range(count)], side, side)
+def orders(model: MaskedModel, count: int = 2) -> Tensor:
+    return mask_orders(0, [(f"key {n}", 0) for n in range(count)], model.rows, model.rows, model.unit)
 
 
 CASES = [
@@ -50,6 +56,8 @@ CASES = [
     (SWIN, "token", 32),
     (SWIN, "token", 16),
     (CONV, "paint", 32),
+    (HIERA, "drop", 32),
+    (HIERA, "paint", 32),
 ]
 
 
@@ -58,16 +66,17 @@ CASES = [
 def test_the_loss_is_the_error_of_hidden_squares(
     sizes: dict[str, Any], hide: str, block: int, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a loop over squares, with the prediction as a picture of as many numbers a pixel of a cell."""
-    model, order = model_of(sizes, hide, block, target), orders(block)
-    images, cell = torch.randn(2, 3, SIZE, SIZE), model.cell
+    """By a loop over squares of the law of masks, with the prediction as a picture of numbers for each cell."""
+    model = model_of(sizes, hide, block, target)
+    images, cell, across = torch.randn(2, 3, SIZE, SIZE), model.cell, SIZE // block
+    squares = mask_orders(0, [("key 0", 0), ("key 1", 0)], across, across)
     wanted = features(images, model.target, cell)
     predicted = torch.randn_like(wanted)
-    monkeypatch.setattr(model, "_predicted", lambda _tokens: predicted)
+    monkeypatch.setattr(model, "_predicted", lambda _tokens, _ranks: predicted)
     errors, side = [], SIZE // cell
     for b in range(2):
-        for square in (order[b] >= model.num_visible).nonzero().flatten().tolist():
-            top, left = square // (SIZE // block) * block, square % (SIZE // block) * block
+        for square in (squares[b] >= round(0.25 * across**2)).nonzero().flatten().tolist():
+            top, left = square // across * block, square % across * block
             cells = [
                 y // cell * side + x // cell
                 for y in range(top, top + block, cell)
@@ -75,18 +84,18 @@ def test_the_loss_is_the_error_of_hidden_squares(
             ]
             errors += [((predicted[b, n] - wanted[b, n]).double() ** 2).mean() for n in cells]
     assert len(errors) == 2 * round(0.75 * side**2)
-    torch.testing.assert_close(model(images, order).double(), torch.stack(errors).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(model(images, orders(model)).double(), torch.stack(errors).mean(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("sizes", "hide", "block"), CASES)
 def test_hidden_pixels_are_not_seen_and_all_parameters_learn(sizes: dict[str, Any], hide: str, block: int) -> None:
-    model, order = model_of(sizes, hide, block).eval(), orders(block)
-    images = torch.randn(2, 3, SIZE, SIZE)
-    hidden = (order >= model.num_visible).unflatten(1, (SIZE // block, SIZE // block))
-    at = hidden.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, None]
-    seen = model._encoded(images, hidden)
-    assert torch.equal(seen, model._encoded(torch.where(at, 7.0, images), hidden))
-    assert not torch.equal(seen, model._encoded(torch.where(at, images, 7.0), hidden))
+    model = model_of(sizes, hide, block).eval()
+    images, order = torch.randn(2, 3, SIZE, SIZE), orders(model)
+    hidden = (order >= model.num_visible).unflatten(1, (model.rows, model.rows))
+    at = hidden.repeat_interleave(model.cell, 1).repeat_interleave(model.cell, 2)[:, None]
+    seen = model._encoded(images, order.argsort(1))
+    assert torch.equal(seen, model._encoded(torch.where(at, 7.0, images), order.argsort(1)))
+    assert not torch.equal(seen, model._encoded(torch.where(at, images, 7.0), order.argsort(1)))
     model(images, order).backward()
     still = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     # What pools for a classifier has no part in a loss on the map.
@@ -100,7 +109,7 @@ def test_predictions_of_a_large_cell_are_in_the_order_of_the_small_ones(monkeypa
     as_squares = numbers.view(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(1, 4, 4)  # cell, its four squares
     width = model.decoder_pred.out_features // 4
     monkeypatch.setattr(model.decoder_pred, "forward", lambda _x: as_squares.repeat_interleave(width, 2))
-    found = model._predicted(torch.zeros(1, 4, backbone.final_width(model.encoder)))
+    found = model._predicted(torch.zeros(1, 4, backbone.final_width(model.encoder)), torch.arange(16)[None])
     assert torch.equal(found[0, :, 0], numbers) and found.shape == (1, 16, width)
 
 
@@ -136,4 +145,28 @@ def test_mixed_precision_is_finite_at_extremes(dtype: torch.dtype) -> None:
     model = model_of(VIT, "paint", 16)
     for images in (torch.zeros(1, 3, SIZE, SIZE), torch.full((1, 3, SIZE, SIZE), 100.0)):
         with torch.autocast("cpu", dtype=dtype):
-            assert bool(model(images, orders(16, 1)).isfinite())
+            assert bool(model(images, orders(model, 1)).isfinite())
+
+
+@torch.no_grad()
+def test_a_hiera_sees_only_visible_mask_units_in_their_order() -> None:
+    """Tokens follow `kept`; all units kept in raster order are the whole image."""
+    encoder = model_of(HIERA, "drop", 32).encoder.double().eval()
+    images = torch.randn(1, 3, SIZE, SIZE, dtype=torch.float64)
+    with backbone.seeing(encoder, torch.arange(4)[None]):
+        torch.testing.assert_close(encoder.forward_features(images), backbone.tokens_at(encoder, images, None))
+    found = []
+    for kept in ([3, 0, 2], [0, 2, 3]):
+        with backbone.seeing(encoder, torch.tensor([kept])):
+            found.append(backbone.tokens_at(encoder, images, None))
+    assert torch.equal(found[0], found[1][:, [2, 0, 1]])
+    assert "forward_features" not in vars(encoder)
+    with pytest.raises(RecipeError, match="only whole patches can be dropped"):
+        model_of(HIERA, "drop", 16)
+
+
+def test_a_masked_autoencoder_has_the_fields_of_its_recipe() -> None:
+    encoder = build_student(ModelConfig.model_validate({"img_size": SIZE} | HIERA))
+    model = masked_autoencoder(encoder, SIZE, MaeConfig(mask_ratio=0.5, decoder_dim=8, decoder_heads=2))
+    assert (model.hide, model.num_visible, model.target.name, model.cell) == ("drop", 2, "pixels", 32)
+    assert model.position is not None and model.decoder_pred.out_features == 3 * 32**2

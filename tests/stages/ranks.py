@@ -13,7 +13,7 @@ import torch
 from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.configs.schema import PretrainMaeRecipe, TrainStudentRecipe
 from tinymim.configs.sections import AuditConfig
-from tinymim.stages import pretrain_mae, train_student
+from tinymim.stages import pretrain, train_student
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step
 from tinymim.stages.training.ranks import Ranks
@@ -56,7 +56,7 @@ def all_that_four_ranks_do(recipe: TrainStudentRecipe, ranks: Ranks) -> None:
     assert ranks.from_first(None) is None
 
     root = recipe.run.folder.parent
-    pretrain_mae.train(mae_recipe(root), ranks)
+    pretrain.train(mae_recipe(root), ranks)
     train_student.train(recipe, ranks)
 
     train_student.train(in_folder(recipe, root / "run-whole"), ranks)

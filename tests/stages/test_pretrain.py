@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError
@@ -99,3 +100,15 @@ def test_a_run_from_other_weights_does_not_resume(drawn_shards: Path, tmp_path: 
 def test_two_sizes_are_refused(drawn_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"views\.size is not model\.img_size"):
         pretrain.run(recipe(drawn_shards, tmp_path, views={"size": 128}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": {"name": "tokens"}}, r"`tinymim train-student`; start from the recipe tinyimagenet40-masked"),
+        ({"mask": {"hide": "drop"}}, r"mask\.hide: drop needs decoder\.position: true"),
+    ],
+)
+def test_what_needs_another_command_or_field_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        recipe(tmp_path, tmp_path, **changes)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tinymim.configs.errors import RecipeError, UserError
 from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig, OrderConfig
-from tinymim.models.mae import MaskedAutoencoder
+from tinymim.models.mim import masked_autoencoder
 from tinymim.models.vit import build_vit
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.run.device import pick_device
@@ -80,7 +80,7 @@ def test_less_than_one_batch_is_refused() -> None:
 
 def test_no_weight_decay_on_biases_norms_and_tokens() -> None:
     sizes = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
-    model = MaskedAutoencoder(build_vit(ModelConfig.model_validate(sizes | {"num_heads": 2})), MaeConfig())
+    model = masked_autoencoder(build_vit(ModelConfig.model_validate(sizes | {"num_heads": 2})), 32, MaeConfig())
     optimiser = make_optimiser(model, optim(weight_decay=0.3, betas=(0.9, 0.95)))
     decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
     assert all(group["betas"] == (0.9, 0.95) for group in optimiser.param_groups)
@@ -150,4 +150,4 @@ def test_a_mask_that_hides_all_or_nothing_is_refused(ratio: float) -> None:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
     encoder = build_vit(ModelConfig.model_validate(sizes))
     with pytest.raises(RecipeError, match=r"mae\.mask_ratio"):
-        MaskedAutoencoder(encoder, MaeConfig(mask_ratio=ratio))
+        masked_autoencoder(encoder, 32, MaeConfig(mask_ratio=ratio))

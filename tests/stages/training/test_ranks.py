@@ -28,7 +28,7 @@ from tinymim import cli
 from tinymim.configs.errors import CacheCorrupt, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.stages import cache_teacher, pretrain_mae, train_student
+from tinymim.stages import cache_teacher, pretrain, train_student
 from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step
@@ -132,7 +132,7 @@ def four(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Four:
     one, many = (copied(made, tmp_path_factory.mktemp(name) / "home") for name in ("one", "four"))
     optim = OPTIM | {"steps": 12}
     several = {"student": None, "students": STUDENTS, "optim": optim}
-    pretrain_mae.run(mae_recipe(one))
+    pretrain.run(mae_recipe(one))
     train_student.run(recipe(one, **several))
     with pytest.MonkeyPatch.context() as monkeypatch:
         signal_in_step(student_step, 6, signal.SIGTERM, monkeypatch)
