@@ -42,7 +42,7 @@ Aspect = Annotated[float, Field(ge=1e-3, le=1e3)]
 Level = Annotated[int, Field(ge=0, le=255)]
 Spread = Annotated[float, Field(ge=0.0, le=255.0)]
 Sigma = Annotated[float, Field(gt=0.0, le=20.0)]
-ResizeRatio = Annotated[float, Field(ge=1.0, le=10.0)]
+ResizeRatio = Annotated[float, Field(ge=1.0, le=10.0)] | Literal["squeeze"]
 Mean = tuple[Fraction, Fraction, Fraction]
 Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
 Std = tuple[Deviation, Deviation, Deviation]
@@ -54,7 +54,10 @@ MEAN_DESCRIPTION = (
     "they state none (docs/parity.md)."
 )
 STD_DESCRIPTION = "Standard deviation per RGB channel. Default: as for `mean`."
-RESIZE_RATIO_DESCRIPTION = "The short side is resized to input size x ratio, then the centre is cropped (256/224)."
+RESIZE_RATIO_DESCRIPTION = (
+    "The short side is resized to input size x ratio, then the centre is cropped (256/224). `squeeze` makes a square "
+    "of the whole image, as TinyViT does at 384 and 512 px."
+)
 
 
 def _checked_pattern(pattern: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from timm.layers import DropPath
-from timm.models import Eva, Hiera, VisionTransformer
+from timm.models import Eva, Hiera, SwinTransformer, SwinTransformerV2, TinyVit, VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
@@ -484,23 +484,26 @@ def recompute(model: nn.Module) -> None:
 def layers_below_head(model: nn.Module) -> dict[str, int] | None:
     """By parameter the blocks between it and the head, for layer decay; None: timm's groups are the published ones.
 
-    TinyViT's own scale counts its blocks alone. The stem goes with the first of them, a downsampling with the last
-    before it, and norm and head with the last block (Wu et al., "TinyViT", ECCV 2022). timm counts downsamplings too.
+    Blocks count, and a downsampling goes with the last block before it, whose stage it ends. In TinyViT (Wu et al.,
+    ECCV 2022) the stem is in the first block's layer, and norm and head in the last block's. In Swin they have layers
+    of their own (SimMIM, FastMIM). timm puts a downsampling into a layer of its own, or into that of the next block.
     """
-    if type(model).__name__ != "TinyVit":
+    if not isinstance(model, TinyVit | SwinTransformer | SwinTransformerV2):
         return None
+    own = 0 if isinstance(model, TinyVit) else 1  # layers of the stem, and of norm and head
+    stages = model.stages if isinstance(model, TinyVit) else model.layers
     found: dict[str, int] = {}
-    depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr]
+    depths = [len(stage.blocks) for stage in stages]  # type: ignore[arg-type]  # a module's attribute
     total = sum(depths)
     for name, _ in model.named_parameters():
         match name.split("."):
-            case ["stages", stage, "blocks", block, *_]:
+            case ["stages" | "layers", stage, "blocks", block, *_]:
                 number = sum(depths[: int(stage)]) + int(block)
-            case ["stages", stage, "downsample", *_]:
+            case ["stages" | "layers", stage, "downsample", *_]:
                 number = sum(depths[: int(stage)]) - 1
             case ["patch_embed", *_]:
-                number = 0
+                number = -own
             case _:
-                number = total - 1
-        found[name] = total - 1 - number
+                number = total - 1 + own
+        found[name] = total - 1 + own - number
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections import ModelConfig, ResizeRatio
 from tinymim.models import backbone
 from tinymim.models.vit import size_overrides
 
@@ -17,16 +17,22 @@ POOLS = {"mean": "avg", "cls": "token"}  # timm's names
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a model's input is made: mean and deviation for pixels in 0..1, filter and centre crop."""
+    """How a model's input is made: mean and deviation for pixels in 0..1, filter and centre crop, or squeeze."""
 
     mean: Rgb
     std: Rgb
     interpolation: str = "bicubic"
     crop_pct: float = 0.875  # the side of the crop, divided by the short side of the resized image
+    squeezed: bool = False  # the whole image becomes the square
 
     def metadata(self) -> dict[str, str]:
         """The statement that weights carry in their own file."""
         return {"pixels": json.dumps({"mean": self.mean, "std": self.std})}
+
+
+def crop_of(resize_ratio: ResizeRatio) -> tuple[float, bool]:
+    """`crop_pct` and `squeezed` of a view law."""
+    return (1.0, True) if isinstance(resize_ratio, str) else (1 / resize_ratio, False)
 
 
 def timm_arguments(model: nn.Module, config: ModelConfig, pool: str) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def timm_config(
             "fixed_input_size": architecture.get("fixed_input_size", False),
             "interpolation": pixels.interpolation,
             "crop_pct": pixels.crop_pct,
-            "crop_mode": "center",
+            "crop_mode": "squash" if pixels.squeezed else "center",
             "mean": list(pixels.mean),
             "std": list(pixels.std),
             "num_classes": timm_model.num_classes,

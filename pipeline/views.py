@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from pydantic import ValidationError
 
 from tinymim.configs.errors import CacheMismatch
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections import ResizeRatio, ViewConfig
 from tinymim.pipeline.operations import Step, canaries
 from tinymim.pipeline.pairs import Pairs, pair_canaries
 from tinymim.pipeline.policies import policies_of_views
@@ -178,14 +178,15 @@ def law_of(stored: Mapping[str, Any], made_with: Mapping[str, Any], size: int | 
 class CentreView:
     """The evaluation law: scale the short side to size x resize_ratio, then cut the central square.
 
-    It is expressed as one box of the original image, so that the common renderer applies.
+    With "squeeze", the whole image becomes the square. Either is one box of the original image, so that the common
+    renderer applies.
     """
 
     interpolation: str = "bicubic"
     scaled_decode: bool = False
     pairs: Pairs | None = None
 
-    def __init__(self, size: int, resize_ratio: float) -> None:
+    def __init__(self, size: int, resize_ratio: ResizeRatio) -> None:
         self.size = size
         self.resize_ratio = resize_ratio
 
@@ -193,5 +194,7 @@ class CentreView:
         return ()
 
     def __call__(self, key: str, view: int, height: int, width: int) -> View:
+        if isinstance(self.resize_ratio, str):
+            return View(0, 0, height, width, False)
         side = max(1, round(min(height, width) / self.resize_ratio))
         return View((height - side) // 2, (width - side) // 2, side, side, False)

@@ -19,7 +19,7 @@ from tinymim.models.checkpoints import LoadedWeights, tensors_sha256, to_safeten
 from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 from tinymim.models.files import RANDOM
-from tinymim.models.timm_folder import Pixels, timm_arguments, timm_config
+from tinymim.models.timm_folder import Pixels, crop_of, timm_arguments, timm_config
 from tinymim.models.vit import Normalise, count_parameters
 from tinymim.models.weights import stated
 from tinymim.pipeline.augment import AugmentedViews, Mixing, policies_of
@@ -87,7 +87,7 @@ def train(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     start = load_classifier(model, recipe.model, recipe.weights, recipe.class_map)
     mean, std, source_of_pixels, _ = stated(model, recipe.model, recipe.weights, recipe.mean, recipe.std)
     normalise, constants = Normalise(mean, std).to(device), Constants.of(mean, std)
-    pixels = Pixels(mean, std, recipe.views.interpolation, 1 / recipe.validation.resize_ratio)
+    pixels = Pixels(mean, std, recipe.views.interpolation, *crop_of(recipe.validation.resize_ratio))
     teacher = None if recipe.distil is None else ClassTeacher(recipe, model, normalise, device)
     paths = replace_drop_path(model)
     if recipe.recompute:

@@ -66,8 +66,8 @@ def make_optimiser(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     """AdamW, or SGD; no weight decay on biases, norms and other 1-D parameters, nor on tokens of shape [1, 1, C].
 
     Nor is there any on what timm spares in its `no_weight_decay`, such as tables of relative positions. With
-    `layer_decay` the groups are timm's, by the model's layers (TinyViT: `backbone.layers_below_head`). Each has an
-    "lr_scale", a factor on the schedule's rate.
+    `layer_decay` the groups are timm's, by the model's layers (TinyViT and Swin: `backbone.layers_below_head`). Each
+    has an "lr_scale", a factor on the schedule's rate.
     """
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     groups: list[dict[str, Any]]

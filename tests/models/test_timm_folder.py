@@ -1,20 +1,24 @@
 """The folder for timm: every kind of model comes back with its function and its input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from tinymim.configs.sections import ModelConfig
 from tinymim.models import backbone
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.classifier import build_classifier
-from tinymim.models.timm_folder import Pixels, timm_config
+from tinymim.models.timm_folder import Pixels, crop_of, timm_config
 from tinymim.models.vit import build_vit
+from tinymim.pipeline.decode import render
+from tinymim.pipeline.views import CentreView
 from tinymim.stages.run.folder import write_weights
 
 SIZES: dict[str, Any] = {"img_size": 48, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 4}
@@ -62,3 +66,16 @@ def test_a_model_from_a_folder_is_written_again_with_its_sizes(tmp_path: Path) -
     (tmp_path / "next").mkdir()
     again = loaded(tmp_path / "next", second, json.loads(json.dumps(timm_config(second, config, PIXELS))))
     assert backbone.heads(again) == 4 and backbone.grid(again) == (6, 6)
+
+
+def test_a_squeezed_validation_is_timms_squash(tmp_path: Path) -> None:
+    """Pixel by pixel, of an image twice as wide as high; timm rounds to whole levels, as our decoder does."""
+    model, pixels = build_vit(CONFIG), replace(PIXELS, crop_pct=crop_of("squeeze")[0], squeezed=crop_of("squeeze")[1])
+    again = loaded(tmp_path, model, timm_config(model, CONFIG, pixels))
+    settings = timm.data.resolve_model_data_config(again)
+    assert (settings["crop_mode"], settings["crop_pct"]) == ("squash", 1.0)
+    transform = timm.data.create_transform(**settings | {"interpolation": "bicubic"}, normalize=False)
+    image = torch.randint(0, 256, (3, 90, 180), dtype=torch.uint8)
+    theirs = transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    ours = render(image, CentreView(48, "squeeze")("key", 0, 90, 180), 48, "bicubic")
+    assert (ours.double() - theirs.double()).abs().max() <= 1

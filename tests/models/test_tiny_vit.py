@@ -100,6 +100,32 @@ def test_layer_decay_counts_twelve_blocks() -> None:
     assert free == {n for n, each in model.named_parameters() if each.ndim <= 1 or "attention_biases" in n}
 
 
+def test_layer_decay_of_a_swin_has_26_layers_and_a_downsampling_is_in_the_stage_it_ends() -> None:
+    """SimMIM's and FastMIM's numbers: stem 0, block i + 1, a downsampling as the block before it, head 25."""
+    with torch.device("meta"):
+        model = build_model(ModelConfig(name="swin_base_patch4_window7_224"), num_classes=10)
+    optimiser = make_optimiser(model, LayerwiseOptimConfig(steps=1, layer_decay=0.8, weight_decay=0.05))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    group_of = {names[id(each)]: group for group in optimiser.param_groups for each in group["params"]}
+    assert group_of.keys() == set(names.values())
+    numbers = {
+        "patch_embed.proj.weight": 0,
+        "layers.0.blocks.0.attn.qkv.weight": 1,
+        "layers.1.downsample.reduction.weight": 2,
+        "layers.1.blocks.1.mlp.fc1.weight": 4,
+        "layers.2.downsample.norm.weight": 4,
+        "layers.2.blocks.0.attn.qkv.weight": 5,
+        "layers.3.downsample.reduction.weight": 22,
+        "layers.3.blocks.1.mlp.fc2.bias": 24,
+        "norm.weight": 25,
+        "head.fc.weight": 25,
+    }
+    for name, number in numbers.items():
+        assert group_of[name]["lr_scale"] == pytest.approx(0.8 ** (25 - number), rel=1e-12), name
+    free = {name for name, group in group_of.items() if not group["weight_decay"]}
+    assert free == {n for n, each in model.named_parameters() if each.ndim <= 1 or "relative_position_bias" in n}
+
+
 def test_a_students_tables_of_relative_positions_do_not_decay() -> None:
     student = StudentModel(build_student(ModelConfig(name="tiny_vit_5m_224")), nn.Linear(320, 2))
     decayed = make_optimiser(student, OptimConfig(steps=1)).param_groups[0]["params"]

@@ -96,6 +96,7 @@ def test_boxes_lie_inside_the_image(shape: tuple[int, int]) -> None:
         RandomViews(ViewConfig(scale=(0.01, 1.0))),
         RandomViews(ViewConfig(scale=(1.0, 1.0))),
         CentreView(8, 1.143),
+        CentreView(8, "squeeze"),
     ]
     for law, i in itertools.product(laws, range(200)):
         view = law(f"k{i}", i, height, width)
