@@ -560,7 +560,7 @@ class FinetuneRecipe(_Training):
         default=0.1, description="Stochastic depth; the rate rises from 0 to this value (timm)."
     )
     distil: ClassTeacherConfig | None = Field(
-        default=None, description="Class distillation by a classifier in the loop; needs `pool: cls`. Default: none."
+        default=None, description="Class distillation by a classifier in the loop (docs/finetune.md). Default: none."
     )
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="Label smoothing.")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="Augmentation.")
@@ -572,8 +572,9 @@ class FinetuneRecipe(_Training):
         for name in ("operations", "pairs"):
             if getattr(self.views, name) is not None:
                 raise ValueError(f"views.{name} is for caches and pre-training; fine-tuning has `augment` instead")
-        if self.distil is not None and self.pool != "cls":
-            raise ValueError("distil trains heads on the class and the distillation token; set pool: cls")
+        pool = "mean" if self.model.name.startswith("mae_lite_distilled") else "cls"
+        if self.distil is not None and self.pool != pool:
+            raise ValueError(f"distil trains two heads, of which {self.model.name} reads others; set pool: {pool}")
         if self.augment.mixes and self.optim.batch_size % (2 * self.order.lanes):
             raise ValueError(
                 "mixup and cutmix pair samples of a lane, so optim.batch_size must be a multiple of 2 x order.lanes; "

@@ -55,8 +55,8 @@ MEAN_DESCRIPTION = (
 )
 STD_DESCRIPTION = "Standard deviation per RGB channel. Default: as for `mean`."
 RESIZE_RATIO_DESCRIPTION = (
-    "The short side is resized to input size x ratio, then the centre is cropped (256/224). `squeeze` makes a square "
-    "of the whole image, as TinyViT does at 384 and 512 px."
+    "The short side is resized to input size x ratio, then the centre is cropped (256/224). `squeeze`: the whole image "
+    "becomes the square (TinyViT at 384 px)."
 )
 
 

@@ -61,7 +61,7 @@ def load_classifier(
     The head stays new unless the weights have one of N classes, N as in the model; so does `fc_norm` unless they have
     it. An encoder's final norm is dropped where the model has `fc_norm`. A plain ViT's weights also fit timm's BEiT,
     whose tables of relative positions (zero) and layer scales (`init_values`) then are new, and its distilled DeiT,
-    whose distillation token then is new and has no position. All other tensors must fit.
+    whose distillation token (and T*'s hidden layer) then is new and has no position. All other tensors must fit.
 
     Args:
         model: a model from `build_classifier`.
@@ -104,7 +104,7 @@ def _grown(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Names that weights of a ViT lack for BEiT or a distilled DeiT; none where the weights have some of the kind."""
     kinds = [kind for kind in _GROWN if not any(name.endswith(kind) for name in tensors)]
     if isinstance(model, VisionTransformerDistilled) and "dist_token" not in tensors:
-        return ("dist_token",)
+        return ("dist_token", "hidden.")
     return tuple(name for name in model.state_dict() if isinstance(model, Beit) and name.endswith(tuple(kinds)))
 
 

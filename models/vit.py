@@ -9,6 +9,7 @@ import torch
 from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
+import tinymim.models.distilled  # noqa: F401  # registers its models with timm
 from tinymim.configs.errors import RecipeError, first_line
 from tinymim.configs.sections import ModelConfig
 from tinymim.models import backbone, custom

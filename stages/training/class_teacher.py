@@ -13,6 +13,7 @@ from tinymim.configs.schema import FinetuneRecipe
 from tinymim.configs.sections import ClassTeacherConfig
 from tinymim.models import backbone
 from tinymim.models.checkpoints import tensors_sha256
+from tinymim.models.distilled import PooledDistilled
 from tinymim.models.vit import Normalise
 from tinymim.models.weights import build_with_weights, stated
 from tinymim.stages.run.device import autocast
@@ -38,7 +39,7 @@ class ClassTeacher:
     def __init__(self, recipe: FinetuneRecipe, student: nn.Module, normalise: Normalise, device: torch.device) -> None:
         assert recipe.distil is not None
         config = self._config = recipe.distil
-        if not isinstance(student, VisionTransformerDistilled):
+        if not isinstance(student, VisionTransformerDistilled | PooledDistilled):
             raise RecipeError(
                 "distil needs a student with a distillation token",
                 got=recipe.model.name,

@@ -92,10 +92,20 @@ def test_a_vits_weights_get_a_new_token_without_a_position(tmp_path: Path) -> No
     assert torch.equal(ours[:, :1], theirs[:, :1]) and torch.equal(ours[:, 2:], theirs[:, 1:]) and not ours[:, 1].any()
 
 
-@pytest.mark.parametrize("loss", ["hard", "soft"])
-def test_a_fine_tuning_learns_from_both_and_exports_both_heads(loss: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("deit_tiny_distilled_patch16_224", "hard"),
+        ("tinymim_star_tiny_patch16_224", "soft"),
+        ("mae_lite_distilled_tiny_patch16_224", "hard"),
+    ],
+)
+def test_a_fine_tuning_learns_from_both_and_exports_both_heads(
+    name: str, loss: str, shards: Path, tmp_path: Path
+) -> None:
     weights = teacher_file(tmp_path)
-    report = finetune.run(recipe(shards, tmp_path / "run", weights, {"loss": loss, "weight": 0.25}))
+    own = {"model": MODEL | {"name": name}, "pool": "mean" if "mae_lite" in name else "cls"}
+    report = finetune.run(recipe(shards, tmp_path / "run", weights, {"loss": loss, "weight": 0.25}, **own))
     assert report is not None and report["weights"]["last.safetensors"]["top1"] >= 0
     for line in read_metrics(tmp_path / "run"):
         if "loss" in line:
@@ -105,7 +115,7 @@ def test_a_fine_tuning_learns_from_both_and_exports_both_heads(loss: str, shards
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
     model.load_state_dict(state, strict=True)
     assert state["head_dist.weight"].any()
-    halves = recipe(shards, tmp_path / "parts", weights, {"loss": loss, "weight": 0.25}, drop_path=0.0)
+    halves = recipe(shards, tmp_path / "parts", weights, {"loss": loss, "weight": 0.25}, drop_path=0.0, **own)
     finetune.run(halves)
     optim = halves.optim.model_copy(update={"accumulate": 2})
     finetune.run(
