@@ -525,15 +525,6 @@ class DecoderConfig(Section):
             )
         return self
 
-    def decoder(self) -> LightDecoderConfig:
-        """Its sizes."""
-        sizes = {"dim": self.decoder_dim, "depth": self.decoder_depth, "heads": self.decoder_heads}
-        return LightDecoderConfig.model_validate(sizes | {"position": True})
-
-    def target(self) -> PredictedConfig:
-        """What it predicts."""
-        return PredictedConfig(name="pixels", normalise=self.norm_pixels)
-
 
 class MaeConfig(DecoderConfig):
     """Masked autoencoder (He et al., CVPR 2022). Defaults are MAE-Lite's decoder for ViT-T."""

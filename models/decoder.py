@@ -8,7 +8,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tinymim.configs.sections import LightDecoderConfig, PredictedConfig
+from tinymim.configs.sections import DecoderConfig, LightDecoderConfig, PredictedConfig
 from tinymim.models import backbone
 from tinymim.models.backbone import take
 from tinymim.models.hog import CELL, FEATURES, hog
@@ -100,6 +100,13 @@ class LightDecoder(nn.Module):
         squares = cells.unflatten(2, (self.parts, self.parts, -1)).unflatten(1, (side, side))
         found: Tensor = squares.permute(0, 1, 3, 2, 4, 5).flatten(1, 4)
         return found
+
+
+def pixels_decoder(config: DecoderConfig) -> tuple[LightDecoderConfig, PredictedConfig]:
+    """Sizes of MAE's decoder, which has positions, and what it predicts."""
+    sizes = {"dim": config.decoder_dim, "depth": config.decoder_depth, "heads": config.decoder_heads}
+    decoder = LightDecoderConfig.model_validate(sizes | {"position": True})
+    return decoder, PredictedConfig(name="pixels", normalise=config.norm_pixels)
 
 
 def num_features(target: PredictedConfig, cell: int) -> int:

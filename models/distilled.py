@@ -15,6 +15,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tinymim.models import backbone
+
 _TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
 
 
@@ -28,9 +30,12 @@ class HiddenDistilled(VisionTransformerDistilled):
         hidden: width of the layer.
     """
 
+    head: Any
+    head_dist: Any
+
     def __init__(self, *args: Any, hidden: int = 1280, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.hidden, self.hidden_act = nn.Linear(self.embed_dim, hidden), nn.GELU()
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]  # timm's has no types
+        self.hidden, self.hidden_act = nn.Linear(backbone.final_width(self), hidden), nn.GELU()
         trunc_normal_(self.hidden.weight, std=0.02)
         nn.init.zeros_(self.hidden.bias)
         self.head_hidden_size = hidden
@@ -43,7 +48,8 @@ class HiddenDistilled(VisionTransformerDistilled):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Logits [B, K] for tokens [B, T, C], or those of both heads in distilled training."""
-        return _answers(self, *(self.hidden_act(self.hidden(x[:, place])) for place in (0, 1)), pre_logits)
+        read = self.hidden_act(self.hidden(x[:, :2]))
+        return _answers(self, read[:, 0], read[:, 1], pre_logits)
 
 
 class PooledDistilled(VisionTransformer):
@@ -69,7 +75,7 @@ class PooledDistilled(VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model new heads of `num_classes` classes, or none."""
         super().reset_classifier(num_classes, global_pool)
-        self.head_dist = _head(self.embed_dim, num_classes)
+        self.head_dist = _head(backbone.final_width(self), num_classes)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """As `HiddenDistilled.forward_head`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import LightDecoderConfig, MaeConfig, PredictedConfig, PretrainMaskConfig
 from tinymim.models import backbone
-from tinymim.models.decoder import LightDecoder
+from tinymim.models.decoder import LightDecoder, pixels_decoder
 from tinymim.models.hog import CELL
 
 
@@ -84,7 +84,8 @@ def masked_autoencoder(encoder: nn.Module, img_size: int, config: MaeConfig) -> 
     config.num_visible(*backbone.grid(encoder, img_size))  # refuses under the names of its own fields
     block = config.mask_unit * backbone.strides(encoder)[-1]
     mask = PretrainMaskConfig(hide="drop", ratio=config.mask_ratio, block=block)
-    return MaskedModel(encoder, img_size, mask, config.target(), config.decoder())
+    decoder, target = pixels_decoder(config)
+    return MaskedModel(encoder, img_size, mask, target, decoder)
 
 
 def _check(encoder: nn.Module, mask: PretrainMaskConfig, target: PredictedConfig, stride: int) -> None:

@@ -16,7 +16,7 @@ from tinymim.configs.sections import MimConfig, ModelConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.custom import own_shapes, require_student
-from tinymim.models.decoder import LightDecoder
+from tinymim.models.decoder import LightDecoder, pixels_decoder
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
 from tinymim.models.taps import WHOLE_VIEW
 from tinymim.models.vit import build_model, build_timm_student
@@ -79,7 +79,7 @@ class StudentModel(nn.Module):
         self.mim_block = None if mim is None else mim.block
         self.decoder: LightDecoder | None = None
         if mim is not None:
-            self.decoder = LightDecoder(vit, mim.decoder(), mim.target(), normed=mim.block is not None)
+            self.decoder = LightDecoder(vit, *pixels_decoder(mim), normed=mim.block is not None)
         self.fits = tuple(fits) or (Fit(),) * len(heads)
         self.drop_paths = replace_drop_path(vit)
         # A single head is not in a list, so that the names of its weights in a state are those of older states.

@@ -254,15 +254,15 @@ def test_evaluate_prints_its_result_and_set_reaches_the_recipe(run: Run, monkeyp
     assert (seen[0].weights, seen[0].batch_size) == ("random", 9)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "cache_teacher", "train_student"])
-def test_training_verbs_run_their_stage(stage: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verb", ["pretrain", "pretrain-mae", "cache-teacher", "train-student"])
+def test_training_verbs_run_their_stage(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
     seen: list[Any] = []
+    stage = verb.removesuffix("-mae").replace("-", "_")
     monkeypatch.setattr(importlib.import_module(f"tinymim.stages.{stage}"), "run", seen.append)
     monkeypatch.setattr(preflight, "preflight", lambda _: None)
-    verb = stage.replace("_", "-")
-    name = next(name for name in shipped_recipes() if f"stage: {verb}" in run("recipes", name)[1])
+    name = next(name for name in shipped_recipes() if f"stage: {verb}\n" in run("recipes", name)[1])
     assert run(verb, name) == (0, "", "")
     assert isinstance(seen[0], RECIPES[verb])
 

@@ -6,6 +6,7 @@ of a worker, so that a run on many workers ends like a run in one process.
 
 import signal
 from pathlib import Path
+from typing import cast
 
 from tinymim.configs.errors import InternalError, LoaderKilled, in_one_line
 from tinymim.configs.schema import TrainingRecipe, TrainStudentRecipe
@@ -103,7 +104,8 @@ def resuming(recipe: R, former: dict[Path, int]) -> R:
     for path in former:
         if found.get(path) == former[path]:
             path.unlink()
-    return recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"resume": True})})
+    again = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"resume": True})})
+    return cast("R", again)  # of the same class
 
 
 class _SignalForwarder:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from tinymim.configs.schema import FinetuneRecipe, PretrainMaeRecipe, PretrainRecipe, TrainStudentRecipe
+from tinymim.configs.schema import TrainingRecipe
 from tinymim.stages.training.ranks import Ranks
 
-R = TypeVar("R", PretrainMaeRecipe, PretrainRecipe, TrainStudentRecipe, FinetuneRecipe)
+R = TypeVar("R", bound=TrainingRecipe)
 
 
 Training = Callable[[R, Ranks], None]

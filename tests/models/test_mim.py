@@ -151,7 +151,7 @@ def test_mixed_precision_is_finite_at_extremes(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_a_hiera_sees_only_visible_mask_units_in_their_order() -> None:
     """Tokens follow `kept`; all units kept in raster order are the whole image."""
-    encoder = model_of(HIERA, "drop", 32).encoder.double().eval()
+    encoder: Any = model_of(HIERA, "drop", 32).encoder.double().eval()
     images = torch.randn(1, 3, SIZE, SIZE, dtype=torch.float64)
     with backbone.seeing(encoder, torch.arange(4)[None]):
         torch.testing.assert_close(encoder.forward_features(images), backbone.tokens_at(encoder, images, None))

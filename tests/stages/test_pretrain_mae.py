@@ -99,7 +99,8 @@ def test_units_are_whole_and_must_fit_the_grid() -> None:
 def test_the_encoder_sees_a_quarter_of_the_patches_and_nothing_of_the_others() -> None:
     model = small_mae().double()
     lengths: list[int] = []
-    model.encoder.blocks[0].register_forward_pre_hook(lambda _m, args: lengths.append(args[0].shape[1]))
+    encoder: Any = model.encoder
+    encoder.blocks[0].register_forward_pre_hook(lambda _m, args: lengths.append(args[0].shape[1]))
     images, noise = torch.randn(1, 3, 32, 32, dtype=torch.float64), torch.arange(16.0)[None]
     caught: list[torch.Tensor] = []
     model.decoder_pred.register_forward_hook(lambda _m, _args, out: caught.append(out))
