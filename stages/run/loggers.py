@@ -3,11 +3,13 @@
 Credentials, servers and projects come from the environment variables of these packages, never from a recipe.
 """
 
+import errno
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -101,14 +103,43 @@ class _TensorBoard:
     def __init__(self, recipe: "RunRecipe", first_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(recipe.run.folder / BOARD_NAME), purge_step=first_step or None)
+        self._folder = recipe.run.folder / BOARD_NAME
+        if not isinstance(threading.excepthook, _WithoutBoards):
+            threading.excepthook = _WithoutBoards(threading.excepthook)
+        self._board = SummaryWriter(str(self._folder), purge_step=first_step or None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._explained():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self, failed: bool) -> None:
-        self._board.close()
+        with self._explained():
+            self._board.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Name the folder, if it is gone, rather than a file in it."""
+        try:
+            yield
+        except OSError as error:
+            if self._folder.exists():
+                raise
+            raise FileNotFoundError(
+                errno.ENOENT, "this folder was removed during the run", str(self._folder)
+            ) from error
+
+
+class _WithoutBoards:
+    """A `threading.excepthook` without OSErrors of TensorBoard's threads: the next `log` or `close` raises them."""
+
+    def __init__(self, others: Callable[[threading.ExceptHookArgs], object]) -> None:
+        self._others = others
+
+    def __call__(self, args: threading.ExceptHookArgs) -> None:
+        of_board = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(args.exc_value, OSError)):
+            self._others(args)
 
 
 class _Wandb:

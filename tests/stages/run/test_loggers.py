@@ -1,7 +1,10 @@
 """`run.loggers`: the metrics of a run at W&B and MLflow, by the real packages, offline; resume continues their runs."""
 
 import json
+import shutil
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,23 @@ def test_wandb_writes_offline_runs(made: Path, tmp_path: Path, monkeypatch: pyte
     assert files
     stored = b"".join(path.read_bytes() for path in files)
     assert b"loss" in stored and b"batch_size" in stored and b"f" * 40 not in stored
+
+
+def test_a_removed_folder_is_named_without_a_traceback_of_tensorboards_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_value))
+    board = loggers._TensorBoard(student_recipe(tmp_path, run=run_in(tmp_path / "run")), None)
+    shutil.rmtree(tmp_path / "run")
+    with suppress(FileNotFoundError):  # raised here, or by `close`: the thread writes when it likes
+        board.log(0, {"loss": 1.0})
+    with pytest.raises(FileNotFoundError, match=r"removed during the run: .*run/tensorboard"):
+        board.close(failed=True)
+    other = threading.Thread(target=lambda: [][0])
+    other.start()
+    other.join()
+    assert [type(each) for each in shown] == [IndexError]
 
 
 def test_a_logger_that_is_not_installed_is_refused_at_once(

@@ -13,7 +13,6 @@ from tinymim.stages.training.optim import seeded
 from tinymim.tests.stages.tiny import copied, student_recipe
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("folder", "error", "words"),
