@@ -87,6 +87,7 @@ _LEVELS: Final = np.arange(256)
 
 
 def invert(pixels: Pixels) -> Pixels:
+    """Replace each value by 255 minus it."""
     return 255 - pixels
 
 
@@ -179,6 +180,7 @@ def color(pixels: Pixels, factor: float) -> Pixels:
 
 
 def grayscale(pixels: Pixels) -> Pixels:
+    """Give all channels Pillow's luma."""
     return color(pixels, 0.0)
 
 

@@ -3,10 +3,12 @@
 import importlib
 import math
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,6 +230,14 @@ def test_a_canary_names_the_operation_that_differs(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     assert canaries({"invert"}) == {f"canary.{name}": CANARIES[name] for name in ("invert", "normal_quantiles")}
     assert not canaries(())
+
+
+def test_the_page_and_its_picture_are_made_by_the_operations() -> None:
+    docs = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "make_operations.py"))
+    assert docs["PAGE"].read_text() == docs["page"](), "run: python docs/make_operations.py"
+    shown = docs["shown"]()
+    for found, (label, pixels) in zip(shown, docs["tiles"](shown[0]).items(), strict=True):
+        np.testing.assert_array_equal(found, pixels, err_msg=label)
 
 
 def test_threads_make_the_same_bytes() -> None:
