@@ -88,10 +88,10 @@ def views(shard: Shard, count: int, turn: int, law: RandomViews, together: int, 
 
 def pairs_in(source: ImageViews, view: int) -> list[int]:
     """The partners of all images in a view."""
-    from tinymim.pipeline.dataset import _pairs_of
+    from tinymim.pipeline.dataset import pairs_of
 
     assert source.law.pairs is not None
-    partners: list[int] = _pairs_of(source.shards[0], source.law.pairs.seed, view)[0].tolist()
+    partners: list[int] = pairs_of(source.shards[0], source.law.pairs.seed, view)[0].tolist()
     return partners
 
 

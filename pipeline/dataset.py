@@ -14,43 +14,12 @@ from torch import Tensor
 from tinymim.configs.errors import SourceError
 from tinymim.pipeline.decode import decode, jpeg_size, pixel_digest, render
 from tinymim.pipeline.operations import apply
-from tinymim.pipeline.order import Items
+from tinymim.pipeline.order import Items, PartnersOf
 from tinymim.pipeline.pairs import Mix, mixed, mixed_key, partners_of
 from tinymim.pipeline.shards import Shard
 from tinymim.pipeline.views import View, ViewLaw, reduced, reduction_of, view_key
 from tinymim.storage.blocks import DIGEST
 from tinymim.storage.layout import UnitId
-
-
-@dataclass(frozen=True)
-class Lacking:
-    """The records of B views that a cache lacks.
-
-    Attributes:
-        items: int64 [B, 3]: shard, sample in the tar, view index.
-        named: (sample key, view index) of every view.
-        layers: by layer, bool [B], whether the record is missing; layers that hold all are left out.
-        digests: uint32 [B], the low 32 bits of the digests of the pixels; empty if no unit is to be written.
-        units: by shard and view, the unit that may be written, and the layers that lack it.
-        lost: by shard and sample in the tar, why an image of these shards is left out.
-    """
-
-    items: Items
-    named: list[tuple[str, int]]
-    layers: dict[str, npt.NDArray[np.bool_]]
-    digests: npt.NDArray[np.uint32]
-    units: dict[tuple[int, int], tuple[UnitId, tuple[str, ...]]] = field(default_factory=dict)
-    lost: dict[tuple[int, int], str] = field(default_factory=dict)
-
-    def cut(self, rows: slice) -> "Lacking":
-        """A part of the batch."""
-        layers = {layer: missing[rows] for layer, missing in self.layers.items()}
-        return replace(self, items=self.items[rows], named=self.named[rows], layers=layers, digests=self.digests[rows])
-
-    @property
-    def num_views(self) -> int:
-        """Number of views that lack a record in any layer."""
-        return int(np.any(list(self.layers.values()), axis=0).sum()) if self.layers else 0
 
 
 @dataclass(frozen=True)
@@ -74,10 +43,56 @@ class Partners:
         """float32 [B]: the share of a view's own image; 1 where it is unmixed."""
         return np.array([1.0 if mix is None else mix.share for mix in self.mixes], np.float32)
 
-    def pick(self, rows: list[int]) -> "Partners":
+    def of(self, rows: Sequence[int], shard: Shard) -> "Partners":
+        """The partners of the views at `rows`, which are of one shard."""
+        own = set(shard.members().keys)
+        return replace(self.pick(rows), lost={key: reason for key, reason in self.lost.items() if key in own})
+
+    def pick(self, rows: Sequence[int]) -> "Partners":
         """The partners of the views at `rows`."""
         keys, mixes = [self.keys[row] for row in rows], [self.mixes[row] for row in rows]
-        return replace(self, keys=keys, mixes=mixes, labels=self.labels[rows])
+        return replace(self, keys=keys, mixes=mixes, labels=self.labels[list(rows)])
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """The records of B views that a cache lacks.
+
+    Attributes:
+        items: int64 [B, 3]: shard, sample in the tar, view index.
+        named: (sample key, view index) of every view.
+        layers: by layer, bool [B], whether the record is missing; layers that hold all are left out.
+        digests: uint32 [B], the low 32 bits of the digests of the pixels; empty if no unit is to be written.
+        units: by shard and view, the unit that may be written, and the layers that lack it.
+        lost: by shard and sample in the tar, why an image of these shards is left out.
+        partners: the views that they are mixed with; None under a law without pairs.
+    """
+
+    items: Items
+    named: list[tuple[str, int]]
+    layers: dict[str, npt.NDArray[np.bool_]]
+    digests: npt.NDArray[np.uint32]
+    units: dict[tuple[int, int], tuple[UnitId, tuple[str, ...]]] = field(default_factory=dict)
+    lost: dict[tuple[int, int], str] = field(default_factory=dict)
+    partners: Partners | None = None
+
+    def cut(self, rows: slice) -> "Lacking":
+        """A part of the batch."""
+        layers = {layer: missing[rows] for layer, missing in self.layers.items()}
+        partners = None if self.partners is None else self.partners.pick(range(len(self.named))[rows])
+        return replace(
+            self,
+            items=self.items[rows],
+            named=self.named[rows],
+            layers=layers,
+            digests=self.digests[rows],
+            partners=partners,
+        )
+
+    @property
+    def num_views(self) -> int:
+        """Number of views that lack a record in any layer."""
+        return int(np.any(list(self.layers.values()), axis=0).sum()) if self.layers else 0
 
 
 @dataclass(frozen=True)
@@ -274,10 +289,15 @@ def render_items(
 
 
 @lru_cache(maxsize=1024)
-def _pairs_of(shard: Shard, seed: int, view: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def pairs_of(shard: Shard, seed: int, view: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Of every image of a shard: the partner in a view, and the view's identity. int64 [n] each."""
     identities = np.array([view_key(seed, key, view) for key in shard.members().keys], np.int64)
     return partners_of(identities), identities
+
+
+def partners_of_shards(shards: Sequence[Shard], seed: int) -> PartnersOf:
+    """The pairs of views among all images of shards, readable or not, for an order that depends on the source alone."""
+    return lambda shard, view: pairs_of(shards[shard], seed, view)[0]
 
 
 def _mix_pairs(
@@ -295,14 +315,14 @@ def _mix_pairs(
 
     def note(row: int, partner: int, mix: Mix) -> None:
         unit, sample, view = items[row]
-        members, (_, identities) = shards[unit].members(), _pairs_of(shards[unit], pairs.seed, view)
+        members, (_, identities) = shards[unit].members(), pairs_of(shards[unit], pairs.seed, view)
         keys[row], mixes[row], labels[row] = members.keys[partner], mix, members.labels[partner]
         if len(view_keys):
             view_keys[row] = mixed_key(int(identities[sample]), int(identities[partner]))
 
     apart: dict[tuple[int, int], list[tuple[int, int, Mix]]] = {}
     for row, (unit, sample, view) in enumerate(items):
-        places, identities = _pairs_of(shards[unit], pairs.seed, view)
+        places, identities = pairs_of(shards[unit], pairs.seed, view)
         partner = int(places[sample])
         mix = None if partner == sample else pairs.mix(int(identities[sample]), int(identities[partner]))
         if mix is None or shards[unit].members().keys[partner] in lost.get(shards[unit].name, ()):

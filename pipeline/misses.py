@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tinymim.configs.sections import VerifyConfig
 from tinymim.pipeline.dataset import Lacking, ViewBatch
 from tinymim.pipeline.loader import places_in
+from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.records import Arrays, Slice, SliceId
 from tinymim.pipeline.replay import (
@@ -23,8 +24,10 @@ from tinymim.pipeline.replay import (
     ReplayedPixels,
     ReplayedViews,
     by_slice,
+    places_in_tar,
     refuse_changed,
     same_images,
+    unreadable_keys,
 )
 from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import law_of
@@ -122,7 +125,7 @@ class PartlyReplayedViews(ReplayedViews):
         source = replace(source, units=self._live)  # so that slices are read from what is listed later, too
         super().__init__(reader or _NoCache(), manifest, source, arrays, verify, lanes, per_lane)
         law = law_of(manifest.views, manifest.environment)
-        self.pixels = ReplayedPixels(source.shards, law, _EVERY if write else verify, may_lack=True)
+        self.pixels = ReplayedPixels(source.shards, law, _EVERY if write else verify, self._lost, may_lack=True)
         self._cache, self._write = reader, write
         self._looked_s: dict[str, float] = {}
         self._numbers = {shard.name: number for number, shard in enumerate(source.shards)}
@@ -156,6 +159,7 @@ class PartlyReplayedViews(ReplayedViews):
         if not readable.all():
             batch, rows, kept = batch.pick(np.flatnonzero(readable)), rows[readable], kept[readable]
         self._check(batch, rows, entry.slices)
+        self._check_partners(batch, rows, entry.slices)
         lost = self._left_out(np.delete(items, kept, axis=0), dict(batch.unreadable))
         lacking = self._lacking(batch, rows, entry.slices, units, lost)
         return replace(batch, records=self._gathered(rows, entry.slices, pin_memory), lacking=lacking)
@@ -174,7 +178,22 @@ class PartlyReplayedViews(ReplayedViews):
                 if SliceId(layer, self.source.shards[shard].name, view) not in slices:
                     layers.setdefault(layer, np.zeros(len(rows), np.bool_))[at] = True
         digests = batch.records[DIGEST].numpy().astype(np.uint32) if self._write else np.zeros(len(rows), np.uint32)
-        return Lacking(batch.items, batch.named, layers, digests, dict(units), lost)
+        return Lacking(batch.items, batch.named, layers, digests, dict(units), lost, batch.partners)
+
+    def _check_partners(self, batch: ViewBatch, rows: Items, slices: Mapping[SliceId, Slice]) -> None:
+        """Require that views with a record are mixed with the images that stage one could read, and no others.
+
+        The cache may have grown since the workers began, by units that list an image as unreadable.
+        """
+        if batch.partners is None:
+            return
+        for shard, view, at in by_slice(rows):
+            name = self.source.shards[shard].name
+            if any(SliceId(layer, name, view) in slices for layer in self.source.layers):
+                listed = unreadable_keys(self._live[VIEWS][name][0])
+                seen = PartnersSeen()
+                seen.add(batch.partners.of(at.tolist(), self.source.shards[shard]))
+                seen.require(name, dict.fromkeys(listed, "unreadable"))
 
     def _left_out(self, items: Items, reasons: Mapping[str, str]) -> dict[tuple[int, int], str]:
         found = {}
@@ -245,7 +264,10 @@ class PartlyReplayedViews(ReplayedViews):
         info = next((each for each in self._live[VIEWS].get(shard.name, ()) if holds_keys(VIEWS, each.unit)), None)
         if info is None or self._cache is None:
             return np.zeros(0, np.int64)
-        row_of = {key: row for row, key in enumerate(self._cache.read_keys(info))}
+        keys = self._cache.read_keys(info)
+        if self._lost is not None:
+            places_in_tar(shard, keys, unreadable_keys(info))
+        row_of = {key: row for row, key in enumerate(keys)}
         return np.array([row_of.get(key, -1) for key in shard.members().keys], dtype=np.int64)
 
     def _handed_out(self, entry: Entry) -> Items:

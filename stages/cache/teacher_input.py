@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.codecs import SketchCodec, codec_config
-from tinymim.configs.errors import CheckpointError, RecipeError, UserError
+from tinymim.configs.errors import CheckpointError, UserError
 from tinymim.configs.schema import CacheTeacherRecipe, LayerConfig, TrainStudentRecipe
 from tinymim.configs.sections import MaskConfig, TeacherConfig, ViewConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
-from tinymim.pipeline.dataset import Lacking
+from tinymim.pipeline.dataset import Lacking, partners_of_shards
 from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.misses import PartlyReplayedViews, join_partly
 from tinymim.pipeline.order import SampleOrder
@@ -91,13 +91,8 @@ class TeacherInput:
         shards = open_shards(recipe.source)
         self._place, self._reader = _found(recipe.cache)
         law = _law(recipe, self._reader)
-        if law.pairs is not None:
-            raise RecipeError(
-                "a teacher in the loop sees single images, and the view law mixes pairs",
-                got="views.pairs, on_missing: teacher",
-                hint="complete the cache with cache-teacher, and train with on_missing: error or skip",
-            )
-        self.size, self.partners = law.size, None
+        self.size = law.size
+        self.partners = None if law.pairs is None else partners_of_shards(shards.shards, law.seed)
         wanted = [_wanted(recipe, law, self._reader, name, config) for name, config in recipe.each_layer()]
 
         # ---- the teachers, and the identity of their layers (I6)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tinymim.configs.errors import SourceError, in_one_line
 from tinymim.configs.schema import CacheTeacherRecipe
 from tinymim.pipeline.dataset import Lacking
+from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.pipeline.shards import Shard
 from tinymim.stages.run.progress import logger
 from tinymim.stages.units.audit import UnitAudit
@@ -50,6 +51,7 @@ class _Draft:
         self.unit, self.layers = unit, layers
         self.arrays: dict[str, dict[str, npt.NDArray[Any]]] = {layer: {} for layer in (*layers, VIEWS)}
         self.lost: dict[int, str] = {}
+        self.partners = PartnersSeen()
         self._here = {layer: np.zeros((unit.num_views, num_images), np.bool_) for layer in layers}
 
     def add(
@@ -131,6 +133,8 @@ class WriteBack:
                 continue
             draft = touched[unit] = self._draft(unit, layers)
             draft.lost.update(lost)
+            if lacking.partners is not None:
+                draft.partners.add(lacking.partners.of(at.tolist(), self._by_name[unit.shard]))
             samples, place = lacking.items[at, 1], np.searchsorted(rows, at)
             draft.add(layer, view, samples, {name: array.numpy()[place] for name, array in arrays.items()})
             draft.add(VIEWS, view, samples, {DIGEST: lacking.digests[at]})
@@ -160,6 +164,7 @@ class WriteBack:
             part = UnitPart(
                 unit, unit.views, len(keys), {layer: UnitAudit(None, 0) for layer in layers}, {VIEWS: self._size}
             )
+            part.partners = draft.partners
             arrays = {
                 layer: {name: values[:, images] for name, values in draft.arrays[layer].items()}
                 for layer in (*layers, VIEWS)

@@ -16,13 +16,14 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from tinymim.api import open_cache
-from tinymim.configs.errors import CacheMismatch
+from tinymim.configs.errors import CacheMismatch, SourceError
 from tinymim.configs.schema import CacheTeacherRecipe, FinetuneRecipe
+from tinymim.pipeline import misses
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.pairs import soft_labels
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher, train_student, views
-from tinymim.stages.cache import deep, repair
+from tinymim.stages.cache import deep, repair, write_back
 from tinymim.stages.cache.info import describe, format_info
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training.terms import Term, label_top1
@@ -30,6 +31,7 @@ from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import Answers
 from tinymim.tests.stages.conftest import Run
+from tinymim.tests.stages.test_teacher_in_loop import same_records
 from tinymim.tests.stages.tiny import STATED, TEACHER, cache_recipe, losses, stored, student_recipe, tree, unit_names
 
 LAW: dict[str, Any] = {"size": 32, "operations": {"rand_augment": "rand-m9-mstd0.5-inc1"}, "pairs": {}}
@@ -127,6 +129,64 @@ def test_a_student_is_compared_with_labels_mixed_like_the_pixels(copy: Path, mon
     train_student.run(student_recipe(copy, optim={"batch_size": 8, "steps": 12, "base_lr": 0.3}))
     assert [line["label_top1"] for line in read_metrics(copy / "run-student")] == pytest.approx([a for a, _ in seen])
     assert [a for a, _ in seen] == pytest.approx([b for _, b in seen]) and any(0 < a < 1 for a, _ in seen)
+
+
+# ---------------------------------------------------------------- a teacher in the loop
+
+
+def in_loop(root: Path, cache: str, folder: str, **changes: Any) -> list[tuple[float, float]]:
+    """Losses and meters against the mixed labels; batches of whole shards, one of which has a torn image."""
+    optim = {"batch_size": 12, "steps": 9, "base_lr": 0.1}
+    fields: dict[str, Any] = {"on_missing": "teacher", "num_views": 2, "optim": optim, "cache": root / cache}
+    run = {**student_recipe(root).run.model_dump(), "folder": root / folder, "log_every": 1}
+    train_student.run(student_recipe(root, **(fields | {"run": run} | changes)))
+    return [(line["loss"], line["label_top1"]) for line in read_metrics(root / folder)]
+
+
+def computed(root: Path, folder: str) -> float:
+    return float(np.mean([line["computed_share"] for line in read_metrics(root / folder)]))
+
+
+def stated(root: Path) -> dict[str, Any]:
+    """What a recipe states where there is no cache."""
+    [layer] = CacheReader(root / "cache").layers
+    teacher = recipe(root).teacher.model_dump(exclude_unset=True)
+    return {"views": LAW, "layers": {layer: {"teacher": teacher, "codec": CODEC}}}
+
+
+def test_a_teacher_in_the_loop_gives_the_targets_of_a_cache(copy: Path) -> None:
+    short = {"optim": {"batch_size": 12, "steps": 4, "base_lr": 0.1}}
+    known = in_loop(copy, "cache", "known", **short)
+    assert computed(copy, "known") == 0 and any(0 < top1 < 1 for _, top1 in known)
+    assert in_loop(copy, "none", "online", **stated(copy), **short) == known and computed(copy, "online") == 1
+
+
+@pytest.mark.slow  # five training runs
+def test_mixed_views_are_written_back_and_fresh(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_back, "_MAX_UNREADABLE", 0.2)
+    known = in_loop(copy, "cache", "known")
+    law = stated(copy)
+    assert in_loop(copy, "new", "written", write_back=True, **law) == known and computed(copy, "written") < 1
+    units = unit_names(copy / "new")
+    assert all(each == units[VIEWS] for each in units.values()) and len(units[VIEWS]) == 6
+    same_records(copy / "new", copy / "cache")
+    assert in_loop(copy, "new", "read", **law) == known and computed(copy, "read") == 0
+    fresh: dict[str, Any] = {"num_views": 1, "fresh": 0.5}
+    assert in_loop(copy, "cache", "fresh", **fresh) == in_loop(copy, "none", "fresher", **law, **fresh)
+    assert 0 < computed(copy, "fresh") < computed(copy, "fresher") == 1
+
+
+def test_partners_that_stage_one_saw_otherwise_are_refused_beside_a_teacher(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the cache grows during a run, by another job that reads other images."""
+    monkeypatch.setattr(misses, "unreadable_keys", lambda info: frozenset())
+    with pytest.raises(CacheMismatch, match=r"shard-000001\.tar does not hold the images of stage one"):
+        in_loop(copy, "cache", "keys")
+    monkeypatch.setattr(misses, "places_in_tar", lambda *_: {})
+    monkeypatch.setattr("tinymim.pipeline.replay.lost_partners", lambda units: {})
+    with pytest.raises(SourceError, match=r"of shard shard-000001\.tar can be read for some views only"):
+        in_loop(copy, "cache", "partner")
 
 
 def test_records_are_compared_with_the_teacher(
