@@ -320,15 +320,6 @@ class CacheTeacherRecipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairs_of_one_size(self) -> "CacheTeacherRecipe":
-        if self.views.pairs is not None and self.further_sizes:
-            raise ValueError(
-                "views.pairs mixes images at one size, so all teachers need img_size = views.size; "
-                f"got {self.views.size} and {', '.join(map(str, self.further_sizes))}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _one_or_several(self) -> "CacheTeacherRecipe":
         if self.targets is None and self.codec is None:
             raise ValueError("codec: null needs targets, the layers to write by name")

@@ -28,7 +28,8 @@ class Partners:
 
     Attributes:
         keys: keys of the partners; None where a view is unmixed.
-        mixes: share and box; None where a view is unmixed.
+        mixes: share and box at the batch's own size; None where a view is unmixed. The box of CutMix is drawn in
+            pixels of a view, so its share at another size differs by rounding.
         labels: int64 [B], labels of the partners; the own ones where a view is unmixed.
         lost: by key, why a partner could not be decoded. The views that lack it are unmixed.
     """
@@ -193,7 +194,7 @@ class ImageViews:
         law: the view law.
         seed: the seed of the views' identities; None: batches have no view keys.
         lost: by shard, keys of images that a cache lists as unreadable: no view is mixed with them.
-        further: the same law at further sizes; none for a law with pairs.
+        further: the same law at further sizes.
     """
 
     def __init__(
@@ -209,7 +210,8 @@ class ImageViews:
     def batch(self, items: Items) -> ViewBatch:
         """The views of `items`, int64 [B, 3 or more]: shard, sample, view index."""
         batch = render_items(self.shards, items[:, :3], self.law, self.seed, self.further)
-        return batch if self.law.pairs is None else _mix_pairs(self.shards, batch, self.law, self.lost)
+        laws = (self.law, *self.further)
+        return batch if self.law.pairs is None else _mix_pairs(self.shards, batch, laws, self.lost)
 
 
 def _cut(data: bytes, key: str, indices: list[int], laws: Sequence[ViewLaw]) -> list[tuple[View, list[Tensor]]]:
@@ -301,12 +303,20 @@ def partners_of_shards(shards: Sequence[Shard], seed: int) -> PartnersOf:
 
 
 def _mix_pairs(
-    shards: tuple[Shard, ...], batch: ViewBatch, law: ViewLaw, lost: Mapping[str, Collection[str]]
+    shards: tuple[Shard, ...], batch: ViewBatch, laws: Sequence[ViewLaw], lost: Mapping[str, Collection[str]]
 ) -> ViewBatch:
-    """The batch with its views mixed. Partners that are not in it are rendered for it, each image decoded once."""
-    pairs = law.pairs
+    """The batch with its views mixed. Partners that are not in it are rendered for it, each image decoded once.
+
+    Args:
+        shards: the shards of its items.
+        batch: the views at the size of each law, which it overwrites.
+        laws: that of `pixels`, then those of `further`. A pair has one draw and the same kind of mix at all sizes.
+        lost: by shard, keys of images that no view is mixed with.
+    """
+    pairs = laws[0].pairs
     assert pairs is not None
-    items, pixels = list(map(tuple, batch.items.tolist())), batch.pixels.numpy()
+    items, sizes = list(map(tuple, batch.items.tolist())), [batch.pixels.numpy()]
+    sizes += [batch.further[law.size].numpy() for law in laws[1:]]
     rows = {item: row for row, item in enumerate(items)}
     keys: list[str | None] = [None] * len(items)
     mixes: list[Mix | None] = [None] * len(items)
@@ -320,29 +330,35 @@ def _mix_pairs(
         if len(view_keys):
             view_keys[row] = mixed_key(int(identities[sample]), int(identities[partner]))
 
-    apart: dict[tuple[int, int], list[tuple[int, int, Mix]]] = {}
+    apart: dict[tuple[int, int], list[tuple[int, int, list[Mix]]]] = {}
     for row, (unit, sample, view) in enumerate(items):
         places, identities = pairs_of(shards[unit], pairs.seed, view)
         partner = int(places[sample])
-        mix = None if partner == sample else pairs.mix(int(identities[sample]), int(identities[partner]))
-        if mix is None or shards[unit].members().keys[partner] in lost.get(shards[unit].name, ()):
+        if partner == sample or shards[unit].members().keys[partner] in lost.get(shards[unit].name, ()):
+            continue
+        both = int(identities[sample]), int(identities[partner])
+        of_sizes = [mix for law in laws if law.pairs is not None and (mix := law.pairs.mix(*both)) is not None]
+        if not of_sizes:
             continue
         other = rows.get((unit, partner, view))
         if other is None or rows[items[row]] != row:
-            apart.setdefault((unit, partner), []).append((row, view, mix))
+            apart.setdefault((unit, partner), []).append((row, view, of_sizes))
         elif row < other:
-            pixels[row], pixels[other] = mixed(pixels[row], pixels[other], mix), mixed(pixels[other], pixels[row], mix)
-            note(row, partner, mix)
-            note(other, sample, mix)
+            for pixels, mix in zip(sizes, of_sizes, strict=True):
+                one, two = mixed(pixels[row], pixels[other], mix), mixed(pixels[other], pixels[row], mix)
+                pixels[row], pixels[other] = one, two
+            note(row, partner, of_sizes[0])
+            note(other, sample, of_sizes[0])
     for (unit, partner), several in apart.items():
         key = shards[unit].members().keys[partner]
         try:
-            cut = _cut(shards[unit].read(partner), key, [view for _, view, _ in several], [law])
+            cut = _cut(shards[unit].read(partner), key, [view for _, view, _ in several], laws)
         except SourceError as error:
             unread[key] = f"{error.what}: {error.got}"
             continue
-        for (row, view, mix), (_, [crop]) in zip(several, cut, strict=True):
-            other_pixels = apply(np.ascontiguousarray(crop.numpy()), law.steps(key, view))
-            pixels[row] = mixed(pixels[row], other_pixels, mix)
-            note(row, partner, mix)
+        for (row, view, of_sizes), (_, crops) in zip(several, cut, strict=True):
+            for law, pixels, mix, crop in zip(laws, sizes, of_sizes, crops, strict=True):
+                other_pixels = apply(np.ascontiguousarray(crop.numpy()), law.steps(key, view))
+                pixels[row] = mixed(pixels[row], other_pixels, mix)
+            note(row, partner, of_sizes[0])
     return replace(batch, view_keys=view_keys, partners=Partners(keys, mixes, labels, unread))

@@ -205,6 +205,21 @@ def test_a_mixed_view_is_made_of_the_two_views_of_the_plain_law(made: Path) -> N
     assert alone == 2 * 3  # the odd ones
 
 
+def test_pairs_are_mixed_alike_at_every_size(made: Path) -> None:
+    shards, law, large = source_of(made).shards, RandomViews(LAW), RandomViews(LAW).at(48)
+    items = every(shards[:1], range(2))
+    views = ImageViews(shards, law, 3, further=[large])
+    small_alone, large_alone = (ImageViews(shards, each, 3).batch(items) for each in (law, large))
+    both, single = views.batch(items), [views.batch(row[None]) for row in items]  # partners in the batch, and apart
+    assert by_view(both) == by_view(*single) == by_view(small_alone)
+    assert torch.equal(both.at(48), large_alone.pixels)
+    assert torch.equal(torch.cat([each.at(48) for each in single]), large_alone.pixels)
+    assert torch.equal(both.view_keys, large_alone.view_keys)
+    assert both.partners is not None and large_alone.partners is not None
+    assert both.partners.keys == large_alone.partners.keys
+    np.testing.assert_allclose(both.partners.shares, large_alone.partners.shares, atol=0.06)
+
+
 def test_keys_order_batches_ranks_workers_and_view_counts_change_no_target(made: Path, tmp_path: Path) -> None:
     source, law = source_of(made), RandomViews(LAW)
     expected = by_view(ImageViews(source.shards, law, 3).batch(every(source.shards, range(3))))

