@@ -28,7 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 Spread = tuple[float, float, float]
 
-_STRIP = 8192  # pixels of a strip: 96 KiB as int32 [3, ...]
+_STRIP = 16384  # pixels of a strip: 192 KiB as int32 [3, ...]
 _NORMAL_BITS = 12
 
 
@@ -115,7 +115,7 @@ def auto_contrast(pixels: Pixels) -> Pixels:
         if low == high:
             return None
         scale = 255.0 / (high - low)
-        return np.array([int(level * scale + -low * scale) for level in range(256)])
+        return (_LEVELS * scale + -low * scale).astype(np.int64)  # cut towards zero
 
     return _by_channel(pixels, table)
 
@@ -363,13 +363,14 @@ def translate_y(pixels: Pixels, distance: float, fill: Colour) -> Pixels:
     return _shifted(pixels, np.full(pixels.shape[2], distance), 1, fill)
 
 
-# Weights of -1/8 lead beyond 0..255, by less than 255: indices below 0 count from the end.
-_CLAMPED: Final = np.concatenate([np.arange(256), np.full(384, 255), np.zeros(384)]).astype(np.uint8)
+_FIELD: Final = 21  # bits of a channel's sum over a row of four pixels, within +-2^20
+_FIELDS: Final = sum(1 << (_FIELD * channel + _FIELD - 1) for channel in range(3))  # lifts all three above 0
 
 
 @lru_cache(maxsize=1)
-def _cubic_table() -> npt.NDArray[np.int64]:
-    return _cubic(np.arange(2048), 11)
+def _cubic_tables() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    table = _cubic(np.arange(2048), 11)
+    return table, table.astype(np.int32)
 
 
 def rotate(pixels: Pixels, degrees: float, fill: Colour) -> Pixels:
@@ -377,21 +378,21 @@ def rotate(pixels: Pixels, degrees: float, fill: Colour) -> Pixels:
     _, height, width = pixels.shape
     sine, cosine = (round(value * 2**32) for value in sine_cosine(degrees))
     lines, columns = (np.arange(-2, size + 2).clip(0, size - 1) for size in (height, width))
-    padded = pixels.take(lines, axis=1).take(columns, axis=2).reshape(3, -1)
-    # Two values share an int64: every sum stays below 2^31, and the borrow of the upper one is undone at the end.
-    pairs, blue = (_buffer(place, np.int64, padded.shape[1]) for place in range(2))
-    pairs[:], blue[:] = padded[1], padded[2]
-    pairs <<= 32
-    pairs += padded[0]
-    pitch, table, colours = width + 4, _cubic_table(), np.array(fill, np.uint8)[:, None, None]
+    # The three channels of a pixel share an int64, so that one gather and one product serve all.
+    source = _buffer(0, np.int64, (height + 4) * (width + 4))
+    source[:] = 0
+    for plane in pixels.take(lines, axis=1).take(columns, axis=2).reshape(3, -1)[::-1]:
+        source <<= _FIELD
+        source += plane
+    pitch, (wide, narrow), colours = width + 4, _cubic_tables(), np.array(fill, np.uint8)[:, None, None]
     columns = 2 * np.arange(width) + 1 - width
     out = np.empty_like(pixels)
     for rows in _strips(height, width):
         shape = (rows.stop - rows.start, width)
-        x, y, corner, place = (_buffer(2 + k, np.int64, *shape) for k in range(4))
-        taken, taps_x, totals = (_buffer(6 + k, np.int64, *each, *shape) for k, each in enumerate([(4, 4), (4,), (2,)]))
-        taps_y = _buffer(9, np.int64, 4, *shape)
-        outside, part = (_buffer(10 + k, np.bool, *shape) for k in range(2))
+        x, y, corner, place, line, product = (_buffer(1 + k, np.int64, *shape) for k in range(6))
+        taps_x, taps_y = _buffer(7, np.int64, 4, *shape), _buffer(8, np.int32, 4, *shape)
+        totals, field = _buffer(9, np.uint32, 3, *shape), _buffer(10, np.uint32, *shape)
+        outside, part = (_buffer(11 + k, np.bool, *shape) for k in range(2))
         lines = (2 * np.arange(rows.start, rows.stop) + 1 - height)[:, None]
         np.subtract(columns * cosine + (width << 32), lines * sine, out=x)  # in 2^-33 pixels
         np.add(columns * sine + (height << 32), lines * cosine, out=y)
@@ -405,20 +406,29 @@ def rotate(pixels: Pixels, degrees: float, fill: Colour) -> Pixels:
         corner *= pitch
         corner += place
         corner += pitch + 1  # outside the image it may be anywhere: the fill hides what is taken there
-        for places, taps in ((x, taps_x), (y, taps_y)):
-            table.take(places, axis=1, mode="clip", out=taps)
-        for source, total in zip((pairs, blue), totals, strict=True):
-            for row, line in enumerate(taken):
-                for column, values in enumerate(line):
-                    source[row * pitch + column :].take(corner, mode="clip", out=values)
-            np.einsum("jkyx,kyx,jyx->yx", taken, taps_x, taps_y, out=total)
-        np.left_shift(totals[0], 32, out=x)
-        x >>= 32
-        totals[0] -= x
-        totals[0] >>= 32
-        for channel, total in enumerate((x, *totals)):
-            total >>= 22
-            _CLAMPED.take(total, mode="wrap", out=out[channel, rows])
+        wide.take(x, axis=1, mode="clip", out=taps_x)
+        narrow.take(y, axis=1, mode="clip", out=taps_y)
+        # The lift of 2^20 is in each total 2^11 times, since weights sum to 2^11: 2^31, which this takes away mod 2^32.
+        totals[:] = 1 << 31
+        for row, weight in enumerate(taps_y.view(np.uint32)):
+            for column, tap in enumerate(taps_x):
+                held = product if column else line
+                source[row * pitch + column :].take(corner, mode="clip", out=held)
+                held *= tap
+                if column:
+                    line += product
+            line += _FIELDS
+            for channel, total in enumerate(totals):
+                np.copyto(field, line, casting="unsafe")  # the lower 32 bits
+                if channel < 2:
+                    field &= np.uint32((1 << _FIELD) - 1)
+                    line >>= _FIELD
+                field *= weight
+                total += field
+        found = totals.view(np.int32)
+        found >>= 22
+        np.clip(found, 0, 255, out=found)
+        out[:, rows] = found
         np.copyto(out[:, rows], colours, where=outside)
     return out
 

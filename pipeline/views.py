@@ -8,7 +8,6 @@ change them.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
@@ -78,9 +77,9 @@ def _digest(seed: int, key: str, view: int, counter: int) -> bytes:
     return hashlib.blake2b(f"{seed}/{view}/{counter}/{key}".encode(), digest_size=64, person=b"tinymim/view").digest()
 
 
-def view_rng(seed: int, key: str, view: int) -> Iterator[float]:
-    """Yield uniform float64 numbers in [0, 1) for one view, without end."""
-    counter = 1  # counter 0 is the view's identity
+def view_rng(seed: int, key: str, view: int, skip: int = 0) -> Iterator[float]:
+    """Yield uniform float64 numbers in [0, 1) for one view, without end, from number `skip`, a multiple of 8."""
+    counter = 1 + skip // 8  # counter 0 is the view's identity
     while True:
         raw = _digest(seed, key, view, counter)
         for start in range(0, 64, 8):
@@ -90,7 +89,7 @@ def view_rng(seed: int, key: str, view: int) -> Iterator[float]:
 
 def operation_rng(seed: int, key: str, view: int) -> Iterator[float]:
     """Uniform numbers in [0, 1) for the operations of a view; none of them is the box's."""
-    return islice(view_rng(seed, key, view), _BOX_DRAWS, None)
+    return view_rng(seed, key, view, _BOX_DRAWS)
 
 
 class RandomViews:
