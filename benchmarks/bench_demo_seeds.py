@@ -8,7 +8,6 @@ A folder that holds finished demos is only read again. Keep the table under benc
 
 import argparse
 import contextlib
-import json
 import platform
 import resource
 import statistics
@@ -37,8 +36,8 @@ def main() -> None:
     for seed in flags.seeds:
         logger.info(f"bench_demo_seeds: seed {seed}")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table alone
-            report = demo.run(flags.folder / f"seed-{seed}", seed)
-        results.append(json.loads(report.with_name(demo.RESULTS_NAME).read_bytes())["arms"])
+            found = demo.run(flags.folder / f"seed-{seed}", seed)
+        results.append(found["arms"])
     print(_header(flags.seeds, time.monotonic() - began_s, _cpu_s() - began_cpu_s))
     print(_arms(results), _margins(results), sep="\n\n")
 

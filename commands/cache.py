@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from tinymim.commands.shared import RecipeArgument, SetOption, load_cache_recipe, print_data
+from tinymim.commands.shared import RecipeArgument, SetOption, print_data
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.place import parse_place
 
@@ -43,9 +43,8 @@ def cache_list(
     """
     from tinymim.stages.cache import list as stage
 
-    place = parse_place(root)
-    rows = stage.run(place)
-    print_data(rows, stage.format_list(rows, place), as_json)
+    rows = stage.run(root)
+    print_data(rows, stage.format_list(rows, parse_place(root)), as_json)
 
 
 @cache_app.command(name="info", sort_key=1)
@@ -104,24 +103,15 @@ def cache_verify(
     seed
         Seed of the sample. Needs --deep.
     """
-    place = parse_place(path)
-    if sample < 1 or not 0 <= min_agreement <= 1:
-        got = f"--sample {sample}, --min-agreement {min_agreement}"
-        raise RecipeError("--sample or --min-agreement is out of range", got=got, expected="at least 1; 0 to 1")
     if overrides and deep is None:
         raise RecipeError("--set changes the recipe of --deep", got="--set without --deep", hint="add --deep RECIPE")
-    recipe = load_cache_recipe(deep, overrides) if deep is not None else None
+    from tinymim.api.jobs import cache_verify as verified
+
+    report = verified(
+        parse_place(path), deep, *(overrides or ()), sample=sample, min_agreement=min_agreement, seed=seed
+    )
     from tinymim.stages.cache import verify as stage
-    from tinymim.stages.run.preflight import require_inputs
 
-    if recipe is not None:
-        require_inputs(recipe)
-
-    report = stage.run(place)
-    if recipe is not None:
-        from tinymim.stages.cache import deep as deep_check
-
-        report["deep"] = deep_check.run(recipe, place, sample, min_agreement, seed) if report["sound"] else None
     print_data(report, stage.format_report(report), as_json)
     stage.refuse_unsound(report)
 
@@ -140,13 +130,11 @@ def cache_repair(recipe: RecipeArgument, /, *, overrides: SetOption = None, as_j
     Example: tinymim cache repair cache.yaml --set cache=caches/mine
 
     """
-    loaded = load_cache_recipe(recipe, overrides)
-    from tinymim.stages.run.preflight import preflight
+    from tinymim.api.jobs import cache_repair as repaired
 
-    preflight(loaded)
+    report = repaired(recipe, *(overrides or ()))
     from tinymim.stages.cache import repair as stage
 
-    report = stage.run(loaded)
     print_data(report, stage.format_report(report), as_json)
     stage.refuse_left(report)
 

@@ -50,21 +50,17 @@ def plan(
     as_json
         Print JSON instead of text.
     """
-    from tinymim.configs.load import load_recipes
-    from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+    from tinymim.api.jobs import plan as measured
 
-    paths = [recipe, *more]
-    loaded = load_recipes(paths, ("cache-teacher", "train-student"), overrides or ())
-    named = [
-        (path.name.removesuffix(".yaml"), recipe)
-        for path, recipe in zip(paths, loaded, strict=True)
-        if isinstance(recipe, CacheTeacherRecipe | TrainStudentRecipe)
-    ]
-    from tinymim.stages.run.preflight import preflight_plan
-
-    cache, students = preflight_plan(named, random_weights)
-    from tinymim.stages import plan as stage
+    result = measured(
+        recipe,
+        *more,
+        overrides=overrides or (),
+        seconds=seconds,
+        trainings=trainings,
+        images=images,
+        random_weights=random_weights,
+    )
     from tinymim.stages.pages.plan import format_plan
 
-    result = stage.run(cache, students, stage.Options(seconds, trainings, images, random_weights))
     print_data(result, format_plan(result), as_json)

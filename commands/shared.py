@@ -14,8 +14,6 @@ from tinymim.configs.shipped import shipped_recipes
 if TYPE_CHECKING:
     from cyclopts.completion import CompletionContext
 
-    from tinymim.configs.schema import CacheTeacherRecipe
-
 
 def _recipes(context: "CompletionContext") -> list[str]:
     """Candidates for RECIPE: shipped recipes, and the YAML files and folders that start with what was typed."""
@@ -51,13 +49,3 @@ def print_json(data: dict[str, Any] | list[Any]) -> None:
 def print_data(data: dict[str, Any] | list[Any], text: str, as_json: bool) -> None:
     """Print data to stdout as JSON or as a text about it. Raises StdoutClosed like `print_text`."""
     print_text(json.dumps(data, indent=2) if as_json else text)
-
-
-def load_cache_recipe(recipe: Path, overrides: list[str] | None) -> "CacheTeacherRecipe":
-    """The recipe that made a cache, for a command that takes it as an option."""
-    from tinymim.configs.load import load_recipe
-    from tinymim.configs.schema import CacheTeacherRecipe
-
-    loaded = load_recipe(recipe, "cache-teacher", overrides or ())
-    assert isinstance(loaded, CacheTeacherRecipe)
-    return loaded

@@ -193,5 +193,6 @@ def fidelity(recipe: "FidelityRecipe") -> None:
 
     """
     from tinymim.stages import fidelity as stage
+    from tinymim.stages.pages.fidelity import format_tables
 
-    print_text(stage.run(recipe))
+    print_text(format_tables(stage.run(recipe)))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from tinymim.commands.shared import RecipeArgument, SetOption, load_cache_recipe, print_data, print_json, print_text
+from tinymim.commands.shared import RecipeArgument, SetOption, print_data, print_json, print_text
 from tinymim.configs import shipped
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.place import parse_place
@@ -118,14 +118,9 @@ def show_views(
     views
         Views of each image, from view 0.
     """
-    from tinymim.configs.load import load_recipes
-    from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, PretrainRecipe
+    from tinymim.api.jobs import views as drawn
 
-    [loaded] = load_recipes([recipe], ("cache-teacher", "pretrain-mae", "pretrain"), overrides or ())
-    assert isinstance(loaded, CacheTeacherRecipe | PretrainMaeRecipe | PretrainRecipe)  # `load_recipes` allows no other
-    from tinymim.stages import views as stage
-
-    print_json(stage.run(loaded, stage.Options(target, images, views)))
+    print_json(drawn(recipe, target, *(overrides or ()), images=images, views=views))
 
 
 @tools_app.command(name="look", sort_key=7)
@@ -173,11 +168,20 @@ def look(
     """
     if overrides and recipe is None:
         raise RecipeError("--set changes the recipe of --recipe", got="--set without --recipe")
-    loaded = load_cache_recipe(recipe, overrides) if recipe is not None else None
-    from tinymim.stages import look as stage
+    from tinymim.api.jobs import look as drawn
 
-    options = stage.Options(key, out, loaded, source, students or (), views, lines)
-    print_json(stage.run(parse_place(cache), options))
+    report = drawn(
+        parse_place(cache),
+        key,
+        out,
+        recipe=recipe,
+        overrides=overrides or (),
+        source=source,
+        students=students or (),
+        views=views,
+        lines=lines,
+    )
+    print_json(report)
 
 
 @tools_app.command(name="export", sort_key=7)
@@ -297,7 +301,7 @@ def live(
         raise RecipeError("--port or --every is out of range", got=got, expected="0 to 65535; 0.2 to 3600")
     from tinymim.stages import live as stage
 
-    stage.run([parse_place(place) for place in places], host, port, every)
+    stage.run(places, host, port, every)
 
 
 @tools_app.command(name="doctor", sort_key=8)

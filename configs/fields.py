@@ -43,7 +43,7 @@ def text(stage: str) -> str:
     """The fields of one recipe and of its sections as Markdown tables.
 
     Args:
-        stage: a key of RECIPES, or `all` for the whole of `docs/recipes.md`.
+        stage: the command of the recipe, such as "train-student", or "all" for the whole of `docs/recipes.md`.
 
     Raises:
         RecipeError: no command of this name has a recipe.

@@ -42,8 +42,8 @@ def checked_folder(value: object) -> Path:
     return Path(value)
 
 
-def parse_place(text: str) -> Path | str:
-    """Parse a place from the command line. Raises RecipeError for a malformed URL."""
+def parse_place(text: str | Path) -> Path | str:
+    """Parse a place that a user names. Raises RecipeError for a malformed URL."""
     try:
         return checked_place(text)
     except ValueError as error:

@@ -26,11 +26,16 @@ def text(name: str) -> str:
     return recipe_file(name).read_text(encoding="utf-8")
 
 
+def texts() -> dict[str, str]:
+    """The YAML of every shipped recipe by its name, with its comments; the first one says what the recipe is for."""
+    return {name: text(name) for name in shipped_recipes()}
+
+
 def listing() -> str:
     """Return one line per shipped recipe: its name and the first line of its header comment."""
-    names = shipped_recipes()
-    width = max(map(len, names), default=0)
-    return "\n".join(f"{name:{width}}  {_headline(recipe_file(name).read_text(encoding='utf-8'))}" for name in names)
+    found = texts()
+    width = max(map(len, found), default=0)
+    return "\n".join(f"{name:{width}}  {_headline(yaml)}" for name, yaml in found.items())
 
 
 @cache

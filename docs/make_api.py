@@ -17,7 +17,16 @@ After this page you can use the targets of a cache in your own training loop. Th
 
 `import tinymim` loads neither torch nor timm; the names below are loaded at first use. `tinymim.__version__` is the
 version. No code is loaded from a cache. `TeacherCache.write` takes a teacher of your own
-([custom models](custom-models.md)); `run_recipe` runs any recipe as its command does.
+([custom models](custom-models.md)).
+
+Every command of the command line has a name here, and returns as data what the command prints:
+
+| command | name |
+|---|---|
+| of a recipe: `cache-teacher`, `train-student`, `evaluate`, ... | `run_recipe` |
+| `hub push`, `hub pull` | `push`, `pull` |
+| any other, such as `cache info`, `make-shards` or `plan` | its words: `cache_info`, `make_shards`, `plan` |
+| `cache copy --format 2`, `recipes --fields` | `cache_upgrade`, `recipe_fields` |
 
 This page is generated: `python docs/make_api.py > docs/api.md`.
 """

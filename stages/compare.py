@@ -15,14 +15,21 @@ from tinymim.stages.run.progress import logger
 from tinymim.storage.atomic import write_bytes_atomic
 
 
-def run(folders: Sequence[Path], out: Path) -> list[RunSummary]:
-    """Read the runs and write the page to `out`.
+def run(folders: Sequence[str | Path], out: str | Path) -> list[RunSummary]:
+    """Compare runs on one self-contained HTML page: losses, accuracies, cost, recipe differences.
+
+    Args:
+        folders: run folders of train-student, pretrain-mae, finetune, evaluate and cache-teacher.
+        out: the page to write.
+
+    Returns:
+        The runs in the same order; a run of several students gives one for each of them.
 
     Raises:
         UserError: a folder is no run folder, or the page cannot be written.
         RecipeError: a run is named twice.
     """
-    runs = read_runs(folders)
+    out, runs = Path(out), read_runs([Path(folder) for folder in folders])
     if out.is_dir():
         raise UserError("the page cannot be written", got=f"--out {out}, a folder", expected="a file")
     html = page(runs, table_cells(runs), difference_cells(runs))

@@ -65,7 +65,9 @@ class Recipes:
     probes: dict[str, EvaluateRecipe]
 
 
-def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weights: str = TEACHER) -> Path:
+def run(
+    folder: str | Path, seed: int = 0, size: DemoSize | None = None, teacher_weights: str = TEACHER
+) -> dict[str, Any]:
     """Run the steps that are missing in `folder`, print the table and write the report.
 
     Args:
@@ -75,7 +77,8 @@ def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weigh
         teacher_weights: weights to use instead of the shipped teacher's.
 
     Returns:
-        The path of report.html.
+        JSON values: `report` (the path of report.html), `seed`, and `arms`, the encoders with their accuracies
+        (shares, not percent).
 
     Raises:
         UserError: `folder` holds the demo of another seed or size, or something else.
@@ -106,12 +109,13 @@ def run(folder: Path, seed: int = 0, size: DemoSize | None = None, teacher_weigh
 
     logger.info("demo 5/5: evaluate all seven encoders by k-NN and linear probe")
     arms = measure(recipes)
-    write_json_atomic(root / RESULTS_NAME, {"seed": seed, "arms": [asdict(arm) for arm in arms]})
+    results = {"seed": seed, "arms": [asdict(arm) for arm in arms]}
+    write_json_atomic(root / RESULTS_NAME, results)
     path = write_report(make_report(recipes, arms, seed, size), root)
 
     print(f"{text_table(arms)}\n\n{describe_teacher(recipes.cache, arms[0])}\n")
     print(f"report: {Path(folder) / path.name}\n\n{NEXT_COMMANDS}")
-    return Path(folder) / path.name
+    return {"report": str(Path(folder) / path.name)} | results
 
 
 NEXT_COMMANDS = """\

@@ -56,12 +56,12 @@ _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[\w,-]*\])?>=([\d.]+)")
 
 
 class Finding(NamedTuple):
-    """One line of the table.
+    """One finding of `doctor` about this machine.
 
     Attributes:
         check: the name of what was checked.
-        level: `FAIL` where tinymim cannot work or would give wrong results; `warning` where it is slower or lacks a
-            part.
+        level: `ok`, `warning` where tinymim is slower or lacks a part, or `FAIL` where it cannot work or would give
+            wrong results.
         found: what was found.
         hint: what to do; "" if nothing.
     """
@@ -73,7 +73,11 @@ class Finding(NamedTuple):
 
 
 def run() -> list[Finding]:
-    """Check everything. Reads the machine, makes one connection to the hub, and writes nothing."""
+    """Check this machine: versions, GPUs, decoders, limits, disk. Makes one connection to the hub; writes nothing.
+
+    Returns:
+        The findings, also those that need nothing done. A failed check is data here, not an error.
+    """
     findings: list[Finding] = []
     for check in _CHECKS:
         try:

@@ -24,7 +24,7 @@ from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
-from tinymim.stages.pages.fidelity import draw_frontier, format_tables
+from tinymim.stages.pages.fidelity import draw_frontier
 from tinymim.stages.run.device import pick_device, require_view_size
 from tinymim.stages.run.folder import FIDELITY_NAME, FRONTIER_NAME, RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
@@ -54,11 +54,11 @@ class _Tried:
     decode_ms: list[float] = field(default_factory=list)
 
 
-def run(recipe: FidelityRecipe) -> str:
+def run(recipe: FidelityRecipe) -> dict[str, Any]:
     """Write `fidelity.json` and `frontier.png` to `run.folder`.
 
     Returns:
-        The tables as Markdown, one per student.
+        The content of `fidelity.json`.
 
     Raises:
         RecipeError: sizes that do not fit one another.
@@ -144,7 +144,7 @@ def run(recipe: FidelityRecipe) -> str:
     write_json_atomic(folder / FIDELITY_NAME, result)
     draw_frontier(result, folder / FRONTIER_NAME)
     logger.info(f"fidelity: wrote {folder / FIDELITY_NAME} and {folder / FRONTIER_NAME}")
-    return format_tables(result)
+    return result
 
 
 def _calibrated(recipe: FidelityRecipe, name: str, tried: _Tried, source: ShardSet, teacher: Teacher) -> TargetKind:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from tinymim.configs.errors import RecipeError, TinymimError, UserError, first_line
 from tinymim.configs.load import parse_yaml
-from tinymim.configs.place import joined
+from tinymim.configs.place import joined, parse_place
 from tinymim.stages.pages.live import page
 from tinymim.stages.pages.live import policy as page_policy
 from tinymim.stages.run.folder import (
@@ -54,25 +54,44 @@ def run(places: Sequence[Path | str], host: str, port: int, every_s: float) -> N
     """Serve the page until Ctrl-C; prints its address.
 
     Raises:
-        RecipeError: a place does not exist, or the port is taken.
+        UserError: as `open_server`.
     """
+    with open_server(places, host, port, every_s) as server, contextlib.suppress(KeyboardInterrupt):
+        print(f"http://{_shown(host)}:{server.server_address[1]}/", flush=True)
+        if not _is_loopback(host):
+            print("warning: everyone who reaches this port can read the page", file=sys.stderr, flush=True)
+        server.serve_forever()
+
+
+def open_server(
+    places: Sequence[Path | str] = (), host: str = "127.0.0.1", port: int = 8360, every_s: float = 5.0
+) -> ThreadingHTTPServer:
+    """A server of a page of running and finished jobs, and of `/state.json`, which holds the page's data. Reads only.
+
+    It listens from now on, and answers while its `serve_forever()` runs. `server_address` is (host, port).
+
+    Args:
+        places: run folders, caches, or folders or URLs of them; empty: `runs` and `caches` here.
+        host: address to listen on. The default is reached from this machine alone.
+        port: port to listen on; 0 takes any free one.
+        every_s: seconds between two updates of the page.
+
+    Raises:
+        UserError: a place does not exist, or the port is taken.
+    """
+    places = [*map(parse_place, places)]
     places = places or [folder for folder in (Path("runs"), Path("caches")) if folder.is_dir()] or [Path()]
     for place in places:
         if isinstance(place, Path) and not place.is_dir():
             raise UserError("there is no such folder", got=place, hint="name run folders, caches, or folders of them")
     try:
-        server = make_server(Jobs(places), host, port, every_s)
+        return make_server(Jobs(places), host, port, every_s)
     except OSError as error:
         raise RecipeError(
             "the page cannot be served there",
             got=f"{host}, port {port}: {error.strerror or error}",
             hint="choose another --port; 0 takes any free one",
         ) from error
-    with server, contextlib.suppress(KeyboardInterrupt):
-        print(f"http://{_shown(host)}:{server.server_address[1]}/", flush=True)
-        if not _is_loopback(host):
-            print("warning: everyone who reaches this port can read the page", file=sys.stderr, flush=True)
-        server.serve_forever()
 
 
 # ---------------------------------------------------------------- what is read

@@ -48,18 +48,31 @@ class Image:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command; `count` and `seed` apply to SRC = drawn only, `prefer` and `last_dot` to tars."""
+    """The options of `make_shards`.
+
+    Attributes:
+        images_per_shard: images per tar.
+        prefix: first part of the tars' names.
+        count: number of images to draw; for drawn images only.
+        seed: seed of the drawn images.
+        resize_short: largest short side in pixels; 0 keeps the bytes of all images.
+        quality: JPEG quality of resized images, 1 to 100.
+        labels: where labels come from: `auto`, `folders`, `tars`, `json:FIELD`, `txt` or `none`.
+        prefer: ending of the image to take where a sample of a tar has several.
+        last_dot: end keys in tars at the last dot.
+        report: HTML page to write.
+    """
 
     images_per_shard: int = 1000
     prefix: str = "shard"
     count: int = 2000
     seed: int = 0
-    resize_short: int = 0  # largest short side in pixels; 0 keeps the bytes of all images
-    quality: int = 95  # JPEG quality of resized images
-    labels: str = "auto"  # one of labels.FORMS
-    prefer: str = ""  # ending of the image to take where a sample of a tar has several
-    last_dot: bool = False  # names in tars end at their last dot
-    report: Path | None = None  # HTML page to write
+    resize_short: int = 0
+    quality: int = 95
+    labels: str = "auto"
+    prefer: str = ""
+    last_dot: bool = False
+    report: Path | None = None
 
     def check(self) -> None:
         """Raises SourceError where an option is out of range."""
@@ -79,17 +92,23 @@ class Options:
         labels.check_form(self.labels)
 
 
-def run(source: str, target: Path, options: Options) -> dict[str, Any]:
-    """Write shards, then `index.members`, and then `index.json`, so that a folder with an index is complete.
+def run(source: str | Path, target: str | Path, options: Options | None = None) -> dict[str, Any]:
+    """Pack images into webdataset shards. `index.json` is written last, so that a folder with an index is complete.
+
+    Args:
+        source: a folder of images, a folder of tars, or the word `drawn`.
+        target: a new or empty folder.
+        options: see `ShardOptions`; None: its defaults.
 
     Returns:
-        The index.
+        The index, as JSON values: num_samples, shards, unreadable, classes.
 
     Raises:
         SourceError: there are no readable images, what labels mean is a choice, `target` holds files, or an option is
             out of range.
         Interrupted: a signal stopped the command; no index is written.
     """
+    source, target, options = str(source), Path(target), options or Options()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SourceError("target folder is not empty", got=target, hint="give a new folder; nothing was changed")
     options.check()

@@ -53,9 +53,16 @@ def names(batch: tinymim.Batch) -> list[tuple[str, int]]:
 
 
 def test_import_loads_nothing_heavy() -> None:
-    code = f"import sys, tinymim; tinymim.__version__; print([n for n in {HEAVY} if n in sys.modules])"
+    cache = Path(__file__).parent / "data" / "cache_v2"
+    code = f"""
+import sys, tinymim, tinymim.api
+tinymim.__version__, tinymim.recipes()
+print([n for n in {HEAVY} if n in sys.modules])
+tinymim.cache_info({str(cache)!r}), tinymim.cache_verify({str(cache)!r})
+print([n for n in ("torch", "timm") if n in sys.modules])
+"""
     found = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True)
-    assert found.stdout.strip() == "[]"
+    assert found.stdout.splitlines() == ["[]", "[]"]
 
 
 def test_the_page_is_made_of_the_docstrings() -> None:
@@ -241,7 +248,8 @@ def test_a_timm_teacher_in_hand_gives_the_records_of_its_recipe(root: Path, tmp_
 def test_run_recipe_is_the_command_of_its_stage(root: Path, tmp_path: Path) -> None:
     recipe = student_recipe(root, layer="sketch", run={"folder": tmp_path / "run", "device": "cpu"})
     (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))
-    assert tinymim.run_recipe(tmp_path / "mine.yaml", "optim.steps=2") is None
+    ran = tinymim.run_recipe(tmp_path / "mine.yaml", "optim.steps=2")
+    assert ran == {"stage": "train-student", "folder": str(tmp_path / "run")}
     assert (tmp_path / "run" / "student.safetensors").is_file()
     assert tinymim.export(str(tmp_path / "run"), str(tmp_path / "out"), "timm")["max_difference"] == 0.0
     with pytest.raises(tinymim.UserError, match=r"optim\.steps"):

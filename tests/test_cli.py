@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from cyclopts import App
 
+import tinymim
 from tinymim import __version__, cli
 from tinymim.commands import tools
 from tinymim.configs.errors import InternalError, SourceError
@@ -49,6 +51,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, *capsys.readouterr()
 
     return call
+
+
+def api_name(verb: list[str]) -> str:
+    """The name of a command in the library, by the rule of docs/api.md."""
+    return "run_recipe" if verb[0] in RECIPES else "_".join(verb).replace("-", "_").removeprefix("hub_")
 
 
 def installed(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -174,6 +181,53 @@ def test_the_defaults_of_make_shards_are_those_of_its_stage() -> None:
     flags = inspect.signature(tools.make_shards).parameters
     options = make_shards.Options()
     assert all(flags[name].default == value for name, value in vars(options).items())
+
+
+# ---------------------------------------------------------------- the library
+
+# Options with another name in the library, or that other functions replace.
+RENAMED = {"deep": "recipe", "every": "every_s", "yes": "confirmed"}
+REPLACED = {("recipes", "fields"): "recipe_fields", ("cache_copy", "to_format"): "cache_upgrade"}
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != ["completion"]], ids=" ".join)
+def test_the_command_line_uses_nothing_that_the_library_cannot(verb: list[str]) -> None:
+    name = api_name(verb)
+    assert name in tinymim.__all__
+    function = getattr(tinymim, name)
+    signature = inspect.signature(function)
+    assert all(each.annotation is not inspect.Parameter.empty for each in signature.parameters.values())
+    assert re.search(r"dict|list", str(signature.return_annotation)) or name == "live"  # a server; its state is JSON
+    assert function.__doc__ and ("Raises:" in function.__doc__ or name in ("doctor", "recipes"))
+    own = {*signature.parameters} | ({*vars(tinymim.ShardOptions())} if name == "make_shards" else set())
+    command = functools.reduce(lambda app, word: app[word], verb, cli.app).default_command
+    assert command is not None
+    options = [each for each, kind in inspect.signature(command).parameters.items() if kind.kind is kind.KEYWORD_ONLY]
+    for option in options:
+        if option != "as_json":  # how to print it
+            found = RENAMED.get(option, option) in own or REPLACED.get((name, option)) in tinymim.__all__
+            assert found, f"{option} of {' '.join(verb)}"
+
+
+def test_commands_return_data_in_the_library(tmp_path: Path) -> None:
+    index = tinymim.make_shards("drawn", tmp_path / "shards", tinymim.ShardOptions(count=3))
+    assert index["num_samples"] == 3 and (tmp_path / "shards" / "index.json").is_file()
+    assert [*tinymim.recipes()] == shipped_recipes() and "| `weights` |" in tinymim.recipe_fields("evaluate")
+    cache = COMMITTED_CACHE.parent / "cache_v2"
+    report = tinymim.cache_copy(cache, tmp_path / "caches" / "copy")
+    assert report["copied_bytes"] > 0 and tinymim.cache_verify(str(tmp_path / "caches"))["sound"]
+    [found] = tinymim.cache_list(str(tmp_path / "caches"))
+    assert found["spec_id"] == tinymim.cache_info(str(tmp_path / "caches" / "copy"))["spec_id"]
+    with pytest.raises(tinymim.UserError, match="this removes"):
+        tinymim.cache_remove(tmp_path / "caches" / "copy", confirmed=False)
+    assert tinymim.cache_remove(tmp_path / "caches" / "copy", confirmed=True)["foreign"] == []
+    sources = "demo-cache", f"source.shards={tmp_path / 'shards'}"
+    drawn = tinymim.views(sources[0], tmp_path / "views.html", sources[1], images=2, views=2)
+    assert drawn["images"] == 2 and (tmp_path / "views.png").is_file()
+    with tinymim.live([str(tmp_path)], port=0) as server:
+        assert server.server_address[1] > 0
+    with pytest.raises(tinymim.UserError, match="sample or min_agreement"):
+        tinymim.cache_verify(cache, sample=0)
 
 
 # ---------------------------------------------------------------- usage errors

@@ -31,7 +31,8 @@ def run(source: Path | str, target: Path | str, layers: Sequence[str] | None = N
         layers: the target layers to copy with the view layer; None: all.
 
     Returns:
-        The report, as JSON values.
+        JSON values: `source`, `target`, `spec_id`, `layers` and `left_out` (names), `units` of all, those `copied` and
+        those `already_there`, `copied_by_layer`, and `copied_bytes`.
 
     Raises:
         UserError: `source` is no cache or lacks a layer, or `target` holds something else or cannot be written.

@@ -27,6 +27,10 @@ def describe(place: Path | str, more_views: int = 10) -> dict[str, Any]:
         place: a cache, or a root that holds exactly one.
         more_views: estimate also the bytes of this number of further views of every image.
 
+    Returns:
+        `spec_id`, `views` (the law), `view_sizes` in pixels, `num_shards`, `num_images`, `bytes`, `writers`, and
+        `layers`, a dict each with name, coverage, bytes by component and per view, fidelity, teacher and target.
+
     Raises:
         UserError: `place` holds no cache, or several.
         StoreError: the object store refuses or fails.

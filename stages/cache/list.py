@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt, StoreError, UserError
+from tinymim.configs.place import parse_place
 from tinymim.stages.cache.info import format_views
 from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.pages.tables import plain_table
@@ -17,13 +18,19 @@ from tinymim.storage.packed import open_cache_store
 def run(root: Path | str) -> list[dict[str, Any]]:
     """Describe every cache directly below `root`, or `root` itself if it is one.
 
-    Reads manifests, descriptions of layers and the names and sizes of files. A cache that cannot be read has a
-    `problem`.
+    Reads manifests, descriptions of layers and the names and sizes of files.
+
+    Args:
+        root: the folder or URL that holds the caches.
+
+    Returns:
+        A dict of JSON values for each cache: path, spec_id, layers. A cache that cannot be read has path and problem.
 
     Raises:
         UserError: there is no such folder.
         StoreError: the root cannot be listed.
     """
+    root = parse_place(root)
     if isinstance(root, Path) and not root.is_dir():
         raise UserError(
             "there is no such folder", got=root, hint="name the folder or URL under which caches are shared"

@@ -46,7 +46,8 @@ def run(source: Path | str, target: Path | str) -> dict[str, Any]:
         target: a folder or URL, new or with an unfinished pack of the same cache.
 
     Returns:
-        The report, as JSON values.
+        JSON values: `source`, `target`, `spec_id`, `layers`, `tars` (name, bytes and sha256 of each), and the number of
+        tars `kept` because they were there, of `files` and of `bytes`.
 
     Raises:
         UserError: `source` is no cache or has no units, or `target` holds something else or cannot be written.

@@ -65,14 +65,17 @@ def run(place: Path | str, confirmed: bool, layers: Sequence[str] | None = None)
 
     Args:
         place: the cache itself, not a root.
-        confirmed: whether the user confirmed the removal; False raises UserError.
+        confirmed: True removes. False raises a UserError that states what would be removed.
         layers: the target layers to remove; None: the whole cache.
 
     Returns:
-        The report of `plan`, with the `foreign` files that were left alone.
+        JSON values: `path`, `spec_id`, `layers`, the number of `units`, `files` and `bytes`, and the `foreign` files,
+        which were left alone.
 
     Raises:
-        UserError: not confirmed; a writer is at work; or the errors of `plan`.
+        UserError: not confirmed; a writer is active; `place` is no cache or has no such layer.
+        StoreError: the object store refuses or fails.
+        CacheMismatch, CacheCorrupt: the manifest cannot be read, so it is unknown whether this is a cache.
     """
     planned = plan(place, layers)
     if not confirmed:

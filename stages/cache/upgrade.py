@@ -48,7 +48,8 @@ def run(source: Path | str, target: Path | str, name: str | None = None) -> dict
         name: the layer's name; None: teacher, block and codec, as a recipe makes it.
 
     Returns:
-        The report, as JSON values.
+        JSON values: `source`, `target`, `spec_id`, `layer`, the number of `units`, of units `written` and of `records`,
+        `source_bytes`, `bytes`, and `not_kept`, which parts of format 1 have no place in format 2.
 
     Raises:
         UserError: `source` is no cache or has no units; `target` holds something else, or a writer is active there.

@@ -51,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *args, **kwargs: None if "file" in kwargs else lines.append(args[0]))
-        path = demo.run(root / "demo", 0, SIZE, weights)
+        path = Path(demo.run(root / "demo", 0, SIZE, weights)["report"])
     assert path == root / "demo" / "report.html"
     return Made(root / "demo", weights, "\n".join(lines))
 

@@ -13,6 +13,7 @@ from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, 
 from tinymim.configs.schema import CacheTeacherRecipe, FidelityRecipe
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher, fidelity, train_student
+from tinymim.stages.pages.fidelity import format_tables
 from tinymim.storage.reader import CacheReader
 from tinymim.tests.stages.tiny import STATED, STUDENT, TEACHER, cache_recipe, student_recipe, write_teacher
 
@@ -54,7 +55,7 @@ def recipe(root: Path, **changes: Any) -> FidelityRecipe:
 
 
 def test_table_json_and_picture(root: Path) -> None:
-    text = fidelity.run(recipe(root))
+    text = format_tables(fidelity.run(recipe(root)))
     result = json.loads((root / "run" / "fidelity.json").read_text())
     assert list(result["students"]) == ["initial"] and set(result["codecs"]) == set(CODECS)
     seen = result["students"]["initial"]
@@ -86,7 +87,7 @@ def test_codecs_of_all_kinds_side_by_side_each_against_its_own_target(root: Path
         "bank": {"kind": "bank", "anchors": 30, "tau": 0.5},
         "attention": {"kind": "attention", "rows": 5},
     }
-    text = fidelity.run(recipe(root, codecs=codecs, targets={"loss": "mse", "relation_heads": None}))
+    text = format_tables(fidelity.run(recipe(root, codecs=codecs, targets={"loss": "mse", "relation_heads": None})))
     result = json.loads((root / "run" / "fidelity.json").read_text())
     [seen] = result["students"].values()
     assert {name: [loss for loss in values if loss != "all"] for name, values in seen.items()} == {
