@@ -15,7 +15,7 @@ from tinymim.configs.errors import StoreError, UserError, first_line
 from tinymim.models.checkpoints import read_metadata
 from tinymim.stages.cache import copy, pack
 from tinymim.stages.cache.info import describe
-from tinymim.stages.pages.card import card, model_card
+from tinymim.stages.pages.card import UNKNOWN, card, licence, model_card
 from tinymim.stages.run.folder import (
     BEST_NAME,
     ENCODER_NAME,
@@ -31,9 +31,9 @@ from tinymim.stages.run.progress import logger
 from tinymim.storage.catalog import resolve
 from tinymim.storage.hub import explained
 from tinymim.storage.packed import CARD, INDEX
+from tinymim.storage.reader import CacheReader
 
 REPO: Final = r"(?:hf://)?(?:(?P<kind>datasets|models)/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?"
-UNKNOWN: Final = "unknown"
 # Licences that let anyone share what is made from the work; the non-commercial ones, without selling it.
 _SHARED: Final = re.compile(
     r"apache-2\.0|mit|isc|bsd(-[23]-clause)?|cc0-1\.0|unlicense|cc-by(-nc)?(-sa)?-\d\.\d|openrail|afl-3\.0",
@@ -79,9 +79,9 @@ def push(
         files, text, licences = _of_model(Path(source), weights)
         _require_licences(licences, allow_licence)
         return _upload(match["name"], kind, {**files, CARD: text.encode()}, public, message)
-    place = resolve(source)
+    place = CacheReader(resolve(source)).place  # refuses format 1
     info = describe(place)
-    _require_licences({str(layer["teacher"]["license"]) for layer in info["layers"][1:]}, allow_licence)
+    _require_licences({licence(layer["teacher"]) for layer in info["layers"] if "teacher" in layer}, allow_licence)
     text = card(info, images_licence)
     beside = place.parent if isinstance(place, Path) else None
     with tempfile.TemporaryDirectory(prefix=".tinymim-push-", dir=beside) as made:
@@ -192,7 +192,7 @@ def _of_model(source: Path, weights: Path) -> tuple[dict[str, Path | bytes], str
     metadata = read_metadata(weights)
     try:
         teachers: dict[str, Any] = json.loads(metadata.get("teachers", "{}"))
-        licences = {str(teacher["license"]) for teacher in teachers.values()}
+        licences = {licence(teacher) for teacher in teachers.values()}
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{source} does not describe its weights", got=first_line(error)) from error

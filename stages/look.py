@@ -25,6 +25,7 @@ from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import law_of, view_key
 from tinymim.stages.cache.opened import opened_kind
 from tinymim.stages.evaluation.examples import TrainedStudent, examples, load_student
+from tinymim.stages.pages.card import licence
 from tinymim.stages.pages.image import ImagePage, LayerPicture, SeenView, image_page, image_png
 from tinymim.stages.pages.numbers import view_law
 from tinymim.stages.pages.pictures import STORED, TEACHER
@@ -238,7 +239,7 @@ def _layer(
     """What a layer stores of the views, beside what its teacher and the students say."""
     records = _stored(reader, layer.name, *at, seen.numbers)
     about = {
-        "teacher": f"{layer.teacher['name']}, {', '.join(layer.target['taps'])}, licence {layer.teacher['license']}",
+        "teacher": f"{layer.teacher['name']}, {', '.join(layer.target['taps'])}, licence {licence(layer.teacher)}",
         "codec": f"{layer.target['name']} version {layer.target['version']}",
         "arrays": "; ".join(f"{a} {dtype} {list(shape)}" for a, (dtype, shape) in reader.arrays(layer.name).items()),
     }

@@ -6,6 +6,7 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
+from tinymim.stages.pages.card import licence
 from tinymim.stages.pages.numbers import format_bytes, format_value, plural, view_law
 from tinymim.stages.pages.tables import plain_table
 from tinymim.storage.catalog import listed, resolve
@@ -263,7 +264,7 @@ def _layer_lines(layer: Mapping[str, Any]) -> list[str]:
         f"layer     {layer['name']}, spec {layer['spec_id']}",
         f"teacher   {teacher['name']}, {', '.join(target['taps'])}, {shapes['heads']} heads, "
         f"{shapes['tokens']} tokens, {teacher['precision']}",
-        f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {teacher['license']}",
+        f"weights   {teacher['weights_origin']}, sha256 {teacher['weights_sha256'][:12]}, license {licence(teacher)}",
         f"codec     {target['name']} version {target['version']}: {parameters}",
     ]
     if top1 := layer["teacher_top1"]:
@@ -343,7 +344,7 @@ def _format_old(info: Mapping[str, Any]) -> str:
         [
             f"cache     {info['path']}",
             f"spec      {info['spec_id']}, format version 1, which is only read to be upgraded",
-            f"teacher   {teacher['name']}, block {teacher['block']}, license {teacher['license']}",
+            f"teacher   {teacher['name']}, block {teacher['block']}, license {licence(teacher)}",
             f"codec     {codec['name']} version {codec['version']}",
             f"views     {view_law(info['views'])}",
             f"coverage  {coverage['complete_shards']:,} of {coverage['num_shards']:,} shards with all "

@@ -2,13 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from tinymim.stages.pages.numbers import format_bytes, format_value, view_law
 from tinymim.stages.pages.tables import markdown_table
 
 # Names that hubs know, by what teachers call their licences.
 _LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "bsd-3-clause"}
+
+UNKNOWN: Final = "unknown"
+
+
+def licence(teacher: Mapping[str, Any]) -> str:
+    """The licence of a teacher's weights, from its description; older caches and runs do not state it."""
+    return str(teacher.get("license") or UNKNOWN)
 
 
 def card(info: Mapping[str, Any], images_licence: str | None = None) -> str:
@@ -19,7 +26,7 @@ def card(info: Mapping[str, Any], images_licence: str | None = None) -> str:
         images_licence: the licence of the images, as its user states it.
     """
     targets = [layer for layer in info["layers"] if "teacher" in layer]
-    licenses = sorted({str(layer["teacher"]["license"]) for layer in targets})
+    licenses = sorted({licence(layer["teacher"]) for layer in targets})
     teachers = sorted({layer["teacher"]["name"] for layer in targets})
     front = [
         "---",
@@ -70,7 +77,7 @@ def card(info: Mapping[str, Any], images_licence: str | None = None) -> str:
         teacher = layer["teacher"]
         lines.append(
             f"- `{layer['name']}`: {_cell(teacher['name'])}, weights {_cell(teacher['weights_origin'])} "
-            f"(sha256 {teacher['weights_sha256'][:16]}), licence **{_cell(teacher['license'])}**, "
+            f"(sha256 {teacher['weights_sha256'][:16]}), licence **{_cell(licence(teacher))}**, "
             f"{teacher['precision']}"
         )
     stated = f"**{_cell(images_licence)}**" if images_licence else "not stated"
@@ -129,7 +136,7 @@ def model_card(
         "",
         *(
             f"- layer `{_cell(layer)}`: {_cell(own.get('name'))} (sha256 {_cell(own.get('weights_sha256'))[:16]}), "
-            f"licence **{_cell(own.get('license'))}**"
+            f"licence **{_cell(licence(own))}**"
             for layer, own in teachers.items()
         ),
         *(

@@ -1,25 +1,32 @@
 """Pushes to and pulls from a local hub: the same bytes, cards with licences, refusals, and tokens that stay unseen."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import safetensors
 import timm
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CheckpointError, StoreError, UserError
 from tinymim.models import files
 from tinymim.stages import hub, train_student
 from tinymim.storage import hub as hub_store
+from tinymim.storage.layout import layer_group
+from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
 from tinymim.tests import hub_server
 from tinymim.tests.hub_server import TOKEN, Hub
 from tinymim.tests.stages.tiny import cache_recipe, losses, run_in, student_recipe, tree
 
+Json = dict[str, Any]
 Run = Callable[..., tuple[int, str, str]]
 LOCAL = "unknown (local file)"  # the licence of the drawn set's teacher
 EVERY: dict[str, Any] = {"allow_licence": [LOCAL]}
@@ -107,6 +114,40 @@ def test_a_licence_that_may_forbid_it_is_refused_unless_told(made: Path, tmp_pat
     for licence in ("cc-by-nd-4.0", "dinov3-license", "unknown", "other", "proprietary; apache-2.0"):
         with pytest.raises(UserError, match="may forbid"):
             hub._require_licences({licence, "mit"}, ())
+
+
+@pytest.mark.parametrize("stated", [{}, {"license": None}, {"license": ""}], ids=["absent", "null", "empty"])
+def test_a_run_that_does_not_state_a_licence_counts_as_unknown(stated: Json, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "run-student", tmp_path / "old")
+    weights = tmp_path / "old" / "student.safetensors"
+    with safetensors.safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    teachers = json.loads(metadata["teachers"])
+    old = {layer: {"name": own["name"], "weights_sha256": own["weights_sha256"]} for layer, own in teachers.items()}
+    metadata["teachers"] = json.dumps({layer: own | stated for layer, own in old.items()})
+    save_file(load_file(weights), weights, metadata)
+    with pytest.raises(UserError, match="may forbid") as caught:
+        hub.push(tmp_path / "old", "me/old")
+    assert caught.value.got == "unknown" and "--allow-licence 'unknown'" in str(caught.value.hint)
+    _, text, licences = hub._of_model(tmp_path / "old", weights)
+    assert licences == {"unknown"} and "licence **unknown**" in text and "None" not in text.partition("## Recipe")[0]
+
+
+def test_a_cache_that_does_not_state_a_licence_counts_as_unknown(home: Path, server: Hub, run: Run) -> None:
+    [layer] = CacheReader(home / "cache").layers.values()
+    old = replace(layer, teacher={**layer.teacher, "license": None})
+    (home / "cache" / "layers" / layer.name / "zarr.json").write_bytes(layer_group(old))
+    code, _, err = run("hub", "push", home / "cache", "me/old")
+    assert code == 2 and "got: unknown" in err and "--allow-licence 'unknown'" in err
+    assert hub.push(home / "cache", "me/old", allow_licence=["unknown"])["kind"] == "dataset"
+    text = server.repos["datasets/me/old"].commits[-1]["README.md"].decode()
+    assert "licence **unknown**" in text and 'license_name: "unknown"' in text and "None" not in text
+    assert "license unknown" in run("cache", "info", home / "cache")[1]
+
+
+def test_a_cache_in_format_1_is_refused_with_the_upgrade(run: Run) -> None:
+    code, _, err = run("hub", "push", Path(__file__).parents[1] / "data" / "cache_v1", "me/old")
+    assert code == 2 and "--format 2" in err
 
 
 def test_the_token_is_sent_to_the_hub_and_shown_nowhere(made: Path, tmp_path: Path, server: Hub, run: Run) -> None:
