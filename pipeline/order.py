@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinymim.configs.errors import CheckpointError, RecipeError
+from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import OrderConfig
 from tinymim.storage.atomic import canonical_json, digest_hex
+from tinymim.storage.identity import Identity
 
 Items = npt.NDArray[np.int64]  # [samples, 3]: shard index, sample index within the shard, view index
 # By shard and view, the partner of every sample of the shard, its own number where it has none: int64 [samples].
@@ -167,8 +168,8 @@ class SampleOrder:
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The plain values "step" and "identity", equal on every rank."""
-        return {"step": self.step, "identity": self._identity()}
+        """The plain values "step", "identity" and "fields", equal on every rank."""
+        return {"step": self.step, **self._identity().stated()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the steps of `state`, which may come from any number of ranks.
@@ -176,13 +177,11 @@ class SampleOrder:
         Raises:
             CheckpointError: the state belongs to another order.
         """
-        if state["identity"] != self._identity():
-            raise CheckpointError(
-                "the saved order of samples belongs to another recipe or cache",
-                got=state["identity"],
-                expected=self._identity(),
-                hint="resume with the source, cache, num_views, optim.batch_size and `order` of the saved run",
-            )
+        self._identity().require(
+            state,
+            "the saved order of samples belongs to another recipe or cache",
+            "resume with the source, cache, num_views, optim.batch_size and `order` of the saved run",
+        )
         self.step = int(state["step"])
 
     def plan(self, last_step: int) -> Iterator[Items]:
@@ -253,11 +252,19 @@ class SampleOrder:
             batch[:, 2] = np.where(after > before, self.num_views + before, (index - before) % self.num_views)
         return batch
 
-    def _identity(self) -> str:
-        fields = [self.order.model_dump(mode="json"), self.counts, self.batch_size, self.num_views]
+    def _identity(self) -> Identity:
+        named = {
+            "order": self.order.model_dump(mode="json"),
+            "images by shard": self.counts,
+            "batch_size": self.batch_size,
+            "num_views": self.num_views,
+            "pairs": self.partners is not None,
+            "fresh": self._fresh / _WHOLE,
+        }
+        fields = [named["order"], self.counts, self.batch_size, self.num_views]
         fields += [] if self.partners is None else ["pairs"]
         fields += [self._fresh] if self._fresh else []
-        return digest_hex(canonical_json({"order": fields}))
+        return Identity(digest_hex(canonical_json({"order": fields})), named)
 
 
 def _refuse_misfit(order: OrderConfig, batch_size: int, num_views: int | None, world_size: int) -> None:

@@ -22,11 +22,10 @@ from tinymim.configs.errors import CacheCorrupt, CacheMismatch, ViewMismatch
 from tinymim.configs.sections import LAYER_NAME, MaskConfig, Seed
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.storage.atomic import canonical_json, digest_hex
+from tinymim.storage.identity import LISTED_DIFFERENCES, Difference, differences, named
 
 FORMAT_VERSION = 2
 SPEC_ID_CHARS = 16
-LISTED_DIFFERENCES = 8
-ABSENT = "(absent)"
 REPAIR = "`tinymim cache repair RECIPE` rebuilds it from the recipe"
 UPGRADE = "`tinymim cache copy SRC DST --format 2` upgrades it"
 _DTYPES = frozenset({"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}) | {
@@ -385,13 +384,13 @@ def check_same(stored: Manifest, wanted: Manifest) -> list[str]:
     Raises:
         CacheMismatch: fields differ; names the first one with both values, and the number of differing fields.
     """
-    differences = list(_differences(stored._spec(), wanted._spec()))
+    found = list(differences(stored._spec(), wanted._spec()))
     stored_shards, wanted_shards = stored.shards, wanted.shards
     for name in stored_shards.keys() & wanted_shards.keys() if stored.source != wanted.source else ():
         ours, theirs = asdict(stored_shards[name]), asdict(wanted_shards[name])
-        differences += _differences(ours, theirs, f"source.{name}.")
-    differences.sort(key=lambda difference: difference[0].startswith("source."))
-    _refuse(differences, "the cache", "change the recipe back, or give this recipe a cache folder of its own")
+        found += differences(ours, theirs, f"source.{name}.")
+    found.sort(key=lambda difference: difference[0].startswith("source."))
+    _refuse(found, "the cache", "change the recipe back, or give this recipe a cache folder of its own")
     check_canaries(stored.environment, wanted.environment)
     return _environments(stored, wanted)
 
@@ -428,28 +427,19 @@ def check_same_layer(stored: Layer, wanted: Layer) -> list[str]:
     """
     hint = "change the recipe back, or name a new layer of this cache with `layer`"
     # The arrays follow from the parameters, so these are named first.
-    found = sorted(_differences(stored._spec(), wanted._spec()), key=lambda each: each[0].startswith("target.arrays"))
+    found = sorted(differences(stored._spec(), wanted._spec()), key=lambda each: each[0].startswith("target.arrays"))
     _refuse(found, f"layer {stored.name} of the cache", hint)
     return _environments(stored, wanted)
 
 
-def _refuse(differences: list[tuple[str, Any, Any]], owner: str, hint: str) -> None:
-    if not differences:
-        return
-    field, got, expected = differences[0]
-    others = [name for name, _, _ in differences[1:LISTED_DIFFERENCES]]
-    unlisted = len(differences) - 1 - len(others)
-    listing = "".join(f", {name}" for name in others) + (f" and {unlisted} more" if unlisted else "")
-    raise CacheMismatch(
-        f"{owner} was made by something else: {len(differences)} field(s) differ: {field}{listing}",
-        got=f"{field} = {got!r} (stored)",
-        expected=f"{field} = {expected!r} (wanted)",
-        hint=hint,
-    )
+def _refuse(found: list[Difference], owner: str, hint: str) -> None:
+    if found:
+        listing, got, expected = named(found)
+        raise CacheMismatch(f"{owner} was made by something else: {listing}", got=got, expected=expected, hint=hint)
 
 
 def _environments(stored: Manifest | Layer, wanted: Manifest | Layer) -> list[str]:
-    found = _differences(stored.environment, wanted.environment, "environment.")
+    found = differences(stored.environment, wanted.environment, "environment.")
     return [f"{field}: cache has {got!r}, this run has {now!r}" for field, got, now in found]
 
 
@@ -458,15 +448,3 @@ def grown(stored: Manifest, wanted: Manifest) -> Manifest:
     known = stored.shards
     new = tuple(shard for shard in wanted.source if shard.name not in known)
     return replace(stored, source=stored.source + new) if new else stored
-
-
-def _differences(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, stored value, wanted value) of every leaf whose canonical JSON differs."""
-    for key in sorted(stored.keys() | wanted.keys()):
-        ours, theirs = stored.get(key, ABSENT), wanted.get(key, ABSENT)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            yield from _differences(ours, theirs, f"{prefix}{key}.")
-        elif canonical_json(ours) != canonical_json(theirs):
-            yield f"{prefix}{key}", ours, theirs

@@ -18,6 +18,7 @@ from tinymim.models import backbone
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.training.terms import weights_of
 from tinymim.storage.atomic import canonical_json, digest_hex
+from tinymim.storage.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,8 @@ def seeded(device: torch.device, *identity: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
-    """Digest of everything that a training state depends on, for a recipe of one model.
+def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> Identity:
+    """Digest and fields of everything that a training state depends on, for a recipe of one model.
 
     These may change between stop and resume (I10): paths, workers, threads, device, accumulation, the frequency of
     logs, checks, audits and states. Data may move but not change, so `content` has its hashes.
@@ -197,7 +198,8 @@ def state_identity(recipe: TrainingRecipe, content: Sequence[str]) -> str:
         fields["distil"] = {name: value for name, value in teacher.items() if name != "weights"}
     if isinstance(recipe, TrainStudentRecipe):
         fields |= _terms_identity([layer for _, layer in recipe.each_layer()])
-    return digest_hex(canonical_json({"recipe": fields, "content": list(content)}))
+    digest = digest_hex(canonical_json({"recipe": fields, "content": list(content)}))
+    return Identity(digest, fields | {"data": {str(number): each for number, each in enumerate(content)}})
 
 
 def _terms_identity(layers: Sequence[LayerConfig]) -> dict[str, Any]:

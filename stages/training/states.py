@@ -19,6 +19,7 @@ from tinymim.stages.run.preflight import no_state
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.ranks import Ranks
 from tinymim.storage.atomic import PARTIAL_SUFFIX, write_bytes_atomic
+from tinymim.storage.identity import Identity
 
 OLD_NAME = "state.pt"  # the only state of runs by older versions; it still loads
 _DIGEST_BYTES = 32
@@ -29,13 +30,13 @@ def state_path(folder: Path, step: int) -> Path:
     return folder / f"state-{step:08d}.pt"
 
 
-def save_state(folder: Path, step: int, identity: str, parts: Mapping[str, Any]) -> None:
+def save_state(folder: Path, step: int, identity: Identity, parts: Mapping[str, Any]) -> None:
     """Write the state after `step` steps.
 
     Args:
         folder: the run folder of one model.
         step: number of steps done.
-        identity: digest of recipe and data, from `state_identity`.
+        identity: what the state depends on, from `state_identity`.
         parts: by name, objects with a `state_dict`.
 
     Raises:
@@ -48,17 +49,17 @@ def save_state(folder: Path, step: int, identity: str, parts: Mapping[str, Any])
                 got=str(folder),
                 hint="lower optim.base_lr, set optim.clip_norm, or train in fp32; the last saved state is intact",
             )
-    write_state(state_path(folder, step), {"step": step, "identity": identity, "parts": _states(parts)})
+    write_state(state_path(folder, step), {"step": step, **identity.stated(), "parts": _states(parts)})
 
 
 def _states(parts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part.state_dict() for name, part in parts.items()}
 
 
-def dump_state(path: Path, step: int, identity: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def dump_state(path: Path, step: int, identity: Identity, parts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write a state for a post-mortem, finite or not; `about` is plain values that describe the failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_state(path, {"step": step, "identity": identity, "parts": _states(parts), "about": dict(about)})
+    write_state(path, {"step": step, **identity.stated(), "parts": _states(parts), "about": dict(about)})
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
@@ -150,7 +151,7 @@ def _decoded(payload: bytes) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A run folder's newest intact state, on the CPU: {"step", "identity", "parts": {name: state dict}}.
+    """A run folder's newest intact state, on the CPU: {"step", "identity", "fields", "parts": {name: state dict}}.
 
     Raises:
         CheckpointError: there is none, or all are damaged.
@@ -163,7 +164,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def load_states(
     folders: Sequence[Path],
-    identities: Sequence[str],
+    identities: Sequence[Identity],
     parts: Sequence[Mapping[str, Any]],
     ranks: Ranks | None = None,
 ) -> int:
@@ -190,14 +191,12 @@ def load_states(
         if payload is None:
             return 0
         state = _decoded(payload)
-        if state["identity"] != identity:
-            raise CheckpointError(
-                f"the state in {folder} belongs to another recipe or other data",
-                got=state["identity"],
-                expected=identity,
-                hint=f"compare with {folder}/recipe.yaml, which made it; use another run.folder, or "
-                "checkpoint.resume=false to start again",
-            )
+        identity.require(
+            state,
+            f"the state in {folder} belongs to another recipe or other data",
+            f"compare with {folder}/recipe.yaml, which made it; use another run.folder, or checkpoint.resume=false to "
+            "start again",
+        )
         for name, part in own.items():
             part.load_state_dict(state["parts"][name])
         step = int(state["step"])

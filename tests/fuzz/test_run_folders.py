@@ -20,6 +20,7 @@ from tinymim.stages import compare
 from tinymim.stages.pages.summary import read_runs
 from tinymim.stages.run import owner
 from tinymim.stages.training.states import newest_payloads, save_state
+from tinymim.storage.identity import Identity
 from tinymim.tests.fuzz.damage import damaged, outcomes
 from tinymim.tests.fuzz.odd import altered
 
@@ -107,7 +108,7 @@ def test_compare_reads_any_run_folder(count: int, tmp_path: Path) -> None:
 @numbers(100, 5_000)
 def test_a_training_state_resumes_or_is_refused(count: int, tmp_path: Path) -> None:
     model, rng = nn.Linear(3, 2), random.Random(1)
-    save_state(tmp_path, 3, "id", {"model": model})
+    save_state(tmp_path, 3, Identity("id", {}), {"model": model})
     [path] = tmp_path.glob("state-*.pt")
     whole = path.read_bytes()
     wanted = newest_payloads([tmp_path])

@@ -17,7 +17,11 @@ from tinymim.stages.training.states import (
     read_state,
     save_state,
     state_path,
+    write_state,
 )
+from tinymim.storage.identity import Identity
+
+ID = Identity("id", {"optim": {"steps": 1, "base_lr": 0.1}, "data": {"0": "weights 12"}})
 
 
 def model_of(value: float) -> nn.Linear:
@@ -30,10 +34,10 @@ def save(folder: Path, *steps: int) -> None:
     """States whose weights are all the number of their step."""
     folder.mkdir(exist_ok=True)
     for step in steps:
-        save_state(folder, step, "id", {"model": model_of(step)})
+        save_state(folder, step, ID, {"model": model_of(step)})
 
 
-def load(*folders: Path, identity: str = "id") -> tuple[int, list[Tensor]]:
+def load(*folders: Path, identity: Identity = ID) -> tuple[int, list[Tensor]]:
     models = [model_of(-1) for _ in folders]
     step = load_states(folders, [identity] * len(folders), [{"model": model} for model in models])
     return step, [model.weight.detach() for model in models]
@@ -103,8 +107,18 @@ def test_an_old_runs_only_state_still_loads_after_those_with_a_number(tmp_path: 
 
 def test_another_recipes_state_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="another recipe") as caught:
-        load(tmp_path, identity="other")
+    other = Identity("other", {"optim": {"steps": 2, "base_lr": 0.1, "clip_norm": 1.0}, "data": {"0": "weights 34"}})
+    with pytest.raises(CheckpointError, match="another recipe or other data: 3 field") as caught:
+        load(tmp_path, identity=other)
+    assert caught.value.got == ("data.0 = 'weights 12'; optim.clip_norm = '(absent)'; optim.steps = 1 (stored)")
+    assert caught.value.expected == "data.0 = 'weights 34'; optim.clip_norm = 1.0; optim.steps = 2 (wanted)"
+
+
+def test_a_state_of_an_older_version_is_refused_by_its_digest(tmp_path: Path) -> None:
+    write_state(state_path(tmp_path, 1), {"step": 1, "identity": "id", "parts": {"model": model_of(1).state_dict()}})
+    assert load(tmp_path)[0] == 1
+    with pytest.raises(CheckpointError, match="another recipe or other data\n") as caught:
+        load(tmp_path, identity=Identity("other", {"optim": {}}))
     assert (caught.value.got, caught.value.expected) == ("id", "other")
 
 
@@ -122,7 +136,7 @@ def test_a_state_with_a_broken_parameter_is_not_saved_but_may_be_dumped(tmp_path
     with torch.no_grad():
         model.weight[0, 0] = torch.inf
     with pytest.raises(UserError, match="after step 2"):
-        save_state(tmp_path, 2, "id", {"model": model})
+        save_state(tmp_path, 2, ID, {"model": model})
     assert not list(tmp_path.iterdir())
-    dump_state(tmp_path / "folder" / "dump.pt", 2, "id", {"model": model}, {"ranks": [1]})
+    dump_state(tmp_path / "folder" / "dump.pt", 2, ID, {"model": model}, {"ranks": [1]})
     assert (tmp_path / "folder" / "dump.pt").exists() and load(tmp_path / "folder")[0] == 0
