@@ -1,13 +1,19 @@
 """tinymim as a library: the targets of a cache in your own training loop, with the teacher not loaded.
 
+    import timm
     import tinymim
 
-    cache = tinymim.open_cache("caches/mine")
-    loader = cache.loader("shards/mine", batch_size=64)
-    head = cache.head("mae", student)
-    for batch in loader:
-        answers = {"mae": head(student.forward_features(batch.images()))}
-        loss = sum(cache.losses(answers, batch).values())
+    def main() -> None:
+        student = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+        cache = tinymim.open_cache("caches/mine")
+        loader = cache.loader("shards/mine", batch_size=64)
+        head = cache.head("mae", student)
+        for batch in loader:
+            answers = {"mae": head(student.forward_features(batch.images()))}
+            loss = sum(cache.losses(answers, batch).values())
+
+    if __name__ == "__main__":  # the loader's processes import this file
+        main()
 
 `tinymim cache info` lists the names of the layers, here `mae`. `tinymim train-student` is made of the same parts. Code
 is never loaded from a cache.

@@ -109,7 +109,8 @@ class TeacherCache:
             mean, std: of the pixels (0..1) that the model expects. Default: those of its `pretrained_cfg`.
             precision: precision of the forward pass.
             batch_size: images per batch.
-            workers: loader processes; 0: load in this process.
+            workers: loader processes; 0: load in this process. They import the script that runs, which therefore needs
+                `if __name__ == "__main__":` around what it does.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             run_folder: the folder of logs and metrics. Default: the cache's folder with `-run` at its end.
 
@@ -220,7 +221,8 @@ class TeacherCache:
                 batches over all ranks are the same for every number of ranks.
             seed: seed of the order.
             rank, world_size: the part of every batch that this process gets.
-            workers: loader processes; 0: load in this process.
+            workers: loader processes; 0: load in this process. They import the script that runs, which therefore needs
+                `if __name__ == "__main__":` around what it does.
             prefetch: batches kept ready per worker.
             verify_first: samples at the start whose pixels are compared with the stored digests.
             verify_every: then one sample in N is compared; 0: none.

@@ -19,6 +19,9 @@ After this page you can use the targets of a cache in your own training loop. Th
 version. No code is loaded from a cache. `TeacherCache.write` takes a teacher of your own
 ([custom models](custom-models.md)).
 
+Loaders, and the commands that load images, start processes which import your script. Keep what it does inside
+`if __name__ == "__main__":`, as in the example below, or use `workers=0`.
+
 Every command of the command line has a name here, and returns as data what the command prints:
 
 | command | name |

@@ -1,9 +1,11 @@
 """The library: the same batches, targets and losses as `train-student`, in a loop of one's own."""
 
+import ast
 import itertools
 import runpy
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import tinymim
+import tinymim.api
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError
 from tinymim.configs.load import dump_recipe
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
@@ -69,6 +72,13 @@ def test_the_page_is_made_of_the_docstrings() -> None:
     root = Path(__file__).parents[1]
     page = runpy.run_path(str(root / "docs" / "make_api.py"))["page"]()
     assert (root / "docs" / "api.md").read_text() == page, "run: python docs/make_api.py > docs/api.md"
+
+
+def test_the_example_is_safe_as_a_script_with_loader_processes() -> None:
+    lines = [line for line in (tinymim.api.__doc__ or "").splitlines() if line.startswith("    ") or not line]
+    *definitions, guard = ast.parse(textwrap.dedent("\n".join(lines))).body
+    assert all(isinstance(each, ast.Import | ast.FunctionDef) for each in definitions)
+    assert isinstance(guard, ast.If) and ast.unparse(guard.test) == "__name__ == '__main__'"
 
 
 def test_names_are_loaded_at_first_use_and_others_do_not_exist() -> None:
