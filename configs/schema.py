@@ -361,6 +361,11 @@ class LayerConfig(Section):
     targets: TargetsConfig = Field(
         description="A choice among its targets, instead of the recipe's.", json_schema_extra=_INHERITED
     )
+    student_block: Positive | None = Field(
+        default=None,
+        description="Block of the student, counted from 1, that learns it (docs/training.md). Default: a head on the "
+        "final tokens.",
+    )
     teacher: TeacherConfig | None = Field(
         default=None,
         description="With `on_missing: teacher`: its teacher. Default: the one that the cache's layer states.",
@@ -370,6 +375,15 @@ class LayerConfig(Section):
         description="With `teacher`: how its targets become bytes.",
         json_schema_extra={"default": "the layer's; a sketch where the cache has none"},
     )
+
+    @model_validator(mode="after")
+    def _projector_at_the_end(self) -> "LayerConfig":
+        if self.student_block is not None and self.targets.keep_projector:
+            raise ValueError(
+                "targets.keep_projector exports a projector of the final tokens, and student_block reads others; "
+                f"got student_block {self.student_block}"
+            )
+        return self
 
 
 class StudentConfig(Section):

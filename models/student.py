@@ -4,7 +4,8 @@ Shapes: B view, S pixel, T token, C width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,13 +13,14 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections import MimConfig, ModelConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.custom import own_shapes, require_student
 from tinymim.models.decoder import LightDecoder, pixels_decoder
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
-from tinymim.models.taps import WHOLE_VIEW
+from tinymim.models.taps import WHOLE_VIEW, check_tap, inner, joined
 from tinymim.models.vit import build_model, build_timm_student
 
 Answers = tuple[Tensor, ...]  # of one head; first axis views
@@ -53,12 +55,14 @@ def build_student(config: ModelConfig, drop_path: float = 0.0) -> nn.Module:
 
 
 class StudentModel(nn.Module):
-    """A model with one or more heads on its final tokens, whose answers are compared with the teacher.
+    """A model with one or more heads on its tokens, whose answers are compared with the teacher.
 
     Args:
         vit: the model to export: a timm ViT, or a module that `build_student` makes.
         heads: each maps final tokens [B, T, C] to answers, a tuple of tensors.
-        fits: for each head how its tokens are made from the final ones, by `fit_of`; none: the final tokens.
+        fits: for each head how its tokens are made from those it reads, by `fit_of`; none: as they are.
+        reads: for each head the tap inside a plain ViT that it reads, as `taps.joined` gives it; None: the final
+            tokens, which all heads read by default.
         paints: put a learned token in place of hidden patches; else they are dropped.
         mim: the loss on hidden patches; None: there is none.
     """
@@ -68,6 +72,7 @@ class StudentModel(nn.Module):
         vit: nn.Module,
         *heads: nn.Module,
         fits: Sequence[Fit] = (),
+        reads: Sequence[Tap | None] = (),
         paints: bool = False,
         mim: MimConfig | None = None,
     ) -> None:
@@ -76,11 +81,12 @@ class StudentModel(nn.Module):
         self.mask_token: nn.Parameter | None = None
         if paints:
             self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.widths(vit)[-1]).normal_(std=0.02))
-        self.mim_block = None if mim is None else mim.block
+        self.mim_reads = None if mim is None or mim.block is None else Tap("tokens", mim.block)
         self.decoder: LightDecoder | None = None
         if mim is not None:
             self.decoder = LightDecoder(vit, *pixels_decoder(mim), normed=mim.block is not None)
         self.fits = tuple(fits) or (Fit(),) * len(heads)
+        self.reads = tuple(reads) or (None,) * len(heads)
         self.drop_paths = replace_drop_path(vit)
         # A single head is not in a list, so that the names of its weights in a state are those of older states.
         self.head: nn.Module = heads[0] if len(heads) == 1 else nn.ModuleList(heads)
@@ -111,7 +117,7 @@ class StudentModel(nn.Module):
 
     def answers(self, images: Tensor, kept: Tensor | None = None) -> tuple[Answers, ...]:
         """The answers of every head for normalised images [B, 3, S, S]; `kept` is as for `tokens`."""
-        return self._answers(self.tokens(images, kept), images.shape[-1])
+        return self._answers(self._read(images, kept), images.shape[-1])
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Any, ...]:
         """The answers for normalised images [B, 3, S, S]: of the only head, or a tuple of them.
@@ -122,16 +128,20 @@ class StudentModel(nn.Module):
             answers = self.answers(images, kept)
             return answers if isinstance(self.head, nn.ModuleList) else answers[0]
         assert kept is not None, "a loss on hidden patches needs a mask"
-        if self.mim_block is None:
-            tokens = read = self.tokens(images, kept)
-        else:
-            with backbone.tokens_after(self.vit, self.mim_block) as found:
-                tokens = self.tokens(images, kept)
-            [read] = found
-        return *self._answers(tokens, images.shape[-1]), self._mim(self.decoder, read, images, kept)
+        read = self._read(images, kept)
+        return *self._answers(read, images.shape[-1]), self._mim(self.decoder, read[self.mim_reads], images, kept)
 
-    def _answers(self, tokens: Tensor, img_size: int) -> tuple[Answers, ...]:
-        return tuple(head(self._fitted(tokens, img_size, number)) for number, head in enumerate(self.heads))
+    def _read(self, images: Tensor, kept: Tensor | None) -> dict[Tap | None, Tensor]:
+        """What heads and decoder read, by tap; None: the final tokens."""
+        with ExitStack() as hooks:
+            taps = {tap for tap in (*self.reads, self.mim_reads) if tap is not None}
+            found = {tap: hooks.enter_context(inner(self.vit, tap)) for tap in taps}
+            tokens = self.tokens(images, kept)
+        return {None: tokens} | {tap: joined(tap, tensors) for tap, tensors in found.items()}
+
+    def _answers(self, read: Mapping[Tap | None, Tensor], img_size: int) -> tuple[Answers, ...]:
+        each = zip(self.heads, self.reads, strict=True)
+        return tuple(head(self._fitted(read[tap], img_size, number)) for number, (head, tap) in enumerate(each))
 
     def _mim(self, decoder: LightDecoder, tokens: Tensor, images: Tensor, kept: Tensor) -> Tensor:
         rows, columns = backbone.grid(self.vit)
@@ -183,6 +193,33 @@ def _factor(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
     sides = {own / its for own, its in zip(fine, coarse, strict=True)}
     side = sides.pop()
     return 1 if sides or side != int(side) else int(side)
+
+
+def check_inner(model: nn.Module, tap: Tap, fit: Fit) -> None:
+    """Make a student ready for a head at a tap inside it, which is one of its blocks.
+
+    Raises:
+        RecipeError: it has no such block; or the head reads its attention, and its grid is not the teacher's, or the
+            tap does not support the attention layer.
+    """
+    depth = len(backbone.blocks(model)) if backbone.is_plain(model) else 0
+    if not 1 <= tap.place <= depth:
+        raise RecipeError(
+            "student_block is outside the student" if depth else "student_block needs a plain ViT, which has blocks",
+            got=tap.place if depth else f"{type(model).__name__}, student_block {tap.place}",
+            expected=f"1..{depth}" if depth else "a plain ViT as student",
+            hint="leave student_block out: a head then reads the final tokens",
+        )
+    if tap.kind == "tokens":
+        return
+    check_tap(model, tap)
+    if fit != Fit():
+        raise RecipeError(
+            "student_block compares the student's own attention, whose grid is not the teacher's",
+            got=f"patches {'pooled' if fit.pool > 1 else 'grown'} by {max(fit)} a side",
+            expected="equal grids",
+            hint="leave student_block out, or train on a target of tokens (features, ff, cls)",
+        )
 
 
 def fitted_shapes(student: Shapes, fit: Fit) -> Shapes:

@@ -6,8 +6,8 @@ embeddings, from fused, split and biased qkv layers, without a copy of any model
 Shapes: B view, H head, T token, P prefix token, D head width, C width, L class.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -160,19 +160,11 @@ class CutTeacher(nn.Module):
         attention = self.attention(tap)
         if tap.kind == "normed":
             return [attention.register_forward_pre_hook(lambda _module, args: self._take_at_end(tap, args[0], take))]
-        armed = ExitStack()
 
-        # The mode is on during this attention only, because compiled blocks do not run under a mode.
-        def arm(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            def found(q: Tensor, k: Tensor, v: Tensor) -> None:
-                take(tap, q, k, *((v, args[0]) if tap.kind == "qkv" else (q[:, :, : self._prefix],)))
+        def found(tokens: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+            take(tap, q, k, *((v, tokens) if tap.kind == "qkv" else (q[:, :, : self._prefix],)))
 
-            armed.enter_context(_Attention(found))
-
-        return [
-            attention.register_forward_pre_hook(arm),
-            attention.register_forward_hook(lambda *_: armed.close(), always_call=True),
-        ]
+        return _on_attention(attention, found)
 
     def _take_at_end(self, tap: Tap, tokens: Tensor, take: Callable[..., None]) -> None:
         """Take what a tap has from tokens [B, T, C]."""
@@ -182,6 +174,50 @@ class CutTeacher(nn.Module):
             take(tap, backbone.classified(self.model, tokens, logits=tap.kind == "logits"))
         else:
             take(tap, tokens, tokens[:, : self._prefix])
+
+
+def _on_attention(
+    attention: nn.Module, found: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+) -> list[RemovableHandle]:
+    """Hooks that pass an attention layer's input [B, T, C], and its q, k and v, each [B, H, T, D], to `found`."""
+    armed = ExitStack()
+
+    # The mode is on during this attention only, because compiled blocks do not run under a mode.
+    def arm(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        armed.enter_context(_Attention(lambda q, k, v: found(args[0], q, k, v)))
+
+    return [
+        attention.register_forward_pre_hook(arm),
+        attention.register_forward_hook(lambda *_: armed.close(), always_call=True),
+    ]
+
+
+@contextmanager
+def inner(model: nn.Module, tap: Tap) -> Iterator[list[Tensor]]:
+    """A list that gets a plain ViT's own tensors at a tap inside it, at the forward pass in the context.
+
+    They are the tokens [B, T, C] after a block ("tokens"), or its q, k and v, each [B, H, T, D] ("qkv", "attention").
+    Nothing is computed with them here, so that activations can be recomputed without these hooks.
+    """
+    if tap.kind == "tokens":
+        with backbone.tokens_after(model, tap.place) as tokens:
+            yield tokens
+        return
+    found: list[Tensor] = []
+    handles = _on_attention(backbone.attention(model, tap.place), lambda _tokens, *sides: found.extend(sides))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def joined(tap: Tap, found: Sequence[Tensor]) -> Tensor:
+    """What `inner` found, by token: [B, T, C], or q and k ("attention", 2C channels) with v ("qkv", 3C)."""
+    if tap.kind == "tokens":
+        return found[0]
+    sides = found[: 3 if tap.kind == "qkv" else 2]
+    return torch.cat([side.transpose(1, 2).flatten(2) for side in sides], dim=-1)
 
 
 def check_tap(model: nn.Module, tap: Tap) -> None:

@@ -108,7 +108,22 @@ class PictureLine(NamedTuple):
 
 
 class TargetHead(nn.Module, ABC):
-    """A student's final tokens to answers. It is trained with the student and dropped at export, but for `kept`."""
+    """A student's final tokens to answers. It is trained with the student and dropped at export, but for `kept`.
+
+    Attributes:
+        inner: what it reads of a student's inner block, as a kind of tap: its tokens, or its own q, k (and v), which
+            then stand in the place of what `projection` makes of tokens.
+        projection: the first layer of a head whose `inner` is not "tokens".
+    """
+
+    inner: ClassVar[str] = "tokens"
+    projection: nn.Module
+
+    def at_block(self, block: int) -> Tap:
+        """Read a block of the student, counted from 1, instead of the final tokens. Returns the student's own tap."""
+        if self.inner != "tokens":
+            self.projection = nn.Identity()
+        return Tap(self.inner, block)
 
     @abstractmethod
     def forward(self, tokens: Float[Tensor, "B T C"]) -> Answers:

@@ -44,7 +44,8 @@ def opened_layers(
         shown = layer.name if len(configs) > 1 else ""
         with naming(shown):
             kind = opened_kind(reader, layer, config.targets, device)
-        opened.append(Opened(layer, kind, Term(kind, layer.shapes, shown, weights_of(config), layer.mask)))
+        term = Term(kind, layer.shapes, shown, weights_of(config), layer.mask, config.student_block)
+        opened.append(Opened(layer, kind, term))
     return opened
 
 

@@ -199,7 +199,9 @@ class TeacherInput:
             with naming(shown):
                 constants = on_device(self._constants_of[name], device)
                 kind = stored_kind(layer.target, each.config.targets, constants)
-            opened.append(Opened(layer, kind, Term(kind, layer.shapes, shown, weights_of(each.config), layer.mask)))
+            own = each.config
+            term = Term(kind, layer.shapes, shown, weights_of(own), layer.mask, own.student_block)
+            opened.append(Opened(layer, kind, term))
         return opened
 
     def _refuse_misfits(self) -> None:
@@ -207,9 +209,10 @@ class TeacherInput:
         terms = []
         for name, layer in self.layers.items():
             shown = name if len(self.layers) > 1 else ""
+            config = self._wanted[name].config
             with naming(shown):
-                kind = stored_kind(layer.target, self._wanted[name].config.targets)
-            terms.append(Term(kind, layer.shapes, shown, mask=layer.mask))
+                kind = stored_kind(layer.target, config.targets)
+            terms.append(Term(kind, layer.shapes, shown, mask=layer.mask, student_block=config.student_block))
         for own in with_mask(self._recipe, terms).each().values():
             assert own.student is not None  # by TrainStudentRecipe.each
             refuse_other_size(own.student, [self.size])

@@ -88,12 +88,13 @@ def load_student(folder: Path, reader: CacheReader) -> TrainedStudent:
             expected=f"a folder of train-student with {RECIPE_NAME} and a training state",
             hint="a run of several students has a folder for each",
         )
-    targets = {reader.layer(name).name: config.targets for name, config in recipe.each_layer()}
+    configs = {reader.layer(name).name: config for name, config in recipe.each_layer()}
+    targets = {name: config.targets for name, config in configs.items()}
     terms = []
-    for name, own in targets.items():
+    for name, own in configs.items():
         layer = reader.layer(name)
-        kind = stored_kind(layer.target, own, on_device(reader.constants(name), _CPU))
-        terms.append(Term(kind, layer.shapes, name, mask=layer.mask))
+        kind = stored_kind(layer.target, own.targets, on_device(reader.constants(name), _CPU))
+        terms.append(Term(kind, layer.shapes, name, mask=layer.mask, student_block=own.student_block))
     recipe = with_mask(recipe, terms)
     model = student_model(recipe, terms).eval()
     try:

@@ -213,4 +213,6 @@ def _terms_identity(layers: Sequence[LayerConfig]) -> dict[str, Any]:
         for layer in layers
     ]
     weights = [list(weights_of(layer)) for layer in layers]
-    return {"targets": targets[0]} if weights == [[1.0, 1.0]] else {"targets": targets, "weights": weights}
+    blocks = [layer.student_block for layer in layers]
+    own = {"student_blocks": blocks} if any(blocks) else {}
+    return own | ({"targets": targets[0]} if weights == [[1.0, 1.0]] else {"targets": targets, "weights": weights})

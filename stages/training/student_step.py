@@ -16,9 +16,9 @@ from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError
 from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import TrainStudentRecipe
 from tinymim.configs.sections import JitterConfig, MimConfig, ModelConfig, StudentMaskConfig
-from tinymim.configs.taps import Shapes
+from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
-from tinymim.models.student import StudentModel, build_student, fit_of, fitted_shapes, shapes_of
+from tinymim.models.student import Fit, StudentModel, build_student, check_inner, fit_of, fitted_shapes, shapes_of
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.masks import visible_patches
@@ -36,7 +36,7 @@ from tinymim.stages.training.terms import Term, label_top1, naming
 from tinymim.storage import layout
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.reader import CacheReader
-from tinymim.targets.contract import TargetKind
+from tinymim.targets.contract import TargetHead, TargetKind
 from tinymim.targets.vectors import check_visible
 
 MIM_METRIC: Final = "distance_pixels"  # the loss on hidden patches among the metrics
@@ -109,8 +109,9 @@ def student_model(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> StudentM
         check_decoder(recipe.mim, recipe.mask, vit)
     fits = [fit_of(shapes, term.shapes, term.kind.taps) for term in terms]
     heads = [term.kind.head(fitted_shapes(shapes, fit), term.shapes) for term, fit in zip(terms, fits, strict=True)]
+    reads = [_read_by(head, vit, term, fit) for head, term, fit in zip(heads, terms, fits, strict=True)]
     paints = recipe.mask is not None and recipe.mask.hide == "token"
-    return StudentModel(vit, *heads, fits=fits, paints=paints, mim=recipe.mim)
+    return StudentModel(vit, *heads, fits=fits, reads=reads, paints=paints, mim=recipe.mim)
 
 
 class StudentStep:
@@ -332,7 +333,19 @@ def check_student_fits(student: ModelConfig, term: Term, mask: StudentMaskConfig
         CacheMismatch, RecipeError: the kind of target cannot compare a student of these tokens, or of this width.
     """
     with naming(term.layer), torch.device("meta"):
-        own = _seen_shapes(build_student(student), student, mask)
+        vit = build_student(student)
+        own = _seen_shapes(vit, student, mask)
         if term.shapes.masked:  # also for kinds that need no grid: a mask of another grid hides other pixels
             check_visible(own, term.shapes)
-        term.kind.head(fitted_shapes(own, fit_of(own, term.shapes, term.kind.taps)), term.shapes)
+        fit = fit_of(own, term.shapes, term.kind.taps)
+        _read_by(term.kind.head(fitted_shapes(own, fit), term.shapes), vit, term, fit)
+
+
+def _read_by(head: nn.Module, vit: nn.Module, term: Term, fit: Fit) -> Tap | None:
+    """The tap inside the student that the head of a term reads; None: the final tokens. Raises as `check_inner`."""
+    if term.student_block is None:
+        return None
+    assert isinstance(head, TargetHead)
+    tap = head.at_block(term.student_block)
+    check_inner(vit, tap, fit)
+    return tap

@@ -24,6 +24,7 @@ class Term(NamedTuple):
         layer: its name where there are several; empty for a single term.
         weights: weights in the first and in the last step.
         mask: the patches that its teacher did not see; None: it saw all.
+        student_block: the block of the student that learns it, counted from 1; None: a head on the final tokens.
     """
 
     kind: StudentTarget
@@ -31,6 +32,7 @@ class Term(NamedTuple):
     layer: str = ""
     weights: tuple[float, float] = (1.0, 1.0)
     mask: MaskConfig | None = None
+    student_block: int | None = None
 
     def weight(self, step: int, total_steps: int) -> float:
         """The weight of step `step`, counted from 0: a function of the step alone, so that a resume needs no state."""

@@ -1,7 +1,8 @@
 """Attention logits as a target kind.
 
 Source: the attention distillation of Wang et al., "A Closer Look at Self-Supervised Lightweight Vision Transformers"
-(MAE-Lite), ICML 2023, in its decoupled form: the student's logits come from one more block's q and k.
+(MAE-Lite), ICML 2023. The student's logits come from one more block's q and k (the decoupled form), or from an inner
+block's own.
 
 Shapes: B view, H teacher head, S student head, Q query row, T token, P prefix token, D head width.
 """
@@ -53,13 +54,16 @@ class AttentionHead(WholeHead):
     """q and k of one more block on the student's final norm, and a bias-free 1x1 adapter to the teacher's heads.
 
     The answers are q and k, each [B, S, T, D], and the adapter [B, H, S], the same for every view. The adapter is
-    there also where the numbers of heads are equal, because heads have no order.
+    there also where the numbers of heads are equal, because heads have no order. At an inner block, q and k are that
+    block's own, joined to [B, T, 2C] (`TargetHead.inner`).
 
     Args:
         student: the student's shapes.
         heads: H.
         without_prefix: leave the prefix tokens out.
     """
+
+    inner = "attention"
 
     def __init__(self, student: Shapes, heads: int, without_prefix: bool) -> None:
         super().__init__()

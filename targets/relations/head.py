@@ -19,10 +19,14 @@ class RelationHead(TargetHead):
     Its input comes from the final norm of the exported model, so the loss trains all blocks and that norm
     (docs/decisions/002-thirteenth-tap.md).
 
+    At an inner block, q, k and v are that block's own, joined to [B, T, 3C] (`TargetHead.inner`).
+
     Args:
         width: C.
         heads: H.
     """
+
+    inner = "qkv"
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from tinymim.stages.cache import deep
 from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step
+from tinymim.stages.training.states import read_state
 from tinymim.storage.layout import VIEWS
 from tinymim.storage.manifest import Layer
 from tinymim.storage.reader import CacheReader
@@ -239,6 +240,31 @@ def test_a_resumed_run_has_the_same_losses_and_another_mim_another_identity(
             train_student.run(recipe(home, **changed))
     train_student.run(recipe(home))
     assert losses(home) == losses(made)
+
+
+def test_layers_at_blocks_of_the_student_train_audit_and_resume(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {"attn": {"student_block": 2}, "rel": {"student_block": 1, "weight": 0.5, "end_weight": 0.0}}
+    audit = {"cache": home / "masked", "source": {"shards": home / "shards"}, "num_images": 12}
+    fields: dict[str, Any] = {"layer": None, "layers": layers, "audit": audit}
+    train_student.run(recipe(home, **fields, **elsewhere(home, "whole")))
+    whole = [line for line in read_metrics(home / "whole") if "loss" in line]  # the others are audits
+    [first, *_, last] = whole
+    assert last["distance_attn/attention"] < first["distance_attn/attention"] and last["weight_rel"] == 0
+    assert any(name.startswith("attn/attention") for name in read_audits(home / "whole")[-1])
+    state = read_state(home / "whole")["parts"]["student"]
+    assert {name for name in state if name.startswith("head.")} == {"head.0.adapter"}  # no projections of their own
+    signal_in_step(student_step, 3, signal.SIGTERM, monkeypatch)
+    with pytest.raises(Interrupted):
+        train_student.run(recipe(home, **fields))
+    with pytest.raises(CheckpointError):
+        train_student.run(recipe(home, **fields | {"layers": layers | {"attn": {"student_block": 1}}}))
+    train_student.run(recipe(home, **fields))
+    again = [line["loss"] for line in read_metrics(home / "run-student") if "loss" in line]
+    assert again == [line["loss"] for line in whole]
+    beyond = layers | {"attn": {"student_block": 3}}
+    with pytest.raises(RecipeError, match="layer attn: student_block is outside the student"):
+        train_student.run(recipe(home, **fields | {"layers": beyond}, **elsewhere(home, "other")))
+    assert not (home / "other").exists()
 
 
 @pytest.mark.slow
