@@ -297,6 +297,11 @@ class TeacherConfig(ModelConfig):
         default=18, description="Tapped block, counted from 1. The teacher stops there, unless the codec reads its end."
     )
     precision: Precision = Field(default="fp32", description="Precision of the teacher's forward pass.")
+    drop_path: DropRate = Field(
+        default=0.0,
+        description="Stochastic depth of the teacher: one rate in every block but the last, drawn anew for every view "
+        "(docs/targets.md).",
+    )
     compile: bool = Field(
         default=False, description="Apply torch.compile to the blocks before the tap. Needs a C++ compiler or Triton."
     )
@@ -307,6 +312,12 @@ class TeacherConfig(ModelConfig):
     def _weights_of_its_maker(self) -> "TeacherConfig":
         if self.weights == (HUB if self.factory else FACTORY):
             raise ValueError(f"weights: {self.weights} {'needs a timm model' if self.factory else 'needs a factory'}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_compiled_drops(self) -> "TeacherConfig":
+        if self.compile and self.drop_path:
+            raise ValueError(f"compile cannot be combined with drop_path; got drop_path {self.drop_path}")
         return self
 
 

@@ -40,6 +40,12 @@ def replace_drop_path(model: nn.Module) -> list[HandedDropPath]:
     return found
 
 
+def drop_by(paths: Sequence[HandedDropPath], uniform: Tensor) -> None:
+    """Set the draws of the next forward pass by uniform numbers in [0, 1), float64 [B, paths]."""
+    for number, path in enumerate(paths):
+        path.scale = (uniform[:, number] < path.keep_prob).float() / path.keep_prob
+
+
 def set_drop_masks(
     paths: Sequence[HandedDropPath],
     generator: torch.Generator,

@@ -13,6 +13,7 @@ from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone, custom
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.models.custom import CustomTaps
+from tinymim.models.drop_path import HandedDropPath, drop_by, replace_drop_path
 from tinymim.models.taps import CutTeacher, Tapped, check_tap, finite_views, require_finite
 from tinymim.models.vit import Normalise, build_model, size_overrides
 from tinymim.models.weights import build_with_weights, stated
@@ -61,6 +62,7 @@ class Teacher(nn.Module):
             self._sha256[False] = tensors_sha256(_built(config, others).state_dict())
         self.mean, self.std, _, self.license = stated(model, config, config.weights, config.mean, config.std)
         self._plain = backbone.is_plain(model)
+        self._drop_paths = _dropping(model, config.drop_path) if config.drop_path else []
         self.normalise = Normalise(self.mean, self.std)
         custom.require_teacher(model)
         made: CustomTaps | CutTeacher
@@ -68,18 +70,29 @@ class Teacher(nn.Module):
         self.cut = made.to(_DTYPES[config.precision])
         self.config = config
         self.eval().requires_grad_(False)
+        for path in self._drop_paths:
+            path.train()  # the only modules that do otherwise than in eval mode
         if config.compile:
             self.cut.compile_blocks()
 
     @torch.no_grad()
     def forward(
-        self, pixels: Tensor, check: bool = True, taps: Collection[Tap] | None = None, kept: Tensor | None = None
+        self,
+        pixels: Tensor,
+        check: bool = True,
+        taps: Collection[Tap] | None = None,
+        kept: Tensor | None = None,
+        drops: Tensor | None = None,
     ) -> Tapped:
         """The tensors of some taps, by default of all; nothing after the last of them is computed.
 
         `check` waits for the device and raises RecipeError unless they are finite. With `kept`, int64 [B, M], the
-        teacher sees these patches alone.
+        teacher sees these patches alone. `drops`, float64 [B, `branches`] in [0, 1), decide over its branches: one is
+        dropped where its number is at least 1 - `drop_path`.
         """
+        assert (drops is not None) == bool(self._drop_paths), "draws are handed out to teachers that drop branches"
+        if drops is not None:
+            drop_by(self._drop_paths, drops)
         images = self.normalise(pixels).to(_DTYPES[self.config.precision])
         cudnn = torch.backends.cudnn
         others = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
@@ -99,8 +112,14 @@ class Teacher(nn.Module):
         size, device = self.config.img_size, self.normalise.mean.device
         pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
         kept = None if visible is None else torch.arange(visible, device=device)[None]
-        black: Tapped = self(pixels, taps=taps, kept=kept)
+        drops = torch.zeros(1, self.branches, device=device) if self.branches else None  # none is dropped
+        black: Tapped = self(pixels, taps=taps, kept=kept, drops=drops)
         return black
+
+    @property
+    def branches(self) -> int:
+        """Residual branches of the whole model that it may drop for a view; 0 without `drop_path`."""
+        return len(self._drop_paths)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -149,7 +168,19 @@ class Teacher(nn.Module):
             "precision": config.precision,
             "mean": list(self.mean),
             "std": list(self.std),
-        }
+        } | ({"drop_path": config.drop_path} if config.drop_path else {})
+
+
+def _dropping(model: nn.Module, rate: float) -> list[HandedDropPath]:
+    """Give a teacher stochastic depth, in all of its blocks, before it is cut. Raises RecipeError where it has none."""
+    if not isinstance(model, backbone.PlainViT) or not all(hasattr(each, "drop_path1") for each in model.blocks):
+        raise RecipeError(
+            "teacher.drop_path needs a plain ViT, whose blocks have two branches to drop",
+            got=type(model).__name__,
+            hint="set teacher.drop_path: 0",
+        )
+    backbone.set_drop_path(model, rate)
+    return replace_drop_path(model)
 
 
 def _at_classifier(taps: Collection[Tap]) -> bool:

@@ -32,6 +32,7 @@ from tinymim.stages.run.owner import owned
 from tinymim.stages.run.progress import Meter, logger
 from tinymim.stages.training.states import read_state
 from tinymim.stages.units.constants import calibrated
+from tinymim.stages.units.drops import drawn_drops
 from tinymim.stages.units.gradients import CodecMoments, GradientProbe
 from tinymim.storage.atomic import write_json_atomic
 from tinymim.storage.blocks import stored_bytes
@@ -105,7 +106,7 @@ def run(recipe: FidelityRecipe) -> dict[str, Any]:
         for batch in batches(views, plan, recipe.loader, pin_memory=device.type == "cuda"):
             _refuse_unreadable(batch)
             seen, view_keys = batch.at(recipe.student.img_size).to(device), batch.view_keys.to(device)
-            tapped = teacher(batch.pixels.to(device))
+            tapped = teacher(batch.pixels.to(device), drops=drawn_drops(teacher, view_keys))
             drawn = {name: _draw(tried, tapped, view_keys, shapes, recipe.draws) for name, tried in codecs.items()}
             for row in range(len(seen)):
                 if stop.requested:

@@ -31,6 +31,7 @@ from tinymim.stages.pages.numbers import view_law
 from tinymim.stages.pages.pictures import STORED, TEACHER
 from tinymim.stages.pages.views import ViewCell
 from tinymim.stages.units.draft import low_digests
+from tinymim.stages.units.drops import drawn_drops
 from tinymim.stages.units.prepare import prepare
 from tinymim.storage import layout
 from tinymim.storage.atomic import write_bytes_atomic
@@ -260,7 +261,9 @@ def _layer(
     columns: dict[str, Target] = {}
     kept = visible_patches(layer.mask, named, layer.shapes.grid, _CPU)
     if teacher is not None and pixels:
-        columns[TEACHER] = kind.exact(teacher(pixels[teacher.config.img_size], taps=kind.taps, kept=kept))
+        drops = drawn_drops(teacher, keys)
+        tapped = teacher(pixels[teacher.config.img_size], taps=kind.taps, kept=kept, drops=drops)
+        columns[TEACHER] = kind.exact(tapped)
     columns[STORED] = stored
     losses = {}
     for name, student in learners.items():

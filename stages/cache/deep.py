@@ -18,6 +18,7 @@ from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import Meter
 from tinymim.stages.units.constants import on_device
 from tinymim.stages.units.draft import low_digests
+from tinymim.stages.units.drops import drawn_drops
 from tinymim.stages.units.prepare import prepare
 from tinymim.storage.blocks import DIGEST, Array
 from tinymim.storage.catalog import resolve
@@ -121,8 +122,10 @@ def run(
                 if len(kept):
                     _compare_pixels(batch, stored.digests[kept], info, tally)
                     patches = visible_patches(recipe.masks[layer_name], batch.named, teacher.grid, device)
-                    tapped = teacher(batch.pixels.to(device), taps=kind.taps, kept=patches)
-                    for name, values in kind.encode(tapped, batch.view_keys.to(device)).items():
+                    keys = batch.view_keys.to(device)
+                    drops = drawn_drops(teacher, keys)
+                    tapped = teacher(batch.pixels.to(device), taps=kind.taps, kept=patches, drops=drops)
+                    for name, values in kind.encode(tapped, keys).items():
                         _compare_array(prefix + name, values.cpu().numpy(), stored.arrays.get(name), kept, tally)
                 meter.advance(len(part))
 

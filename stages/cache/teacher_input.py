@@ -37,6 +37,7 @@ from tinymim.stages.training.device_stream import MakeTargets, cached_targets
 from tinymim.stages.training.student_step import check_student_fits, refuse_other_size, with_mask
 from tinymim.stages.training.terms import Term, naming, weights_of
 from tinymim.stages.units.constants import calibrated, on_device, require_rebuildable, settle_constants
+from tinymim.stages.units.drops import drawn_drops
 from tinymim.stages.units.prepare import make_layer, make_manifest
 from tinymim.storage.catalog import resolve
 from tinymim.storage.constants import digest_of_constants
@@ -317,7 +318,8 @@ class TeacherTargets:
         taps = {tap for kind in used.values() for tap in kind.taps}
         # Finite values are required here, for each pass: a codec would make plausible records of others.
         kept = visible_patches(mask, [lacking.named[row] for row in rows], teacher.grid, device)
-        tapped: Tapped = teacher(pixels[torch.from_numpy(rows).to(device)], taps=taps, kept=kept)
+        at = torch.from_numpy(rows).to(device)
+        tapped: Tapped = teacher(pixels[at], taps=taps, kept=kept, drops=drawn_drops(teacher, view_keys[at]))
         for layer, kind in used.items():
             own: Tapped = tapped
             if len(lack[layer]) < len(rows):
@@ -418,6 +420,7 @@ def _teacher_config(stored: Layer | None) -> TeacherConfig:
         precision=held["precision"],
         mean=held["mean"],
         std=held["std"],
+        drop_path=held.get("drop_path", 0.0),
     )
 
 

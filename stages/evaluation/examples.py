@@ -29,6 +29,7 @@ from tinymim.stages.training.states import read_state
 from tinymim.stages.training.student_step import student_model, with_mask
 from tinymim.stages.training.terms import Term
 from tinymim.stages.units.constants import on_device
+from tinymim.stages.units.drops import drawn_drops
 from tinymim.storage.reader import CacheReader
 from tinymim.targets.contract import Answers, PictureLine, Target, TargetKind
 from tinymim.targets.kinds import stored_kind
@@ -169,8 +170,9 @@ def relation_examples(
     batch = views.batch(np.array([[0, image, 0, number] for number, image in enumerate(images)], dtype=np.int64))
 
     # ---- teacher, cache and students
+    teacher = Teacher(cache.teacher, kind.taps)
     columns = {
-        TEACHER: kind.exact(Teacher(cache.teacher, kind.taps)(batch.pixels)),
+        TEACHER: kind.exact(teacher(batch.pixels, drops=drawn_drops(teacher, batch.view_keys))),
         STORED: kind.decode(of_layer(batch.records, layer.name), batch.view_keys, shapes),
     }
     for name, recipe in students.items():

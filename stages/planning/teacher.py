@@ -28,6 +28,7 @@ from tinymim.stages.planning.clocks import Laps, loader_threads
 from tinymim.stages.planning.forecast import TeacherCosts
 from tinymim.stages.units.audit import UnitAudit
 from tinymim.stages.units.draft import UnitPart, encode, seen_by_layer
+from tinymim.stages.units.drops import drawn_drops
 from tinymim.stages.units.gradients import GradientProbe, reference_student
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.prepare import Prepared
@@ -135,7 +136,9 @@ class _StageOne:
         if not self.first.keys:
             raise SourceError(f"the first images of shard {self.shard.name} are unreadable", got=self.first.unreadable)
         self._begin = int(self.first.items[0, 1])  # a readable image: no unit is empty
-        self._seen = seen_by_layer(prepared.teachers, prepared.kinds, recipe.masks, self.first.named, self._pixels)
+        self._seen = seen_by_layer(
+            prepared.teachers, prepared.kinds, recipe.masks, self.first.named, self._view_keys, self._pixels
+        )
         self.kinds: dict[str, TargetKind] = {}
         self.constants: dict[str, dict[str, Tensor]] = {}
         self._probes: dict[str, GradientProbe] = {}
@@ -145,6 +148,10 @@ class _StageOne:
             shapes = prepared.layers[name].shapes
             reference = reference_student(kind, teacher.config.img_size, shapes)
             self.kinds[name], self._probes[name] = kind, GradientProbe(kind, reference.to(prepared.device), shapes)
+
+    @property
+    def _view_keys(self) -> Tensor:
+        return self.first.view_keys.to(self.prepared.device)
 
     def _pixels(self, size: int) -> Tensor:
         return self.first.at(size).to(self.prepared.device)
@@ -216,7 +223,7 @@ class _StageOne:
         return found
 
     def _size_bytes(self, kind: TargetKind, tapped: Tapped) -> float:
-        arrays = kind.encode(tapped, self.first.view_keys.to(self.prepared.device)).values()
+        arrays = kind.encode(tapped, self._view_keys).values()
         return sum(stored_bytes(array.cpu().numpy()) for array in arrays) / len(self.first.keys)
 
     def _tapped_for_all(self, layer: str) -> Tapped:
@@ -226,7 +233,8 @@ class _StageOne:
         with contextlib.suppress(CheckpointError):  # weights that end at the tapped block have no final norm
             # A teacher of its own: the recipe's is cut after its last tap.
             more = Teacher(config, [*tapped, *taps_of(config, sorted(wanted))]).to(self.prepared.device)
-            found: Tapped = more(self._pixels(config.img_size), kept=self._seen[layer].kept)
+            drops = drawn_drops(more, self._view_keys)
+            found: Tapped = more(self._pixels(config.img_size), kept=self._seen[layer].kept, drops=drops)
             return found
         return tapped
 

@@ -62,7 +62,12 @@ def _fits(teachers: Mapping[str, Teacher], kinds: Mapping[str, TargetKind], view
     try:
         view_keys = torch.arange(views, device=device)
         seen = seen_by_layer(
-            teachers, kinds, {}, (), lambda size: torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device)
+            teachers,
+            kinds,
+            {},
+            (),
+            view_keys,
+            lambda size: torch.zeros(views, 3, size, size, dtype=torch.uint8, device=device),
         )
         # A job holds the records of all layers until they are on their way to the host.
         _records = [kind.encode(seen[layer].tapped, view_keys) for layer, kind in kinds.items()]

@@ -19,6 +19,7 @@ from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.shards import ShardSet
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import logger
+from tinymim.stages.units.drops import drawn_drops
 from tinymim.storage.writer import CacheWriter
 from tinymim.targets.contract import TargetKind
 from tinymim.targets.kinds import make_kind
@@ -126,7 +127,8 @@ def calibrated(
             count += len(batch.keys)
             if batch.keys:
                 kept = visible_patches(mask, batch.named, teacher.grid, device)
-                yield teacher(batch.pixels.to(device), taps=kind.taps, kept=kept)
+                drops = drawn_drops(teacher, batch.view_keys.to(device))
+                yield teacher(batch.pixels.to(device), taps=kind.taps, kept=kept, drops=drops)
         if not count:
             raise SourceError("none of the images to calibrate the codec on can be read", got=f"{len(items)} images")
         logger.info(f"codec {kind.name}: calibrating on {count:,} views")

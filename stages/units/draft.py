@@ -18,6 +18,7 @@ from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.stages.run.progress import logger
 from tinymim.stages.units.audit import UnitAudit
+from tinymim.stages.units.drops import drawn_drops
 from tinymim.stages.units.ledger import Piece
 from tinymim.stages.units.timing import Marks
 from tinymim.storage.blocks import DIGEST
@@ -79,6 +80,7 @@ def seen_by_layer(
     kinds: Mapping[str, TargetKind],
     masks: Mapping[str, MaskConfig | None],
     named: Sequence[tuple[str, int]],
+    view_keys: Tensor,
     pixels: Callable[[int], Tensor],
     check: bool = True,
 ) -> dict[str, Seen]:
@@ -89,6 +91,7 @@ def seen_by_layer(
         kinds: the codecs of the wanted layers.
         masks: the masks by layer; a layer may be absent.
         named: (sample key, view index) of the views.
+        view_keys: int64 [B], on the teachers' device.
         pixels: returns the views at a size, uint8 [B, 3, size, size], on the teachers' device.
         check: as for `Teacher`.
     """
@@ -98,7 +101,8 @@ def seen_by_layer(
         taps = {tap for layer in own for tap in kinds[layer].taps}
         shown = pixels(teacher.config.img_size)
         kept = visible_patches(mask, named, teacher.grid, shown.device)
-        found |= dict.fromkeys(own, Seen(teacher(shown, check=check, taps=taps, kept=kept), kept))
+        tapped = teacher(shown, check=check, taps=taps, kept=kept, drops=drawn_drops(teacher, view_keys))
+        found |= dict.fromkeys(own, Seen(tapped, kept))
     return found
 
 
@@ -133,7 +137,7 @@ def encode(
     marks = Marks(device)
     marks.mark()
     # Reading the check would wait; the collector reads `finite` later.
-    seen = seen_by_layer(teachers, used, masks or {}, batch.named, pixels.__getitem__, check=False)
+    seen = seen_by_layer(teachers, used, masks or {}, batch.named, view_keys, pixels.__getitem__, check=False)
     once = {id(each): each for each in seen.values()}
     finite = torch.stack([finite_views(each.tapped) for each in once.values()]).all(0)
     marks.mark()

@@ -151,3 +151,34 @@ def test_the_taps_that_a_teacher_has_are_known_without_its_weights() -> None:
     ]
     found = taps_of(config, wanted)  # 12 blocks, no class token, no classifier
     assert found == [Tap("qkv", 12), Tap("attention", 3), Tap("pooled"), Tap("tokens")]
+
+
+def test_a_teacher_drops_whole_branches_and_scales_the_others() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / 0.75
+
+    model: Any = small_vit().eval()
+    config = TeacherConfig(name="vit_tiny_patch16_224", weights="random", block=2, drop_path=0.25, **SIZES)
+    taps = [Tap("tokens", 1), Tap("tokens", 2), TAP]
+    teacher = Teacher(config, taps, small_vit())
+    assert teacher.branches == 4 and teacher.describe()["drop_path"] == 0.25  # the last of three blocks drops none
+    alone = Teacher(config, [Tap("tokens", 1)], small_vit())  # its branches have the same numbers
+    drops = torch.tensor([[0.1, 0.74, 0.2, 0.3], [0.1, 0.74, 0.75, 0.99]], dtype=torch.float64)
+    first, second = (teacher(PIXELS, drops=drops)[tap][0] for tap in taps[:2])
+    assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
+    assert torch.equal(alone(PIXELS, drops=drops)[taps[0]][0], first)
+    for block in model.blocks[:2]:
+        block.drop_path1, block.drop_path2 = Scaled(), Scaled()
+    wanted = Teacher(config.model_copy(update={"drop_path": 0.0}), taps, model)(PIXELS)
+    torch.testing.assert_close(first, wanted[taps[0]][0])
+    torch.testing.assert_close(second[0], wanted[taps[1]][0][0])
+    assert "drop_path" not in Teacher(config.model_copy(update={"drop_path": 0.0}), taps, small_vit()).describe()
+
+
+def test_stochastic_depth_of_a_teacher_without_such_blocks_is_refused() -> None:
+    config = TeacherConfig(name="resnet18", weights="random", img_size=32, drop_path=0.1)
+    with pytest.raises(RecipeError, match=r"teacher\.drop_path needs a plain ViT"):
+        Teacher(config, [Tap("pooled")], timm.create_model("resnet18"))
+    with pytest.raises(ValueError, match="compile cannot be combined"):
+        TeacherConfig(drop_path=0.1, compile=True)
