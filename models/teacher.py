@@ -173,7 +173,9 @@ class Teacher(nn.Module):
 
 def _dropping(model: nn.Module, rate: float) -> list[HandedDropPath]:
     """Give a teacher stochastic depth, in all of its blocks, before it is cut. Raises RecipeError where it has none."""
-    if not isinstance(model, backbone.PlainViT) or not all(hasattr(each, "drop_path1") for each in model.blocks):
+    if not isinstance(model, backbone.PlainViT) or not all(
+        hasattr(each, "drop_path1") for each in backbone.blocks(model)
+    ):
         raise RecipeError(
             "teacher.drop_path needs a plain ViT, whose blocks have two branches to drop",
             got=type(model).__name__,

@@ -38,7 +38,8 @@ def images() -> Tensor:
 @torch.no_grad()
 def test_a_head_reads_the_block_s_own_q_k_v_or_its_tokens(kept: Tensor | None) -> None:
     ours = student(Tap("tokens", 2), Tap("attention", 3), Tap("qkv", 3), Tap("attention", 1), None, qk_norm=True)
-    tokens, third, qkv, first, final = ours.answers(images(), kept)
+    answers: Any = ours.answers(images(), kept)  # tensors, because these heads change nothing
+    tokens, third, qkv, first, final = answers
     for block, found in ((1, first), (3, third)):
         vit: Any = ours.vit
         with backbone.seeing(vit, kept), backbone.tokens_after(vit, max(1, block - 1)) as before:
@@ -71,7 +72,8 @@ WHOLE = {"norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"}
 @pytest.mark.parametrize("kind", ["tokens", "attention", "qkv"])
 def test_a_loss_at_a_block_leaves_later_ones_alone(kind: str) -> None:
     ours = student(Tap(kind, 3))
-    ours.answers(images())[0].square().mean().backward()
+    answer: Any = ours.answers(images())[0]
+    answer.square().mean().backward()
     at = WHOLE if kind == "tokens" else {"norm1", "attn.qkv"}
     assert [trained(ours, number) for number in range(1, 5)] == [WHOLE, WHOLE, at, set()]
     assert ours.vit.norm.weight.grad is None
@@ -114,7 +116,8 @@ def test_families_with_blocks_have_inner_heads(family: str) -> None:
     for kind in ("tokens", "attention"):
         check_inner(model, Tap(kind, 1), Fit())
     ours = StudentModel(model, nn.Identity(), nn.Identity(), reads=[Tap("tokens", 1), Tap("attention", 2)]).eval()
-    tokens, sides = ours.answers(torch.zeros(1, 3, FAMILIES[family].img_size, FAMILIES[family].img_size))
+    answers: Any = ours.answers(torch.zeros(1, 3, FAMILIES[family].img_size, FAMILIES[family].img_size))
+    tokens, sides = answers
     assert sides.shape[:2] == tokens.shape[:2] and sides.shape[2] == 2 * tokens.shape[2]
 
 

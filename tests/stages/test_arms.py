@@ -17,8 +17,9 @@ from tinymim.tests.stages.tiny import STATED
 from tinymim.tests.test_readme import commands
 
 FAMILIES = {
-    "tinyimagenet40-ablation": ("tinyimagenet40-ablation-cache", 14),
+    "tinyimagenet40-ablation": ("tinyimagenet40-ablation-cache", 15),
     "tinyimagenet40-dino-student": ("tinyimagenet40-dino-cache", 2),
+    "tinyimagenet40-mae-lite-coupled": ("tinyimagenet40-mae-lite-coupled-cache", 3),
     "tinyimagenet40-logits-student": ("tinyimagenet40-logits-cache", 3),
 }
 

@@ -64,7 +64,9 @@ def test_gradients_are_those_of_a_backward_pass() -> None:
     assert isinstance(made.head, RelationHead)
     for relation, sides in (("qk", (0, 1)), ("vv", (2,))):
         assert float(found.losses[relation].mean()) == pytest.approx(losses[relation].item(), rel=1e-5)
-        [weight] = torch.autograd.grad(losses[relation], [made.head.projection.weight], retain_graph=True)
+        [weight] = torch.autograd.grad(
+            losses[relation], [made.head.projection.get_parameter("weight")], retain_graph=True
+        )
         by_head = weight.reshape(3, HEADS, 4, 12)[list(sides)]  # side, head, channel, input
         for head in range(HEADS):
             ours = found.gradients[relation][head].reshape(12, len(sides), 4)
