@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py tune > rates.md              # learning rates, by images that no result is read off
     python benchmarks/evidence.py run [--only 1 4] [--seeds 0] # all runs that have no result yet
-    python benchmarks/evidence.py page > page.md               # results so far: tables, differences, commands
+    python benchmarks/evidence.py page [--only 8] > page.md    # results so far: tables, differences, commands
 
 Several processes may `run` at once, in one folder: each takes the next run that nobody has taken; a killed one is taken
 again. The teacher is that of `tinymim pretrain-mae tinyimagenet40-mae`; the one of the page lies beside its results, so
@@ -17,7 +17,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +56,8 @@ DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] /
 RESULTS = Path(__file__).parent / "results" / "evidence"
 TUNE_SEED = 9
 TRIED = (4e-3, 1.2e-2, 2.4e-2, 4.8e-2)
+# Of kinds of targets; that of relations is the one above. The outer two only where the best lies at that end.
+TRIED_FOR_TARGETS = (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2, 1.92e-1)
 TUNED: tuple[Kind, ...] = ("cached", "features", "mae", "supervised")
 ONLINE: dict[Kind, evidence_online.Wanted] = {
     "online": "relations",
@@ -96,10 +98,17 @@ class Lab:
         """`--set` of the learning rate; those that come with the arm's own settings go before it."""
         if not arm.target:
             return [f"optim.base_lr={RATES[arm.kind]}"] if arm.kind in RATES else []
-        tried = {rate: self.results / f"{_name(of_rate(arm.target, rate), TUNE_SEED)}.json" for rate in TRIED}
-        found = {rate: json.loads(path.read_bytes()) for rate, path in tried.items() if path.exists()}
-        best = max(found, key=lambda rate: found[rate]["knn_top1"] + found[rate]["linear_top1"], default=TRIED[-1])
+        if arm.target == "relations":
+            return [f"optim.base_lr={RATES['cached']}"]
+        best = self.best_rate(arm.target) or RATES["cached"]
         return [f"optim.base_lr={best}"]
+
+    def best_rate(self, target: str) -> float | None:
+        """That of the highest sum of k-NN and linear probe, of those tried so far; None before the first."""
+        names = {rate: _name(of_rate(target, rate), TUNE_SEED) for rate in TRIED_FOR_TARGETS}
+        tried = {rate: self.results / f"{name}.json" for rate, name in names.items()}
+        found = {rate: json.loads(path.read_bytes()) for rate, path in tried.items() if path.exists()}
+        return max(found, key=lambda rate: found[rate]["knn_top1"] + found[rate]["linear_top1"], default=None)
 
     def training(self, arm: Arm, seed: int, folder: Path) -> tuple[str, str, list[str]]:
         """Command, shipped recipe and `--set`s that make an arm's student; those of `online` arms are its settings."""
@@ -141,9 +150,9 @@ def main() -> None:
     lab = Lab(flags)
     torch.set_num_threads(flags.threads)
     if flags.what == "page":
-        print(evidence_page.page(flags.results, lab_commands(lab)))
+        print(evidence_page.page(flags.results, lab_commands(lab, flags.only), flags.only))
     elif flags.what == "tune":
-        for number, arm in _rates():
+        for number, arm in _rates(lab):
             if number in flags.only:
                 _once(lab, "tune", arm, TUNE_SEED)
         print(evidence_page.rates(flags.results))
@@ -170,14 +179,19 @@ def _flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _rates() -> Iterator[tuple[str, Arm]]:
+def _rates(lab: Lab) -> Iterator[tuple[str, Arm]]:
     """Number of an experiment that wants it, and arm."""
     for kind in TUNED:
         for rate in TRIED:
             yield "4", Arm(f"{kind}, base_lr {rate:g}", kind, sets=(f"optim.base_lr={rate}",))
-    for rate in reversed(TRIED[1:]):
-        for target in TARGETS:
-            yield "8", of_rate(target, rate)
+    lowest, *middle, highest = TRIED_FOR_TARGETS
+    for target in TARGETS:
+        if target != "relations":
+            for rate in middle:
+                yield "8", of_rate(target, rate)
+            ends = {middle[0]: lowest, middle[-1]: highest}
+            if (further := ends.get(lab.best_rate(target) or 0)) is not None:
+                yield "8", of_rate(target, further)
 
 
 def of_rate(target: str, rate: float) -> Arm:
@@ -239,7 +253,7 @@ def _finetuned(lab: Lab, arm: Arm, seed: int) -> None:
     folder = lab.folder / "finetuned" / _name(arm, seed)
     if not (lab.results / f"{_name(arm, seed)}.json").exists() or result.exists() or not _taken(folder):
         return
-    name = ENCODER_NAME if arm.kind == "mae" else STUDENT_NAME
+    name = {"mae": ENCODER_NAME, "supervised": LAST_NAME}.get(arm.kind, STUDENT_NAME)
     weights = "random" if arm.kind == "random" else trained / name
     sets = lab.finetuning(FINETUNE_STEPS, seed, folder, [f"weights={weights}"])
     recipe = cast(FinetuneRecipe, load_recipe(Path("tinyimagenet40-finetune"), "finetune", sets))
@@ -316,12 +330,19 @@ def _cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
 
 
-def lab_commands(lab: Lab) -> list[str]:
+def lab_commands(lab: Lab, only: Sequence[str]) -> list[str]:
     """The commands that make the caches and each arm of seed 0 by hand, without what changes no number."""
-    lines = [_command("cache-teacher", "tinyimagenet40-cache", list(each.sets), name) for name, each in CACHES.items()]
-    for _, arm, seed in all_runs():
-        if seed == 0 and arm.kind in ("cached", "mae", "supervised"):
-            command, base, sets = lab.training(arm, seed, Path("runs/evidence") / _name(arm, seed))
+    runs = [arm for number, arm, seed in all_runs() if seed == 0 and number in only]
+    read = {arm.cache for arm in runs if arm.kind in ("cached", *ONLINE)}
+    read |= {CACHES[name].after for name in read} - {""}
+    lines = [
+        _command("cache-teacher", each.recipe, list(each.sets), each.after or name)
+        for name, each in CACHES.items()
+        if name in read or each.after in read
+    ]
+    for arm in runs:
+        if arm.kind in ("cached", "mae", "supervised"):
+            command, base, sets = lab.training(arm, 0, Path("runs/evidence") / _name(arm, 0))
             lines.append(_command(command, base, sets, arm.cache if arm.kind == "cached" else ""))
     return lines
 

@@ -26,15 +26,16 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
-def page(results: Path, commands: Sequence[str]) -> str:
-    """All experiments, as markdown; arms without a result are said to have none."""
-    records = _records(results)
-    parts = [_header(records)]
+def page(results: Path, commands: Sequence[str], only: Sequence[str]) -> str:
+    """Some experiments, as markdown; arms without a result are said to have none."""
+    of_them = {arm.name for number in only for arm in EXPERIMENTS[number].arms}
+    records = [each for each in _records(results) if each["experiment"] == "tune" or each["arm"] in of_them]
+    parts = [_header([each for each in records if each["experiment"] != "tune"])]
     parts.append(
         "## Learning rates\n\nBy 2,000 training images, which students saw without labels "
         "(supervised ones with them); seed 9.\n\n" + rates(results)
     )
-    parts += [_experiment(number, each, records) for number, each in EXPERIMENTS.items()]
+    parts += [_experiment(number, EXPERIMENTS[number], records) for number in only]
     parts.append("## Commands\n\nOf seed 0; other seeds differ in `run.seed` and `order.seed`.\n")
     parts.append("\n".join(f"    {line}" for line in commands))
     return "\n\n".join(parts)

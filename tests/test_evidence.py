@@ -80,9 +80,26 @@ def test_differences_are_paired_by_seed_with_students_interval(evidence: Any, tm
             record |= {"knn_top1": top1 / 100, "linear_top1": 0.5}
             (tmp_path / f"{name}{seed}.json").write_text(json.dumps(record))
     (tmp_path / "finetune.json").write_text(json.dumps({"arm": sketch.name, "seed": 0, "finetune_top1": 0.25}))
-    [row] = [line for line in page.page(tmp_path, []).splitlines() if line.startswith(f"| {sketch.name} | 4 ")][:1]
+    [row] = [line for line in page.page(tmp_path, [], ["1"]).splitlines() if line.startswith(f"| {sketch.name} | 4 ")][
+        :1
+    ]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:8] == ["48.8 ± 34.7", "50.0 ± 0.0", "25.0", "+2.0 ± 2.5", "+0.0 ± 0.0", ""]
+
+
+def test_a_best_rate_at_an_end_of_the_range_has_the_next_one_tried(evidence: Any, tmp_path: Path) -> None:
+    lab = evidence.Lab.__new__(evidence.Lab)
+    lab.results = tmp_path
+    assert lab.best_rate("ff") is None
+    for target, best in (("ff", 9.6e-2), ("cls", 2.4e-2), ("logits", 4.8e-2)):
+        for rate in evidence.TRIED_FOR_TARGETS[1:-1]:
+            name = evidence._name(evidence.of_rate(target, rate), evidence.TUNE_SEED)
+            found = {"knn_top1": 0.2 + (rate == best) / 10, "linear_top1": 0.3}
+            (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        assert lab.best_rate(target) == best
+    tried = [arm.name for number, arm in evidence._rates(lab) if number == "8"]
+    ends = [name for name in tried if name.endswith((" 0.012", " 0.192"))]
+    assert ends == ["ff, base_lr 0.192", "cls, base_lr 0.012"]
 
 
 @pytest.mark.parametrize("wanted", ["relations", "features", "strange relations"])
