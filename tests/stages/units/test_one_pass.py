@@ -214,8 +214,8 @@ def test_one_layer_and_several_are_two_forms(made: Path, tmp_path: Path) -> None
     codec, block = changed.layers["qkv"]
     assert getattr(codec, "rows", None) == 4 and block == 1 and changed.layers["hidden"].block == 2
     for wrong, message in (
-        ({"codec": {"rows": 5}}, "codec describe"),
-        ({"layer": "mine"}, "layer describe"),
+        ({"codec": {"rows": 5}}, "codec of the recipe and targets exclude"),
+        ({"layer": "mine"}, "layer of the recipe and targets exclude"),
         ({"targets": {}}, "targets is empty"),
         ({"targets": None}, "codec: null needs targets"),
         ({"targets": {"a.b": {}}}, "pattern"),
