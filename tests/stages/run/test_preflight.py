@@ -96,11 +96,11 @@ print(json.dumps(found))
 @pytest.mark.parametrize(("stage", "name", "given", "said"), INPUTS)
 def test_the_error_is_the_stages_own(stage: str, name: str, given: tuple[str, ...], said: str) -> None:
     recipe = load_recipe(Path(name), stage, (*given, "run.folder=run"))
+    module = "pretrain" if stage == "pretrain-mae" else stage.replace("-", "_")  # one stage of two commands
     with pytest.raises(TinymimError) as early:
         require_inputs(recipe)  # type: ignore[arg-type]  # not a chain
     with pytest.raises(TinymimError) as late:
-        name = "pretrain" if stage == "pretrain-mae" else stage.replace("-", "_")  # one stage of two commands
-        importlib.import_module(f"tinymim.stages.{name}").run(recipe)
+        importlib.import_module(f"tinymim.stages.{module}").run(recipe)
     assert (type(early.value), str(early.value)) == (type(late.value), str(late.value))
     assert said in str(early.value)
 
