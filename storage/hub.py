@@ -5,7 +5,7 @@ The token comes from `HF_TOKEN` or the hub's login. It is sent to the hub alone 
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 from tinymim.configs.errors import StoreError, first_line
 from tinymim.storage.entries import REQUESTS, Entry, merged, refuse_large
+from tinymim.storage.read_only import ReadOnlyStore
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
@@ -136,7 +137,7 @@ def size_of(url: str, path: str) -> int:
         return int(_files().info(f"{url.removeprefix(SCHEME)}/{path}")["size"])
 
 
-class HubStore:
+class HubStore(ReadOnlyStore):
     """A folder of a repository at the commit of its first use."""
 
     distant: ClassVar[bool] = True
@@ -173,34 +174,11 @@ class HubStore:
             return False
         return True
 
-    def create_all(self, files: Mapping[str, bytes]) -> NoReturn:
-        self._refuse()
-
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for file in list_files(self._url, prefix):
             yield Entry(file.path, file.size_bytes, datetime.fromtimestamp(0, UTC))  # a commit has no dates of files
 
-    def folders(self, prefix: str = "") -> set[str]:
-        start = f"{prefix}/" if prefix else ""
-        below = (file.path.removeprefix(start) for file in list_files(self._url, prefix))
-        return {path.partition("/")[0] for path in below if "/" in path}
-
-    def draft(self, path: str) -> NoReturn:
-        self._refuse()
-
-    def write(self, path: str, data: bytes) -> NoReturn:
-        self._refuse()
-
-    def remove(self, paths: Iterable[str]) -> NoReturn:
-        self._refuse()
-
-    def remove_tree(self, prefix: str) -> NoReturn:
-        self._refuse()
-
-    def remove_dead_writes(self, folders: Iterable[str], of_the_living: bool = False) -> NoReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def refuse(self) -> NoReturn:
         raise StoreError(
             f"{self.place} can only be read",
             got="a write to the hub",

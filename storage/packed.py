@@ -9,8 +9,7 @@ be read where it lies. Nothing of a tar is trusted: its records carry the checks
 
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -23,7 +22,8 @@ from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.storage.atomic import digest_hex
 from tinymim.storage.layout import METADATA, is_of_cache
 from tinymim.storage.manifest import Size, invalid_fields
-from tinymim.storage.store import Draft, Entry, Store, TooLarge, open_store
+from tinymim.storage.read_only import ReadOnlyStore
+from tinymim.storage.store import Entry, Store, TooLarge, open_store
 
 INDEX = "cache.json"
 CARD = "README.md"
@@ -154,7 +154,7 @@ def open_cache_store(place: Path | str) -> Store:
 
 
 @dataclass
-class PackedStore:
+class PackedStore(ReadOnlyStore):
     """The files of a packed cache, to be read only."""
 
     tars: Store
@@ -206,9 +206,6 @@ class PackedStore:
         cut = [(at + min(begin, size_bytes), at + min(end, size_bytes)) for begin, end in ranges]
         yield from self.tars.read_ranges(tar, cut)
 
-    def create_all(self, files: Mapping[str, bytes]) -> list[str]:
-        self._refuse()
-
     def exists(self, path: str) -> bool:
         return path in self._members
 
@@ -218,28 +215,8 @@ class PackedStore:
             if path.startswith(start):
                 yield Entry(path, size_bytes, _EPOCH)
 
-    def folders(self, prefix: str = "") -> set[str]:
-        start = f"{prefix}/" if prefix else ""
-        below = (path.removeprefix(start) for path in self._members if path.startswith(start))
-        return {path.partition("/")[0] for path in below if "/" in path}
-
-    def _refuse(self) -> NoReturn:
+    def refuse(self) -> NoReturn:
         raise UserError(
             f"the packed cache {self.place} cannot be changed",
             hint="`tinymim cache copy PACKED DST` unpacks it; change that one",
         )
-
-    def draft(self, path: str) -> AbstractContextManager[Draft]:
-        self._refuse()
-
-    def write(self, path: str, data: bytes) -> None:
-        self._refuse()
-
-    def remove(self, paths: Iterable[str]) -> None:
-        self._refuse()
-
-    def remove_tree(self, prefix: str) -> None:
-        self._refuse()
-
-    def remove_dead_writes(self, folders: Iterable[str], of_the_living: bool = False) -> None:
-        self._refuse()
