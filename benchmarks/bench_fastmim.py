@@ -1,11 +1,13 @@
 """FastMIM against MAE at equal time: the same ViT, as many seconds of training each, then probes and fine-tuning.
 
-    python benchmarks/bench_fastmim.py [--seconds 80] [--seeds 0 1 2] [--rounds 3] > page.md    # 11 min a seed
+    python benchmarks/bench_fastmim.py [--seconds 120] [--seeds 0 1 2] [--rounds 3] > page.md    # 70 minutes
 
 First `--rounds` short trainings of each arm give the CPU time of a step on one thread, without loader processes, which
 is its wall time on a free core; loading and decoding count. The steps that fit into `--seconds` are then the arm's
-schedule. Every encoder is probed and fine-tuned at 64 px by the settings of tinyimagenet40-eval and -finetune. Without
-images at --data nothing is measured. Keep the page under benchmarks/results/.
+schedule. Its learning rate is the one of `--rates` whose encoder, trained for as many steps with a seed of its own, has
+the best linear probe on the training images of `--tune-pattern`, which no result uses. Every encoder is
+probed and fine-tuned at 64 px by the settings of tinyimagenet40-eval and -finetune. Without images at --data nothing
+is measured. Keep the page under benchmarks/results/.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from tinymim.configs.load import load_recipe
 from tinymim.configs.schema import EvaluateRecipe, FinetuneRecipe, PretrainMaeRecipe, PretrainRecipe
 from tinymim.stages import evaluate, finetune, pretrain
 from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME
+from tinymim.stages.run.progress import logger
 from tinymim.stages.training.bookkeeping import Bookkeeping
 
 DATA = Path(os.environ.get("TINYMIM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "tinyimagenet40"
@@ -43,6 +46,7 @@ ARMS: dict[str, tuple[int, int | None]] = {
     "FastMIM, 64 px": (64, 16),
     "FastMIM, 32 px": (32, 8),
 }
+TUNE_SEED = 9
 WARM = 2  # steps of a measurement that do not count
 MEASURED = 6  # those that do
 COLUMNS = ("knn_top1", "linear_top1", "finetune_top1")
@@ -51,12 +55,13 @@ COLUMNS = ("knn_top1", "linear_top1", "finetune_top1")
 def main() -> int:
     parser = argparse.ArgumentParser(description="FastMIM and MAE, equal seconds")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of tinyimagenet40")
-    parser.add_argument("--seconds", type=float, default=80, help="of pre-training, for each arm and seed")
+    parser.add_argument("--seconds", type=float, default=120, help="of pre-training, for each arm and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=3, help="of the measurement of a step's time")
-    parser.add_argument("--base-lr", type=float, default=4e-3, help="optim.base_lr of pre-training, all arms")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="optim.base_lr to try")
     parser.add_argument("--finetune-steps", type=int, default=120)
     parser.add_argument("--train-pattern", default="train-00000?.tar", help="images of the probes' features")
+    parser.add_argument("--tune-pattern", default="train-00001[89].tar", help="images that choose a rate")
     args = parser.parse_args()
     if not args.data.is_dir():
         print(f"no images in {args.data} (--data or TINYMIM_DATA names another folder)", file=sys.stderr)
@@ -67,49 +72,66 @@ def main() -> int:
         step_s: dict[str, list[float]] = {arm: [] for arm in ARMS}
         for number in range(args.rounds):
             for arm in ARMS:
-                step_s[arm].append(
-                    trained(root / f"speed-{number}" / arm.translate(PATHS), args, arm, WARM + MEASURED, 0)[0]
-                )
+                speed = root / f"speed-{number}" / arm.translate(PATHS)
+                step_s[arm].append(trained(speed, args, arm, WARM + MEASURED, 0, args.rates[0])[0])
         steps = {arm: max(1, round(args.seconds / statistics.median(each))) for arm, each in step_s.items()}
+        tuning = {
+            (arm, rate): tuned(root / f"rate-{rate:g}" / arm.translate(PATHS), args, arm, steps[arm], rate)
+            for arm in ARMS
+            for rate in args.rates
+        }
+        rates = {arm: max((tuning[arm, rate], rate) for rate in args.rates)[1] for arm in ARMS}
         found = {
-            (arm, seed): result(root / f"seed-{seed}" / arm.translate(PATHS), args, arm, steps.get(arm, 0), seed)
+            (arm, seed): result(root / f"seed-{seed}" / arm.translate(PATHS), args, arm, steps, seed, rates)
             for seed in args.seeds
             for arm in (*ARMS, UNTRAINED)
         }
-    page(args, step_s, steps, found)
+    page(args, step_s, steps, tuning, rates, found)
     return 0
 
 
-def result(root: Path, args: argparse.Namespace, arm: str, steps: int, seed: int) -> dict[str, float]:
+def tuned(root: Path, args: argparse.Namespace, arm: str, steps: int, rate: float) -> float:
+    """Linear top-1 of an arm at a learning rate, on images that no result uses."""
+    weights = trained(root, args, arm, steps, TUNE_SEED, rate)[1]
+    share = probed(root, args, str(weights), TUNE_SEED, f"val.pattern={args.tune_pattern}")["linear_top1"]
+    logger.info(f"bench_fastmim: {arm}, base_lr {rate:g}: linear {share:.1%}")
+    return share
+
+
+def result(
+    root: Path, args: argparse.Namespace, arm: str, steps: dict[str, int], seed: int, rates: dict[str, float]
+) -> dict[str, float]:
     """Shares of an arm by column, and the seconds that its training took: on the wall, and of the CPU."""
     weights, found = "random", {"wall_s": 0.0, "cpu_s": 0.0}
     if arm in ARMS:
         began, began_cpu = time.perf_counter(), time.process_time()
-        weights = str(trained(root, args, arm, steps, seed)[1])
+        weights = str(trained(root, args, arm, steps[arm], seed, rates[arm])[1])
         found = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - began_cpu}
-    sets = [f"train.shards={args.data}", f"val.shards={args.data}", f"weights={weights}", *_run(root / "probes", seed)]
-    sets += [f"train.pattern={args.train_pattern}", f"model={json.dumps(VIT | {'img_size': SIZE})}"]
-    probed = evaluate.run(cast(EvaluateRecipe, load_recipe(Path("tinyimagenet40-eval"), "evaluate", sets)))
+    shares = probed(root, args, weights, seed)
     sets = [f"train.shards={args.data}", f"val.shards={args.data}", f"weights={weights}", *_run(root / "tuned", seed)]
     sets += [f"model={json.dumps(VIT | {'img_size': SIZE})}", "optim.epochs=null", f"order.seed={seed}"]
     sets += [f"optim.steps={args.finetune_steps}", "validation.every_epochs=100"]
-    tuned = finetune.run(cast(FinetuneRecipe, load_recipe(Path("tinyimagenet40-finetune"), "finetune", sets)))
-    assert tuned is not None
-    probed["finetune_top1"] = tuned["weights"][LAST_NAME]["top1"]
-    return found | {column: probed[column] for column in COLUMNS}
+    report = finetune.run(cast(FinetuneRecipe, load_recipe(Path("tinyimagenet40-finetune"), "finetune", sets)))
+    assert report is not None
+    found |= shares | {"finetune_top1": report["weights"][LAST_NAME]["top1"]}
+    logger.info(f"bench_fastmim: {arm}, seed {seed}: {', '.join(f'{found[each]:.1%}' for each in COLUMNS)}")
+    return found
 
 
-def trained(root: Path, args: argparse.Namespace, arm: str, steps: int, seed: int) -> tuple[float, Path]:
+def probed(root: Path, args: argparse.Namespace, weights: str, seed: int, *more: str) -> dict[str, float]:
+    """k-NN and linear top-1 of an encoder at 64 px."""
+    sets = [f"train.shards={args.data}", f"val.shards={args.data}", f"weights={weights}", *_run(root / "probes", seed)]
+    sets += [f"train.pattern={args.train_pattern}", f"model={json.dumps(VIT | {'img_size': SIZE})}", *more]
+    return evaluate.run(cast(EvaluateRecipe, load_recipe(Path("tinyimagenet40-eval"), "evaluate", sets)))
+
+
+def trained(root: Path, args: argparse.Namespace, arm: str, steps: int, seed: int, rate: float) -> tuple[float, Path]:
     """Seconds of a step of an arm's pre-training, the median, and the weights."""
     size, block = ARMS[arm]
     sets = [f"source.shards={args.data}", f"views={{size: {size}, scale: [0.2, 1.0]}}", f"order.seed={seed}"]
-    sets += [f"model={json.dumps(VIT | {'img_size': size})}", f"optim.base_lr={args.base_lr}", "optim.warmup=0.1"]
-    sets += [
-        f"optim.steps={steps}",
-        "optim.batch_size=64",
-        f"checkpoint.every_steps={steps}",
-        *_run(root / "training", seed),
-    ]
+    sets += [f"model={json.dumps(VIT | {'img_size': size})}", f"optim.base_lr={rate}", "optim.warmup=0.1"]
+    sets += [f"optim.steps={steps}", "optim.batch_size=64", f"checkpoint.every_steps={steps}"]
+    sets += _run(root / "training", seed)
     with timed() as ends:
         if block is None:
             recipe = cast(PretrainMaeRecipe, load_recipe(Path("tinyimagenet40-mae"), "pretrain-mae", sets))
@@ -143,22 +165,30 @@ def page(
     args: argparse.Namespace,
     step_s: dict[str, list[float]],
     steps: dict[str, int],
+    tuning: dict[tuple[str, float], float],
+    rates: dict[str, float],
     found: dict[tuple[str, int], dict[str, float]],
 ) -> None:
     print(f"# FastMIM and MAE at equal time, {date.today()}\n")
     print(f"- commit {provenance.commit()}, command `{provenance.command()}`")
     print(f"- {provenance.processor()}, {provenance.cores()} cores, one thread; torch {torch.__version__}, fp32")
     print(f"- Python {platform.python_version()}; ViT 128 wide, 6 blocks, patches of 8 px, decoder 64 wide, 1 block")
-    print(f"- batch 64, base_lr {args.base_lr:g} for all; {args.finetune_steps} steps of fine-tuning at {SIZE} px")
-    print(f"- seeds {', '.join(map(str, args.seeds))}; means, in brackets least to most where there are several\n")
-    print("| pre-training | ms a step | steps | wall s | CPU s | k-NN top-1 | linear top-1 | fine-tuned top-1 |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"- batch 64; {args.finetune_steps} steps of fine-tuning at {SIZE} px")
+    print(f"- seeds {', '.join(map(str, args.seeds))}; top-1 in percent; means (least to most)\n")
+    print("| pre-training | base_lr | ms a step | steps | wall s | CPU s | k-NN | linear | fine-tuned |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for arm in (*ARMS, UNTRAINED):
         of_seeds = [found[arm, seed] for seed in args.seeds]
-        cells = [spread([1e3 * each for each in step_s[arm]], 0) if arm in ARMS else "", str(steps.get(arm, 0))]
+        cells = [f"{rates[arm]:g}", spread([1e3 * each for each in step_s[arm]], 0)] if arm in ARMS else ["", ""]
+        cells += [str(steps.get(arm, 0))]
         cells += [spread([each[name] for each in of_seeds], 0) for name in ("wall_s", "cpu_s")]
         cells += [spread([100 * each[name] for each in of_seeds], 1) for name in COLUMNS]
         print(f"| {arm} | {' | '.join(cells)} |")
+    print(f"\nLinear top-1 by `base_lr`, seed {TUNE_SEED}, images of `{args.tune_pattern}`:\n")
+    print(f"| pre-training | {' | '.join(f'{rate:g}' for rate in args.rates)} |")
+    print(f"|---|{'---|' * len(args.rates)}")
+    for arm in ARMS:
+        print(f"| {arm} | {' | '.join(f'{100 * tuning[arm, rate]:.1f}' for rate in args.rates)} |")
 
 
 def spread(values: list[float], digits: int) -> str:
