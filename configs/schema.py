@@ -140,6 +140,8 @@ class PretrainRecipe(_Training):
         description="Weights to start from: `random`, or a file, also of another input size; a run at a higher "
         "resolution continues one at a lower.",
     )
+    mean: Mean | None = Field(default=None, description=MEAN_DESCRIPTION)
+    std: Std | None = Field(default=None, description=STD_DESCRIPTION)
     mask: PretrainMaskConfig = Field(default=PretrainMaskConfig(), description="Hidden squares.")
     target: PredictedConfig = Field(default=PredictedConfig(), description="What is predicted of them.")
     decoder: LightDecoderConfig = Field(default=LightDecoderConfig(), description="Decoder, dropped at export.")

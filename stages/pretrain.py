@@ -16,7 +16,7 @@ from tinymim.models.mim import MaskedModel, masked_autoencoder
 from tinymim.models.student import build_student
 from tinymim.models.timm_folder import Pixels, timm_config
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, count_parameters
-from tinymim.models.weights import read_weights
+from tinymim.models.weights import read_weights, stated
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
@@ -58,18 +58,23 @@ def train(recipe: PretrainRecipe | PretrainMaeRecipe, ranks: Ranks) -> None:
     order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, None, ranks.rank, ranks.world_size)
     torch.manual_seed(recipe.run.seed)
     encoder, content = build_student(recipe.model), [f"masks {MASKS_VERSION}"]
+    trained_on = Pixels(IMAGENET_MEAN, IMAGENET_STD, recipe.views.interpolation)
     if isinstance(recipe, PretrainMaeRecipe):
         model = masked_autoencoder(encoder, size, recipe.mae)
     else:
         load_classifier(encoder, recipe.model, recipe.weights)  # "random" leaves it as it is
+        mean, std, source_of_pixels, _ = stated(encoder, recipe.model, recipe.weights, recipe.mean, recipe.std)
+        trained_on = Pixels(mean, std, recipe.views.interpolation)
+        logger.info(f"pretrain: weights {recipe.weights}; mean and std of the pixels: {source_of_pixels}")
         model = MaskedModel(encoder, size, recipe.mask, recipe.target, recipe.decoder)
         if recipe.weights != RANDOM:
-            content += [f"weights {tensors_sha256(read_weights(recipe.model, recipe.weights).tensors)}"]
+            digest = tensors_sha256(read_weights(recipe.model, recipe.weights).tensors)
+            content += [f"weights {digest}", f"pixels {mean} {std}"]
     if recipe.recompute:
         backbone.recompute(encoder)
     model = model.to(device)
     rows, unit = model.rows, model.unit
-    normalise = Normalise().to(device)
+    normalise = Normalise(trained_on.mean, trained_on.std).to(device)
     example = (torch.zeros(2, 3, size, size, device=device), torch.arange(rows**2, device=device).expand(2, -1))
     about = f"encoder of {count_parameters(encoder):,} parameters"
     inputs = [*content, *(shard.content_hash for shard in source.shards)]
@@ -112,7 +117,6 @@ def train(recipe: PretrainRecipe | PretrainMaeRecipe, ranks: Ranks) -> None:
         "libraries": json.dumps(environment()),
         "steps": str(books.total_steps),
     }
-    trained_on = Pixels(IMAGENET_MEAN, IMAGENET_STD, recipe.views.interpolation)
     metadata |= trained_on.metadata()
     config = timm_config(encoder, recipe.model, trained_on)
     write_weights(recipe.run.folder / ENCODER_NAME, to_safetensors(encoder.state_dict(), metadata), config)

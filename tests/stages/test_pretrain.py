@@ -1,5 +1,6 @@
 """`tinymim pretrain`: a run is resumed to the bit, its encoder is a plain timm model that other stages read."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import timm
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.schema import PretrainRecipe
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.stages import pretrain
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
@@ -104,6 +106,28 @@ def test_a_run_from_other_weights_does_not_resume(drawn_shards: Path, tmp_path: 
     pretrain.run(recipe(drawn_shards, tmp_path / "second", model=VIT, weights=weights))
     with pytest.raises(CheckpointError, match="another recipe or other data"):
         pretrain.run(recipe(drawn_shards, tmp_path / "second", model=VIT))
+
+
+def test_pixels_are_normalised_as_the_weights_were(drawn_shards: Path, tmp_path: Path) -> None:
+    half = [0.5, 0.5, 0.5]
+    pretrain.run(recipe(drawn_shards, tmp_path / "first", model=VIT, mean=half, std=half))
+    own = tmp_path / "first" / "encoder.safetensors"
+    save_file(load_file(own), tmp_path / "foreign.safetensors")  # states nothing
+    foreign: dict[str, Any] = {"model": VIT, "weights": str(tmp_path / "foreign.safetensors")}
+    for name, changes in {
+        "stated": {"model": VIT, "weights": str(own)},
+        "given": foreign | {"mean": half, "std": half},
+        "others": foreign | {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    }.items():
+        pretrain.run(recipe(drawn_shards, tmp_path / name, **changes))
+    stated, given, others = (
+        load_file(tmp_path / name / "encoder.safetensors")["patch_embed.proj.weight"]
+        for name in ("stated", "given", "others")
+    )
+    assert torch.equal(stated, given) and not torch.equal(stated, others)
+    assert json.loads((tmp_path / "stated" / "encoder" / "config.json").read_text())["pretrained_cfg"]["mean"] == half
+    with pytest.raises(CheckpointError, match="mean and std of the pixels are not known"):
+        pretrain.run(recipe(drawn_shards, tmp_path / "refused", **foreign))
 
 
 def test_two_sizes_are_refused(drawn_shards: Path, tmp_path: Path) -> None:
