@@ -17,10 +17,12 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.api.loader import Batch, Loader
-from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import LoaderConfig, OrderConfig, Section, SourceConfig, VerifyConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.sections.base import Section
+from tinymim.configs.sections.loader import LoaderConfig, OrderConfig, VerifyConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.custom import WithTaps, own_shapes
 from tinymim.models.student import shapes_of

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tinymim.configs.errors import RecipeError
 
 if TYPE_CHECKING:
-    from tinymim.configs.schema import CacheTeacherRecipe, Recipe
+    from tinymim.configs.schema.cache import CacheTeacherRecipe
+    from tinymim.configs.schema.recipes import Recipe
 
 
 def run_recipe(recipe: str | Path, *overrides: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def run_recipe(recipe: str | Path, *overrides: str) -> dict[str, Any]:
         TinymimError: as the command; `str` of it is the message.
     """
     from tinymim.configs.load import load_recipes
-    from tinymim.configs.schema import RECIPES
+    from tinymim.configs.schema.recipes import RECIPES
 
     [loaded] = load_recipes([Path(recipe)], tuple(RECIPES), overrides)
     from tinymim.stages.run.preflight import preflight
@@ -39,7 +40,8 @@ def run_recipe(recipe: str | Path, *overrides: str) -> dict[str, Any]:
 
 def _outputs(recipe: "Recipe") -> dict[str, Any]:
     """Where the outputs of a recipe are."""
-    from tinymim.configs.schema import CacheTeacherRecipe, ChainRecipe
+    from tinymim.configs.schema.cache import CacheTeacherRecipe
+    from tinymim.configs.schema.chain import ChainRecipe
     from tinymim.stages.run.preflight import load_steps
 
     if isinstance(recipe, ChainRecipe):
@@ -148,7 +150,8 @@ def plan(
         UserError: shards or weights do not exist.
     """
     from tinymim.configs.load import load_recipes
-    from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+    from tinymim.configs.schema.cache import CacheTeacherRecipe
+    from tinymim.configs.schema.train import TrainStudentRecipe
 
     paths = [Path(recipe) for recipe in recipes]
     loaded = load_recipes(paths, ("cache-teacher", "train-student"), overrides)
@@ -185,7 +188,8 @@ def views(
         SourceError: bad shards, or no image can be read.
     """
     from tinymim.configs.load import load_recipes
-    from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, PretrainRecipe
+    from tinymim.configs.schema.cache import CacheTeacherRecipe
+    from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
 
     [loaded] = load_recipes([Path(recipe)], ("cache-teacher", "pretrain-mae", "pretrain"), overrides)
     assert isinstance(loaded, CacheTeacherRecipe | PretrainMaeRecipe | PretrainRecipe)  # `load_recipes` allows no other
@@ -239,7 +243,7 @@ def look(
 def _cache_recipe(recipe: str | Path, overrides: Sequence[str]) -> "CacheTeacherRecipe":
     """The recipe that made a cache."""
     from tinymim.configs.load import load_recipe
-    from tinymim.configs.schema import CacheTeacherRecipe
+    from tinymim.configs.schema.cache import CacheTeacherRecipe
 
     loaded = load_recipe(Path(recipe), "cache-teacher", overrides)
     assert isinstance(loaded, CacheTeacherRecipe)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from tinymim.configs.sections import LoaderConfig
+from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.loader import batches

@@ -22,7 +22,8 @@ import timm
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.relations import Relation
 from tinymim.models.taps import CutTeacher
 from tinymim.targets.counter import uniforms
 from tinymim.targets.kinds import make_kind

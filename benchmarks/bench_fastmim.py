@@ -29,7 +29,9 @@ import provenance
 import torch
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import EvaluateRecipe, FinetuneRecipe, PretrainMaeRecipe, PretrainRecipe
+from tinymim.configs.schema.evaluate import EvaluateRecipe
+from tinymim.configs.schema.finetune import FinetuneRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
 from tinymim.stages import evaluate, finetune, pretrain
 from tinymim.stages.run.folder import ENCODER_NAME, LAST_NAME
 from tinymim.stages.run.progress import logger

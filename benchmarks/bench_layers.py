@@ -20,8 +20,10 @@ import provenance
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import SourceConfig, TeacherConfig, ViewConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.sections.models import TeacherConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.configs.taps import Tap
 from tinymim.models.teacher import Teacher
 from tinymim.models.timm_folder import Pixels

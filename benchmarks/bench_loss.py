@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import SketchCodec
+from tinymim.configs.codecs.relations import SketchCodec
 from tinymim.configs.taps import Shapes
 from tinymim.targets.kinds import make_kind
 from tinymim.targets.relations.kernels.loss import relation_cross_entropy_chunked

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import provenance
 
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline.members import MEMBERS_NAME, Keys, Members, MembersWriter
 from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, Shard, open_shards
 from tinymim.pipeline.tar import scan_tar

@@ -29,7 +29,10 @@ from PIL import Image
 from timm.data import create_loader, rand_augment_transform
 from timm.data.auto_augment import NAME_TO_OP, AugmentOp
 
-from tinymim.configs.sections import AugmentConfig, LoaderConfig, SourceConfig, ViewConfig
+from tinymim.configs.sections.augment import AugmentConfig
+from tinymim.configs.sections.loader import LoaderConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline import operations
 from tinymim.pipeline.augment import AugmentedViews, policies_of

@@ -16,7 +16,7 @@ from datetime import date
 
 import provenance
 
-from tinymim.configs.sections import OrderConfig
+from tinymim.configs.sections.loader import OrderConfig
 from tinymim.pipeline.order import SampleOrder
 
 BATCH = 4096

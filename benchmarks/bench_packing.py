@@ -26,7 +26,7 @@ import torch
 from numcodecs import Zstd
 from real_records import HEADS, TAP, TOKENS, Block, real_blocks
 
-from tinymim.configs.codecs import codec_config
+from tinymim.configs.codecs.kinds import codec_config
 from tinymim.targets.kinds import make_kind
 from tinymim.targets.record import from_gaps
 

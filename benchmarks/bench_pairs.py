@@ -19,7 +19,8 @@ import provenance
 import torch
 from bench_views import measure
 
-from tinymim.configs.sections import SourceConfig, ViewConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import Shard, open_shards
 from tinymim.pipeline.views import RandomViews

@@ -32,7 +32,7 @@ import numpy as np
 import provenance
 from google_crc32c import value as crc32c
 
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.storage import v1
 from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.blocks import Array, key_arrays

@@ -18,7 +18,9 @@ from datetime import date
 import torch
 from provenance import commit, cores, processor
 
-from tinymim.configs.sections import LightDecoderConfig, ModelConfig, PredictedConfig, PretrainMaskConfig
+from tinymim.configs.sections.decoders import LightDecoderConfig, PredictedConfig
+from tinymim.configs.sections.masks import PretrainMaskConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.mim import MaskedModel
 from tinymim.models.student import build_student
 from tinymim.pipeline.masks import mask_orders

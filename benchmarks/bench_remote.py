@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import provenance
 
-from tinymim.configs.sections import OrderConfig, SourceConfig, SpoolConfig
+from tinymim.configs.sections.loader import OrderConfig
+from tinymim.configs.sections.source import SourceConfig, SpoolConfig
 from tinymim.pipeline import remote, spool
 from tinymim.pipeline.ahead import spooling
 from tinymim.pipeline.order import Items, SampleOrder, view_batches

@@ -38,8 +38,10 @@ import numpy as np
 import provenance
 import torch
 
-from tinymim.configs.codecs import SketchCodec
-from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig, ViewConfig
+from tinymim.configs.codecs.relations import SketchCodec
+from tinymim.configs.sections.loader import LoaderConfig, OrderConfig, VerifyConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.configs.taps import Shapes
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import environment

@@ -31,7 +31,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.stages import cache_teacher, train_student

@@ -18,7 +18,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tinymim.configs.sections import TeacherConfig
+from tinymim.configs.sections.models import TeacherConfig
 from tinymim.configs.taps import Tap
 from tinymim.models.teacher import Teacher
 from tinymim.models.timm_folder import Pixels

@@ -32,7 +32,9 @@ from timm.data import create_loader
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from tinymim.configs.sections import LoaderConfig, SourceConfig, ViewConfig
+from tinymim.configs.sections.loader import LoaderConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode, jpeg_size, pixel_digest, render
 from tinymim.pipeline.loader import batches

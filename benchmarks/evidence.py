@@ -28,14 +28,12 @@ import torch
 from evidence_arms import CACHES, EXPERIMENTS, FINETUNE_STEPS, RATES, TARGETS, Arm, Kind, all_runs, of_target
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import (
-    CacheTeacherRecipe,
-    EvaluateRecipe,
-    FinetuneRecipe,
-    PretrainMaeRecipe,
-    TrainStudentRecipe,
-)
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.evaluate import EvaluateRecipe
+from tinymim.configs.schema.finetune import FinetuneRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise, build_vit

@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.taps import Tapped

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import PretrainMaeRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe
 from tinymim.models.checkpoints import read_checkpoint, to_safetensors
 from tinymim.stages import make_shards, pretrain
 from tinymim.stages.run.folder import ENCODER_NAME, METRICS_NAME

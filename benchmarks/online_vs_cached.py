@@ -36,9 +36,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinymim.configs.codecs import SketchCodec
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.configs.sections import ModelConfig, TeacherConfig, ViewConfig
+from tinymim.configs.codecs.relations import SketchCodec
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.models import ModelConfig, TeacherConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.taps import CutTeacher

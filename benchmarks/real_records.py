@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import codec_config
+from tinymim.configs.codecs.kinds import codec_config
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.configs.taps import Tap
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher

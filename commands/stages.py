@@ -11,17 +11,14 @@ from tinymim.configs import shipped
 
 if TYPE_CHECKING:
     # At run time by `load_recipe` alone: building the schema takes longer than printing a help.
-    from tinymim.configs.schema import (
-        CacheTeacherRecipe,
-        ChainRecipe,
-        EvaluateRecipe,
-        FidelityRecipe,
-        FinetuneRecipe,
-        PretrainMaeRecipe,
-        PretrainRecipe,
-        Recipe,
-        TrainStudentRecipe,
-    )
+    from tinymim.configs.schema.cache import CacheTeacherRecipe
+    from tinymim.configs.schema.chain import ChainRecipe
+    from tinymim.configs.schema.evaluate import EvaluateRecipe
+    from tinymim.configs.schema.fidelity import FidelityRecipe
+    from tinymim.configs.schema.finetune import FinetuneRecipe
+    from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
+    from tinymim.configs.schema.recipes import Recipe
+    from tinymim.configs.schema.train import TrainStudentRecipe
 
 stages_app = App()  # cli.py adds its commands to tinymim
 

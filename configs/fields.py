@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import RECIPES
-from tinymim.configs.sections import LARGEST, Section
+from tinymim.configs.schema.recipes import RECIPES
+from tinymim.configs.sections.base import Section
+from tinymim.configs.sections.values import LARGEST
 
 ALL = "all"  # in place of a stage: every stage, as docs/recipes.md has it
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     # At run time by the functions that need it, once the YAML has been read: its import takes longer than reading.
     from pydantic_core import ErrorDetails
 
-    from tinymim.configs.schema import Recipe
-    from tinymim.configs.sections import Section
+    from tinymim.configs.schema.recipes import Recipe
+    from tinymim.configs.sections.base import Section
 
 # Values in messages are cut: a recipe may hold a section where a number belongs.
 _short = Repr()
@@ -58,7 +58,7 @@ def load_recipe(path: Path, stage: str, overrides: Sequence[str] = ()) -> "Recip
         )
     from pydantic import ValidationError
 
-    from tinymim.configs.schema import RECIPES
+    from tinymim.configs.schema.recipes import RECIPES
 
     for override in overrides:
         data = _overridden(data, override, RECIPES[stage])
@@ -94,7 +94,7 @@ def load_recipes(paths: Sequence[Path], stages: Sequence[str], overrides: Sequen
                 expected=" or ".join(f"stage: {each}" for each in stages),
             )
         named.append((path, stage))
-    from tinymim.configs.schema import RECIPES
+    from tinymim.configs.schema.recipes import RECIPES
 
     fields = {stage: RECIPES[stage].model_fields for _, stage in named}
     firsts = [override.partition("=")[0].strip().split(".")[0] for override in overrides]
@@ -372,7 +372,7 @@ def _walk(recipe: "type[Section]", loc: Sequence[int | str]) -> "tuple[type[Sect
 
 def _sections_in(annotation: Any) -> "list[type[Section]]":
     """The section classes that an annotation names, in order."""
-    from tinymim.configs.sections import Section
+    from tinymim.configs.sections.base import Section
 
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]

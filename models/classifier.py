@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinymim.configs.class_map import ABSENT, read_class_map
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models import backbone
 from tinymim.models.backbone import FINAL_NORM, POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, tensors_sha256

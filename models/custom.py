@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError, first_line
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Shapes, Tap
 
 _PAGE = "docs/custom-models.md has a worked example"

@@ -8,7 +8,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tinymim.configs.sections import DecoderConfig, LightDecoderConfig, PredictedConfig
+from tinymim.configs.sections.decoders import DecoderConfig, LightDecoderConfig, PredictedConfig
 from tinymim.models import backbone
 from tinymim.models.backbone import take
 from tinymim.models.hog import CELL, FEATURES, hog

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import LightDecoderConfig, MaeConfig, PredictedConfig, PretrainMaskConfig
+from tinymim.configs.sections.decoders import LightDecoderConfig, MaeConfig, PredictedConfig
+from tinymim.configs.sections.masks import PretrainMaskConfig
 from tinymim.models import backbone
 from tinymim.models.decoder import LightDecoder, pixels_decoder
 from tinymim.models.hog import CELL

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Tap
 from tinymim.models import backbone
 from tinymim.models.vit import build_model

@@ -14,7 +14,8 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import MimConfig, ModelConfig
+from tinymim.configs.sections.decoders import MimConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.custom import own_shapes, require_student

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import LARGEST, TeacherConfig
+from tinymim.configs.sections.models import TeacherConfig
+from tinymim.configs.sections.values import LARGEST
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone, custom
 from tinymim.models.checkpoints import tensors_sha256

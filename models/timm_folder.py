@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from tinymim.configs.sections import ModelConfig, ResizeRatio
+from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.sections.values import ResizeRatio
 from tinymim.models import backbone
 from tinymim.models.vit import size_overrides
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tinymim.models.distilled  # noqa: F401  # registers its models with timm
 from tinymim.configs.errors import RecipeError, first_line
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models import backbone, custom
 from tinymim.models.hub import without_retries
 

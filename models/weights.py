@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, TinymimError, first_line
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models import backbone
 from tinymim.models.backbone import POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_checkpoint, read_metadata

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinymim.configs.errors import SourceError
 from tinymim.configs.rand_augment import parse_rand_augment
-from tinymim.configs.sections import AugmentConfig
+from tinymim.configs.sections.augment import AugmentConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.operations import apply
 from tinymim.pipeline.order import Items

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import JitterConfig
+from tinymim.configs.sections.augment import JitterConfig
 
 _ORDERS = tuple(itertools.permutations(range(3)))
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's greyscale weights

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tinymim.configs.errors import LoaderKilled, TinymimError, UserError, first_line
-from tinymim.configs.sections import LoaderConfig
+from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.pipeline.ahead import spooling
 from tinymim.pipeline.dataset import ViewBatch, ViewSource
 from tinymim.pipeline.order import Items

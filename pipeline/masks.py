@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import MaskConfig
+from tinymim.configs.sections.masks import MaskConfig
 
 MASKS_VERSION = 1  # another one where a mask hides other patches: states of the old one are not resumed
 

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from tinymim.configs.sections import VerifyConfig
+from tinymim.configs.sections.loader import VerifyConfig
 from tinymim.pipeline.dataset import Lacking, ViewBatch
 from tinymim.pipeline.loader import places_in
 from tinymim.pipeline.mismatch import PartnersSeen

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import OrderConfig
+from tinymim.configs.sections.loader import OrderConfig
 from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.identity import Identity
 

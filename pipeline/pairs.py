@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tinymim.configs.sections import PairsConfig
+from tinymim.configs.sections.views import PairsConfig
 from tinymim.pipeline.operations import Pixels
 from tinymim.storage.manifest import check_canaries
 

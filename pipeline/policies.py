@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Final, Literal, NamedTuple, Protocol
 
 from tinymim.configs.rand_augment import RandAugmentNotation, parse_rand_augment
-from tinymim.configs.sections import OperationsConfig
+from tinymim.configs.sections.views import OperationsConfig
 from tinymim.pipeline.operations import Colour, Spread, Step, exponential, normal_quantiles
 
 POLICIES_VERSION = 1  # another one where a policy makes other pixels: states of the old one are not resumed

@@ -25,7 +25,7 @@ from tinymim.configs.errors import (
     TinymimError,
     UserError,
 )
-from tinymim.configs.sections import LoaderConfig, VerifyConfig
+from tinymim.configs.sections.loader import LoaderConfig, VerifyConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import pixel_digest
 from tinymim.pipeline.loader import batches, places_in

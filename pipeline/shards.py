@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymim.configs.errors import SourceError, UserError, first_line, printable
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline.index import INDEX_NAME as INDEX_NAME
 from tinymim.pipeline.index import INDEX_VERSION as INDEX_VERSION
 from tinymim.pipeline.index import Index, IndexRow, not_as_indexed, parse_index

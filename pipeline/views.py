@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 from pydantic import ValidationError
 
 from tinymim.configs.errors import CacheMismatch
-from tinymim.configs.sections import ResizeRatio, ViewConfig
+from tinymim.configs.sections.values import ResizeRatio
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.operations import Step, canaries
 from tinymim.pipeline.pairs import Pairs, pair_canaries
 from tinymim.pipeline.policies import policies_of_views

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.stages.units.constants import require_rebuildable
 from tinymim.stages.units.fill import fill
 from tinymim.stages.units.prepare import prepare

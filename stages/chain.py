@@ -1,14 +1,11 @@
 """`tinymim chain`: run commands one after the other; each resumes if it was stopped."""
 
-from tinymim.configs.schema import (
-    CacheTeacherRecipe,
-    ChainRecipe,
-    FinetuneRecipe,
-    PretrainMaeRecipe,
-    PretrainRecipe,
-    Recipe,
-    TrainStudentRecipe,
-)
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.chain import ChainRecipe
+from tinymim.configs.schema.finetune import FinetuneRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
+from tinymim.configs.schema.recipes import Recipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages import cache_teacher, finetune, pretrain, train_student
 from tinymim.stages.run.preflight import load_steps
 from tinymim.stages.run.progress import logger

@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinymim.configs.codecs import DenseCodec, SketchCodec
+from tinymim.configs.codecs.relations import DenseCodec, SketchCodec
 from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError, UserError
 from tinymim.configs.load import load_recipe, recipe_digest
-from tinymim.configs.schema import RECIPES, CacheTeacherRecipe, EvaluateRecipe, PretrainMaeRecipe, TrainStudentRecipe
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.evaluate import EvaluateRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe
+from tinymim.configs.schema.recipes import RECIPES
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.checkpoints import read_metadata, tensors_sha256
 from tinymim.models.files import weights_file
 from tinymim.models.vit import count_parameters

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 
 from tinymim.configs.load import recipe_digest
-from tinymim.configs.schema import EvaluateRecipe
+from tinymim.configs.schema.evaluate import EvaluateRecipe
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.shards import open_shards

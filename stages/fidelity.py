@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.load import recipe_digest
-from tinymim.configs.schema import FidelityRecipe
+from tinymim.configs.schema.fidelity import FidelityRecipe
 from tinymim.configs.taps import Shapes
 from tinymim.models.student import StudentModel, build_student, shapes_of
 from tinymim.models.taps import Tapped

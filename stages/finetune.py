@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import SourceError
 from tinymim.configs.load import dump_recipe, recipe_digest
-from tinymim.configs.schema import FinetuneRecipe
+from tinymim.configs.schema.finetune import FinetuneRecipe
 from tinymim.models import backbone
 from tinymim.models.checkpoints import LoadedWeights, tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier

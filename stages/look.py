@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError, UserError
 from tinymim.configs.place import parse_place
-from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode

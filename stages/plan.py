@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.configs.sections import TeacherConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.models import TeacherConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model

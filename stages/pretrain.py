@@ -7,7 +7,7 @@ import torch
 
 from tinymim.configs.errors import SourceError
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import PretrainMaeRecipe, PretrainRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
 from tinymim.models import backbone
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import load_classifier

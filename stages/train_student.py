@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.native_parts import missing_parts
 from tinymim.models.student import StudentModel

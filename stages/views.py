@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 
 from tinymim.configs.errors import RecipeError, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, PretrainRecipe
-from tinymim.configs.sections import MaskConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
+from tinymim.configs.sections.masks import MaskConfig
 from tinymim.models import backbone
 from tinymim.models.vit import build_model
 from tinymim.pipeline.dataset import ImageViews

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt, SourceError, UserError
-from tinymim.configs.sections import LAYER_NAME
+from tinymim.configs.sections.values import LAYER_NAME
 from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.manifest import REPAIR, Layer, Manifest, require_format_version
 from tinymim.storage.store import Store

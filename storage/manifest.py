@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, ViewMismatch
-from tinymim.configs.sections import LAYER_NAME, MaskConfig, Seed
+from tinymim.configs.sections.masks import MaskConfig
+from tinymim.configs.sections.values import LAYER_NAME, Seed
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.identity import LISTED_DIFFERENCES, Difference, differences, named

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 
 Tapped = Mapping[Tap, tuple[Tensor, ...]]  # a model's tensors at its taps; first axis views

@@ -5,25 +5,19 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from tinymim.configs.codecs import (
+from tinymim.configs.codecs.kinds import CodecConfig, codec_config
+from tinymim.configs.codecs.probabilities import BankCodec, LogitsCodec
+from tinymim.configs.codecs.relations import (
     AttentionCodec,
-    BankCodec,
-    ClsCodec,
-    CodecConfig,
     DenseCodec,
-    FeaturesCodec,
-    FeaturesPqCodec,
     FFCodec,
     GramCodec,
     HiddenCodec,
-    LogitsCodec,
     RelationCodec,
-    RelationLoss,
     SketchCodec,
-    TargetsConfig,
-    VectorLoss,
-    codec_config,
 )
+from tinymim.configs.codecs.targets import RelationLoss, TargetsConfig, VectorLoss
+from tinymim.configs.codecs.vectors import ClsCodec, FeaturesCodec, FeaturesPqCodec
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.attention.kind import Attention

@@ -13,7 +13,8 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, normalize, smooth_l1_loss
 
-from tinymim.configs.codecs import ClsCodec, FeaturesCodec, TargetsConfig, VectorLoss
+from tinymim.configs.codecs.targets import TargetsConfig, VectorLoss
+from tinymim.configs.codecs.vectors import ClsCodec, FeaturesCodec
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import (

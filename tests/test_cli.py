@@ -21,7 +21,7 @@ import tinymim
 from tinymim import __version__, cli
 from tinymim.commands import tools
 from tinymim.configs.errors import InternalError, SourceError
-from tinymim.configs.schema import RECIPES
+from tinymim.configs.schema.recipes import RECIPES
 from tinymim.configs.shipped import shipped_recipes
 from tinymim.stages import make_shards
 from tinymim.stages.run import preflight

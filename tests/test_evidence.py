@@ -11,7 +11,8 @@ import timm
 from safetensors.torch import load_file, save_file
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.tests.stages.tiny import STATED
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.codecs import Relation, SketchCodec
+from tinymim.configs.codecs.relations import Relation, SketchCodec
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.configs.sections import ModelConfig, OptimConfig, TeacherConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.models import ModelConfig, TeacherConfig
+from tinymim.configs.sections.optim import OptimConfig
 from tinymim.configs.taps import Tap
 from tinymim.models.drop_path import HandedDropPath
 from tinymim.models.student import StudentModel

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tinymim.configs.load import load_recipe, load_recipes
-from tinymim.configs.schema import RECIPES, TrainStudentRecipe
+from tinymim.configs.schema.recipes import RECIPES
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.configs.shipped import shipped_recipes
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.timm_folder import Pixels, timm_config

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, RecipeError, UserError
-from tinymim.configs.sections import AuditConfig, VerifyConfig
+from tinymim.configs.sections.audits import AuditConfig
+from tinymim.configs.sections.loader import VerifyConfig
 from tinymim.models.student import StudentModel
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch

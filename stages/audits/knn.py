@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.sections import AuditKnnConfig, LoaderConfig
+from tinymim.configs.sections.audits import AuditKnnConfig
+from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.models import backbone
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.shards import open_shards

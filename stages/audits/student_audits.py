@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import UserError
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.models.student import StudentModel
 from tinymim.stages.audits.alarm import Audited, alarms, points_of
 from tinymim.stages.audits.batch import audit_batches

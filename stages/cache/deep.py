@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymim.configs.errors import CacheCorrupt, UserError
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.replay import lost_partners, places_in_tar

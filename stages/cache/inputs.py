@@ -4,7 +4,7 @@ from types import TracebackType
 
 import torch
 
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.replay import ReplayedViews, join, partners_of_source
 from tinymim.pipeline.shards import open_shards

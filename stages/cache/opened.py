@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from tinymim.configs.codecs import TargetsConfig
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.codecs.targets import TargetsConfig
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.configs.taps import Shapes
 from tinymim.stages.training.terms import Term, naming, weights_of
 from tinymim.stages.units.constants import on_device

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.mismatch import PartnersSeen, other_images

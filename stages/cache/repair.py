@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.stages.cache.inspection import Inspection, inspect_cache
 from tinymim.stages.cache.render import render_units
 from tinymim.stages.run.progress import logger

@@ -15,10 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import SketchCodec, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.relations import SketchCodec
 from tinymim.configs.errors import CheckpointError, UserError
-from tinymim.configs.schema import CacheTeacherRecipe, LayerConfig, TrainStudentRecipe
-from tinymim.configs.sections import MaskConfig, TeacherConfig, ViewConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import LayerConfig, TrainStudentRecipe
+from tinymim.configs.sections.masks import MaskConfig
+from tinymim.configs.sections.models import TeacherConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher

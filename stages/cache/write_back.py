@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tinymim.configs.errors import SourceError, in_one_line
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.pipeline.dataset import Lacking
 from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.pipeline.shards import Shard

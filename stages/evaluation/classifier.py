@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinymim.configs.class_map import ABSENT, read_class_map
 from tinymim.configs.errors import CheckpointError, SourceError
-from tinymim.configs.sections import ClassifierEvaluator
+from tinymim.configs.sections.evaluation import ClassifierEvaluator
 from tinymim.models import backbone
 from tinymim.models.checkpoints import read_metadata
 from tinymim.models.files import HUB, weights_file

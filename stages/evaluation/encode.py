@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import EvaluateRecipe
-from tinymim.configs.sections import LoaderConfig
+from tinymim.configs.schema.evaluate import EvaluateRecipe
+from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.models.files import RANDOM
 from tinymim.models.probes import pooled_features
 from tinymim.models.student import build_student

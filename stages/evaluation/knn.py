@@ -1,6 +1,6 @@
 """The evaluator `knn`: weighted k-NN of frozen features."""
 
-from tinymim.configs.sections import KnnConfig
+from tinymim.configs.sections.evaluation import KnnConfig
 from tinymim.models.probes import knn_predict
 from tinymim.stages.evaluation.encode import Encoder
 from tinymim.stages.evaluation.problem import Problem, Sets

@@ -1,6 +1,6 @@
 """The evaluator `linear`: logistic regression on frozen features."""
 
-from tinymim.configs.sections import LinearEvaluator
+from tinymim.configs.sections.evaluation import LinearEvaluator
 from tinymim.models.probes import linear_probe
 from tinymim.stages.evaluation.encode import Encoder
 from tinymim.stages.evaluation.problem import Problem, Sets

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinymim.configs.sections import ThroughputEvaluator
+from tinymim.configs.sections.evaluation import ThroughputEvaluator
 from tinymim.models.vit import count_parameters
 from tinymim.stages.evaluation.whole import Measured, Whole
 from tinymim.stages.run.device import autocast

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tinymim.configs.schema import EvaluateRecipe
+from tinymim.configs.schema.evaluate import EvaluateRecipe
 from tinymim.models.files import RANDOM
 from tinymim.models.timm_folder import Rgb
 from tinymim.models.vit import Normalise, build_model

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import LoaderConfig
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
+from tinymim.configs.schema.cache import CacheTeacherRecipe, LayerTarget
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher, taps_of
 from tinymim.pipeline.dataset import ImageViews

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,7 +13,7 @@ import torch
 
 from tinymim.configs.errors import first_line, naming
 from tinymim.configs.load import dump_recipe, recipe_digest
-from tinymim.configs.schema import RunRecipe
+from tinymim.configs.schema.recipes import RunRecipe
 from tinymim.pipeline.decode import environment
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.run.loggers import BOARD_NAME as BOARD_NAME

@@ -19,7 +19,7 @@ from tinymim.configs.load import dump_recipe
 from tinymim.stages.run.progress import logger
 
 if TYPE_CHECKING:
-    from tinymim.configs.schema import RunRecipe
+    from tinymim.configs.schema.recipes import RunRecipe
 
 BOARD_NAME = "tensorboard"  # a folder
 IDS_NAME = "loggers.json"  # the run's ids at W&B and MLflow, for resume

@@ -11,18 +11,14 @@ from pathlib import Path
 
 from tinymim.configs.errors import CheckpointError, RecipeError, TinymimError
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import (
-    CacheTeacherRecipe,
-    ChainRecipe,
-    EvaluateRecipe,
-    FidelityRecipe,
-    FinetuneRecipe,
-    PretrainMaeRecipe,
-    PretrainRecipe,
-    Recipe,
-    RunRecipe,
-    TrainStudentRecipe,
-)
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.chain import ChainRecipe
+from tinymim.configs.schema.evaluate import EvaluateRecipe
+from tinymim.configs.schema.fidelity import FidelityRecipe
+from tinymim.configs.schema.finetune import FinetuneRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
+from tinymim.configs.schema.recipes import Recipe, RunRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.models.files import FACTORY, HUB, RANDOM, weights_file
 from tinymim.pipeline.shards import require_shards
 from tinymim.pipeline.workers import start_server

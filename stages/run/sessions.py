@@ -13,7 +13,7 @@ from uuid import uuid4
 import torch
 
 from tinymim.configs.errors import naming
-from tinymim.configs.sections import RunConfig
+from tinymim.configs.sections.run import RunConfig
 
 _EVERY_S = 30.0  # the shortest time between lines, which come with lines of metrics
 

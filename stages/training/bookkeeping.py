@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tinymim.configs.schema import TrainingRecipe
+from tinymim.configs.schema.recipes import TrainingRecipe
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.metrics import formatted

@@ -9,8 +9,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.schema import FinetuneRecipe
-from tinymim.configs.sections import ClassTeacherConfig
+from tinymim.configs.schema.finetune import FinetuneRecipe
+from tinymim.configs.sections.models import ClassTeacherConfig
 from tinymim.models import backbone
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.models.distilled import PooledDistilled

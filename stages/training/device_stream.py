@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import JitterConfig
+from tinymim.configs.sections.augment import JitterConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import Lacking, ViewBatch

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import cast
 
 from tinymim.configs.errors import InternalError, LoaderKilled, in_one_line
-from tinymim.configs.schema import TrainingRecipe, TrainStudentRecipe
+from tinymim.configs.schema.recipes import TrainingRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages.run.interrupt import Interrupted, on_signals
 from tinymim.stages.run.owner import owned
 from tinymim.stages.run.progress import logger

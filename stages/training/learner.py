@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.schema import TrainingRecipe
+from tinymim.configs.schema.recipes import TrainingRecipe
 from tinymim.pipeline.order import Items, SampleOrder
 from tinymim.stages.run.folder import RunFolder
 from tinymim.stages.training.optim import (

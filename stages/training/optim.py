@@ -10,10 +10,11 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from tinymim.configs.codecs import FIRST_TARGETS
+from tinymim.configs.codecs.targets import FIRST_TARGETS
 from tinymim.configs.errors import UserError
-from tinymim.configs.schema import LayerConfig, TrainingRecipe, TrainStudentRecipe
-from tinymim.configs.sections import LayerwiseOptimConfig, OptimConfig
+from tinymim.configs.schema.recipes import TrainingRecipe
+from tinymim.configs.schema.train import LayerConfig, TrainStudentRecipe
+from tinymim.configs.sections.optim import LayerwiseOptimConfig, OptimConfig
 from tinymim.models import backbone
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.training.terms import weights_of

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.schema import TrainingRecipe
-from tinymim.configs.sections import RunConfig
+from tinymim.configs.schema.recipes import TrainingRecipe
+from tinymim.configs.sections.run import RunConfig
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.run.progress import silence

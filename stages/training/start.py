@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from tinymim.configs.schema import TrainingRecipe
+from tinymim.configs.schema.recipes import TrainingRecipe
 from tinymim.stages.training.ranks import Ranks
 
 R = TypeVar("R", bound=TrainingRecipe)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim.configs.errors import RecipeError, TinymimError, is_final, is_refusal
-from tinymim.configs.schema import TrainingRecipe
+from tinymim.configs.schema.recipes import TrainingRecipe
 from tinymim.stages.run.interrupt import Interrupted, ask_to_stop
 from tinymim.stages.run.ray import join_ray
 from tinymim.stages.training.ranks import backend_of, environment_ranks, joined

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import JitterConfig, MimConfig, ModelConfig, StudentMaskConfig
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.augment import JitterConfig
+from tinymim.configs.sections.decoders import MimConfig
+from tinymim.configs.sections.masks import StudentMaskConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.student import Fit, StudentModel, build_student, check_inner, fit_of, fitted_shapes, shapes_of

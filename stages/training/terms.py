@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tinymim.configs.errors import TinymimError
-from tinymim.configs.schema import LayerConfig
-from tinymim.configs.sections import MaskConfig
+from tinymim.configs.schema.train import LayerConfig
+from tinymim.configs.sections.masks import MaskConfig
 from tinymim.configs.taps import Shapes
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.targets.contract import Answers, StudentTarget

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.schema import FinetuneRecipe
+from tinymim.configs.schema.finetune import FinetuneRecipe
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import view_batches

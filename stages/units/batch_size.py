@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages.run.progress import logger
 from tinymim.stages.units.draft import seen_by_layer

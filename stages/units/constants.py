@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import CacheMismatch, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import MaskConfig, ViewConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.sections.masks import MaskConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.models.taps import Tapped
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews

@@ -18,8 +18,8 @@ import torch
 from ray.exceptions import RayError
 
 from tinymim.configs.errors import InternalError, LoaderKilled, RecipeError, TinymimError, is_final
-from tinymim.configs.schema import CacheTeacherRecipe
-from tinymim.configs.sections import ClusterConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.sections.run import ClusterConfig
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages.run.interrupt import Interrupted, StopFlag
 from tinymim.stages.run.progress import logger

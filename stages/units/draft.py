@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import MaskConfig
+from tinymim.configs.sections.masks import MaskConfig
 from tinymim.models.taps import Tapped, finite_views
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ViewBatch

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages.run.folder import RunFolder
 from tinymim.stages.run.interrupt import Interrupted, StopFlag

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from tinymim.configs.errors import SourceError, in_one_line
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.models.taps import require_finite
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews, ViewBatch

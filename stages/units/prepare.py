@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tinymim.configs.codecs import codec_parameters
+from tinymim.configs.codecs.kinds import codec_parameters
 from tinymim.configs.place import joined
-from tinymim.configs.schema import CacheTeacherRecipe, LayerTarget
-from tinymim.configs.sections import MaskConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe, LayerTarget
+from tinymim.configs.sections.masks import MaskConfig
 from tinymim.models import backbone
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.decode import environment

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tinymim.configs.codecs import BankCodec, LogitsCodec
+from tinymim.configs.codecs.probabilities import BankCodec, LogitsCodec
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.cls.kind import embedding_tap
 from tinymim.targets.contract import (

@@ -9,7 +9,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from tinymim.configs.codecs import ClsCodec, VectorLoss
+from tinymim.configs.codecs.targets import VectorLoss
+from tinymim.configs.codecs.vectors import ClsCodec
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Tapped, TargetHead
 from tinymim.targets.vectors import Projector, Vectors

@@ -9,7 +9,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from tinymim.configs.codecs import FeaturesCodec
+from tinymim.configs.codecs.vectors import FeaturesCodec
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Tapped, TargetHead
 from tinymim.targets.vectors import Projector, Vectors, check_grid

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import FeaturesPqCodec
+from tinymim.configs.codecs.vectors import FeaturesPqCodec
 from tinymim.configs.taps import Shapes
 from tinymim.targets import codebooks
 from tinymim.targets.contract import ArraySpec, Projection, Tapped

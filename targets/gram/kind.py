@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tinymim.configs.codecs import GramCodec
+from tinymim.configs.codecs.relations import GramCodec
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import (
     Answers,

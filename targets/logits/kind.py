@@ -15,7 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from tinymim.configs.class_map import ABSENT, class_map_sha256, read_class_map
-from tinymim.configs.codecs import LogitsCodec, TargetsConfig
+from tinymim.configs.codecs.probabilities import LogitsCodec
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import (

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import DenseCodec
+from tinymim.configs.codecs.relations import DenseCodec
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import ArraySpec, Tapped
 from tinymim.targets.record import specs_of, stored

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tinymim.configs.codecs import Relation, RelationLoss
+from tinymim.configs.codecs.relations import Relation
+from tinymim.configs.codecs.targets import RelationLoss
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import Answers, ArraySpec, Loss, PictureLine, Projection, Tapped, Views, Yardstick
 from tinymim.targets.relations.dense import Dense

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
+from tinymim.configs.codecs.relations import Relation
 from tinymim.targets.counter import spread
 
 Purpose = Literal["rows", "rounding", "tail"]

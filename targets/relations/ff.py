@@ -17,7 +17,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tinymim.configs.codecs import DenseCodec, FFCodec, Relation, SketchCodec, TargetsConfig
+from tinymim.configs.codecs.relations import DenseCodec, FFCodec, Relation, SketchCodec
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Answers, ArraySpec, ChosenKind, Loss, PictureLine, Tapped, TargetHead, Yardstick
 from tinymim.targets.features.kind import token_tap

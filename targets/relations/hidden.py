@@ -18,7 +18,8 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tinymim.configs.codecs import HiddenCodec, Relation, TargetsConfig
+from tinymim.configs.codecs.relations import HiddenCodec, Relation
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import ArraySpec, Projection, Tapped

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import DenseCodec, Relation, SketchCodec
+from tinymim.configs.codecs.relations import DenseCodec, Relation, SketchCodec
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Answers, Loss, PictureLine, Tapped, TargetHead, TargetKind, Yardstick

@@ -6,15 +6,8 @@ from typing import Any, cast, get_args
 
 from torch import Tensor
 
-from tinymim.configs.codecs import (
-    DenseCodec,
-    HiddenCodec,
-    Relation,
-    RelationCodec,
-    RelationLoss,
-    SketchCodec,
-    TargetsConfig,
-)
+from tinymim.configs.codecs.relations import DenseCodec, HiddenCodec, Relation, RelationCodec, SketchCodec
+from tinymim.configs.codecs.targets import RelationLoss, TargetsConfig
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import TargetKind

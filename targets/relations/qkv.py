@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
+from tinymim.configs.codecs.relations import Relation
 
 
 @dataclass(frozen=True)

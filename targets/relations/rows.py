@@ -9,7 +9,7 @@ from typing import Literal
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
+from tinymim.configs.codecs.relations import Relation
 
 # The mass of a row outside its kept tokens, 1 - sum of weights: "none", there is no such mass; "uniform", it is spread
 # evenly over the other tokens; "ghost", it is one bucket, compared with the student's mass on the other tokens.

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import SketchCodec
+from tinymim.configs.codecs.relations import SketchCodec
 from tinymim.configs.taps import Shapes
 from tinymim.targets.contract import ArraySpec, Tapped
 from tinymim.targets.record import check_head_k, from_gaps, index_dtype, specs_of, stored, to_gaps

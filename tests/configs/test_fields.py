@@ -10,8 +10,8 @@ import pytest
 from tinymim.configs import fields
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import RECIPES
-from tinymim.configs.sections import Section
+from tinymim.configs.schema.recipes import RECIPES
+from tinymim.configs.sections.base import Section
 from tinymim.configs.shipped import shipped_recipes
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"

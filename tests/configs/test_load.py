@@ -11,7 +11,8 @@ import yaml
 from tinymim.configs import load, shipped
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe, recipe_digest
-from tinymim.configs.schema import RECIPES, Recipe, TrainStudentRecipe
+from tinymim.configs.schema.recipes import RECIPES, Recipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.configs.shipped import shipped_recipes
 
 STUDENT = """\

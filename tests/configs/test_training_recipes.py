@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import EmaConfig, ModelConfig, OptimConfig
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.sections.optim import EmaConfig, OptimConfig
 from tinymim.stages.training.terms import weights_of
 
 SEVERAL = """

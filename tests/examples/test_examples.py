@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline.shards import labels_of, open_shards
 from tinymim.stages import cache_teacher
 from tinymim.tests.stages.tiny import cache_recipe, write_set

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.vit import build_vit
 from tinymim.models.weights import load_weights

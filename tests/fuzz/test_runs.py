@@ -9,7 +9,8 @@ import pytest
 
 from tinymim import cli
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import EvaluateRecipe, PretrainMaeRecipe
+from tinymim.configs.schema.evaluate import EvaluateRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe
 from tinymim.stages import cache_teacher, make_shards
 from tinymim.tests.stages import finetunes, tiny
 

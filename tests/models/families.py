@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.vit import build_model
 
 

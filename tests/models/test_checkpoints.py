@@ -13,7 +13,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer
 
 from tinymim.configs.errors import CheckpointError
-from tinymim.configs.sections import MaeConfig, ModelConfig
+from tinymim.configs.sections.decoders import MaeConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.checkpoints import load_tensors, read_checkpoint, read_metadata, tensors_sha256, to_safetensors
 from tinymim.models.mim import masked_autoencoder
 from tinymim.models.vit import build_vit

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.sections import MaeConfig, ModelConfig
+from tinymim.configs.sections.decoders import MaeConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.mim import masked_autoencoder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import PretrainMaeRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe
 from tinymim.models.checkpoints import read_checkpoint, read_metadata
 from tinymim.models.files import weights_file
 from tinymim.models.probes import knn_predict, top_k_accuracy

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.distilled import HiddenDistilled, PooledDistilled

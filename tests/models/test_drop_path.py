@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.drop_path import HandedDropPath, replace_drop_path, set_drop_masks
 from tinymim.models.student import StudentModel
 from tinymim.models.vit import build_vit

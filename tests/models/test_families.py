@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tinymim.configs.codecs import CodecConfig, codec_config
+from tinymim.configs.codecs.kinds import CodecConfig, codec_config
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.sections import LightDecoderConfig, PredictedConfig, PretrainMaskConfig, TeacherConfig
+from tinymim.configs.sections.decoders import LightDecoderConfig, PredictedConfig
+from tinymim.configs.sections.masks import PretrainMaskConfig
+from tinymim.configs.sections.models import TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models import backbone
 from tinymim.models.mim import MaskedModel

@@ -7,7 +7,7 @@ import pytest
 
 from tinymim.configs.errors import CheckpointError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.sections import ModelConfig, TeacherConfig
+from tinymim.configs.sections.models import ModelConfig, TeacherConfig
 from tinymim.configs.taps import Tap
 from tinymim.models import backbone
 from tinymim.models.checkpoints import to_safetensors

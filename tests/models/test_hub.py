@@ -9,7 +9,7 @@ import huggingface_hub.constants as constants
 import pytest
 
 from tinymim.configs.errors import CheckpointError
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models import hub
 from tinymim.models.weights import build_pretrained
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import MimConfig, ModelConfig
+from tinymim.configs.sections.decoders import MimConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Tap
 from tinymim.models import backbone
 from tinymim.models.student import Fit, StudentModel, build_student, check_inner

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
 from tinymim.configs.errors import CheckpointError
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.checkpoints import load_tensors
 from tinymim.models.layouts import TIMM, rewritten
 from tinymim.models.vit import build_model

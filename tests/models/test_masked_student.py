@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinymim.configs.sections import MaeConfig, MimConfig, ModelConfig
+from tinymim.configs.sections.decoders import MaeConfig, MimConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.mim import masked_autoencoder
 from tinymim.models.student import StudentModel
 from tinymim.models.vit import build_vit

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import LightDecoderConfig, MaeConfig, ModelConfig, PredictedConfig, PretrainMaskConfig
+from tinymim.configs.sections.decoders import LightDecoderConfig, MaeConfig, PredictedConfig
+from tinymim.configs.sections.masks import PretrainMaskConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models import backbone
 from tinymim.models.decoder import features
 from tinymim.models.mim import MaskedModel, masked_autoencoder

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Tap
 from tinymim.models import backbone
 from tinymim.models.native_parts import missing_parts

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models.student import Fit, StudentModel, build_student, fit_of, fitted_shapes, shapes_of
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.sections import TeacherConfig
+from tinymim.configs.sections.models import TeacherConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.models.teacher import Teacher, taps_of
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD

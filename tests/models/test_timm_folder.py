@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models import backbone
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.classifier import build_classifier

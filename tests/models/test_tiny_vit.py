@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from tinymim.configs.sections import LayerwiseOptimConfig, ModelConfig, OptimConfig
+from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.sections.optim import LayerwiseOptimConfig, OptimConfig
 from tinymim.models import backbone
 from tinymim.models.student import StudentModel, build_student
 from tinymim.models.vit import build_model, count_parameters

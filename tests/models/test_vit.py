@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_vit, patchify, sincos_table
 
 

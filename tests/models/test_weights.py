@@ -9,7 +9,7 @@ import torch
 from timm.models import save_for_hf
 
 from tinymim.configs.errors import CheckpointError
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.files import HUB, RANDOM, weights_file
 from tinymim.models.timm_folder import Pixels, Rgb

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import Shard, ShardSet

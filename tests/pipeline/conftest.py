@@ -7,7 +7,7 @@ from pathlib import Path
 import obstore
 import pytest
 
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.storage.objects import connect
 from tinymim.tests import s3_server

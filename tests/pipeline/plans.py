@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tinymim.configs.sections import OrderConfig
+from tinymim.configs.sections.loader import OrderConfig
 from tinymim.pipeline.order import Items, SampleOrder, epoch_groups
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from tinymim.configs.errors import RecipeError, StoreError
-from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, SpoolConfig, ViewConfig
+from tinymim.configs.sections.loader import LoaderConfig, OrderConfig
+from tinymim.configs.sections.source import SourceConfig, SpoolConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import ahead
 from tinymim.pipeline.ahead import spooling
 from tinymim.pipeline.dataset import ImageViews

@@ -15,7 +15,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import AugmentConfig, LoaderConfig, SourceConfig, ViewConfig
+from tinymim.configs.sections.augment import AugmentConfig
+from tinymim.configs.sections.loader import LoaderConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline.augment import AugmentedViews, Mixing, policies_of
 from tinymim.pipeline.dataset import ImageViews, ViewBatch

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import SourceConfig, ViewConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, render
 from tinymim.pipeline.order import view_batches

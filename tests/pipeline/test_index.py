@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline.index import INDEX_NAME, Index, parse_index, read_index
 from tinymim.pipeline.shards import open_shards
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tinymim.configs.sections import JitterConfig
+from tinymim.configs.sections.augment import JitterConfig
 from tinymim.pipeline.jitter import apply_jitter, jitter
 
 _OPERATIONS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)

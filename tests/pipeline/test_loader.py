@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from tinymim.configs.errors import LoaderKilled, UserError
-from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
+from tinymim.configs.sections.loader import LoaderConfig, OrderConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import dataset, loader
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, pixel_digest
@@ -155,7 +157,7 @@ def test_a_sigterm_to_all_processes_costs_no_batch(drawn_shards: Path) -> None:
 KILLED = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-from tinymim.configs.schema import LoaderConfig
+from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.pipeline.loader import batches
 from tinymim.tests.pipeline.test_loader import image_views, tar_order
 
@@ -186,7 +188,7 @@ CROWDED = """
 import sys
 from pathlib import Path
 from tinymim.configs.errors import UserError
-from tinymim.configs.sections import LoaderConfig
+from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.pipeline.loader import batches
 from tinymim.tests.pipeline.test_loader import image_views, tar_order
 if __name__ == "__main__":

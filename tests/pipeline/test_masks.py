@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinymim.configs.sections import MaskConfig
+from tinymim.configs.sections.masks import MaskConfig
 from tinymim.pipeline.masks import mask_order, mask_orders, visible_patches
 
 GOLDEN = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline import shards as shards_module
 from tinymim.pipeline import tar as tar_module
 from tinymim.pipeline.members import MEMBERS_NAME, Keys, Members, MembersWriter, load_members, read_table

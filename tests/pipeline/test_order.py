@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tinymim.configs.sections import OrderConfig
+from tinymim.configs.sections.loader import OrderConfig
 from tinymim.pipeline.order import Items, steps_per_epoch, view_batches
 from tinymim.tests.pipeline.plans import epoch_items, numbered_batches, training_batches
 

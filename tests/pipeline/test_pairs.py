@@ -16,7 +16,9 @@ from timm.data.mixup import rand_bbox
 from timm.loss import SoftTargetCrossEntropy
 
 from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError, ViewMismatch
-from tinymim.configs.sections import LoaderConfig, OrderConfig, PairsConfig, SourceConfig, VerifyConfig, ViewConfig
+from tinymim.configs.sections.loader import LoaderConfig, OrderConfig, VerifyConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import PairsConfig, ViewConfig
 from tinymim.pipeline import dataset, pairs
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode

@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing as TimmErasing
 from torchvision.transforms import ColorJitter as TheirJitter
 
 from tinymim.configs.rand_augment import parse_rand_augment
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline import views
 from tinymim.pipeline.operations import OPERATIONS, Step

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from tinymim.configs.errors import CacheCorrupt, LoaderKilled, ViewMismatch
-from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, VerifyConfig, ViewConfig
+from tinymim.configs.sections.loader import LoaderConfig, OrderConfig, VerifyConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import replay
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.loader import batches

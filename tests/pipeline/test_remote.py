@@ -10,7 +10,8 @@ import pytest
 
 from tinymim.configs.errors import RecipeError, StoreError, UserError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.sections import SourceConfig, ViewConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import remote, spool
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import INDEX_NAME, ShardSet, open_shards

@@ -12,7 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.sections import LoaderConfig, OrderConfig, SourceConfig, ViewConfig
+from tinymim.configs.sections.loader import LoaderConfig, OrderConfig
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import order as order_module
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.decode import _decode_by_pillow, _shortened, decode, jpeg_size
 from tinymim.pipeline.views import RandomViews, View, reduced, reduction_of
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tinymim.configs.errors import SourceError, UserError
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline.shards import INDEX_NAME, UNLABELLED, ShardSet, labels_of, open_shards, split_name
 
 Opened = Callable[..., ShardSet]  # see conftest.py

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tinymim.configs.errors import RecipeError, StoreError, UserError
-from tinymim.configs.sections import SourceConfig, SpoolConfig
+from tinymim.configs.sections.source import SourceConfig, SpoolConfig
 from tinymim.pipeline import remote, spool
 from tinymim.pipeline.remote import RemoteObject
 from tinymim.pipeline.shards import open_shards

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.tar import TarScan, is_system, scan_tar, survey_tar
 

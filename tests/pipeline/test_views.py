@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from tinymim.configs.errors import CacheMismatch
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.views import CentreView, RandomViews, View, ViewLaw, law_of, view_key, view_rng
 
 # (seed, key, view, height, width): the boxes that every machine and version must draw.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tinymim.configs.sections import LoaderConfig
+from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.pipeline.views import CentreView
 from tinymim.stages.evaluation.encode import EncodedSet, Encoder
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tinymim.configs.schema import FinetuneRecipe
+from tinymim.configs.schema.finetune import FinetuneRecipe
 from tinymim.stages.run.folder import read_metrics
 
 MODEL: dict[str, Any] = {

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.stages import cache_teacher
 from tinymim.storage.layout import UnitId
 from tinymim.storage.writer import CacheWriter

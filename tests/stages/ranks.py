@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tinymim.configs.errors import CacheCorrupt, UserError
-from tinymim.configs.schema import PretrainMaeRecipe, TrainStudentRecipe
-from tinymim.configs.sections import AuditConfig
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.audits import AuditConfig
 from tinymim.stages import pretrain, train_student
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step

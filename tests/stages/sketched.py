@@ -8,8 +8,9 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from tinymim.configs.codecs import SketchCodec
-from tinymim.configs.sections import SourceConfig, ViewConfig
+from tinymim.configs.codecs.relations import SketchCodec
+from tinymim.configs.sections.source import SourceConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.configs.taps import Shapes
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import view_key

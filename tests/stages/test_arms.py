@@ -8,7 +8,8 @@ import timm
 from safetensors.torch import save_file
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.models.vit import size_overrides
 from tinymim.stages import cache_teacher, make_shards, train_student
 from tinymim.stages.run.folder import read_metrics

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model

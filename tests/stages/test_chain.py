@@ -11,7 +11,7 @@ import yaml
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import ChainRecipe
+from tinymim.configs.schema.chain import ChainRecipe
 from tinymim.stages import cache_teacher, chain
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.reader import CacheReader

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import tinymim
 from tinymim.configs.class_map import class_map_sha256
 from tinymim.configs.errors import CacheMismatch, RecipeError, SourceError, UserError
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.shards import open_shards

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, EvaluateRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.evaluate import EvaluateRecipe
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.stages import cache_teacher, evaluate, train_student
 from tinymim.storage.reader import CacheReader

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from tinymim.configs.errors import CacheMismatch, CheckpointError, SourceError
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, PretrainMaeRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages import demo
 from tinymim.stages.pages.demo import RELATIONS_NAME
 from tinymim.tests.stages.tiny import STATED

@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
 from tinymim.configs.load import recipe_digest
-from tinymim.configs.schema import EvaluateRecipe
-from tinymim.configs.sections import Evaluator, LoaderConfig, ModelConfig, SourceConfig
+from tinymim.configs.schema.evaluate import EvaluateRecipe
+from tinymim.configs.sections.evaluation import Evaluator
+from tinymim.configs.sections.loader import LoaderConfig
+from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.models.vit import IMAGENET_MEAN, Normalise, build_vit
 from tinymim.pipeline.shards import open_shards

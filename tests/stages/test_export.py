@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinymim.configs.errors import CheckpointError, UserError
-from tinymim.configs.sections import ModelConfig, TeacherConfig
+from tinymim.configs.sections.models import ModelConfig, TeacherConfig
 from tinymim.configs.taps import Tap
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit

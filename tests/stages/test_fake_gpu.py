@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinymim.configs.codecs import codec_config
-from tinymim.configs.sections import JitterConfig, TeacherConfig
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.sections.augment import JitterConfig
+from tinymim.configs.sections.models import TeacherConfig
 from tinymim.models.taps import finite_views
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline import jitter

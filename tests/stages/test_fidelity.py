@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, FidelityRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.fidelity import FidelityRecipe
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher, fidelity, train_student
 from tinymim.stages.pages.fidelity import format_tables
@@ -149,7 +150,7 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
 
 
 def test_views_are_spread_over_all_shards(drawn_shards: Path) -> None:
-    from tinymim.configs.sections import SourceConfig
+    from tinymim.configs.sections.source import SourceConfig
 
     source = open_shards(SourceConfig(shards=drawn_shards))
     items = np.concatenate(fidelity.spread_items(source, 12, 5))

@@ -9,7 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages import cache_teacher, finetune, make_shards, train_student
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training.learner import LossWatch

@@ -13,9 +13,10 @@ import pytest
 import timm
 import torch
 
-from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, RecipeError, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.cache.opened import opened_kind

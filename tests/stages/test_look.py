@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, UserError
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.stages import cache_teacher, look, make_shards, train_student
 from tinymim.stages.pages.image import ImagePage, LayerPicture, SeenView, image_page
 from tinymim.storage.reader import CacheReader

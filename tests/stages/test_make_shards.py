@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tinymim.configs.errors import SourceError, UserError
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline import drawn
 from tinymim.pipeline.members import MEMBERS_NAME
 from tinymim.pipeline.shards import INDEX_NAME, UNLABELLED, Shard, hash_file, open_shards

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from tinymim.api import open_cache
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, CheckpointError, RecipeError
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.configs.sections import MaskConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.masks import MaskConfig
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.masks import mask_order, visible_patches
 from tinymim.stages import cache_teacher, train_student

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from tinymim.api import open_cache
 from tinymim.configs.errors import CacheMismatch, SourceError
-from tinymim.configs.schema import CacheTeacherRecipe, FinetuneRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.finetune import FinetuneRecipe
 from tinymim.pipeline import misses
 from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.pairs import soft_labels

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from tinymim.configs import shipped
-from tinymim.configs.codecs import codec_config
+from tinymim.configs.codecs.kinds import codec_config
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages import cache_teacher, make_shards, plan, train_student
 from tinymim.stages.pages.plan import format_plan
 from tinymim.stages.planning import clocks

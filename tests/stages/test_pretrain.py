@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.schema import PretrainRecipe
+from tinymim.configs.schema.pretrain import PretrainRecipe
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.stages import pretrain
 from tinymim.stages.run.folder import read_metrics

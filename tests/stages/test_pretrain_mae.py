@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError, UserError
-from tinymim.configs.schema import PretrainMaeRecipe
-from tinymim.configs.sections import MaeConfig, ModelConfig
+from tinymim.configs.schema.pretrain import PretrainMaeRecipe
+from tinymim.configs.sections.decoders import MaeConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.mim import MaskedModel, masked_autoencoder
 from tinymim.models.vit import build_vit
 from tinymim.pipeline.masks import mask_orders

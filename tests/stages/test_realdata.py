@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.cache import info
 from tinymim.stages.run.folder import read_metrics

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tinymim.configs.errors import CacheMismatch, ViewMismatch
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.decode import decode, environment, render
 from tinymim.stages import make_shards, train_student
 from tinymim.storage.blocks import DIGEST

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tinymim.configs.errors import CacheMismatch, CheckpointError, RecipeError, UserError
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted

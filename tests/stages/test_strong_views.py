@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from tinymim.configs.errors import CacheMismatch, ViewMismatch
-from tinymim.configs.schema import FinetuneRecipe
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.schema.finetune import FinetuneRecipe
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import operations, policies
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.operations import CANARIES, OPERATIONS, Pixels, apply

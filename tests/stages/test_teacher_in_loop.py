@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import CodecConfig, DenseCodec, SketchCodec
+from tinymim.configs.codecs.kinds import CodecConfig
+from tinymim.configs.codecs.relations import DenseCodec, SketchCodec
 from tinymim.configs.errors import CacheMismatch, CheckpointError, UserError
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline import misses
 from tinymim.pipeline.dataset import Lacking
@@ -276,7 +277,7 @@ def test_a_killed_run_leaves_whole_units_and_the_same_command_goes_on(home: Path
     script = f"""
 import itertools, json, os, signal
 from pathlib import Path
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages import train_student
 from tinymim.storage.writer import CacheWriter
 commit, commits = CacheWriter.commit, itertools.count(1)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.sections import ViewConfig
+from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.masks import mask_order
 from tinymim.pipeline.shards import open_shards

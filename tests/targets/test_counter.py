@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tinymim.configs.codecs import Relation
+from tinymim.configs.codecs.relations import Relation
 from tinymim.targets.counter import _GAMMA, _mix, uniforms
 from tinymim.targets.relations.draws import PURPOSES, RELATIONS, sample_rows, stream_of
 

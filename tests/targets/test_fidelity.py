@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import codec_config
+from tinymim.configs.codecs.kinds import codec_config
 from tinymim.targets.fidelity import GradientMoments, StatisticMoments, merged, rounded
 from tinymim.targets.relations.kind import exact_rows
 from tinymim.targets.relations.qkv import QKV, relation_probs

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import TargetsConfig, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.targets.kinds import divided_targets
 from tinymim.targets.relations.draws import sample_rows

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from tinymim.configs.codecs import codec_config, codec_label
+from tinymim.configs.codecs.kinds import codec_config, codec_label
 from tinymim.targets import kinds
 
 PAGE = (Path(__file__).parents[2] / "docs" / "targets.md").read_text()

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
+from tinymim.configs.codecs.relations import Relation
 from tinymim.targets.counter import uniforms
 from tinymim.targets.relations.draws import stream_of
 from tinymim.targets.relations.kernels.triton_works import triton_works

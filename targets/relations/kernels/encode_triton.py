@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
+from tinymim.configs.codecs.relations import Relation
 from tinymim.targets.relations.draws import stream_of
 from tinymim.targets.relations.qkv import QKV
 from tinymim.targets.relations.sparsify import LOG_GRID

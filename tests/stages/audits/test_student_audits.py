@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from tinymim.configs.codecs import TargetsConfig
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import CacheMismatch, RecipeError, UserError
 from tinymim.configs.load import load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe, TrainStudentRecipe
-from tinymim.configs.sections import AuditConfig
+from tinymim.configs.schema.cache import CacheTeacherRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.audits import AuditConfig
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import build_vit

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.stages.cache import repair
 from tinymim.tests.stages.tiny import cache_recipe, run_in
 

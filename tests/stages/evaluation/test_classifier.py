@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from timm.data.real_labels import RealLabelsImagenet
 
 from tinymim.configs.errors import CheckpointError, RecipeError, SourceError
-from tinymim.configs.sections import ModelConfig, SourceConfig
+from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.models.vit import Normalise, build_model
 from tinymim.pipeline.dataset import ImageViews

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import KnnConfig
+from tinymim.configs.sections.evaluation import KnnConfig
 from tinymim.models.probes import knn_predict
 from tinymim.stages.evaluation import knn
 from tinymim.stages.evaluation.encode import EncodedSet

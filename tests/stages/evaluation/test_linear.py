@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinymim.configs.errors import SourceError
-from tinymim.configs.sections import LinearEvaluator
+from tinymim.configs.sections.evaluation import LinearEvaluator
 from tinymim.models.probes import linear_probe
 from tinymim.stages.evaluation import linear
 from tinymim.stages.evaluation.encode import EncodedSet

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.models.vit import build_model, count_parameters
 from tinymim.stages import evaluate
 from tinymim.stages.compare import table_cells

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.schema import FinetuneRecipe
-from tinymim.configs.sections import ClassTeacherConfig, ModelConfig
+from tinymim.configs.schema.finetune import FinetuneRecipe
+from tinymim.configs.sections.models import ClassTeacherConfig, ModelConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.classifier import build_classifier, load_classifier
 from tinymim.models.vit import Normalise, build_model, build_vit

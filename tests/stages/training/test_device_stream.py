@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinymim.configs.sections import JitterConfig
+from tinymim.configs.sections.augment import JitterConfig
 from tinymim.pipeline.dataset import Lacking, ViewBatch
 from tinymim.pipeline.jitter import jitter
 from tinymim.stages.training.device_stream import CPU, DeviceStream, current

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinymim.configs.errors import UserError
-from tinymim.configs.schema import TrainStudentRecipe
-from tinymim.configs.sections import OrderConfig
+from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.sections.loader import OrderConfig
 from tinymim.pipeline.order import SampleOrder
 from tinymim.stages.run.interrupt import StopFlag
 from tinymim.stages.run.progress import Meter

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from tinymim.configs.errors import RecipeError, UserError
-from tinymim.configs.sections import MaeConfig, ModelConfig, OptimConfig, OrderConfig
+from tinymim.configs.sections.decoders import MaeConfig
+from tinymim.configs.sections.loader import OrderConfig
+from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.sections.optim import OptimConfig
 from tinymim.models.mim import masked_autoencoder
 from tinymim.models.vit import build_vit
 from tinymim.pipeline.order import SampleOrder

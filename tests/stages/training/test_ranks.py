@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tinymim import cli
 from tinymim.configs.errors import CacheCorrupt, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.schema import TrainStudentRecipe
+from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.stages import cache_teacher, pretrain, train_student
 from tinymim.stages.run.folder import read_audits, read_metrics
 from tinymim.stages.run.interrupt import Interrupted

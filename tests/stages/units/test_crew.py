@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 from tinymim.configs.errors import CacheMismatch, LoaderKilled, RecipeError, UnitsFailed
 from tinymim.configs.load import dump_recipe
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages import cache_teacher
 from tinymim.stages.run.folder import read_metrics

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tinymim.configs.errors import CacheMismatch
-from tinymim.configs.sections import TeacherConfig
+from tinymim.configs.sections.models import TeacherConfig
 from tinymim.configs.taps import Tap
 from tinymim.models.drop_path import HandedDropPath, drop_by
 from tinymim.models.teacher import Teacher

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import codec_config
-from tinymim.configs.sections import ModelConfig
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models import backbone
 from tinymim.models.student import StudentModel, shapes_of

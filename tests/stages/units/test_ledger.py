@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tinymim.configs.sections import SourceConfig
+from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.stages.units.ledger import NO_ITEMS, Ledger, UnitBatches, UnitReport, missing_units
 from tinymim.storage.layout import UnitId

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.stages import cache_teacher, plan
 from tinymim.stages.cache import deep, repair

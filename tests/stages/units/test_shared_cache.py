@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinymim.configs.errors import CacheMismatch, UserError
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.stages import cache_teacher, train_student
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.reader import CacheReader

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinymim.configs.errors import CacheMismatch, RecipeError, UserError, ViewMismatch
-from tinymim.configs.schema import CacheTeacherRecipe
+from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline import dataset, decode, replay
 from tinymim.pipeline.dataset import ImageViews

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import codec_config
+from tinymim.configs.codecs.kinds import codec_config
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.attention.kind import Attention, AttentionTarget
 from tinymim.targets.contract import Tapped

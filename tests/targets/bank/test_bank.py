@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tinymim.configs.codecs import TargetsConfig, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.bank.kind import Bank
 from tinymim.targets.contract import Tapped

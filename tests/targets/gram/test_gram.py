@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tinymim.configs.codecs import TargetsConfig, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Tapped
 from tinymim.targets.gram.kind import Gram, GramTarget

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tinymim.configs.class_map import class_map_sha256
-from tinymim.configs.codecs import TargetsConfig, codec_config, codec_parameters
+from tinymim.configs.codecs.kinds import codec_config, codec_parameters
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Labels, Tapped

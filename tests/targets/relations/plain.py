@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tinymim.configs.codecs import CodecConfig, TargetsConfig
+from tinymim.configs.codecs.kinds import CodecConfig
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import ArraySpec, Tapped
 from tinymim.targets.kinds import make_kind, stored_kind

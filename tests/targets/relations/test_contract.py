@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from tinymim.configs.codecs import TargetsConfig, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Tapped, TargetKind
 from tinymim.targets.kinds import make_kind

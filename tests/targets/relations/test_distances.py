@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import codec_config
+from tinymim.configs.codecs.kinds import codec_config
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Shapes
 from tinymim.targets.fidelity import GradientMoments

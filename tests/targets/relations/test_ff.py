@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from tinymim.configs.codecs import TargetsConfig, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.taps import Shapes, Tap
 from tinymim.targets.contract import Tapped
 from tinymim.targets.fidelity import GradientMoments

@@ -9,7 +9,9 @@ import timm
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import HiddenCodec, TargetsConfig, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.relations import HiddenCodec
+from tinymim.configs.codecs.targets import TargetsConfig
 from tinymim.configs.errors import CacheMismatch, RecipeError
 from tinymim.configs.taps import Tap
 from tinymim.models.taps import CutTeacher

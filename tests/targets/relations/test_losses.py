@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.relations import Relation
 from tinymim.targets.relations.losses import cross_entropy_per_head
 from tinymim.targets.relations.qkv import QKV, relation_probs
 from tinymim.targets.relations.rows import DenseRows, Rows, SparseRows

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation
+from tinymim.configs.codecs.relations import Relation
 from tinymim.targets.relations.draws import sample_rows
 from tinymim.targets.relations.qkv import QKV, relation_logits, relation_probs
 

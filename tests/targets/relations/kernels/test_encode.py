@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim.configs.codecs import Relation, codec_config
+from tinymim.configs.codecs.kinds import codec_config
+from tinymim.configs.codecs.relations import Relation
 from tinymim.targets.counter import uniforms
 from tinymim.targets.relations.draws import sample_rows, stream_of
 from tinymim.targets.relations.kernels import encode

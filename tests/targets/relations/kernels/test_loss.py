@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinymim.configs.codecs import codec_config
+from tinymim.configs.codecs.kinds import codec_config
 from tinymim.targets.relations.kernels.loss import (
     CPU_CHUNK_BYTES,
     cross_entropy,

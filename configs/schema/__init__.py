@@ -1,0 +1,1 @@
+"""The one schema of all recipes, one command a file."""

@@ -1,0 +1,1 @@
+"""The sections that recipes are made of, one subject a file."""
