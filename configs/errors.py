@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from reprlib import Repr
 from typing import ClassVar
 
 # Refusals of the machine. They are no bugs of ours, and the system's message suffices.
@@ -32,6 +33,10 @@ _SYSTEM_REFUSALS = (
 
 # Characters that a terminal obeys or that reorder a line, and halves of characters. Line feed and tab are not here.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Cuts values in messages: a recipe may hold a section where a number belongs.
+short = Repr()
+short.maxstring = short.maxother = 60
 
 
 class TinymimError(Exception):

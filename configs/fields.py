@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.schema.recipes import RECIPES
-from tinymim.configs.sections.base import Section
+from tinymim.configs.sections.base import Section, sections_in
 from tinymim.configs.sections.values import LARGEST
 
 ALL = "all"  # in place of a stage: every stage, as docs/recipes.md has it
@@ -89,19 +89,13 @@ def _titled_sections(recipes: Iterable[type[Section]]) -> Iterator[tuple[str, ty
 def _sections_below(section: type[Section], place: str) -> Iterator[tuple[str, type[Section]]]:
     for name, field in section.model_fields.items():
         named = place + name + (".NAME" if dict in _origins(field.annotation) else "")
-        for inner in _sections_in(field.annotation):
+        for inner in sections_in(field.annotation):
             yield named, inner
             yield from _sections_below(inner, f"{named}.")
 
 
 def _origins(annotation: Any) -> list[Any]:
     return [get_origin(each) for each in (annotation, *get_args(annotation))]
-
-
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 
 
 # ---- one table ----
@@ -184,7 +178,7 @@ def _kinds(annotation: Any, limits: Iterable[Any]) -> Iterator[str]:
         yield f"list of {_listed(dict.fromkeys(_kinds(arguments[0], ())))}"
     elif get_origin(annotation) is tuple:
         yield f"{len(arguments)} numbers"
-    elif get_origin(annotation) is dict and not _sections_in(arguments[1]):
+    elif get_origin(annotation) is dict and not sections_in(arguments[1]):
         yield "values by name"
     elif get_origin(annotation) is dict:
         yield "sections by name"

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from tinymim.configs.errors import CheckpointError, RecipeError
-from tinymim.configs.load import parse_yaml
 from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.strict_yaml import parse_yaml
 from tinymim.models.backbone import heads
 from tinymim.models.vit import build_model
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar
 
 from tinymim.configs.errors import RecipeError, TinymimError, UserError, first_line
-from tinymim.configs.load import parse_yaml
 from tinymim.configs.place import joined, parse_place
+from tinymim.configs.strict_yaml import parse_yaml
 from tinymim.stages.pages.live import page
 from tinymim.stages.pages.live import policy as page_policy
 from tinymim.stages.run.folder import (

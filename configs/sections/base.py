@@ -4,7 +4,7 @@ Each field's `description` is its documentation: `tinymim recipes --fields STAGE
 generated from it. Defaults are TinyMIM's (Ren et al., CVPR 2023) if it has one.
 """
 
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,3 +25,10 @@ class Section(BaseModel):
             for name, field in found.items()
             if name == "kind" or field.is_required() or "kind" not in found
         }
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The section classes that an annotation names, in order."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in sections_in(inner)]

@@ -14,8 +14,6 @@ Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
 Std = tuple[Deviation, Deviation, Deviation]
 HUB = "hub"  # words for weights that no file names
 FACTORY = "factory"
-
-
 # Arguments of timm that fields of recipes decide.
 _DECIDED = ("img_size", "num_classes", "in_chans", "drop_path_rate", "global_pool", "pretrained")
 

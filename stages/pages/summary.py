@@ -9,7 +9,7 @@ from typing import Any, Final
 from safetensors.torch import load_file
 
 from tinymim.configs.errors import RecipeError, UserError, first_line
-from tinymim.configs.load import parse_yaml
+from tinymim.configs.strict_yaml import parse_yaml
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.stages.run.folder import (
     AUDIT_NAME,

@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tinymim.configs import load, shipped
+from tinymim.configs import shipped
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.load import dump_recipe, load_recipe, recipe_digest
 from tinymim.configs.schema.recipes import RECIPES, Recipe
 from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.configs.shipped import shipped_recipes
+from tinymim.configs.strict_yaml import parse_yaml
 
 STUDENT = """\
 stage: train-student
@@ -70,12 +70,12 @@ def test_relative_paths_stay_relative_to_the_working_directory(tmp_path: Path) -
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "1.0e-3", ".1e-2", "+1e-3", "0.001", "10e-4"])
 def test_every_spelling_of_a_float_is_a_float(tmp_path: Path, text: str) -> None:
     assert _student(tmp_path, f"optim.base_lr={text}").optim.base_lr == 1e-3
-    assert yaml.load(text, Loader=load._Loader) == 1e-3
+    assert parse_yaml(text, "a recipe") == 1e-3
 
 
 @pytest.mark.parametrize("text", ["e-3", "1e", "1e-3x", "v1e3", "-e3", "1.2.3e4"])
 def test_what_only_looks_like_a_float_stays_text(text: str) -> None:
-    assert yaml.load(text, Loader=load._Loader) == text
+    assert parse_yaml(text, "a recipe") == text
 
 
 def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_a_name_the_file_system_refuses_is_no_traceback() -> None:
 
 def test_every_shipped_recipe_is_valid() -> None:
     for name in shipped_recipes():
-        stage = yaml.load(load._read(Path(name)), Loader=load._Loader)["stage"]
+        stage = parse_yaml(shipped.text(name), name)["stage"]
         assert isinstance(load_recipe(Path(name), stage), RECIPES[stage])
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from tinymim.configs.errors import RecipeError
-from tinymim.configs.load import dump_recipe, load_recipe, parse_yaml, recipe_digest
+from tinymim.configs.load import dump_recipe, load_recipe, recipe_digest
 from tinymim.configs.schema.recipes import RECIPES
 from tinymim.configs.shipped import recipe_file, shipped_recipes
+from tinymim.configs.strict_yaml import parse_yaml
 from tinymim.tests.fuzz.damage import damaged, outcomes
 from tinymim.tests.fuzz.odd import VALUES, places, put
 
