@@ -1,4 +1,4 @@
-"""configs/load.py: what a recipe file may hold, how flags beat it, and what each mistake is answered with."""
+"""load.py, overrides.py, strict_yaml.py: what a recipe may hold, how flags beat it, how each mistake is answered."""
 
 import os
 import threading
