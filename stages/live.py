@@ -1,19 +1,17 @@
 """`tinymim live`: a local web page of running and finished jobs and of caches. Reads their files; writes nothing."""
 
 import contextlib
-import ipaddress
 import json
 import math
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, TypeVar
 
 from tinymim.configs.errors import RecipeError, TinymimError, UserError, first_line
 from tinymim.configs.place import joined, parse_place
@@ -30,6 +28,7 @@ from tinymim.stages.run.folder import (
     RECIPE_NAME,
     STATUS_NAME,
 )
+from tinymim.stages.run.local_server import Page, is_loopback, local_server, shown_host
 from tinymim.stages.run.metrics import MISSING, audit_metrics, formatted, in_order, members, metric
 from tinymim.stages.run.owner import LOCK_NAME
 from tinymim.storage.catalog import caches_below, listed
@@ -57,8 +56,8 @@ def run(places: Sequence[Path | str], host: str, port: int, every_s: float) -> N
         UserError: as `open_server`.
     """
     with open_server(places, host, port, every_s) as server, contextlib.suppress(KeyboardInterrupt):
-        print(f"http://{_shown(host)}:{server.server_address[1]}/", flush=True)
-        if not _is_loopback(host):
+        print(f"http://{shown_host(host)}:{server.server_address[1]}/", flush=True)
+        if not is_loopback(host):
             print("warning: everyone who reaches this port can read the page", file=sys.stderr, flush=True)
         server.serve_forever()
 
@@ -85,13 +84,22 @@ def open_server(
         if isinstance(place, Path) and not place.is_dir():
             raise UserError("there is no such folder", got=place, hint="name run folders, caches, or folders of them")
     try:
-        return make_server(Jobs(places), host, port, every_s)
+        return _served(Jobs(places), host, port, every_s)
     except OSError as error:
         raise RecipeError(
             "the page cannot be served there",
             got=f"{host}, port {port}: {error.strerror or error}",
             hint="choose another --port; 0 takes any free one",
         ) from error
+
+
+def _served(jobs: "Jobs", host: str, port: int, every_s: float) -> ThreadingHTTPServer:
+    content = page(every_s).encode()
+    pages: dict[str, Page] = {
+        "/": ("text/html; charset=utf-8", lambda: content),
+        "/state.json": ("application/json", lambda: json.dumps(jobs.state(), allow_nan=False).encode()),
+    }
+    return local_server(pages, page_policy(every_s), host, port)
 
 
 # ---------------------------------------------------------------- what is read
@@ -391,95 +399,3 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     """Every n-th point, and the last one."""
     every = -(-len(points) // _MOST_POINTS)
     return [*points[:-1:every], points[-1]]
-
-
-# ---------------------------------------------------------------- the server
-
-
-def make_server(jobs: Jobs, host: str, port: int, every_s: float) -> ThreadingHTTPServer:
-    """A server of the page and of its state; raises OSError where it cannot listen."""
-    content = page(every_s).encode()
-
-    class Handler(_Handler):
-        policy = page_policy(every_s)
-        pages: ClassVar[Mapping[str, tuple[str, Callable[[], bytes]]]] = {
-            "/": ("text/html; charset=utf-8", lambda: content),
-            "/state.json": ("application/json", lambda: json.dumps(jobs.state(), allow_nan=False).encode()),
-        }
-
-    class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads = True
-
-    return Server((host, port), Handler)
-
-
-_HEADERS: Final = (
-    ("Cache-Control", "no-store"),
-    ("Referrer-Policy", "no-referrer"),
-    ("X-Content-Type-Options", "nosniff"),
-)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """Answers GET of two paths, for requests that name this machine."""
-
-    pages: ClassVar[Mapping[str, tuple[str, Callable[[], bytes]]]]
-    policy: ClassVar[str]
-    server_version, sys_version = "tinymim", ""
-    timeout = 30.0  # of a connection that says nothing
-
-    def do_GET(self) -> None:
-        """Answer with a page."""
-        if not names_this_machine(self.headers.get("Host", "")):
-            self._answer(403, "text/plain", b"the Host header names another machine\n")
-        elif (found := self.pages.get(self.path.partition("?")[0])) is None:
-            self._answer(404, "text/plain", b"there is / and /state.json\n")
-        else:
-            kind, make = found
-            self._answer(200, kind, make())
-
-    def parse_request(self) -> bool:
-        """Read the request line and headers; False ends the request, as for every method but GET."""
-        if super().parse_request() and self.command == "GET":
-            return True
-        if self.command and self.command != "GET":
-            self.close_connection = True  # a body, if any, stays unread
-            self._answer(405, "text/plain", b"only GET\n", (("Allow", "GET"),))
-        return False
-
-    def _answer(self, code: int, kind: str, body: bytes, more: Sequence[tuple[str, str]] = ()) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.send_response(code)
-            sent = (("Content-Type", kind), ("Content-Length", str(len(body))), *more)
-            for name, value in (*sent, ("Content-Security-Policy", self.policy), *_HEADERS):
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Print nothing for each request."""
-
-
-def names_this_machine(host: str) -> bool:
-    """Whether a Host header holds an address, `localhost` or this machine's name, and no other name.
-
-    A page of another site can point a name of its own at this server (DNS rebinding), but it cannot send another
-    Host header than that name.
-    """
-    name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(name)
-        return True
-    return name.lower().rstrip(".") in {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
-
-
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

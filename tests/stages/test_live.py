@@ -144,7 +144,7 @@ def test_new_runs_appear_and_damaged_ones_do_not_hide_others(tmp_path: Path) -> 
 def test_a_place_that_does_not_exist_or_a_taken_port_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         live.run([tmp_path / "none"], "127.0.0.1", 0, 5.0)
-    with live.make_server(live.Jobs([]), "127.0.0.1", 0, 5.0) as server, pytest.raises(RecipeError, match="--port"):
+    with live.open_server([tmp_path], port=0) as server, pytest.raises(RecipeError, match="--port"):
         live.run([tmp_path], "127.0.0.1", server.server_address[1], 5.0)
 
 
@@ -154,7 +154,7 @@ def test_a_place_that_does_not_exist_or_a_taken_port_is_refused(tmp_path: Path) 
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:
     """The port of a server of `tmp_path`, which asks for news every 0.3 s."""
-    with live.make_server(live.Jobs([tmp_path]), "127.0.0.1", 0, 0.3) as server:
+    with live.open_server([tmp_path], port=0, every_s=0.3) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
@@ -248,7 +248,7 @@ def test_hostile_names_and_messages_stay_text(chromium: Browser, port: int, tmp_
 
 
 def test_a_silent_server_is_said(chromium: Browser, tmp_path: Path) -> None:
-    server = live.make_server(live.Jobs([tmp_path]), "127.0.0.1", 0, 0.2)
+    server = live.open_server([tmp_path], port=0, every_s=0.2)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     chromium.open(f"http://127.0.0.1:{server.server_address[1]}/", 420)
