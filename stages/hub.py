@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from tinymim.configs.errors import StoreError, UserError, first_line
 from tinymim.models.checkpoints import read_metadata
+from tinymim.models.files import RANDOM
 from tinymim.stages.cache import copy, pack
 from tinymim.stages.cache.info import describe
-from tinymim.stages.pages.card import UNKNOWN, card, licence, model_card
+from tinymim.stages.pages.card import card, licence, model_card
 from tinymim.stages.run.folder import (
     BEST_NAME,
     ENCODER_NAME,
@@ -178,7 +179,7 @@ def _weights_of(source: Path) -> Path | None:
 
 
 def _of_model(source: Path, weights: Path) -> tuple[dict[str, Path | bytes], str, set[str]]:
-    """The files of a model repository, its card, and the licences of the teachers."""
+    """The files of a model repository, its card, and the licences of the teachers, or of the weights it began from."""
     folder = weights.with_suffix("") if weights.name != "model.safetensors" else weights.parent
     files: dict[str, Path | bytes] = {}
     for path in (
@@ -193,10 +194,11 @@ def _of_model(source: Path, weights: Path) -> tuple[dict[str, Path | bytes], str
     try:
         teachers: dict[str, Any] = json.loads(metadata.get("teachers", "{}"))
         licences = {licence(teacher) for teacher in teachers.values()}
+        if not teachers and metadata.get("made_by") != "tinymim pretrain-mae":
+            start = json.loads(metadata.get("start", "{}"))  # fine-tuned models do not state theirs
+            licences = set() if start.get("weights") == RANDOM else {licence(start)}
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{source} does not describe its weights", got=first_line(error)) from error
-    if not teachers and metadata.get("made_by") != "tinymim pretrain-mae":
-        licences = {UNKNOWN}  # older runs, and fine-tuned models: what they began from is not stated
     metrics = read_metrics(source)
     return files, model_card(config, metadata, teachers, sorted(licences), metrics[-1] if metrics else {}), licences

@@ -58,18 +58,19 @@ def train(recipe: PretrainRecipe | PretrainMaeRecipe, ranks: Ranks) -> None:
     order = SampleOrder(source.counts, recipe.order, recipe.optim.batch_size, None, ranks.rank, ranks.world_size)
     torch.manual_seed(recipe.run.seed)
     encoder, content = build_student(recipe.model), [f"masks {MASKS_VERSION}"]
-    trained_on = Pixels(IMAGENET_MEAN, IMAGENET_STD, recipe.views.interpolation)
+    trained_on, start = Pixels(IMAGENET_MEAN, IMAGENET_STD, recipe.views.interpolation), {"weights": RANDOM}
     if isinstance(recipe, PretrainMaeRecipe):
         model = masked_autoencoder(encoder, size, recipe.mae)
     else:
         load_classifier(encoder, recipe.model, recipe.weights)  # "random" leaves it as it is
-        mean, std, source_of_pixels, _ = stated(encoder, recipe.model, recipe.weights, recipe.mean, recipe.std)
+        mean, std, source_of_pixels, licence = stated(encoder, recipe.model, recipe.weights, recipe.mean, recipe.std)
         trained_on = Pixels(mean, std, recipe.views.interpolation)
         logger.info(f"pretrain: weights {recipe.weights}; mean and std of the pixels: {source_of_pixels}")
         model = MaskedModel(encoder, size, recipe.mask, recipe.target, recipe.decoder)
         if recipe.weights != RANDOM:
             digest = tensors_sha256(read_weights(recipe.model, recipe.weights).tensors)
             content += [f"weights {digest}", f"pixels {mean} {std}"]
+            start = {"weights": recipe.weights, "weights_sha256": digest, "license": licence}
     if recipe.recompute:
         backbone.recompute(encoder)
     model = model.to(device)
@@ -113,6 +114,7 @@ def train(recipe: PretrainRecipe | PretrainMaeRecipe, ranks: Ranks) -> None:
     metadata = {
         "made_by": f"tinymim {recipe.stage}",
         "recipe": dump_recipe(recipe),
+        "start": json.dumps(start),
         "source": json.dumps({shard.name: shard.content_hash for shard in source.shards}),
         "libraries": json.dumps(environment()),
         "steps": str(books.total_steps),

@@ -116,6 +116,26 @@ def test_a_licence_that_may_forbid_it_is_refused_unless_told(made: Path, tmp_pat
             hub._require_licences({licence, "mit"}, ())
 
 
+@pytest.mark.parametrize(
+    ("start", "licences"),
+    [
+        ({"weights": "random"}, set()),
+        ({"weights": "mine.safetensors", "license": LOCAL}, {LOCAL}),
+        ({"weights": "hub", "license": "apache-2.0"}, {"apache-2.0"}),
+        ({}, {"unknown"}),
+    ],
+    ids=["random", "file", "hub", "not-stated"],
+)
+def test_an_encoder_without_a_teacher_has_the_licence_of_its_start(
+    start: Json, licences: set[str], made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "run-student", tmp_path / "own")
+    weights = tmp_path / "own" / "student.safetensors"
+    metadata = {"made_by": "tinymim pretrain"} | ({"start": json.dumps(start)} if start else {})
+    save_file(load_file(weights), weights, metadata)
+    assert hub._of_model(tmp_path / "own", weights)[2] == licences
+
+
 @pytest.mark.parametrize("stated", [{}, {"license": None}, {"license": ""}], ids=["absent", "null", "empty"])
 def test_a_run_that_does_not_state_a_licence_counts_as_unknown(stated: Json, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "run-student", tmp_path / "old")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tinymim.configs.errors import CheckpointError, RecipeError
 from tinymim.configs.schema.pretrain import PretrainRecipe
+from tinymim.models.checkpoints import read_metadata
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.stages import pretrain
 from tinymim.stages.run.folder import read_metrics
@@ -126,6 +127,9 @@ def test_pixels_are_normalised_as_the_weights_were(drawn_shards: Path, tmp_path:
     )
     assert torch.equal(stated, given) and not torch.equal(stated, others)
     assert json.loads((tmp_path / "stated" / "encoder" / "config.json").read_text())["pretrained_cfg"]["mean"] == half
+    start = json.loads(read_metadata(tmp_path / "given" / "encoder.safetensors")["start"])
+    assert start["weights"] == foreign["weights"] and start["license"] == "unknown (local file)"
+    assert json.loads(read_metadata(own)["start"]) == {"weights": "random"}
     with pytest.raises(CheckpointError, match="mean and std of the pixels are not known"):
         pretrain.run(recipe(drawn_shards, tmp_path / "refused", **foreign))
 
