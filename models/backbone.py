@@ -1,4 +1,4 @@
-"""The inside of timm models: the only file that reads their blocks, embeddings and norms.
+"""The inside of timm models: sizes, parts, tokens. `hiding` and `initialise` change it; no other file reads it.
 
 Widths, strides and tokens are given by *place*, counted from 1 in the order of timm's own `feature_info` and
 `forward_intermediates`: a block of a plain ViT, a stage of any other model. A plain ViT is one whose blocks give tokens
@@ -9,15 +9,12 @@ Shapes: B image, P prefix token (class token, registers), N patch, T token = P +
 """
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
-from timm.layers import DropPath
-from timm.models import Eva, Hiera, SwinTransformer, SwinTransformerV2, TinyVit, VisionTransformer
+from timm.models import Eva, SwinTransformer, SwinTransformerV2, TinyVit, VisionTransformer
 from torch import Tensor, nn
 
 from tinymim.configs.errors import RecipeError
@@ -291,121 +288,6 @@ def classified(model: nn.Module, features: Tensor, logits: bool) -> Tensor:
     return found.flatten(1)
 
 
-def check_masked(model: nn.Module) -> None:
-    """Raises RecipeError where a model cannot run on visible patches alone."""
-    if not isinstance(model, PlainViT):
-        raise RecipeError(
-            f"{type(model).__name__} cannot run on visible patches alone",
-            got="a mask",
-            expected="a plain ViT, or one with rotary positions",
-            hint="leave the mask out",
-        )
-
-
-class _Kept(nn.Module):
-    """Stands in the place of timm's patch dropout: after the positions were added, before the first block."""
-
-    def __init__(self, kept: Tensor, prefix: int, returns_indices: bool) -> None:
-        super().__init__()
-        self._kept, self._prefix, self._returns_indices = kept, prefix, returns_indices
-
-    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        found = torch.cat([tokens[:, : self._prefix], take(tokens[:, self._prefix :], self._kept)], dim=1)
-        # timm then takes the rows of rotary embeddings at the same indices.
-        return (found, self._kept) if self._returns_indices else found
-
-
-@contextmanager
-def seeing(model: nn.Module, kept: Tensor | None) -> Iterator[None]:
-    """Within the context, the model runs on its prefix tokens and some patches alone.
-
-    Args:
-        model: a plain ViT, or one with rotary positions; of a Hiera, whose patches are mask units of its last stride,
-            `forward_features` alone.
-        kept: int64 [B, M], raster-order numbers of the patches to keep, in the order that their tokens get; None: all.
-
-    Raises:
-        RecipeError: the model cannot leave patches out.
-    """
-    if kept is None:
-        yield
-        return
-    timm_model: Any = model
-    if isinstance(model, Hiera):
-        timm_model.forward_features = partial(_hiera_features, timm_model.forward_features, model, kept)
-        try:
-            yield
-        finally:
-            del timm_model.forward_features  # the class's method shows again
-        return
-    check_masked(model)
-    held = timm_model.patch_drop
-    timm_model.patch_drop = _Kept(kept, prefix_tokens(model), returns_indices=isinstance(model, Eva))
-    try:
-        yield
-    finally:
-        timm_model.patch_drop = held
-
-
-def _hiera_features(whole: Callable[..., Tensor], model: Hiera, kept: Tensor, images: Tensor) -> Tensor:
-    """What `forward_features` gives of visible mask units; timm gives them in raster order."""
-    visible = kept.new_zeros(len(kept), math.prod(model.mask_spatial_shape), dtype=torch.bool).scatter(1, kept, True)
-    return take(whole(images, mask=visible), kept.argsort(dim=1).argsort(dim=1))
-
-
-def can_drop(model: nn.Module) -> bool:
-    """Whether `seeing` can leave patches out of the model's input."""
-    if isinstance(model, Hiera):  # a token at the end for each mask unit
-        return strides(model)[-1] == model.mask_unit_size[0] * model.patch_stride[0]
-    return isinstance(model, PlainViT)
-
-
-def embedded_stride(model: nn.Module) -> int | None:
-    """Pixels along a side of the patches that the model embeds first; None where these overlap or are not square."""
-    embedding = getattr(model, "patch_embed", None)
-    size = getattr(embedding, "patch_size", None)
-    apart = getattr(getattr(embedding, "proj", None), "stride", None) == size
-    return int(size[0]) if isinstance(size, tuple) and apart and size[0] == size[-1] else None
-
-
-def embedded_width(model: nn.Module) -> int:
-    """Channels of the embedded patches; 1 where the model embeds none."""
-    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-    return int(getattr(projection, "out_channels", 1))
-
-
-@contextmanager
-def replaced(model: nn.Module, hidden: Tensor, token: Tensor) -> Iterator[None]:
-    """Within the context, `token` [1, 1, C] stands in the place of hidden embedded patches, bool [B, rows, columns]."""
-    timm_model: Any = model
-
-    def replace(_module: nn.Module, _args: Any, patches: Tensor) -> Tensor:
-        at = (hidden if patches.ndim == 4 else hidden.flatten(1))[..., None]
-        return torch.where(at, token.to(patches.dtype).view(-1), patches)
-
-    handle = timm_model.patch_embed.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def painted(model: nn.Module, kept: Tensor, token: Tensor) -> Iterator[None]:
-    """Within the context, `token` [1, 1, C] replaces the embeddings of all patches but `kept`, int64 [B, M]."""
-    embedding: Any = model.patch_embed
-
-    def paint(_module: nn.Module, _args: Any, patches: Tensor) -> Tensor:
-        visible = torch.zeros(patches.shape[:2], dtype=torch.bool, device=kept.device).scatter(1, kept, True)
-        return torch.where(visible[..., None], patches, token.to(patches.dtype))
-
-    handle = embedding.register_forward_hook(paint)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 @contextmanager
 def tokens_after(model: nn.Module, block: int) -> Iterator[list[Tensor]]:
     """A list that gets the tokens [B, T, C] after a block, counted from 1, at every forward pass in the context."""
@@ -415,43 +297,6 @@ def tokens_after(model: nn.Module, block: int) -> Iterator[list[Tensor]]:
         yield found
     finally:
         handle.remove()
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, N, C] at index [B, M] -> [B, M, C]."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-# ---------------------------------------------------------------- a fresh plain ViT
-
-
-def initialise_like_mae(vit: PlainViT, table: Tensor | None) -> None:
-    """Initialise like He et al. (2022): Xavier-uniform linear layers, `table` [1, prefix + N, C] as fixed positions.
-
-    `table` is None for a model without a position table.
-    """
-    for module in vit.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    projection = vit.patch_embed.proj.weight
-    nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
-    if vit.cls_token is not None:
-        nn.init.normal_(vit.cls_token, std=0.02)
-    held = positions(vit)
-    if table is None:
-        return
-    assert held is not None
-    held.table.data.copy_(table)
-    held.table.requires_grad_(False)
-
-
-def set_drop_path(vit: PlainViT, rate: float) -> None:
-    """Set stochastic depth to one rate in every block but the last, as TinyMIM does; timm's rate rises from 0."""
-    for block in vit.blocks[:-1]:
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-    vit.blocks[-1].drop_path1, vit.blocks[-1].drop_path2 = nn.Identity(), nn.Identity()
 
 
 # ---------------------------------------------------------------- training

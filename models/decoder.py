@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tinymim.configs.sections.decoders import DecoderConfig, LightDecoderConfig, PredictedConfig
 from tinymim.models import backbone
-from tinymim.models.backbone import take
+from tinymim.models.hiding import take
 from tinymim.models.hog import CELL, FEATURES, hog
-from tinymim.models.vit import patchify, sincos_table
+from tinymim.models.initialise import sincos_table
+from tinymim.models.vit import patchify
 
 
 class LightDecoder(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections.decoders import LightDecoderConfig, MaeConfig, PredictedConfig
 from tinymim.configs.sections.masks import PretrainMaskConfig
-from tinymim.models import backbone
+from tinymim.models import backbone, hiding
 from tinymim.models.decoder import LightDecoder, pixels_decoder
 from tinymim.models.hog import CELL
 
@@ -67,16 +67,16 @@ class MaskedModel(LightDecoder):
     def _encoded(self, images: Tensor, ranks: Tensor) -> Tensor:
         """The encoder's tokens of images with hidden cells; with `drop`, of visible patches alone, in their order."""
         if self.hide == "drop":
-            with backbone.seeing(self.encoder, ranks[:, : self.num_visible]):
+            with hiding.seeing(self.encoder, ranks[:, : self.num_visible]):
                 return backbone.tokens_at(self.encoder, images, None)
         flat = torch.zeros_like(ranks, dtype=torch.bool).scatter(1, ranks[:, self.num_visible :], True)
         hidden = flat.unflatten(1, (self.rows, self.rows))
         if self.hide == "paint":
             at = _grown(hidden, self.cell)[:, None]
             return backbone.tokens_at(self.encoder, torch.where(at, self.mask_token.to(images.dtype), images), None)
-        side = backbone.embedded_stride(self.encoder)
+        side = hiding.embedded_stride(self.encoder)
         assert side is not None  # by `_check`
-        with backbone.replaced(self.encoder, _grown(hidden, self.cell // side), self.mask_token):
+        with hiding.replaced(self.encoder, _grown(hidden, self.cell // side), self.mask_token):
             return backbone.tokens_at(self.encoder, images, None)
 
 
@@ -109,7 +109,7 @@ def _check(encoder: nn.Module, mask: PretrainMaskConfig, target: PredictedConfig
             got=f"mask.block {mask.block}, patches of {stride}",
             expected=f"a multiple of {stride}",
         )
-    if mask.hide == "drop" and not backbone.can_drop(encoder):
+    if mask.hide == "drop" and not hiding.can_drop(encoder):
         raise RecipeError(
             f"{type(encoder).__name__} cannot leave patches out",
             got="mask.hide: drop",
@@ -117,7 +117,7 @@ def _check(encoder: nn.Module, mask: PretrainMaskConfig, target: PredictedConfig
             hint="tinymim pretrain with mask.hide: paint, which any encoder can",
         )
     if mask.hide == "token":
-        side = backbone.embedded_stride(encoder)
+        side = hiding.embedded_stride(encoder)
         if side is None or mask.block % side:
             raise RecipeError(
                 f"{type(encoder).__name__} has no embedded patches that fit mask.block"
@@ -132,7 +132,7 @@ def _token(encoder: nn.Module, hide: str, decoder_dim: int) -> Tensor:
     """Zeros in the shape of what stands in the place of hidden cells: a colour, or a token."""
     if hide == "paint":
         return torch.zeros(1, 3, 1, 1)
-    return torch.zeros(1, 1, decoder_dim if hide == "drop" else backbone.embedded_width(encoder))
+    return torch.zeros(1, 1, decoder_dim if hide == "drop" else hiding.embedded_width(encoder))
 
 
 def _grown(mask: Bool[Tensor, "B R R"], factor: int) -> Bool[Tensor, "B R2 R2"]:

@@ -17,7 +17,7 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections.decoders import MimConfig
 from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.models import backbone
+from tinymim.models import backbone, hiding
 from tinymim.models.custom import own_shapes, require_student
 from tinymim.models.decoder import LightDecoder, pixels_decoder
 from tinymim.models.drop_path import replace_drop_path, set_drop_masks
@@ -110,9 +110,9 @@ class StudentModel(nn.Module):
         `kept`, int64 [B, M], are the visible patches; None: all are.
         """
         if kept is None or self.mask_token is None:
-            hidden = backbone.seeing(self.vit, kept)
+            hidden = hiding.seeing(self.vit, kept)
         else:
-            hidden = backbone.painted(self.vit, kept, self.mask_token)
+            hidden = hiding.painted(self.vit, kept, self.mask_token)
         with hidden:
             return final_tokens(self.vit, images)
 

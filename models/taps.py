@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.taps import Tap
-from tinymim.models import backbone
+from tinymim.models import backbone, hiding
 
 Tapped = Mapping[Tap, tuple[Tensor, ...]]
 IN_ATTENTION = ("normed", "attention", "qkv")
@@ -102,11 +102,11 @@ class CutTeacher(nn.Module):
     def forward(self, images: Tensor, taps: Collection[Tap] | None = None, kept: Tensor | None = None) -> Tapped:
         """The tensors of some taps, by default of all, for normalised images [B, 3, S, S].
 
-        With `kept`, int64 [B, M], the model sees these patches alone (`backbone.seeing`), and T is P + M.
+        With `kept`, int64 [B, M], the model sees these patches alone (`hiding.seeing`), and T is P + M.
         """
         wanted = [tap for tap in self.taps if taps is None or tap in taps]
         if not self._plain:
-            with backbone.seeing(self.model, kept):
+            with hiding.seeing(self.model, kept):
                 return self._of_maps(images, wanted)
         found: dict[Tap, tuple[Tensor, ...]] = {}
 
@@ -116,7 +116,7 @@ class CutTeacher(nn.Module):
                 raise _Done
 
         with ExitStack() as hooks:
-            hooks.enter_context(backbone.seeing(self.model, kept))
+            hooks.enter_context(hiding.seeing(self.model, kept))
             for tap in wanted:
                 for handle in self._hooked(tap, take) if tap.place else ():
                     hooks.callback(handle.remove)

@@ -15,6 +15,7 @@ from tinymim.models import backbone, custom
 from tinymim.models.checkpoints import tensors_sha256
 from tinymim.models.custom import CustomTaps
 from tinymim.models.drop_path import HandedDropPath, drop_by, replace_drop_path
+from tinymim.models.initialise import set_drop_path
 from tinymim.models.taps import CutTeacher, Tapped, check_tap, finite_views, require_finite
 from tinymim.models.vit import Normalise, build_model, size_overrides
 from tinymim.models.weights import build_with_weights, stated
@@ -182,7 +183,7 @@ def _dropping(model: nn.Module, rate: float) -> list[HandedDropPath]:
             got=type(model).__name__,
             hint="set teacher.drop_path: 0",
         )
-    backbone.set_drop_path(model, rate)
+    set_drop_path(model, rate)
     return replace_drop_path(model)
 
 

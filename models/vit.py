@@ -14,6 +14,7 @@ from tinymim.configs.errors import RecipeError, first_line
 from tinymim.configs.sections.models import ModelConfig
 from tinymim.models import backbone, custom
 from tinymim.models.hub import without_retries
+from tinymim.models.initialise import initialise_like_mae, set_drop_path, sincos_table
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -104,7 +105,7 @@ def build_timm_student(config: ModelConfig, drop_path: float = 0.0, **extra: Any
     """As `build_model`, at the initial weights of a student; `drop_path` is its stochastic depth.
 
     timm's VisionTransformer gets MAE's initialisation: a fixed 2-D sine-cosine position table, Xavier-uniform linear
-    layers (He et al., 2022), and one drop rate as in `backbone.set_drop_path`. So does an Eva with rotary positions
+    layers (He et al., 2022), and one drop rate as in `set_drop_path`. So does an Eva with rotary positions
     alone, such as DINOv3, without the table. Others keep timm's, with a rising rate.
 
     Raises:
@@ -118,9 +119,9 @@ def build_timm_student(config: ModelConfig, drop_path: float = 0.0, **extra: Any
         table = sincos_table(backbone.final_width(model), *backbone.grid(model), prefix=held.prefix)
     else:
         return model
-    backbone.initialise_like_mae(model, table)
+    initialise_like_mae(model, table)
     if drop_path:
-        backbone.set_drop_path(model, drop_path)
+        set_drop_path(model, drop_path)
     return model
 
 
@@ -138,26 +139,6 @@ def build_vit(config: ModelConfig, drop_path: float = 0.0, **extra: Any) -> Visi
             expected="a VisionTransformer such as vit_tiny_patch16_224",
         )
     return model
-
-
-def sincos_table(dim: int, rows: int, columns: int, prefix: int) -> Tensor:
-    """MAE's fixed 2-D position table, float32 [1, prefix + rows x columns, dim]; prefix rows are zero.
-
-    The first half of the channels encodes the column, the second the row (the order of MAE's and TinyMIM's tables),
-    each as sin, cos of position / 10000^(2i / (dim / 2)). Raises RecipeError unless 4 divides `dim`.
-    """
-    if dim % 4:
-        raise RecipeError("a 2-D sine-cosine position table needs a width divisible by 4", got=dim)
-    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    y, x = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
-    )
-    parts = []
-    for position in (x, y):
-        angle = position.reshape(-1, 1) * omega
-        parts += [angle.sin(), angle.cos()]
-    table = torch.cat(parts, dim=1).to(torch.float32)
-    return torch.cat([torch.zeros(prefix, dim), table])[None]
 
 
 class Normalise(nn.Module):

@@ -12,7 +12,7 @@ from tinymim.configs.errors import RecipeError, SourceError
 from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
 from tinymim.configs.sections.masks import MaskConfig
-from tinymim.models import backbone
+from tinymim.models import backbone, hiding
 from tinymim.models.vit import build_model
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode
@@ -146,7 +146,7 @@ def _mask_law(recipe: CacheTeacherRecipe | PretrainMaeRecipe | PretrainRecipe) -
         require_view_size(recipe.views.size, recipe.teacher, "teacher")
         with torch.device("meta"):
             teacher = build_model(recipe.teacher)
-        backbone.check_masked(teacher)
+        hiding.check_masked(teacher)
         rows, columns = backbone.grid(teacher)
     visible = mask.num_visible(rows, columns)
 

@@ -20,7 +20,7 @@ from tinymim.configs.sections.decoders import MimConfig
 from tinymim.configs.sections.masks import StudentMaskConfig
 from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Shapes, Tap
-from tinymim.models import backbone
+from tinymim.models import backbone, hiding
 from tinymim.models.student import Fit, StudentModel, build_student, check_inner, fit_of, fitted_shapes, shapes_of
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.dataset import ViewBatch
@@ -324,7 +324,7 @@ def _seen_shapes(vit: nn.Module, config: ModelConfig, mask: StudentMaskConfig | 
     shapes = shapes_of(vit, config.img_size)
     if mask is None:
         return shapes
-    backbone.check_masked(vit)
+    hiding.check_masked(vit)
     visible = mask.num_visible(*shapes.grid)
     return shapes if mask.hide == "token" else replace(shapes, tokens=shapes.prefix_tokens + visible)
 

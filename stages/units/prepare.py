@@ -12,7 +12,7 @@ from tinymim.configs.codecs.kinds import codec_parameters
 from tinymim.configs.place import joined
 from tinymim.configs.schema.cache import CacheTeacherRecipe, LayerTarget
 from tinymim.configs.sections.masks import MaskConfig
-from tinymim.models import backbone
+from tinymim.models import hiding
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.shards import ShardSet, open_shards
@@ -110,7 +110,7 @@ def make_layer(
         RecipeError: the codec or the mask does not fit the teacher.
     """
     if mask is not None:
-        backbone.check_masked(teacher.cut.model)
+        hiding.check_masked(teacher.cut.model)
     shapes = teacher.shapes(kind.taps, None if mask is None else mask.num_visible(*teacher.grid))
     return Layer(
         name=name,

@@ -11,7 +11,7 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections.decoders import MimConfig
 from tinymim.configs.sections.models import ModelConfig
 from tinymim.configs.taps import Tap
-from tinymim.models import backbone
+from tinymim.models import backbone, hiding
 from tinymim.models.student import Fit, StudentModel, build_student, check_inner
 from tinymim.models.vit import build_vit
 from tinymim.tests.models.families import FAMILIES
@@ -43,7 +43,7 @@ def test_a_head_reads_the_block_s_own_q_k_v_or_its_tokens(kept: Tensor | None) -
     tokens, third, qkv, first, final = answers
     for block, found in ((1, first), (3, third)):
         vit: Any = ours.vit
-        with backbone.seeing(vit, kept), backbone.tokens_after(vit, max(1, block - 1)) as before:
+        with hiding.seeing(vit, kept), backbone.tokens_after(vit, max(1, block - 1)) as before:
             # Before the first block are the tokens that it gets.
             held: list[Tensor] = []
             handle = vit.blocks[0].register_forward_pre_hook(lambda _module, args, held=held: held.append(args[0]))

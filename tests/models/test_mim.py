@@ -10,7 +10,7 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections.decoders import LightDecoderConfig, MaeConfig, PredictedConfig
 from tinymim.configs.sections.masks import PretrainMaskConfig
 from tinymim.configs.sections.models import ModelConfig
-from tinymim.models import backbone
+from tinymim.models import backbone, hiding
 from tinymim.models.decoder import features
 from tinymim.models.mim import MaskedModel, masked_autoencoder
 from tinymim.models.student import build_student
@@ -155,11 +155,11 @@ def test_a_hiera_sees_only_visible_mask_units_in_their_order() -> None:
     """Tokens follow `kept`; all units kept in raster order are the whole image."""
     encoder: Any = model_of(HIERA, "drop", 32).encoder.double().eval()
     images = torch.randn(1, 3, SIZE, SIZE, dtype=torch.float64)
-    with backbone.seeing(encoder, torch.arange(4)[None]):
+    with hiding.seeing(encoder, torch.arange(4)[None]):
         torch.testing.assert_close(encoder.forward_features(images), backbone.tokens_at(encoder, images, None))
     found = []
     for kept in ([3, 0, 2], [0, 2, 3]):
-        with backbone.seeing(encoder, torch.tensor([kept])):
+        with hiding.seeing(encoder, torch.tensor([kept])):
             found.append(backbone.tokens_at(encoder, images, None))
     assert torch.equal(found[0], found[1][:, [2, 0, 1]])
     assert "forward_features" not in vars(encoder)

@@ -1,4 +1,4 @@
-"""Position table, patches and pixel normalisation against independent formulas; errors of the builders."""
+"""Patches and pixel normalisation against independent formulas; errors of the builders."""
 
 import numpy as np
 import pytest
@@ -7,29 +7,7 @@ from torch import nn
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections.models import ModelConfig
-from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_vit, patchify, sincos_table
-
-
-@pytest.mark.parametrize(("dim", "rows", "columns", "prefix"), [(192, 14, 14, 1), (16, 3, 5, 0), (8, 2, 2, 5)])
-def test_the_position_table_is_maes(dim: int, rows: int, columns: int, prefix: int) -> None:
-    """Entry by entry: the first half encodes the column, the second the row; sines before cosines."""
-    table = sincos_table(dim, rows, columns, prefix).numpy()
-    assert table.shape == (1, prefix + rows * columns, dim)
-    assert not table[0, :prefix].any()
-    quarter = dim // 4
-    for row in range(rows):
-        for column in range(columns):
-            for channel in range(dim):
-                place = column if channel < dim // 2 else row
-                part, i = divmod(channel % (dim // 2), quarter)
-                angle = np.float64(place) / np.float64(10000.0) ** (2.0 * i / (dim / 2))
-                expected = np.sin(angle) if part == 0 else np.cos(angle)
-                assert table[0, prefix + row * columns + column, channel] == pytest.approx(expected, abs=1e-7)
-
-
-def test_a_width_that_has_no_table_is_refused() -> None:
-    with pytest.raises(RecipeError, match="divisible by 4"):
-        sincos_table(10, 2, 2, 1)
+from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, Normalise, build_vit, patchify
 
 
 def test_patches_are_in_raster_order_channels_last() -> None:
@@ -65,17 +43,6 @@ def test_normalised_pixels(given: tuple[tuple[float, float, float], tuple[float,
     reference = (pixels.numpy().astype(np.float64) / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     assert out.dtype == torch.float32
     np.testing.assert_allclose(out.numpy(), reference, rtol=1e-5, atol=1e-6)
-
-
-def test_a_built_vit_has_maes_start() -> None:
-    vit = build_vit(ModelConfig(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=4))
-    assert vit.pos_embed is not None and not vit.pos_embed.requires_grad
-    assert torch.equal(vit.pos_embed.data, sincos_table(16, 4, 4, 1))
-    bound = (6 / (16 + 48)) ** 0.5  # Xavier uniform of qkv, [48, 16]
-    weight = vit.get_parameter("blocks.0.attn.qkv.weight").detach()
-    assert 0.9 * bound < float(weight.abs().max()) <= bound
-    assert not any(m.bias.any() for m in vit.modules() if isinstance(m, nn.Linear) and m.bias is not None)
-    assert vit(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
 
 
 @pytest.mark.parametrize(
