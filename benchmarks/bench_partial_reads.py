@@ -33,13 +33,14 @@ import provenance
 from google_crc32c import value as crc32c
 
 from tinymim.configs.sections.views import ViewConfig
-from tinymim.storage import v1
 from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.blocks import Array, key_arrays
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.manifest import Layer, Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import LocalStore
+from tinymim.storage.v1.cache import OldCache
+from tinymim.storage.v1.manifest import OldManifest
 from tinymim.storage.writer import CacheWriter
 
 SHAPE = (16, 26, 8)
@@ -131,7 +132,7 @@ def measure_old(folder: Path, args: argparse.Namespace) -> dict[int, tuple[float
     """By V: bytes and CPU time of reading a unit, as a pass over one view of each image does."""
     found = {}
     for num_views in args.views:
-        cache = v1.OldCache(folder / f"old-{num_views}")
+        cache = OldCache(folder / f"old-{num_views}")
         times, read = [], 0
         for _ in range(3 if num_views < 100 else 1):
             cpu_s, read = time.process_time(), reads.bytes
@@ -211,7 +212,7 @@ def write_old(place: Path, records: Records, images: int, num_views: int) -> Non
         "environment": ENVIRONMENT | {"zarr": ""},
     }
     content = json.loads(json.dumps(content))
-    spec_id = v1.OldManifest.model_validate(content).spec_id
+    spec_id = OldManifest.model_validate(content).spec_id
     attributes = {"tinymim": content, "tinymim_digest": digest_hex(canonical_json(content))}
     group = {"attributes": {}, "node_type": "group", "zarr_format": 3}
     keys = key_arrays(keys_of(images))

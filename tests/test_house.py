@@ -171,7 +171,7 @@ def test_tests_mirror_the_tree() -> None:
 def test_only_relations_name_what_relations_are_made_of() -> None:
     """Models give taps, configs hold the section, format 1 knew no others; the rest knows kinds by their contract."""
     words = re.compile(r"\bqkv\b|\bQKV\b|relation_heads|\bkl_(qk|vv|qq|kk)\b|[\"'](qk|vv|qq|kk)[\"']")
-    own = {Path("targets/relations"), Path("models"), Path("configs"), Path("tests"), Path("storage/v1.py")}
+    own = {Path("targets/relations"), Path("models"), Path("configs"), Path("tests"), Path("storage/v1")}
     wrong = [
         f"{path}:{number}: {line.strip()}"
         for path in _modules()
@@ -285,7 +285,7 @@ def test_only_format_1_has_stored_boxes() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value == "box"
     }
-    about_format_1 = {Path("storage", "v1.py"), Path("benchmarks", "bench_partial_reads.py")}
+    about_format_1 = {Path("storage", "v1", "arrays.py"), Path("benchmarks", "bench_partial_reads.py")}
     assert named == about_format_1, "the view law draws boxes again, and digests prove them"
 
 

@@ -16,7 +16,8 @@ from tinymim.storage.leases import Leases
 from tinymim.storage.packed import open_cache_store
 from tinymim.storage.reader import CacheReader, views_from_zero
 from tinymim.storage.store import Entry
-from tinymim.storage.v1 import UPGRADE_HINT, OldCache, is_v1
+from tinymim.storage.v1.cache import UPGRADE_HINT, OldCache
+from tinymim.storage.v1.manifest import is_v1
 
 TOP1 = "teacher_top1"  # among the statistics of a commit record
 

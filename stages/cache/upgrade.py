@@ -22,7 +22,11 @@ from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.manifest import Layer, Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import open_store
-from tinymim.storage.v1 import REQUIRED_ARRAYS, RESTORE, OldCache, OldManifest, OldUnit, is_v1
+from tinymim.storage.v1.arrays import REQUIRED_ARRAYS
+from tinymim.storage.v1.cache import OldCache
+from tinymim.storage.v1.checks import RESTORE
+from tinymim.storage.v1.manifest import OldManifest, is_v1
+from tinymim.storage.v1.records import OldUnit
 from tinymim.storage.writer import CacheWriter, UnitTaken
 
 # What a teacher's section of version 1 holds besides the shapes, which version 2 keeps apart, and the block, now a tap.

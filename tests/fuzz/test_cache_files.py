@@ -26,7 +26,7 @@ from tinymim.storage.leases import Leases
 from tinymim.storage.packed import CARD, _compact
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.store import LocalStore
-from tinymim.storage.v1 import OldCache
+from tinymim.storage.v1.cache import OldCache
 from tinymim.tests.fuzz.damage import damaged, outcomes
 from tinymim.tests.fuzz.odd import VALUES, altered
 from tinymim.tests.storage import tiny

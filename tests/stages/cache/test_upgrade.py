@@ -16,7 +16,7 @@ from tinymim.stages.cache import upgrade, verify
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.storage.layout import VIEWS
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.v1 import OldCache
+from tinymim.storage.v1.cache import OldCache
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage.tiny import tree
 
