@@ -34,11 +34,11 @@ from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.configs.sections.source import SourceConfig
 from tinymim.configs.sections.views import ViewConfig
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from tinymim.pipeline import operations
 from tinymim.pipeline.augment import AugmentedViews, policies_of
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.operations import apply
+from tinymim.pipeline.operations.pixels import Pixels
+from tinymim.pipeline.operations.registry import OPERATIONS, apply
 from tinymim.pipeline.order import view_batches
 from tinymim.pipeline.policies import _LEVELS, Constants
 from tinymim.pipeline.shards import Shard, open_shards
@@ -127,14 +127,14 @@ def timm_loader(shards: tuple[Shard, ...], places: list[tuple[int, int]], uint8:
     return inner
 
 
-def plain_views(shards: tuple[Shard, ...], places: list[tuple[int, int]]) -> list[operations.Pixels]:
+def plain_views(shards: tuple[Shard, ...], places: list[tuple[int, int]]) -> list[Pixels]:
     """The crops of all images, without operations."""
     source = ImageViews(shards, RandomViews(VIEWS))
     items = np.array([(shard, sample, 0) for shard, sample in places], dtype=np.int64)
     return list(source.batch(items).pixels.numpy())
 
 
-def our_operations(crops: list[operations.Pixels], turn: int) -> int:
+def our_operations(crops: list[Pixels], turn: int) -> int:
     policies = policies_of(AUGMENT, CONSTANTS)
     for number, pixels in enumerate(crops):
         draws = operation_rng(0, str(number), turn)
@@ -142,7 +142,7 @@ def our_operations(crops: list[operations.Pixels], turn: int) -> int:
     return len(crops)
 
 
-def timms_operations(crops: list[operations.Pixels]) -> int:
+def timms_operations(crops: list[Pixels]) -> int:
     options = {"img_mean": CONSTANTS.fill, "interpolation": Image.Resampling.BICUBIC}
     transform = rand_augment_transform(str(AUGMENT.rand_augment), options)
     for pixels in crops:
@@ -150,7 +150,7 @@ def timms_operations(crops: list[operations.Pixels]) -> int:
     return len(crops)
 
 
-def operations_table(pixels: operations.Pixels, rounds: int) -> str:
+def operations_table(pixels: Pixels, rounds: int) -> str:
     """CPU milliseconds of each of RandAugment's operations at magnitude 9, without sign and law."""
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     options = {"img_mean": CONSTANTS.fill, "interpolation": Image.Resampling.BICUBIC}
@@ -162,7 +162,7 @@ def operations_table(pixels: operations.Pixels, rounds: int) -> str:
         filled = (CONSTANTS.fill,) if name.startswith(("rotate", "shear", "translate")) else ()
         arguments = () if value is None else (value, *filled)
         peer = AugmentOp(op.name, prob=1.0, magnitude=9, hparams=dict(options))
-        calls = [partial(operations.OPERATIONS[name], pixels, *arguments), partial(peer, image)]
+        calls = [partial(OPERATIONS[name], pixels, *arguments), partial(peer, image)]
         times_ms: list[list[float]] = [[], []]
         for _ in range(rounds):
             for call, found in zip(calls, times_ms, strict=True):

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tinymim.pipeline import drawn
-from tinymim.pipeline.operations import OPERATIONS, Pixels, Step, apply, canary_digests
+from tinymim.pipeline.operations.pixels import Pixels
+from tinymim.pipeline.operations.registry import OPERATIONS, Step, apply, canary_digests
 from tinymim.pipeline.policies import _LEVELS
-from tinymim.tests.pipeline.test_operations import EXACT, FILL, GEOMETRY
+from tinymim.tests.pipeline.operations.counterparts import EXACT, FILL, GEOMETRY
 
 HERE: Final = Path(__file__).parent
 PAGE, PICTURE = HERE / "operations.md", HERE / "figures" / "operations.png"

@@ -1,7 +1,7 @@
 """Augmented views of fine-tuning, and mixup and CutMix, with draws seeded by (run seed, view) or (run seed, step).
 
 Results do not depend on workers, ranks, devices or interruptions. The operations of a view have the same bytes on every
-machine (pipeline/operations.py). Mixing follows timm's law and numpy's legacy stream, which numpy keeps.
+machine (pipeline/operations/). Mixing follows timm's law and numpy's legacy stream, which numpy keeps.
 
 Shapes: B view, S pixel, K class.
 """
@@ -20,7 +20,7 @@ from tinymim.configs.errors import SourceError
 from tinymim.configs.rand_augment import parse_rand_augment
 from tinymim.configs.sections.augment import AugmentConfig
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
-from tinymim.pipeline.operations import apply
+from tinymim.pipeline.operations.registry import apply
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.policies import Constants, Policy, RandAugment, RandomErasing
 from tinymim.pipeline.shards import UNLABELLED

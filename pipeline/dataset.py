@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinymim.configs.errors import SourceError
 from tinymim.pipeline.decode import decode, jpeg_size, pixel_digest, render
-from tinymim.pipeline.operations import apply
+from tinymim.pipeline.operations.registry import apply
 from tinymim.pipeline.order import Items, PartnersOf
 from tinymim.pipeline.pairs import Mix, mixed, mixed_key, partners_of
 from tinymim.pipeline.shards import Shard

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tinymim.configs.sections.views import PairsConfig
-from tinymim.pipeline.operations import Pixels
+from tinymim.pipeline.operations.pixels import Pixels
 from tinymim.storage.manifest import check_canaries
 
 _LEVELS: Final = 256  # a share of mixup is a multiple of 1 / 256

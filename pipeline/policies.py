@@ -1,6 +1,6 @@
 """Laws that draw the operations of a view: RandAugment, random erasing, colour jitter, blur and the like.
 
-A policy maps uniform numbers to `Step`s of pipeline/operations.py. The laws are those of timm and torchvision. The
+A policy maps uniform numbers to `Step`s of pipeline/operations/. The laws are those of timm and torchvision. The
 numbers come from the hash of pipeline/views.py, so that the steps are a function of (seed, sample key, view index).
 Constants that depend on a model in timm, fill colour and noise, are arguments here.
 """
@@ -13,7 +13,9 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 from tinymim.configs.rand_augment import RandAugmentNotation, parse_rand_augment
 from tinymim.configs.sections.views import OperationsConfig
-from tinymim.pipeline.operations import Colour, Spread, Step, exponential, normal_quantiles
+from tinymim.pipeline.operations.arithmetic import exponential, normal_quantiles
+from tinymim.pipeline.operations.pixels import Colour, Spread
+from tinymim.pipeline.operations.registry import Step
 
 POLICIES_VERSION = 1  # another one where a policy makes other pixels: states of the old one are not resumed
 

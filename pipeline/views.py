@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tinymim.configs.errors import CacheMismatch
 from tinymim.configs.sections.values import ResizeRatio
 from tinymim.configs.sections.views import ViewConfig
-from tinymim.pipeline.operations import Step, canaries
+from tinymim.pipeline.operations.registry import Step, canaries
 from tinymim.pipeline.pairs import Pairs, pair_canaries
 from tinymim.pipeline.policies import policies_of_views
 from tinymim.storage.manifest import check_canaries

@@ -22,7 +22,7 @@ from tinymim import __version__
 from tinymim.configs.errors import UserError, first_line
 from tinymim.models import hub
 from tinymim.pipeline.decode import decode, environment, pixel_digest
-from tinymim.pipeline.operations import CANARIES, canary_digests
+from tinymim.pipeline.operations.registry import CANARIES, canary_digests
 from tinymim.stages.pages.numbers import format_bytes
 from tinymim.stages.pages.tables import plain_table
 from tinymim.targets.relations.kernels.triton_works import triton_works

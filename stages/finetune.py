@@ -26,7 +26,7 @@ from tinymim.pipeline.augment import AugmentedViews, Mixing, policies_of
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.operations import canaries
+from tinymim.pipeline.operations.registry import canaries
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.policies import POLICIES_VERSION, Constants
 from tinymim.pipeline.shards import ShardSet, labels_of, open_shards

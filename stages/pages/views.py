@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from tinymim.pipeline.operations import Step
+from tinymim.pipeline.operations.registry import Step
 from tinymim.pipeline.pairs import Mix
 from tinymim.pipeline.views import View
 from tinymim.stages.pages.look import COLOURS, FAINT, INK, document, html_figure, png

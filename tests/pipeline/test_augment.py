@@ -23,7 +23,7 @@ from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline.augment import AugmentedViews, Mixing, policies_of
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.loader import batches
-from tinymim.pipeline.operations import apply
+from tinymim.pipeline.operations.registry import apply
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.policies import Constants
 from tinymim.pipeline.shards import Shard, open_shards

@@ -18,7 +18,7 @@ from tinymim.configs.rand_augment import parse_rand_augment
 from tinymim.configs.sections.views import ViewConfig
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tinymim.pipeline import views
-from tinymim.pipeline.operations import OPERATIONS, Step
+from tinymim.pipeline.operations.registry import OPERATIONS, Step
 from tinymim.pipeline.policies import (
     ColorJitter,
     Constants,

@@ -17,8 +17,8 @@ from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import build_classifier
 from tinymim.models.vit import Normalise, build_vit
-from tinymim.pipeline import operations
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.pipeline.operations import registry
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import CentreView
@@ -83,7 +83,7 @@ def test_the_files_load_into_timm_and_are_what_the_report_says(whole: tuple[Path
 def test_a_machine_that_makes_other_pixels_is_refused(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operations, "CANARIES", {**operations.CANARIES, "rotate": "0" * 16})
+    monkeypatch.setattr(registry, "CANARIES", {**registry.CANARIES, "rotate": "0" * 16})
     with pytest.raises(ViewMismatch, match="other pixels here: rotate"):
         finetune.run(recipe(shards, tmp_path))
 

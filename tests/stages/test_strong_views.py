@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from tinymim.configs.errors import CacheMismatch, ViewMismatch
 from tinymim.configs.schema.finetune import FinetuneRecipe
 from tinymim.configs.sections.views import ViewConfig
-from tinymim.pipeline import operations, policies
+from tinymim.pipeline import policies
 from tinymim.pipeline.dataset import ImageViews
-from tinymim.pipeline.operations import CANARIES, OPERATIONS, Pixels, apply
+from tinymim.pipeline.operations import registry
+from tinymim.pipeline.operations.pixels import Pixels
+from tinymim.pipeline.operations.registry import CANARIES, OPERATIONS, Step, apply
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher, train_student
@@ -92,8 +94,8 @@ def test_stage_two_sees_the_pixels_of_stage_one(strong: Path, copy: Path) -> Non
 def test_other_operations_are_refused_by_the_digest(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operation that passes its canary, drawn by another law."""
 
-    def other(self: RandomViews, key: str, view: int) -> list[operations.Step]:
-        return [operations.Step("invert")]
+    def other(self: RandomViews, key: str, view: int) -> list[Step]:
+        return [Step("invert")]
 
     monkeypatch.setattr(RandomViews, "steps", other)
     with pytest.raises(ViewMismatch, match="not those the teacher saw") as caught:
@@ -106,7 +108,7 @@ def test_a_changed_operation_is_named_before_any_view_is_made(copy: Path, monkey
     def other(pixels: Pixels, *arguments: Any) -> Pixels:
         return OPERATIONS["invert"](pixels)
 
-    monkeypatch.setattr(operations, "OPERATIONS", {**OPERATIONS, "rotate": other})
+    monkeypatch.setattr(registry, "OPERATIONS", {**OPERATIONS, "rotate": other})
     starts: list[Callable[[], object]] = [
         lambda: train_student.run(student_recipe(copy)),
         lambda: cache_teacher.run(cache_recipe(copy, views=LAW, num_views=3)),
@@ -123,8 +125,8 @@ def test_an_operation_that_another_version_changed_is_named(copy: Path, monkeypa
     def other(pixels: Pixels, *arguments: Any) -> Pixels:
         return OPERATIONS["invert"](pixels)
 
-    monkeypatch.setattr(operations, "OPERATIONS", {**OPERATIONS, "hue": other, "erase_const": other})
-    monkeypatch.setattr(operations, "CANARIES", operations.canary_digests())
+    monkeypatch.setattr(registry, "OPERATIONS", {**OPERATIONS, "hue": other, "erase_const": other})
+    monkeypatch.setattr(registry, "CANARIES", registry.canary_digests())
     starts: list[Callable[[], object]] = [
         lambda: train_student.run(student_recipe(copy)),
         lambda: cache_teacher.run(cache_recipe(copy, views=LAW, num_views=3)),

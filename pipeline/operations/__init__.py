@@ -1,0 +1,1 @@
+"""Augmentations of uint8 pixels with the same bytes on every machine."""
