@@ -29,8 +29,9 @@ import numpy as np
 import provenance
 
 from tinymim.configs.sections.source import SourceConfig
+from tinymim.pipeline.index import INDEX_NAME, INDEX_VERSION
 from tinymim.pipeline.members import MEMBERS_NAME, Keys, Members, MembersWriter
-from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, Shard, open_shards
+from tinymim.pipeline.shards import Shard, open_shards
 from tinymim.pipeline.tar import scan_tar
 
 KEPT_BEFORE = 4096

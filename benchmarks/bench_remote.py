@@ -30,8 +30,9 @@ from tinymim.configs.sections.loader import OrderConfig
 from tinymim.configs.sections.source import SourceConfig, SpoolConfig
 from tinymim.pipeline import remote, spool
 from tinymim.pipeline.ahead import spooling
+from tinymim.pipeline.index import INDEX_NAME, INDEX_VERSION
 from tinymim.pipeline.order import Items, SampleOrder, view_batches
-from tinymim.pipeline.shards import INDEX_NAME, INDEX_VERSION, Shard, open_shards
+from tinymim.pipeline.shards import Shard, open_shards
 from tinymim.pipeline.spool import SpooledTar
 from tinymim.tests import s3_server
 

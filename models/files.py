@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tinymim.configs.errors import CheckpointError, first_line
-from tinymim.configs.sections.models import FACTORY as FACTORY
-from tinymim.configs.sections.models import HUB as HUB
 
 RANDOM: Final = "random"
 _PACKAGE: Final = "package:"

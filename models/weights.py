@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tinymim.configs.errors import CheckpointError, TinymimError, first_line
-from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.sections.models import FACTORY, HUB, ModelConfig
 from tinymim.models import backbone
 from tinymim.models.backbone import POOLED_NORM
 from tinymim.models.checkpoints import LoadedWeights, load_tensors, read_checkpoint, read_metadata
-from tinymim.models.files import FACTORY, HUB, RANDOM, weights_file
+from tinymim.models.files import RANDOM, weights_file
 from tinymim.models.heads import check_heads
 from tinymim.models.hub import without_retries
 from tinymim.models.layouts import TIMM

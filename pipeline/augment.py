@@ -23,7 +23,7 @@ from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.operations.registry import apply
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.policies import Constants, Policy, RandAugment, RandomErasing
-from tinymim.pipeline.shards import UNLABELLED
+from tinymim.pipeline.tar import UNLABELLED
 from tinymim.pipeline.views import View, operation_rng, view_key
 
 

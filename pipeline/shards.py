@@ -17,10 +17,7 @@ import numpy.typing as npt
 
 from tinymim.configs.errors import SourceError, UserError, first_line, printable
 from tinymim.configs.sections.source import SourceConfig
-from tinymim.pipeline.index import INDEX_NAME as INDEX_NAME
-from tinymim.pipeline.index import INDEX_VERSION as INDEX_VERSION
-from tinymim.pipeline.index import Index, IndexRow, not_as_indexed, parse_index
-from tinymim.pipeline.index import read_index as read_index
+from tinymim.pipeline.index import INDEX_NAME, Index, IndexRow, not_as_indexed, parse_index
 from tinymim.pipeline.members import (
     MAPPED_SHARDS,
     MEMBERS_NAME,
@@ -33,9 +30,7 @@ from tinymim.pipeline.members import (
 )
 from tinymim.pipeline.remote import list_objects, read_bytes
 from tinymim.pipeline.spool import Spool, SpooledTar
-from tinymim.pipeline.tar import UNLABELLED as UNLABELLED
-from tinymim.pipeline.tar import not_a_tar, scan_tar
-from tinymim.pipeline.tar import split_name as split_name
+from tinymim.pipeline.tar import UNLABELLED, not_a_tar, scan_tar
 
 _TAR_ENDINGS: Final = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
 _OTHER_FILE: Final = f"shard {{}} is not the file that {INDEX_NAME} describes"

@@ -23,7 +23,7 @@ from tinymim.models.checkpoints import read_metadata, tensors_sha256
 from tinymim.models.files import weights_file
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.decode import environment
-from tinymim.pipeline.shards import INDEX_NAME, read_index
+from tinymim.pipeline.index import INDEX_NAME, read_index
 from tinymim.stages import cache_teacher, evaluate, make_shards, pretrain, train_student
 from tinymim.stages.evaluation.encode import load_encoder
 from tinymim.stages.evaluation.examples import relation_examples

@@ -20,7 +20,6 @@ from tinymim.stages.pages.live import page
 from tinymim.stages.pages.live import policy as page_policy
 from tinymim.stages.run.folder import (
     AUDIT_NAME,
-    BOARD_NAME,
     EVALUATION_NAME,
     FINETUNED_NAME,
     LOG_NAME,
@@ -29,13 +28,15 @@ from tinymim.stages.run.folder import (
     STATUS_NAME,
 )
 from tinymim.stages.run.local_server import Page, is_loopback, local_server, shown_host
+from tinymim.stages.run.loggers import BOARD_NAME
 from tinymim.stages.run.metrics import MISSING, audit_metrics, formatted, in_order, members, metric
 from tinymim.stages.run.owner import LOCK_NAME
 from tinymim.storage.catalog import caches_below, listed
+from tinymim.storage.entries import Entry, TooLarge
 from tinymim.storage.layout import LEASES
 from tinymim.storage.leases import Leases
 from tinymim.storage.packed import open_cache_store
-from tinymim.storage.store import Entry, Store, TooLarge, open_store
+from tinymim.storage.store import Store, open_store
 
 _LIMIT_BYTES = 2**20  # of a file that is read whole
 _TAIL_BYTES = 64 * 2**20  # of a file that grows, in one reading

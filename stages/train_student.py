@@ -21,7 +21,7 @@ from tinymim.pipeline.dataset import ViewBatch
 from tinymim.pipeline.decode import environment
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.shards import UNLABELLED
+from tinymim.pipeline.tar import UNLABELLED
 from tinymim.stages.audits.student_audits import StudentAudits
 from tinymim.stages.cache.inputs import CachedInput
 from tinymim.stages.cache.teacher_input import TeacherInput

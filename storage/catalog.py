@@ -7,10 +7,11 @@ from pathlib import Path
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.configs.place import joined
 from tinymim.storage import layout
+from tinymim.storage.entries import Entry
 from tinymim.storage.layout import LAYERS, METADATA, UnitId, is_of_cache, layer_of
 from tinymim.storage.manifest import Layer, Manifest
 from tinymim.storage.packed import open_cache_store
-from tinymim.storage.store import Entry, open_store
+from tinymim.storage.store import open_store
 
 
 @dataclass(frozen=True)

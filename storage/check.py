@@ -31,6 +31,7 @@ from tinymim.storage.blocks import (
 )
 from tinymim.storage.commit import UnitInfo, holds_keys, in_source_order, key_digest, parse_commit
 from tinymim.storage.constants import constants_places, read_constants, read_record
+from tinymim.storage.entries import REQUESTS
 from tinymim.storage.layout import (
     GROUP_FILE,
     LAYERS,
@@ -45,7 +46,7 @@ from tinymim.storage.layout import (
 )
 from tinymim.storage.leases import Holder, Leases, shard_lease
 from tinymim.storage.manifest import Layer, Manifest
-from tinymim.storage.store import REQUESTS, Store
+from tinymim.storage.store import Store
 from tinymim.storage.writer import constants_lease
 
 # group: metadata that follows from the manifest; layer: the description of a layer; constants; commit: a commit record;

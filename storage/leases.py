@@ -26,8 +26,9 @@ from typing import Any
 
 from tinymim.configs.errors import StoreError
 from tinymim.storage.atomic import canonical_json, machine, process_is_dead, process_started
+from tinymim.storage.entries import Entry
 from tinymim.storage.layout import LEASES, shard_stem
-from tinymim.storage.store import Entry, Store
+from tinymim.storage.store import Store
 
 DEFAULT_LEASE_S = 60.0
 BEATS_PER_LEASE = 5

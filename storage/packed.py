@@ -20,10 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, UserError
 from tinymim.storage.atomic import digest_hex
+from tinymim.storage.entries import Entry, TooLarge
 from tinymim.storage.layout import METADATA, is_of_cache
 from tinymim.storage.manifest import Size, invalid_fields
 from tinymim.storage.read_only import ReadOnlyStore
-from tinymim.storage.store import Entry, Store, TooLarge, open_store
+from tinymim.storage.store import Store, open_store
 
 INDEX = "cache.json"
 CARD = "README.md"

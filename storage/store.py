@@ -35,10 +35,7 @@ from tinymim.storage.atomic import (
     remove_partials,
     write_bytes_atomic,
 )
-from tinymim.storage.entries import REQUESTS as REQUESTS
-from tinymim.storage.entries import Entry as Entry
-from tinymim.storage.entries import TooLarge as TooLarge
-from tinymim.storage.entries import merged, refuse_large
+from tinymim.storage.entries import REQUESTS, Entry, TooLarge, merged, refuse_large
 from tinymim.storage.objects import ABSENT, connect, store_error
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from tinymim.stages.pages.numbers import format_bytes, format_value, plural, vie
 from tinymim.stages.pages.tables import plain_table
 from tinymim.storage.catalog import listed, resolve
 from tinymim.storage.commit import UnitInfo
+from tinymim.storage.entries import Entry
 from tinymim.storage.layout import is_views, size_of
 from tinymim.storage.leases import Leases
 from tinymim.storage.packed import open_cache_store
 from tinymim.storage.reader import CacheReader, views_from_zero
-from tinymim.storage.store import Entry
 from tinymim.storage.v1.cache import UPGRADE_HINT, OldCache
 from tinymim.storage.v1.manifest import is_v1
 

@@ -10,10 +10,11 @@ from tinymim.stages.pages.numbers import format_bytes, plural
 from tinymim.stages.run.progress import Meter
 from tinymim.storage import layout
 from tinymim.storage.constants import constants_places
+from tinymim.storage.entries import REQUESTS
 from tinymim.storage.layout import LAYERS, LEASES, METADATA, is_commit, is_of_cache, is_views, layer_of
 from tinymim.storage.leases import DEFAULT_LEASE_S, Leases
 from tinymim.storage.manifest import Manifest
-from tinymim.storage.store import REQUESTS, Store, explained_write_errors, open_store
+from tinymim.storage.store import Store, explained_write_errors, open_store
 
 WATCH_S = 1.5 * DEFAULT_LEASE_S  # for a beat of writers on other machines
 

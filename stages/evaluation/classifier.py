@@ -13,9 +13,10 @@ from torch import Tensor
 from tinymim.configs.class_map import ABSENT, read_class_map
 from tinymim.configs.errors import CheckpointError, SourceError
 from tinymim.configs.sections.evaluation import ClassifierEvaluator
+from tinymim.configs.sections.models import HUB
 from tinymim.models import backbone
 from tinymim.models.checkpoints import read_metadata
-from tinymim.models.files import HUB, weights_file
+from tinymim.models.files import weights_file
 from tinymim.pipeline.shards import ShardSet, labels_of
 from tinymim.stages.evaluation.encode import centre_crops
 from tinymim.stages.evaluation.real import RealLabels, real_file

@@ -16,7 +16,6 @@ from tinymim.configs.load import dump_recipe, recipe_digest
 from tinymim.configs.schema.recipes import RunRecipe
 from tinymim.pipeline.decode import environment
 from tinymim.stages.run.interrupt import Interrupted
-from tinymim.stages.run.loggers import BOARD_NAME as BOARD_NAME
 from tinymim.stages.run.loggers import close_all, log_to, open_loggers
 from tinymim.stages.run.progress import Phase, ProgressFiles
 from tinymim.stages.run.sessions import Session, device_name

@@ -19,7 +19,8 @@ from tinymim.configs.schema.finetune import FinetuneRecipe
 from tinymim.configs.schema.pretrain import PretrainMaeRecipe, PretrainRecipe
 from tinymim.configs.schema.recipes import Recipe, RunRecipe
 from tinymim.configs.schema.train import TrainStudentRecipe
-from tinymim.models.files import FACTORY, HUB, RANDOM, weights_file
+from tinymim.configs.sections.models import FACTORY, HUB
+from tinymim.models.files import RANDOM, weights_file
 from tinymim.pipeline.shards import require_shards
 from tinymim.pipeline.workers import start_server
 from tinymim.stages.run.loggers import require_loggers

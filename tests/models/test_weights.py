@@ -9,9 +9,9 @@ import torch
 from timm.models import save_for_hf
 
 from tinymim.configs.errors import CheckpointError
-from tinymim.configs.sections.models import ModelConfig
+from tinymim.configs.sections.models import HUB, ModelConfig
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
-from tinymim.models.files import HUB, RANDOM, weights_file
+from tinymim.models.files import RANDOM, weights_file
 from tinymim.models.timm_folder import Pixels, Rgb
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
 from tinymim.models.weights import build_pretrained, build_with_weights, load_weights, read_weights, stated

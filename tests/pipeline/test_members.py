@@ -15,8 +15,9 @@ import pytest
 from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline import shards as shards_module
 from tinymim.pipeline import tar as tar_module
+from tinymim.pipeline.index import INDEX_NAME
 from tinymim.pipeline.members import MEMBERS_NAME, Keys, Members, MembersWriter, load_members, read_table
-from tinymim.pipeline.shards import INDEX_NAME, ShardSet, open_shards
+from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.storage.atomic import partial_path
 
 KEYS = ["a", "", "猫/ü x", "a" * 300, "last"]

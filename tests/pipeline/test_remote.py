@@ -14,7 +14,8 @@ from tinymim.configs.sections.source import SourceConfig
 from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import remote, spool
 from tinymim.pipeline.dataset import ImageViews
-from tinymim.pipeline.shards import INDEX_NAME, ShardSet, open_shards
+from tinymim.pipeline.index import INDEX_NAME
+from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.spool import SpooledTar
 from tinymim.pipeline.views import RandomViews
 from tinymim.storage import objects

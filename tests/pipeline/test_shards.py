@@ -12,7 +12,9 @@ import pytest
 
 from tinymim.configs.errors import SourceError, UserError
 from tinymim.configs.sections.source import SourceConfig
-from tinymim.pipeline.shards import INDEX_NAME, UNLABELLED, ShardSet, labels_of, open_shards, split_name
+from tinymim.pipeline.index import INDEX_NAME
+from tinymim.pipeline.shards import ShardSet, labels_of, open_shards
+from tinymim.pipeline.tar import UNLABELLED, split_name
 
 Opened = Callable[..., ShardSet]  # see conftest.py
 

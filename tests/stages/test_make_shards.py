@@ -17,8 +17,10 @@ from PIL import Image
 from tinymim.configs.errors import SourceError, UserError
 from tinymim.configs.sections.source import SourceConfig
 from tinymim.pipeline import drawn
+from tinymim.pipeline.index import INDEX_NAME
 from tinymim.pipeline.members import MEMBERS_NAME
-from tinymim.pipeline.shards import INDEX_NAME, UNLABELLED, Shard, hash_file, open_shards
+from tinymim.pipeline.shards import Shard, hash_file, open_shards
+from tinymim.pipeline.tar import UNLABELLED
 from tinymim.stages import make_shards
 from tinymim.stages.make_shards import Options
 from tinymim.stages.run.interrupt import Interrupted, StopFlag

@@ -17,11 +17,12 @@ from zarr.storage import ZipStore
 
 from tinymim.configs.errors import CacheCorrupt, CacheMismatch, StoreError, UserError
 from tinymim.storage.commit import holds_keys
+from tinymim.storage.entries import TooLarge
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.leases import Leases
 from tinymim.storage.objects import store_error
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.store import Store, TooLarge, open_store
+from tinymim.storage.store import Store, open_store
 from tinymim.storage.writer import CacheGone, CacheWriter, UnitTaken
 from tinymim.tests.s3_server import BUCKET
 from tinymim.tests.storage import tiny, workers
