@@ -228,7 +228,8 @@ class TeacherCache:
             prefetch: batches kept ready per worker.
             verify_first: samples at the start whose pixels are compared with the stored digests.
             verify_every: then one sample in N is compared; 0: none.
-            on_missing: `refuse` shards and images without a record, or `skip` them.
+            on_missing: `refuse` shards and images without a record, or `skip` them. A teacher in the loop, fresh views
+                and written units are `tinymim train-student`'s alone (`on_missing: teacher`).
             pin_memory: pin batches for copies to a GPU.
 
         Raises:
@@ -236,6 +237,16 @@ class TeacherCache:
             RecipeError: the numbers do not fit one another or the cache.
             UserError: the source or a layer does not exist, or the cache lacks shards.
         """
+        if on_missing not in ("refuse", "skip"):
+            raise RecipeError(
+                "the loader has no teacher that computes what the cache lacks"
+                if on_missing == "teacher"
+                else "on_missing is unknown",
+                got=on_missing,
+                expected="refuse or skip",
+                hint="fill the cache with `tinymim cache-teacher`, or train with `tinymim train-student` and "
+                "on_missing: teacher; write_back: true keeps what it computes",
+            )
         if not 0 <= rank < world_size:
             raise RecipeError("rank is not below world_size", got=f"rank {rank}, world_size {world_size}")
         if view_size not in (None, *self.view_sizes):

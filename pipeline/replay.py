@@ -171,7 +171,8 @@ def _lacking(
             f"num_views is more than the cache holds in {lacking}",
             got=wanted,
             expected=f"at most {max(present)}; {existing}",
-            hint="`tinymim cache-teacher` with a larger num_views adds to the cache",
+            hint="`tinymim cache-teacher` with a larger num_views adds to the cache, or `tinymim train-student` computes "
+            "the rest with on_missing: teacher",
         )
     hint = "run `tinymim cache-teacher` to its end with the same source"
     if not present:
@@ -183,7 +184,8 @@ def _lacking(
         f"{skipped[0]}",
         got=existing,
         expected=f"views 0 to {wanted - 1} of every shard",
-        hint=f"{hint}, or on_missing: skip to leave these shards out",
+        hint=f"{hint}, or on_missing: skip to leave these shards out; `tinymim train-student` can compute them with "
+        "on_missing: teacher",
     )
 
 
