@@ -239,9 +239,7 @@ class TeacherCache:
         """
         if on_missing not in ("refuse", "skip"):
             raise RecipeError(
-                "the loader has no teacher that computes what the cache lacks"
-                if on_missing == "teacher"
-                else "on_missing is unknown",
+                "on_missing is not one of the loader's, which has no teacher that computes what the cache lacks",
                 got=on_missing,
                 expected="refuse or skip",
                 hint="fill the cache with `tinymim cache-teacher`, or train with `tinymim train-student` and "

@@ -171,8 +171,8 @@ def _lacking(
             f"num_views is more than the cache holds in {lacking}",
             got=wanted,
             expected=f"at most {max(present)}; {existing}",
-            hint="`tinymim cache-teacher` with a larger num_views adds to the cache, or `tinymim train-student` computes "
-            "the rest with on_missing: teacher",
+            hint="`tinymim cache-teacher` with a larger num_views adds to the cache; `tinymim train-student` with "
+            "on_missing: teacher computes the rest",
         )
     hint = "run `tinymim cache-teacher` to its end with the same source"
     if not present:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,14 @@ from tinymim.configs.sections.models import TeacherConfig
 from tinymim.models.checkpoints import to_safetensors
 from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_model
-from tinymim.pipeline.replay import join
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.planning.clocks import available_cores
 from tinymim.stages.planning.forecast import forecast
-from tinymim.stages.planning.student import measured_student
+from tinymim.stages.planning.student import Planned, measured_student, named_as
 from tinymim.stages.planning.teacher import measured_teacher
 from tinymim.stages.run.device import pick_device
 from tinymim.stages.run.preflight import RANDOM_WEIGHTS_HINT, hinted
 from tinymim.stages.run.progress import logger
-from tinymim.stages.training.student_step import view_size
 from tinymim.stages.units.prepare import prepare
 
 
@@ -65,8 +64,10 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
 
     # ---- measure
     with contextlib.ExitStack() as stack:
+        random = None
         if options.random_weights:
-            cache = _with_random_weights(cache, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            random = partial(_randomised, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            cache = cache.changed_teachers(random)
         with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
             prepared = prepare(cache)
         logger.info(f"plan: measuring the teacher on {prepared.device}")
@@ -77,14 +78,15 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
             if recipe.run.threads:
                 torch.set_num_threads(recipe.run.threads)
             logger.info(f"plan: measuring {name} on {pick_device(recipe.run.device)}")
-            alike = recipe.source == cache.source or options.num_images is not None
-            images = count if alike else open_shards(recipe.source).num_samples
-            seconds = 0.4 * options.seconds / len(students)
-            layers = [name for name, _ in recipe.each_layer()]
-            if len(layers) == len(reader.layers) == 1:
-                layers = [None]  # the only layer has the cache recipe's name, whatever the student's recipe calls it
-            joined = join(shards, reader, layers, on_missing="skip", size=view_size(recipe, reader))
-            trained.append(measured_student(name, recipe, images, cache.num_views, reader, joined, seconds))
+            images, covered = count, 1.0
+            if recipe.source != cache.source and options.num_images is None:
+                source, known = open_shards(recipe.source), prepared.source.by_name()
+                images = source.num_samples
+                covered = sum(each.num_samples for each in source.shards if each.name in known) / images
+            planned = Planned(reader, shards, cache.num_views, covered)
+            with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
+                seconds = 0.4 * options.seconds / len(students)
+                trained.append(measured_student(name, named_as(recipe, reader, random), images, planned, seconds))
 
     # ---- forecast
     cores = available_cores()
@@ -105,13 +107,9 @@ def run(cache: CacheTeacherRecipe, students: Mapping[str, TrainStudentRecipe], o
     }
 
 
-def _with_random_weights(recipe: CacheTeacherRecipe, folder: Path) -> CacheTeacherRecipe:
-    """The recipe with files of random weights in `folder` for its teachers."""
-
-    def randomised(teacher: TeacherConfig) -> TeacherConfig:
-        path = folder / f"random-{len(list(folder.iterdir()))}.safetensors"
-        weights = build_model(teacher).state_dict()
-        path.write_bytes(to_safetensors(weights, Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()))
-        return teacher.model_copy(update={"weights": str(path)})
-
-    return recipe.changed_teachers(randomised)
+def _randomised(folder: Path, teacher: TeacherConfig) -> TeacherConfig:
+    """A teacher with a file of random weights in `folder`."""
+    path = folder / f"random-{len(list(folder.iterdir()))}.safetensors"
+    weights = build_model(teacher).state_dict()
+    path.write_bytes(to_safetensors(weights, Pixels(IMAGENET_MEAN, IMAGENET_STD).metadata()))
+    return teacher.model_copy(update={"weights": str(path)})

@@ -29,10 +29,8 @@ def opened_kind(reader: CacheReader, layer: Layer, targets: TargetsConfig, devic
     return stored_kind(layer.target, targets, on_device(reader.constants(layer.name), device))
 
 
-def opened_layers(
-    reader: CacheReader, recipe: TrainStudentRecipe, device: torch.device, only: str | None = None
-) -> list[Opened]:
-    """The layers that a recipe learns from, in its order; `only` names the layer of a recipe that may name none.
+def opened_layers(reader: CacheReader, recipe: TrainStudentRecipe, device: torch.device) -> list[Opened]:
+    """The layers that a recipe learns from, in its order.
 
     Raises:
         UserError: the cache has no such layer.
@@ -40,7 +38,7 @@ def opened_layers(
     """
     opened, configs = [], recipe.each_layer()
     for name, config in configs:
-        layer = reader.layer(only or name)
+        layer = reader.layer(name)
         shown = layer.name if len(configs) > 1 else ""
         with naming(shown):
             kind = opened_kind(reader, layer, config.targets, device)

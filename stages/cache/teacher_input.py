@@ -53,7 +53,7 @@ from tinymim.storage.writer import CacheWriter
 from tinymim.targets.contract import Target, TargetKind
 from tinymim.targets.kinds import make_kind, stored_kind
 
-_VIEWS_AT_ONCE: Final = 64  # of a pass of the teacher: dense relations of 64 views of a ViT-L take 1.3 GB
+VIEWS_AT_ONCE: Final = 64  # of a pass of the teacher: dense relations of 64 views of a ViT-L take 1.3 GB
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -184,6 +184,11 @@ class TeacherInput:
             self._stack.enter_context(self.write_back)
         return views
 
+    def weights_bytes(self, device: torch.device) -> int:
+        """Memory of the weights of the teachers on a device."""
+        weights = [each for teacher in self._teachers[device].values() for each in teacher.state_dict().values()]
+        return sum(each.nbytes for each in weights)
+
     def targets(self, device: torch.device) -> MakeTargets:
         """The function that computes targets on a device, which gets a teacher of its own."""
         if device not in self._teachers:
@@ -299,8 +304,8 @@ class TeacherTargets:
         for teacher, mask, layers in self._passes:
             missing = {layer: lacking.layers[layer] for layer in layers if layer in lacking.layers}
             rows = np.flatnonzero(np.any(list(missing.values()), axis=0)) if missing else np.zeros(0, np.int64)
-            for start in range(0, len(rows), _VIEWS_AT_ONCE):
-                some = rows[start : start + _VIEWS_AT_ONCE]
+            for start in range(0, len(rows), VIEWS_AT_ONCE):
+                some = rows[start : start + VIEWS_AT_ONCE]
                 lack = {layer: np.flatnonzero(each[some]) for layer, each in missing.items()}
                 self._compute(teacher, mask, some, lack, pixels, records, view_keys, lacking)
         return self._decode(pixels, records, view_keys, lacking)
@@ -316,7 +321,7 @@ class TeacherTargets:
         view_keys: Tensor,
         lacking: Lacking,
     ) -> None:
-        """Put the records of some rows, at most `_VIEWS_AT_ONCE`, into `records`; `lack` has places in `rows`."""
+        """Put the records of some rows, at most `VIEWS_AT_ONCE`, into `records`; `lack` has places in `rows`."""
         device = pixels.device
         used = {layer: self._codecs[layer] for layer, places in lack.items() if len(places)}
         taps = {tap for kind in used.values() for tap in kind.taps}

@@ -63,6 +63,8 @@ def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
         f"{training['epochs']:,.1f} epochs"
     )
     yield f"  cached  {_run(views, training['per_view'], training['cached_s'], ranks)}"
+    if costs["in_loop"] is not None:
+        yield from _in_loop(costs["in_loop"])
     yield f"  online  {_run(views, training['online_per_view'], training['online_s'], ranks)}; the teacher in the loop"
     if ranks > 1:
         yield "          (each rank is assumed to have a machine like this one; gradient exchange is not measured)"
@@ -73,6 +75,13 @@ def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
         yield "  break-even: never; a run with the cache takes no less time than one with the teacher in the loop"
     else:
         yield f"  break-even at {plural(runs, 'such run')}, or at {plural(epochs, 'epoch')} of a single run"
+
+
+def _in_loop(loop: Mapping[str, Any]) -> Iterator[str]:
+    every = f", and {' and '.join(loop['layers'])} of all" if loop["layers"] else ""
+    yield f"          (the teacher in the loop computes {loop['share']:.1%} of the views{every})"
+    passes = "the activations" if loop["pass_bytes"] is None else format_bytes(loop["pass_bytes"])
+    yield f"  memory  {format_bytes(loop['weights_bytes'])} of teacher on each device, and {passes} of up to 64 views"
 
 
 def _verdict(plan: Mapping[str, Any]) -> Iterator[str]:

@@ -27,6 +27,18 @@ class TeacherCosts:
 
 
 @dataclass(frozen=True)
+class InLoop:
+    """What was measured of a teacher in the loop of a training run that reads a cache (`on_missing: teacher`)."""
+
+    share: float  # of the run's views, whose records are all missing
+    step_s: float  # the models' part of a step, per such view: teacher, codec and student
+    cores: float  # cores that it keeps busy
+    layers: Sequence[str]  # layers that the cache lacks; they are computed for all views
+    weights_bytes: int  # the teachers' weights, on every device of every rank
+    pass_bytes: int | None  # most memory of a pass, beside the weights; None: a CPU keeps no count
+
+
+@dataclass(frozen=True)
 class StudentCosts:
     """What was measured of one training run."""
 
@@ -37,9 +49,10 @@ class StudentCosts:
     ranks: int  # processes that train together, each assumed to have a machine like this one
     workers: int  # loading processes of each rank; 0: the rank itself loads
     views_per_decode: int  # the recipe's
-    step_s: float  # the models' part of a step, per view
+    step_s: float  # the models' part of a step, per view that the cache holds
     cores: float  # cores that the step keeps busy
     replay_s: float  # one view of the cache on one core: decode, crop, compare digests; without reading records
+    in_loop: InLoop | None = None  # None: the cache holds all records
 
 
 @dataclass(frozen=True)
@@ -118,11 +131,19 @@ def forecast_stage_one(costs: TeacherCosts, cores: int) -> StageOne:
 def forecast_training(costs: StudentCosts, teacher: TeacherCosts, stage_one_s: float, cores: int) -> Training:
     """One training run with the cache, and online: teacher and student on every batch, no records to read.
 
-    The student's step is assumed to be the same; this favours the online side, whose targets are dense.
+    With the cache, a teacher in the loop computes what is missing. Online, the student's step is assumed to be the
+    same; this favours the online side, whose targets are dense.
     """
     views = costs.steps * costs.batch_size
     epochs = views / costs.num_images
-    cached = overlapped(costs.step_s, costs.cores, costs.replay_s, costs.workers, cores, teacher.phase_s["read"])
+    held, parts = 1.0, [(costs.step_s, costs.cores)]
+    if (loop := costs.in_loop) is not None:
+        held = 1.0 - loop.share
+        parts = [(held * costs.step_s, costs.cores), (loop.share * loop.step_s, loop.cores)]
+    step_s = sum(seconds for seconds, _ in parts)
+    step_cores = sum(seconds * count for seconds, count in parts) / step_s
+    read_s = held * teacher.phase_s["read"]
+    cached = overlapped(step_s, step_cores, costs.replay_s, costs.workers, cores, read_s)
     both_s = teacher.phase_s["teacher"] + costs.step_s
     busy = (teacher.phase_s["teacher"] * teacher.cores + costs.step_s * costs.cores) / both_s
     online = overlapped(both_s, busy, costs.replay_s, costs.workers, cores)
@@ -134,7 +155,7 @@ def forecast_training(costs: StudentCosts, teacher: TeacherCosts, stage_one_s: f
         online_per_view=online,
         cached_s=views * cached.seconds / costs.ranks,
         online_s=views * online.seconds / costs.ranks,
-        loader_cores=costs.replay_s / costs.step_s,
+        loader_cores=costs.replay_s / step_s,
         break_even_runs=break_even(stage_one_s, saved_s),
         break_even_epochs=break_even(stage_one_s, saved_s / epochs),
     )

@@ -127,7 +127,8 @@ def preflight_plan(
         require_shards(recipe.source)
     if not random_weights:
         with hinted(CheckpointError, RANDOM_WEIGHTS_HINT):
-            for teacher in caches[0].used_teachers.values():
+            looped = [layer.teacher for recipe in students.values() for _, layer in recipe.each_layer()]
+            for teacher in (*caches[0].used_teachers.values(), *filter(None, looped)):
                 _require_weights(teacher.weights)
     return caches[0], students
 

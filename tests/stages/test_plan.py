@@ -7,14 +7,15 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tinymim.configs import shipped
 from tinymim.configs.codecs.kinds import codec_config
-from tinymim.configs.errors import CheckpointError, RecipeError
+from tinymim.configs.errors import CheckpointError, RecipeError, UserError
 from tinymim.configs.load import dump_recipe, load_recipe
 from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.configs.schema.train import TrainStudentRecipe
@@ -23,12 +24,13 @@ from tinymim.stages.pages.plan import format_plan
 from tinymim.stages.planning import clocks
 from tinymim.stages.planning import student as student_of_plan
 from tinymim.stages.planning import teacher as teacher_of_plan
+from tinymim.stages.planning.student import Planned, computed_share
 from tinymim.stages.run.preflight import preflight_plan
 from tinymim.stages.units import timing
 from tinymim.stages.units.draft import UnitPart
 from tinymim.storage.writer import CacheWriter
 from tinymim.targets.kinds import describe_codec
-from tinymim.tests.stages.tiny import STUDENT, cache_recipe, student_recipe, write_teacher
+from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, student_recipe, write_teacher
 
 QUICK = plan.Options(seconds=1.0)
 Run = Callable[..., tuple[int, str, str]]
@@ -125,14 +127,6 @@ def test_several_students_of_one_stream_are_one_training_run(root: Path) -> None
     assert len(found["forecast"]["trainings"]) == 1
 
 
-def test_views_of_one_decode_and_epochs_are_counted(root: Path) -> None:
-    order = {"views_per_decode": 2, "views_per_epoch": "all"}
-    recipe = student_recipe(root, order=order, optim={"batch_size": 8, "epochs": 5})
-    found = plan.run(cache_recipe(root), {"student": recipe}, QUICK)
-    (training,) = found["forecast"]["trainings"]
-    assert training["views"] == 5 * 2 * 24
-
-
 @pytest.mark.parametrize("codec", [{"name": "hidden"}, {"name": "dense"}, {"head_k": 4, "tail": "ghost"}])
 def test_every_codec_is_measured(codec: dict[str, Any], root: Path) -> None:
     found = plan.run(cache_recipe(root, codec=codec), {"student": student_recipe(root)}, QUICK)
@@ -175,6 +169,60 @@ def test_a_sample_stands_for_the_whole_source(root: Path) -> None:
     teacher = found["measured"]["teacher"]
     assert (teacher["num_images"], teacher["num_units"]) == (24_000, 3_000)
     assert found["forecast"]["trainings"][0]["epochs"] == pytest.approx(160 / 24_000)
+
+
+# ---------------------------------------------------------------- a teacher in the loop
+
+
+def test_views_of_one_decode_and_a_teacher_in_the_loop_are_counted(root: Path) -> None:
+    order = {"views_per_decode": 2, "views_per_epoch": "all"}
+    two = student_recipe(root, order=order, optim={"batch_size": 8, "epochs": 5})
+    student = student_recipe(root, on_missing="teacher", num_views=3, fresh=0.5)  # 160 views of 24 images: 6.7 rounds
+    first = {"shards": root / "shards", "pattern": "*0.tar"}
+    found = plan.run(cache_recipe(root, source=first), {"two": two, "s": student}, QUICK)
+    (cached, costs), (of_two, training) = found["measured"]["students"], found["forecast"]["trainings"]
+    assert of_two["views"] == 5 * 2 * 24 and cached["in_loop"] is None
+    loop = costs["in_loop"]
+    assert loop["share"] == pytest.approx(2 / 3 + 1 / 3 * (0.5 + 0.5 / 3), abs=0.03)  # 2 of 3 shards; then view 2 of 3
+    whole = sum(each.nbytes for each in load_file(root / "teacher.safetensors").values())
+    assert loop["weights_bytes"] == pytest.approx(whole, rel=0.01)
+    assert loop["step_s"] > costs["step_s"] and loop["pass_bytes"] is None and loop["layers"] == []
+    mixed = loop["share"] * loop["step_s"] + (1 - loop["share"]) * costs["step_s"]
+    assert training["per_view"]["seconds"] == pytest.approx(mixed + costs["replay_s"], rel=0.1)
+    text = format_plan(found)
+    assert f"computes {loop['share']:.1%} of the views)" in text and "KiB of teacher on each device" in text
+    with pytest.raises(RecipeError, match=r"num_views is more than the cache is for(.|\n)*on_missing: teacher"):
+        plan.run(cache_recipe(root), {"s": student_recipe(root, num_views=3)}, QUICK)
+
+
+@pytest.mark.slow  # measures twice
+def test_a_layer_that_the_cache_lacks_is_computed_for_all_views_also_with_random_weights(root: Path) -> None:
+    gone = TEACHER | {"block": 1, "weights": "gone.pth"}
+    layers: dict[str, Any] = {"x": {"teacher": gone | {"block": 2}, "codec": {"rows": 6, "head_k": 1, "tail_k": 3}}}
+    layers["y"] = {"teacher": gone, "codec": {"kind": "features", "name": "int8"}}
+    student = student_recipe(root, on_missing="teacher", num_views=2, layers=layers)
+    cache = cache_recipe(root, layer="x", teacher=gone | {"block": 2})
+    found = plan.run(cache, {"s": student}, plan.Options(seconds=1, random_weights=True))
+    [costs] = found["measured"]["students"]
+    assert costs["in_loop"]["share"] == 0.0 and costs["in_loop"]["layers"] == ["y"]
+    assert "computes 0.0% of the views, and y of all" in format_plan(found)
+    with pytest.raises(CheckpointError, match=r"gone.pth(.|\n)*--random-weights"):
+        plan.run(cache_recipe(root, layer="x"), {"s": student}, QUICK)
+    unstated = student_recipe(root, on_missing="teacher", num_views=2, layers={"x": {}, "y": {}})
+    with pytest.raises(UserError, match="does not state the teacher of layer y"):
+        plan.run(cache_recipe(root, layer="x"), {"s": unstated}, QUICK)
+
+
+def test_views_that_are_written_back_are_computed_once(root: Path) -> None:
+    def share(held: int, rounds: int, **changes: Any) -> float:
+        fields = {"on_missing": "teacher", "num_views": 4, "optim": {"batch_size": 8, "steps": 3 * rounds}}
+        made = student_recipe(root, **(fields | changes))
+        return computed_share(made, 24, 3 * rounds, Planned(cast(Any, None), cast(Any, None), held, covered=1.0))
+
+    assert share(2, 12) == share(2, 40) == 0.5 and share(4, 12) == 0.0 and share(1, 2) == 0.5
+    assert share(2, 12, write_back=True) == pytest.approx(2 / 12) and share(2, 4, write_back=True) == 0.5
+    assert share(1, 12, num_views=None, fresh=1) == pytest.approx(11 / 12)
+    assert share(9, 12, fresh=1) == pytest.approx(7 / 12)  # views 4 to 15, of which 4 to 8 are held
 
 
 def test_options_out_of_range_are_refused(root: Path) -> None:

@@ -23,10 +23,12 @@ from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline import misses
 from tinymim.pipeline.dataset import Lacking
+from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher, train_student
 from tinymim.stages.cache import verify
 from tinymim.stages.cache.teacher_input import TeacherTargets
 from tinymim.stages.pages.summary import read_runs
+from tinymim.stages.planning.student import Planned, computed_share
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.run.interrupt import Interrupted
 from tinymim.stages.training import student_step
@@ -176,10 +178,13 @@ def test_gradients_of_a_mix_are_unbiased_with_a_sketch_and_exact_with_dense_reco
 def test_fresh_views_are_those_of_a_larger_cache(home: Path) -> None:
     cached(home, "large", num_views=8)
     cached(home, "small", num_views=2)
-    fresh = {"num_views": 2, "fresh": 0.25}
+    fresh: dict[str, Any] = {"num_views": 2, "fresh": 0.25}
     found = train(home, "small", "fresh", **fresh)
     assert found == train(home, "large", "known", **fresh)
     assert 0.1 < np.mean(shares(home, "fresh")) < 0.4 and set(shares(home, "known")) == {0.0}
+    planned = Planned(CacheReader(home / "small"), open_shards(recipe(home, "small").source), 2, 1.0)
+    share = computed_share(recipe(home, "small", **fresh), 36, STEPS, planned)
+    assert np.mean(shares(home, "fresh")) == pytest.approx(share, abs=0.03)
     assert found != train(home, "small", "stale", num_views=2)
     # The other end of the dial: no view comes twice.
     assert len(train(home, "small", "online", num_views=None, fresh=1)) == STEPS

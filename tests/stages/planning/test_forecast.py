@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tinymim.stages.planning.forecast import (
+    InLoop,
     Overlap,
     StudentCosts,
     TeacherCosts,
@@ -163,3 +164,20 @@ def test_a_codec_s_record_has_a_size_also_where_units_compress_better_than_sampl
     assert as_record(300.0, 100.0, 120.0) == 320.0  # a unit adds 20 bytes
     assert as_record(100.0, 100.0, 60.0) == 60.0
     assert as_record(20.0, 100.0, 60.0) == 12.0  # the difference of the two would be negative
+
+
+def test_a_teacher_in_the_loop_takes_its_share_of_the_views_and_of_what_a_cache_saves() -> None:
+    loop = InLoop(share=0.25, step_s=0.014, cores=3.0, layers=[], weights_bytes=1, pass_bytes=None)
+    training = forecast_training(replace(STUDENT, in_loop=loop), TEACHER, 56.0, cores=16)
+    # 3/4 x 2 ms + 1/4 x 14 ms; online is as without a cache: 12 ms
+    assert training.per_view.seconds == pytest.approx(0.005) and training.per_view.limited_by == "models"
+    assert training.cached_s == pytest.approx(5000 * 0.005) and training.online_s == pytest.approx(5000 * 0.012)
+    assert training.break_even_runs == 2  # 35 s less a run, of 56
+    # Without workers: replay, and reading for the views that are read.
+    alone = forecast_training(replace(STUDENT, in_loop=loop, workers=0), TEACHER, 56.0, cores=16)
+    assert alone.per_view.seconds == pytest.approx(0.005 + 0.003 + 0.75 * 5e-5)
+    # On two cores: (1.5 ms x 1 + 3.5 ms x 3 + 3 ms + read) / 2
+    busy = forecast_training(replace(STUDENT, in_loop=loop), TEACHER, 56.0, cores=2)
+    assert busy.per_view.seconds == pytest.approx((0.0015 + 0.0105 + 0.003 + 0.75 * 5e-5) / 2)
+    all_new = forecast_training(replace(STUDENT, in_loop=replace(loop, share=1.0)), TEACHER, 56.0, cores=16)
+    assert all_new.break_even_runs is None
