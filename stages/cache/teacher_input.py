@@ -38,7 +38,7 @@ from tinymim.stages.cache.write_back import WriteBack
 from tinymim.stages.run.device import require_view_size
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.device_stream import MakeTargets, cached_targets
-from tinymim.stages.training.student_step import check_student_fits, refuse_other_size, with_mask
+from tinymim.stages.training.student_step import check_students, refuse_other_size, with_mask
 from tinymim.stages.training.terms import Term, naming, weights_of
 from tinymim.stages.units.constants import calibrated, on_device, require_rebuildable, settle_constants
 from tinymim.stages.units.drops import drawn_drops
@@ -113,7 +113,8 @@ class TeacherInput:
                 require_rebuildable({name: kind}, {name: teacher})
                 differences += [] if stored is None else check_same_layer(stored, made)
             self.layers[name] = made if stored is None else stored
-        self._refuse_misfits()
+        self._constants_of: dict[str, Arrays | None] = dict.fromkeys(self.layers)
+        self._refuse_misfits(device)
 
         # ---- the cache, to be written and read
         for difference in dict.fromkeys(differences):
@@ -125,13 +126,11 @@ class TeacherInput:
                     CacheWriter.open(self._place, manifest, list(self.layers.values()))
                 )
                 manifest = self._writer.manifest
-            constants = {
-                each.name: self._constants(each, shards, self._teacher_of(each.name, device)) for each in wanted
-            }
+            for each in wanted:
+                self._constants_of[each.name] = self._constants(each, shards, self._teacher_of(each.name, device))
             if self._writer is not None:
                 self._reader = CacheReader(self._place)
             self.manifest = manifest if self._reader is None else grown(self._reader.manifest, manifest)
-            self._constants_of = constants
             self.source = join_partly(shards, self._reader, list(self.layers), num_views)
         except BaseException:
             self._stack.close()
@@ -139,7 +138,7 @@ class TeacherInput:
         self.opened = self._opened(device)
         self.content = []
         for name, layer in self.layers.items():
-            held = constants[name]
+            held = self._constants_of[name]
             self.content += [layer.spec_id, *([digest_of_constants(layer, held)] if held else [])]
         self.content += [shard.content_hash for shard in self.source.shards]
 
@@ -214,20 +213,14 @@ class TeacherInput:
             opened.append(Opened(layer, kind, term))
         return opened
 
-    def _refuse_misfits(self) -> None:
+    def _refuse_misfits(self, device: torch.device) -> None:
         """Check students before anything is written."""
-        terms = []
-        for name, layer in self.layers.items():
-            shown = name if len(self.layers) > 1 else ""
-            config = self._wanted[name].config
-            with naming(shown):
-                kind = stored_kind(layer.target, config.targets)
-            terms.append(Term(kind, layer.shapes, shown, mask=layer.mask, student_block=config.student_block))
-        for own in with_mask(self._recipe, terms).each().values():
+        terms = [each.term for each in self._opened(device)]
+        recipe = with_mask(self._recipe, terms)
+        for own in recipe.each().values():
             assert own.student is not None  # by TrainStudentRecipe.each
             refuse_other_size(own.student, [self.size])
-            for term in terms:
-                check_student_fits(own.student, term, own.mask)
+        check_students(recipe, terms)
 
     # ---- teachers
 

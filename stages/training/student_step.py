@@ -75,15 +75,12 @@ def make_students(
         content: digests of the data that their states depend on, from `trained_on`.
 
     Raises:
-        CacheMismatch: a student's tokens are not the teacher's.
-        RecipeError: its width does not fit.
-        Both name the layer if there are several.
+        CacheMismatch, RecipeError: as `check_students`.
     """
+    check_students(recipe, terms)
     students = []
     for name, own in recipe.each().items():
         assert own.student is not None  # by TrainStudentRecipe.each
-        for term in terms:
-            check_student_fits(own.student, term, own.mask)
         device = rank_device(own.run.device, ranks)
         torch.manual_seed(own.run.seed)
         model = student_model(own, terms).to(device)
@@ -329,19 +326,25 @@ def _seen_shapes(vit: nn.Module, config: ModelConfig, mask: StudentMaskConfig | 
     return shapes if mask.hide == "token" else replace(shapes, tokens=shapes.prefix_tokens + visible)
 
 
-def check_student_fits(student: ModelConfig, term: Term, mask: StudentMaskConfig | None = None) -> None:
-    """Compare the student's tokens and width with a teacher's; allocates no weights.
+def check_students(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> None:
+    """Compare tokens and widths of a recipe's students with those of teachers; allocates no weights.
 
     Raises:
-        CacheMismatch, RecipeError: the kind of target cannot compare a student of these tokens, or of this width.
+        CacheMismatch: a student's tokens are not a teacher's.
+        RecipeError: a student cannot be built, or a kind of target cannot compare a student of its width.
+        Both name student and layer where there are several.
     """
-    with naming(term.layer), torch.device("meta"):
-        vit = build_student(student)
-        own = _seen_shapes(vit, student, mask)
-        if term.shapes.masked:  # also for kinds that need no grid: a mask of another grid hides other pixels
-            check_visible(own, term.shapes)
-        fit = fit_of(own, term.shapes, term.kind.taps)
-        _read_by(term.kind.head(fitted_shapes(own, fit), term.shapes), vit, term, fit)
+    for name, own in recipe.each().items():
+        assert own.student is not None  # by TrainStudentRecipe.each
+        with naming(name, "student"), torch.device("meta"):
+            vit = build_student(own.student)
+            for term in terms:
+                with naming(term.layer):
+                    seen = _seen_shapes(vit, own.student, own.mask)
+                    if term.shapes.masked:  # also for kinds that need no grid: a mask of another grid hides others
+                        check_visible(seen, term.shapes)
+                    fit = fit_of(seen, term.shapes, term.kind.taps)
+                    _read_by(term.kind.head(fitted_shapes(seen, fit), term.shapes), vit, term, fit)
 
 
 def _read_by(head: nn.Module, vit: nn.Module, term: Term, fit: Fit) -> Tap | None:

@@ -81,12 +81,12 @@ def label_top1(term: Term, answers: Answers, batch: ViewBatch, rows: slice) -> d
 
 
 @contextmanager
-def naming(layer: str) -> Iterator[None]:
-    """Name the layer in errors about it, where there are several; `layer` is empty for the only one."""
+def naming(name: str, what: str = "layer") -> Iterator[None]:
+    """Name the layer, or the student, in errors about it, where there are several; `name` is empty for the only one."""
     try:
         yield
     except TinymimError as error:
-        if not layer:
+        if not name:
             raise
-        what = f"layer {layer}: {error.what}"
-        raise type(error)(what, got=error.got, expected=error.expected, hint=error.hint) from error
+        whole = f"{what} {name}: {error.what}"
+        raise type(error)(whole, got=error.got, expected=error.expected, hint=error.hint) from error

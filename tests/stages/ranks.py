@@ -2,7 +2,10 @@
 
 import math
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -106,3 +109,24 @@ def _breaking() -> Callable[..., dict[str, Loss]]:
         return {n: Loss(loss.parts * (math.nan if broken else 1.0), loss.floor) for n, loss in whole(*args).items()}
 
     return losses
+
+
+@contextmanager
+def meanwhile(wanted: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Do something from another thread once `wanted` holds."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            if wanted():
+                act()
+                return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

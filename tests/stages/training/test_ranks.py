@@ -11,10 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +37,7 @@ from tinymim.stages.training.ranks import (
     rank_device,
     require_equal_parts,
 )
-from tinymim.tests.stages.ranks import BROKEN_STEP, LAST_ERROR, all_that_four_ranks_do, mae_recipe
+from tinymim.tests.stages.ranks import BROKEN_STEP, LAST_ERROR, all_that_four_ranks_do, mae_recipe, meanwhile
 from tinymim.tests.stages.tiny import STUDENT, cache_recipe, copied, losses, signal_in_step, student_recipe
 
 OPTIM = {"batch_size": 8, "steps": 60, "base_lr": 0.1, "warmup": 0.2}
@@ -69,27 +66,6 @@ def recipe(root: Path, **changes: Any) -> TrainStudentRecipe:
 def assert_same(found: list[float], wanted: list[float]) -> None:
     """Within fp32's rounding, which sixty steps have carried on."""
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-5)
-
-
-@contextmanager
-def meanwhile(wanted: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
-    """Do something from another thread once `wanted` holds."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            if wanted():
-                act()
-                return
-            time.sleep(0.005)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 # ---------------------------------------------------------------- real processes
