@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.configs.schema.train import TrainStudentRecipe
-from tinymim.stages import cache_teacher, finetune, make_shards, train_student
+from tinymim.stages import cache_teacher, finetune, make_shards, plan, train_student
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.training.learner import LossWatch
 from tinymim.storage.layout import VIEWS
@@ -141,3 +141,16 @@ def test_fine_tuning_on_the_gpu_is_that_of_the_cpu(tmp_path: Path, precision: st
         assert report is not None and report["num_val_images"] == 16
         found[device] = losses(tmp_path / device)
     np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-2 if precision == "fp32" else 5e-2)
+
+
+@pytest.mark.gpu
+def test_a_plan_measures_the_memory_of_a_teacher_in_the_loop(tmp_path: Path) -> None:
+    make_shards.run("drawn", tmp_path / "shards", make_shards.Options(count=64, images_per_shard=32))
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZES)
+    save_file(model.state_dict(), tmp_path / "teacher.safetensors", STATED)
+    run = {"folder": tmp_path / "run-student", "device": "cuda"}
+    fields: dict[str, Any] = {"on_missing": "teacher", "num_views": 2, "fresh": 0.5, "run": run}
+    student = student_recipe(tmp_path, student=STUDENT | {"img_size": 64}, **fields)
+    found = plan.run(cache_recipe(tmp_path, "cuda"), {"s": student}, plan.Options(seconds=2))
+    loop = found["measured"]["students"][0]["in_loop"]
+    assert loop["pass_bytes"] > 64 * 3 * 64 * 64 and loop["weights_bytes"] > 0  # at least the pixels

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from tinymim.configs.errors import CacheMismatch
+from tinymim.configs.schema.fidelity import FidelityRecipe
 from tinymim.configs.sections.models import TeacherConfig
 from tinymim.configs.taps import Tap
 from tinymim.models.drop_path import HandedDropPath, drop_by
 from tinymim.models.teacher import Teacher
-from tinymim.stages import cache_teacher, train_student
+from tinymim.stages import cache_teacher, fidelity, look, train_student
 from tinymim.stages.cache import deep
+from tinymim.stages.pages.pictures import STORED
+from tinymim.stages.pages.pictures import TEACHER as EXACT
 from tinymim.stages.run.folder import read_metrics
 from tinymim.stages.units.drops import drawn_drops
 from tinymim.storage.reader import CacheReader
-from tinymim.tests.stages.tiny import TEACHER, cache_recipe, run_in, student_recipe, write_set
+from tinymim.tests.stages.tiny import STUDENT, TEACHER, cache_recipe, run_in, student_recipe, write_set
 
 LAYER: dict[str, Any] = {"layer": "x", "codec": {"kind": "features", "name": "int8", "target": "raw"}}
 
@@ -69,6 +72,31 @@ def test_a_teacher_in_the_loop_drops_the_same_branches(home: Path) -> None:
         train_student.run(student_recipe(home, cache=home / cache, on_missing=how, run=run, **fields))
         losses.append([line["loss"] for line in read_metrics(home / f"run-{how}")])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow  # makes a cache and two pages
+def test_fidelity_and_look_see_the_teacher_of_the_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = dropping(home, codec={"name": "dense"}, num_views=1)
+    cache_teacher.run(made)
+    reader = CacheReader(home / "cache")
+    records = [arrays for info in reader.units("x") for _, arrays in reader.each_view(info)]
+    stored = {name: np.concatenate([arrays[name] for arrays in records]) for name in reader.arrays("x")}
+
+    described, tried = fidelity._described, list[Any]()
+    monkeypatch.setattr(fidelity, "_described", lambda *args: tried.append(args[2]) or described(*args))
+    monkeypatch.setattr(fidelity, "draw_frontier", lambda *_: None)
+    fields = {"source": made.source, "views": made.views, "teacher": made.teacher, "run": run_in(home / "run-fidelity")}
+    fields |= {"stage": "fidelity", "student": STUDENT, "codecs": {"x": {"name": "dense"}}, "num_images": 24}
+    fidelity.run(FidelityRecipe.model_validate(fields | {"batch_size": 8, "loader": {"workers": 0}}))
+    for name, values in stored.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in tried[0].records]), values)
+
+    examples, columns = look.examples, list[Any]()
+    monkeypatch.setattr(look, "examples", lambda *args: columns.append(args[2]) or examples(*args))
+    key = reader.keys("shard-000001.tar")[2]
+    look.run(home / "cache", look.Options(key, home / "look.html", made, None, (), 1, 1))
+    for name, exact in columns[0][EXACT].items():
+        torch.testing.assert_close(columns[0][STORED][name].probs, exact.probs, rtol=1e-3, atol=1e-6)  # fp16
 
 
 def test_shares_of_dropped_branches_and_their_scale(home: Path) -> None:
