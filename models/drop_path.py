@@ -35,8 +35,8 @@ def replace_drop_path(model: nn.Module) -> list[HandedDropPath]:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, DropPath):
-                setattr(module, name, HandedDropPath(child.drop_prob or 0.0))
-                found.append(getattr(module, name))
+                found.append(HandedDropPath(child.drop_prob or 0.0))
+                setattr(module, name, found[-1])
     return found
 
 

@@ -124,7 +124,7 @@ class CutTeacher(nn.Module):
                 tokens = self.model.forward_features(images)  # type: ignore[operator]
                 for tap in wanted:
                     if not tap.place:
-                        self._take_at_end(tap, tokens, take)
+                        take(tap, *self._of_features(tap, tokens))
             except _Done:
                 return found
         missing = next(tap for tap in wanted if tap not in found)
@@ -143,37 +143,32 @@ class CutTeacher(nn.Module):
             if tap.place:
                 tokens = maps[tap.place].flatten(2).mT
                 found[tap] = (tokens, tokens[:, :0])
-            elif tap.kind == "tokens":
-                tokens = backbone.flat(self.model, features)
-                found[tap] = (tokens, tokens[:, : self._prefix])
-            elif tap.kind == "cls":
-                found[tap] = (backbone.flat(self.model, features)[:, 0],)
             else:
-                found[tap] = (backbone.classified(self.model, features, logits=tap.kind == "logits"),)
+                found[tap] = self._of_features(tap, features)
         return found
 
     def _hooked(self, tap: Tap, take: Callable[..., None]) -> list[RemovableHandle]:
         """The hooks of a tap inside a block, for one forward pass."""
         if tap.kind in AT_END:
             block = backbone.blocks(self.model)[tap.place - 1]
-            return [block.register_forward_hook(lambda _module, _args, out: self._take_at_end(tap, out, take))]
+            return [block.register_forward_hook(lambda _module, _args, out: take(tap, *self._of_features(tap, out)))]
         attention = self.attention(tap)
         if tap.kind == "normed":
-            return [attention.register_forward_pre_hook(lambda _module, args: self._take_at_end(tap, args[0], take))]
+            return [
+                attention.register_forward_pre_hook(lambda _module, args: take(tap, *self._of_features(tap, args[0])))
+            ]
 
         def found(tokens: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
             take(tap, q, k, *((v, tokens) if tap.kind == "qkv" else (q[:, :, : self._prefix],)))
 
         return _on_attention(attention, found)
 
-    def _take_at_end(self, tap: Tap, tokens: Tensor, take: Callable[..., None]) -> None:
-        """Take what a tap has from tokens [B, T, C]."""
-        if tap.kind == "cls":
-            take(tap, tokens[:, 0])
-        elif tap.kind in ("pooled", "logits"):
-            take(tap, backbone.classified(self.model, tokens, logits=tap.kind == "logits"))
-        else:
-            take(tap, tokens, tokens[:, : self._prefix])
+    def _of_features(self, tap: Tap, features: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of a tap from tokens [B, T, C], or from what `forward_features` gives."""
+        if tap.kind in ("pooled", "logits"):
+            return (backbone.classified(self.model, features, logits=tap.kind == "logits"),)
+        tokens = backbone.flat(self.model, features)
+        return (tokens[:, 0],) if tap.kind == "cls" else (tokens, tokens[:, : self._prefix])
 
 
 def _on_attention(

@@ -234,8 +234,12 @@ class PartlyReplayedViews(ReplayedViews):
         return [name for name in ids if self._holds(name)]
 
     def _holds(self, name: SliceId) -> bool:
-        keys = any(holds_keys(VIEWS, info.unit) for info in self._live[VIEWS].get(name.shard, ()))
-        return keys and _unit_of(self._live[name.layer].get(name.shard, ()), name.view) is not None
+        unit = _unit_of(self._live[name.layer].get(name.shard, ()), name.view)
+        return unit is not None and self._with_keys(name.shard) is not None
+
+    def _with_keys(self, shard: str) -> UnitInfo | None:
+        """The unit of the view layer that has the keys of a shard."""
+        return next((info for info in self._live[VIEWS].get(shard, ()) if holds_keys(VIEWS, info.unit)), None)
 
     def look_again(self, shard: str) -> None:
         """List the units of a shard at the next lack of one, however short ago it was done; safe for threads."""
@@ -261,7 +265,7 @@ class PartlyReplayedViews(ReplayedViews):
 
     def _in_tar(self, shard: Shard) -> npt.NDArray[np.int64]:
         """int64 [images of the tar], the place among the cached images, -1 for none; empty if no image is known."""
-        info = next((each for each in self._live[VIEWS].get(shard.name, ()) if holds_keys(VIEWS, each.unit)), None)
+        info = self._with_keys(shard.name)
         if info is None or self._cache is None:
             return np.zeros(0, np.int64)
         keys = self._cache.read_keys(info)

@@ -1,12 +1,13 @@
 """Typed reads of an opened cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tinymim.configs.codecs.targets import TargetsConfig
-from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.configs.schema.train import LayerConfig, TrainStudentRecipe
 from tinymim.configs.taps import Shapes
 from tinymim.stages.training.terms import Term, naming, weights_of
 from tinymim.stages.units.constants import on_device
@@ -36,15 +37,20 @@ def opened_layers(reader: CacheReader, recipe: TrainStudentRecipe, device: torch
         UserError: the cache has no such layer.
         RecipeError, CacheMismatch: as `stored_kind`; names the layer if there are several.
     """
-    opened, configs = [], recipe.each_layer()
-    for name, config in configs:
-        layer = reader.layer(name)
-        shown = layer.name if len(configs) > 1 else ""
-        with naming(shown):
-            kind = opened_kind(reader, layer, config.targets, device)
-        term = Term(kind, layer.shapes, shown, weights_of(config), layer.mask, config.student_block)
-        opened.append(Opened(layer, kind, term))
-    return opened
+    layers = [(reader.layer(name), config) for name, config in recipe.each_layer()]
+    return [
+        opened_layer(layer, config, on_device(reader.constants(layer.name), device), several=len(layers) > 1)
+        for layer, config in layers
+    ]
+
+
+def opened_layer(layer: Layer, config: LayerConfig, constants: Mapping[str, Tensor] | None, several: bool) -> Opened:
+    """A layer to learn from, with its constants on a device; its term and errors name it where there are `several`."""
+    shown = layer.name if several else ""
+    with naming(shown):
+        kind = stored_kind(layer.target, config.targets, constants)
+    term = Term(kind, layer.shapes, shown, weights_of(config), layer.mask, config.student_block)
+    return Opened(layer, kind, term)
 
 
 def arrays_of(opened: Sequence[Opened]) -> dict[str, list[str]]:

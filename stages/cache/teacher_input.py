@@ -33,13 +33,13 @@ from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.records import named
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import law_of
-from tinymim.stages.cache.opened import Opened, arrays_of, kinds_of
+from tinymim.stages.cache.opened import Opened, arrays_of, kinds_of, opened_layer
 from tinymim.stages.cache.write_back import WriteBack
 from tinymim.stages.run.device import require_view_size
 from tinymim.stages.run.progress import logger
 from tinymim.stages.training.device_stream import MakeTargets, cached_targets
 from tinymim.stages.training.student_step import check_students, refuse_other_size, with_mask
-from tinymim.stages.training.terms import Term, naming, weights_of
+from tinymim.stages.training.terms import naming
 from tinymim.stages.units.constants import calibrated, on_device, require_rebuildable, settle_constants
 from tinymim.stages.units.drops import drawn_drops
 from tinymim.stages.units.prepare import make_layer, make_manifest
@@ -51,7 +51,7 @@ from tinymim.storage.packed import open_cache_store
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.writer import CacheWriter
 from tinymim.targets.contract import Target, TargetKind
-from tinymim.targets.kinds import make_kind, stored_kind
+from tinymim.targets.kinds import make_kind
 
 VIEWS_AT_ONCE: Final = 64  # of a pass of the teacher: dense relations of 64 views of a ViT-L take 1.3 GB
 Arrays = dict[str, npt.NDArray[Any]]
@@ -202,16 +202,11 @@ class TeacherInput:
         return TeacherTargets(kinds_of(self._opened(device)), codecs, teachers, masks, keep)
 
     def _opened(self, device: torch.device) -> list[Opened]:
-        opened = []
-        for name, each in self._wanted.items():
-            layer, shown = self.layers[name], name if len(self._wanted) > 1 else ""
-            with naming(shown):
-                constants = on_device(self._constants_of[name], device)
-                kind = stored_kind(layer.target, each.config.targets, constants)
-            own = each.config
-            term = Term(kind, layer.shapes, shown, weights_of(own), layer.mask, own.student_block)
-            opened.append(Opened(layer, kind, term))
-        return opened
+        wanted, constants = self._wanted.items(), self._constants_of
+        return [
+            opened_layer(self.layers[name], each.config, on_device(constants[name], device), several=len(wanted) > 1)
+            for name, each in wanted
+        ]
 
     def _refuse_misfits(self, device: torch.device) -> None:
         """Check students before anything is written."""

@@ -45,7 +45,7 @@ class _Computed(NamedTuple):
 
 
 class _Draft:
-    """A unit whose records come in: by layer, arrays [k, images of the shard, ...]."""
+    """The records of a unit that is not whole yet: by layer, arrays [k views, images of the shard, ...]."""
 
     def __init__(self, unit: UnitId, layers: tuple[str, ...], num_images: int) -> None:
         self.unit, self.layers = unit, layers
@@ -78,7 +78,7 @@ class _Draft:
 class WriteBack:
     """A context manager that writes units in a thread of its own. Leaving it writes those that are whole.
 
-    In memory are at most `most` units of views of one decode each.
+    It holds at most `most` incomplete units in memory, each of the views of one decode.
 
     Args:
         writer: a writer of all layers.
@@ -98,7 +98,6 @@ class WriteBack:
         self._filling = UnitFilling(writer, _MAX_UNREADABLE)
         self._drafts: OrderedDict[UnitId, _Draft] = OrderedDict()
         self._size = int(writer.manifest.views["size"])
-        self._counts = {shard.name: shard.num_samples for shard in shards}
         self._by_name = {shard.name: shard for shard in shards}
         self.written = self.dropped = 0
 
@@ -146,7 +145,7 @@ class WriteBack:
     def _draft(self, unit: UnitId, layers: tuple[str, ...]) -> _Draft:
         draft = self._drafts.get(unit)
         if draft is None or draft.layers != layers:
-            draft = self._drafts[unit] = _Draft(unit, layers, self._counts[unit.shard])
+            draft = self._drafts[unit] = _Draft(unit, layers, self._by_name[unit.shard].num_samples)
         self._drafts.move_to_end(unit)
         if len(self._drafts) > self._most:
             self._drafts.popitem(last=False)

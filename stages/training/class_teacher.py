@@ -24,7 +24,7 @@ class ClassTeacher:
 
     Args:
         recipe: the recipe, with `distil`.
-        student: the model in training; it is told to answer with both of its heads.
+        student: the model in training; it is set to answer with both of its heads.
         normalise: the student's normalisation, on the device.
         device: the device of the teacher.
 

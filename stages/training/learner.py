@@ -88,7 +88,7 @@ class Learner:
             return
         self.model.eval()  # no drop path in passes that train nothing
         self._backward_of_example()
-        # DDP waits for a gradient of every parameter unless it is told to search for unused ones, which costs time.
+        # DDP waits for a gradient of every parameter unless it is set to search for unused ones, which costs time.
         unused = any(p.requires_grad and p.grad is None for p in self.module.parameters())
         self.optimiser.zero_grad(set_to_none=True)
         self.model = DistributedDataParallel(

@@ -107,9 +107,7 @@ def student_model(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> StudentM
     shapes = _seen_shapes(vit, recipe.student, recipe.mask)
     if recipe.mim is not None:
         check_decoder(recipe.mim, recipe.mask, vit)
-    fits = [fit_of(shapes, term.shapes, term.kind.taps) for term in terms]
-    heads = [term.kind.head(fitted_shapes(shapes, fit), term.shapes) for term, fit in zip(terms, fits, strict=True)]
-    reads = [_read_by(head, vit, term, fit) for head, term, fit in zip(heads, terms, fits, strict=True)]
+    heads, fits, reads = zip(*(_head(vit, shapes, term) for term in terms), strict=True)
     paints = recipe.mask is not None and recipe.mask.hide == "token"
     return StudentModel(vit, *heads, fits=fits, reads=reads, paints=paints, mim=recipe.mim)
 
@@ -343,15 +341,16 @@ def check_students(recipe: TrainStudentRecipe, terms: Sequence[Term]) -> None:
                     seen = _seen_shapes(vit, own.student, own.mask)
                     if term.shapes.masked:  # also for kinds that need no grid: a mask of another grid hides others
                         check_visible(seen, term.shapes)
-                    fit = fit_of(seen, term.shapes, term.kind.taps)
-                    _read_by(term.kind.head(fitted_shapes(seen, fit), term.shapes), vit, term, fit)
+                    _head(vit, seen, term)
 
 
-def _read_by(head: nn.Module, vit: nn.Module, term: Term, fit: Fit) -> Tap | None:
-    """The tap inside the student that the head of a term reads; None: the final tokens. Raises as `check_inner`."""
+def _head(vit: nn.Module, seen: Shapes, term: Term) -> tuple[nn.Module, Fit, Tap | None]:
+    """A new head for a student of the shapes `seen`, how its tokens fit the teacher's, and the tap that it reads."""
+    fit = fit_of(seen, term.shapes, term.kind.taps)
+    head = term.kind.head(fitted_shapes(seen, fit), term.shapes)
     if term.student_block is None:
-        return None
+        return head, fit, None
     assert isinstance(head, TargetHead)
     tap = head.at_block(term.student_block)
     check_inner(vit, tap, fit)
-    return tap
+    return head, fit, tap

@@ -1,4 +1,4 @@
-"""What the parent of workers decides by itself; what takes workers is in test_distributed.py."""
+"""What the parent of workers decides by itself; what takes workers is in test_ranks.py."""
 
 import os
 import pickle

@@ -15,6 +15,7 @@ from tinymim.models.drop_path import HandedDropPath, drop_by
 from tinymim.models.teacher import Teacher
 from tinymim.stages import cache_teacher, fidelity, look, train_student
 from tinymim.stages.cache import deep
+from tinymim.stages.evaluation.examples import examples
 from tinymim.stages.pages.pictures import STORED
 from tinymim.stages.pages.pictures import TEACHER as EXACT
 from tinymim.stages.run.folder import read_metrics
@@ -82,17 +83,26 @@ def test_fidelity_and_look_see_the_teacher_of_the_cache(home: Path, monkeypatch:
     records = [arrays for info in reader.units("x") for _, arrays in reader.each_view(info)]
     stored = {name: np.concatenate([arrays[name] for arrays in records]) for name in reader.arrays("x")}
 
-    described, tried = fidelity._described, list[Any]()
-    monkeypatch.setattr(fidelity, "_described", lambda *args: tried.append(args[2]) or described(*args))
+    drawn, columns = list[Any](), list[Any]()
+
+    def tapped(tried: Any, *rest: Any) -> Any:
+        drawn.append(tried)
+        return draw(tried, *rest)
+
+    def shown(kind: Any, shapes: Any, targets: Any, *rest: Any) -> Any:
+        columns.append(targets)
+        return examples(kind, shapes, targets, *rest)
+
+    draw = fidelity._draw
+    monkeypatch.setattr(fidelity, "_draw", tapped)
     monkeypatch.setattr(fidelity, "draw_frontier", lambda *_: None)
     fields = {"source": made.source, "views": made.views, "teacher": made.teacher, "run": run_in(home / "run-fidelity")}
     fields |= {"stage": "fidelity", "student": STUDENT, "codecs": {"x": {"name": "dense"}}, "num_images": 24}
     fidelity.run(FidelityRecipe.model_validate(fields | {"batch_size": 8, "loader": {"workers": 0}}))
     for name, values in stored.items():
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in tried[0].records]), values)
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in drawn[0].records]), values)
 
-    examples, columns = look.examples, list[Any]()
-    monkeypatch.setattr(look, "examples", lambda *args: columns.append(args[2]) or examples(*args))
+    monkeypatch.setattr(look, "examples", shown)
     key = reader.keys("shard-000001.tar")[2]
     look.run(home / "cache", look.Options(key, home / "look.html", made, None, (), 1, 1))
     for name, exact in columns[0][EXACT].items():
