@@ -80,8 +80,9 @@ def _training(costs: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
 def _in_loop(loop: Mapping[str, Any]) -> Iterator[str]:
     every = f", and {' and '.join(loop['layers'])} of all" if loop["layers"] else ""
     yield f"          (the teacher in the loop computes {loop['share']:.1%} of the views{every})"
-    passes = "the activations" if loop["pass_bytes"] is None else format_bytes(loop["pass_bytes"])
-    yield f"  memory  {format_bytes(loop['weights_bytes'])} of teacher on each device, and {passes} of up to 64 views"
+    weights = f"{format_bytes(loop['weights_bytes'])} of teacher weights"
+    activations = "the activations" if loop["pass_bytes"] is None else format_bytes(loop["pass_bytes"])
+    yield f"  memory  {weights}, and {activations} of up to {loop['pass_views']} views, on each device"
 
 
 def _verdict(plan: Mapping[str, Any]) -> Iterator[str]:

@@ -35,7 +35,8 @@ class InLoop:
     cores: float  # cores that it keeps busy
     layers: Sequence[str]  # layers that the cache lacks; they are computed for all views
     weights_bytes: int  # the teachers' weights, on every device of every rank
-    pass_bytes: int | None  # most memory of a pass, beside the weights; None: a CPU keeps no count
+    pass_views: int  # most views of a teacher's pass
+    pass_bytes: int | None  # most memory of such a pass, beside the weights; None: a CPU keeps no count
 
 
 @dataclass(frozen=True)

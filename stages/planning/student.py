@@ -106,6 +106,7 @@ def measured_student(
                 cores=step.cores("computed"),
                 layers=missing,
                 weights_bytes=loop.weights_bytes(device),
+                pass_views=VIEWS_AT_ONCE,
                 pass_bytes=_pass_bytes(loop.targets(device), device, batch, every),
             )
     return StudentCosts(

@@ -190,7 +190,10 @@ def test_views_of_one_decode_and_a_teacher_in_the_loop_are_counted(root: Path) -
     mixed = loop["share"] * loop["step_s"] + (1 - loop["share"]) * costs["step_s"]
     assert training["per_view"]["seconds"] == pytest.approx(mixed + costs["replay_s"], rel=0.1)
     text = format_plan(found)
-    assert f"computes {loop['share']:.1%} of the views)" in text and "KiB of teacher on each device" in text
+    assert (
+        f"computes {loop['share']:.1%} of the views)" in text
+        and "KiB of teacher weights, and the activations of up to 64 views" in text
+    )
     with pytest.raises(RecipeError, match=r"num_views is more than the cache is for(.|\n)*on_missing: teacher"):
         plan.run(cache_recipe(root), {"s": student_recipe(root, num_views=3)}, QUICK)
 

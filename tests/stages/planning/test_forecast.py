@@ -167,7 +167,7 @@ def test_a_codec_s_record_has_a_size_also_where_units_compress_better_than_sampl
 
 
 def test_a_teacher_in_the_loop_takes_its_share_of_the_views_and_of_what_a_cache_saves() -> None:
-    loop = InLoop(share=0.25, step_s=0.014, cores=3.0, layers=[], weights_bytes=1, pass_bytes=None)
+    loop = InLoop(share=0.25, step_s=0.014, cores=3.0, layers=[], weights_bytes=1, pass_views=64, pass_bytes=None)
     training = forecast_training(replace(STUDENT, in_loop=loop), TEACHER, 56.0, cores=16)
     # 3/4 x 2 ms + 1/4 x 14 ms; online is as without a cache: 12 ms
     assert training.per_view.seconds == pytest.approx(0.005) and training.per_view.limited_by == "models"
