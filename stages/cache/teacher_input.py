@@ -158,10 +158,11 @@ class TeacherInput:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
         if self.write_back is not None:
-            dropped = self.write_back.dropped
+            dropped, incomplete = self.write_back.dropped, self.write_back.incomplete
             logger.info(
                 f"train-student: wrote {self.write_back.written:,} units to {self._place}"
                 + (f"; {dropped:,} others were there by then, another job's, or without view 0" if dropped else "")
+                + (f"; {incomplete:,} lack images that this run did not compute in one pass" if incomplete else "")
             )
 
     def views(self, order: SampleOrder) -> PartlyReplayedViews:

@@ -89,6 +89,7 @@ class WriteBack:
     Attributes:
         written: number of units written.
         dropped: number of whole units that the cache held by then, whose shard another job held, or that do not fit.
+        incomplete: number of units of which only some images were computed.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class WriteBack:
         self._drafts: OrderedDict[UnitId, _Draft] = OrderedDict()
         self._size = int(writer.manifest.views["size"])
         self._by_name = {shard.name: shard for shard in shards}
-        self.written = self.dropped = 0
+        self.written = self.dropped = self.incomplete = 0
 
     def __enter__(self) -> "WriteBack":
         self._thread = Background("write-back", self._add, _DEPTH).__enter__()
@@ -110,6 +111,7 @@ class WriteBack:
     ) -> None:
         with contextlib.closing(self._filling):
             self._thread.__exit__(kind, error, trace)
+        self.incomplete += len(self._drafts)
 
     def __call__(self, lacking: Lacking, layer: str, rows: npt.NDArray[np.int64], arrays: Mapping[str, Tensor]) -> None:
         """Take computed records, [n, ...] for the batch's `rows`, int64 [n]. Raises what the thread raised."""
@@ -149,6 +151,7 @@ class WriteBack:
         self._drafts.move_to_end(unit)
         if len(self._drafts) > self._most:
             self._drafts.popitem(last=False)
+            self.incomplete += 1
         return draft
 
     def _write(self, draft: _Draft, images: npt.NDArray[np.int64]) -> None:

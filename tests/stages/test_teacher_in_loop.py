@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -319,6 +320,13 @@ def test_a_concurrent_job_of_stage_one_and_written_units_make_one_cache(home: Pa
     assert found == train(home, "whole", "cached", on_missing="refuse", optim=WHOLE)
     assert verify.run(home / "shared")["sound"]
     same_records(home / "whole", home / "shared")
+
+
+def test_units_that_a_run_leaves_incomplete_are_counted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(home, "new", "run-student", write_back=True, optim=OPTIM | {"steps": 1}, **from_nothing(home))
+    told = capsys.readouterr().err
+    [incomplete] = re.findall(r"wrote 0 units to \S+; (\d) lack images that this run did not compute in one pass", told)
+    assert int(incomplete) >= 1
 
 
 def test_an_image_that_cannot_be_read_is_left_out_and_listed(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
