@@ -26,9 +26,10 @@ from tinymim.configs.sections.source import SourceConfig
 from tinymim.configs.taps import Shapes
 from tinymim.models.custom import WithTaps, own_shapes
 from tinymim.models.student import shapes_of
+from tinymim.pipeline.joined import CachedSource, join, partners_of_source
 from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.replay import CachedSource, ReplayedViews, join, partners_of_source
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages import cache_teacher
 from tinymim.stages.cache.info import describe

@@ -45,9 +45,10 @@ from tinymim.configs.sections.views import ViewConfig
 from tinymim.configs.taps import Shapes
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import environment
+from tinymim.pipeline.joined import CachedSource, join
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items, SampleOrder, view_batches
-from tinymim.pipeline.replay import CachedSource, ReplayedViews, join
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.storage.blocks import DIGEST, Array

@@ -48,9 +48,10 @@ from tinymim.models.teacher import Teacher
 from tinymim.models.timm_folder import Pixels
 from tinymim.models.vit import IMAGENET_MEAN, IMAGENET_STD, build_vit
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.pipeline.joined import join
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.records import of_layer
-from tinymim.pipeline.replay import ReplayedViews, join
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages import cache_teacher

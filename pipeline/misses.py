@@ -14,21 +14,12 @@ import numpy.typing as npt
 
 from tinymim.configs.sections.loader import VerifyConfig
 from tinymim.pipeline.dataset import Lacking, ViewBatch
+from tinymim.pipeline.joined import CachedSource, places_in_tar, refuse_changed, same_images, unreadable_keys
 from tinymim.pipeline.loader import places_in
 from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.pipeline.order import Items
 from tinymim.pipeline.records import Arrays, Slice, SliceId
-from tinymim.pipeline.replay import (
-    CachedSource,
-    Entry,
-    ReplayedPixels,
-    ReplayedViews,
-    by_slice,
-    places_in_tar,
-    refuse_changed,
-    same_images,
-    unreadable_keys,
-)
+from tinymim.pipeline.replay import Entry, ReplayedPixels, ReplayedViews, by_slice
 from tinymim.pipeline.shards import Shard, ShardSet
 from tinymim.pipeline.views import law_of
 from tinymim.storage.blocks import DIGEST

@@ -19,8 +19,8 @@ from tinymim.configs.sections.source import SourceConfig
 from tinymim.models.teacher import Teacher
 from tinymim.pipeline.dataset import ImageViews
 from tinymim.pipeline.decode import decode
+from tinymim.pipeline.joined import lost_partners
 from tinymim.pipeline.masks import visible_patches
-from tinymim.pipeline.replay import lost_partners
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import law_of, view_key
 from tinymim.stages.cache.opened import opened_kind

@@ -16,9 +16,10 @@ from tinymim.configs.sections.loader import VerifyConfig
 from tinymim.models.student import StudentModel
 from tinymim.models.vit import Normalise
 from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.joined import join
 from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.records import of_layer
-from tinymim.pipeline.replay import ReplayedViews, join
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.audits.alarm import Audited
 from tinymim.stages.cache.opened import Opened

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from tinymim.configs.errors import CacheCorrupt, UserError
 from tinymim.configs.schema.cache import CacheTeacherRecipe
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.pipeline.joined import lost_partners, places_in_tar
 from tinymim.pipeline.masks import visible_patches
-from tinymim.pipeline.replay import lost_partners, places_in_tar
 from tinymim.pipeline.views import RandomViews
 from tinymim.stages.run.progress import Meter
 from tinymim.stages.units.constants import on_device

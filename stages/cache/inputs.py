@@ -5,8 +5,9 @@ from types import TracebackType
 import torch
 
 from tinymim.configs.schema.train import TrainStudentRecipe
+from tinymim.pipeline.joined import join, partners_of_source
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.replay import ReplayedViews, join, partners_of_source
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.cache.opened import Opened, arrays_of, kinds_of, opened_layers
 from tinymim.stages.run.progress import logger

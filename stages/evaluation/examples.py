@@ -20,9 +20,10 @@ from tinymim.configs.taps import Shapes
 from tinymim.models.student import StudentModel, shapes_of
 from tinymim.models.teacher import Teacher
 from tinymim.models.vit import Normalise
+from tinymim.pipeline.joined import join
 from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.records import of_layer
-from tinymim.pipeline.replay import ReplayedViews, join
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import open_shards
 from tinymim.stages.pages.pictures import STORED, TEACHER, Example
 from tinymim.stages.run.folder import RECIPE_NAME

@@ -14,9 +14,10 @@ from tinymim.configs.schema.train import TrainStudentRecipe
 from tinymim.configs.sections.loader import LoaderConfig
 from tinymim.configs.sections.models import TeacherConfig
 from tinymim.pipeline.dataset import Lacking, ViewBatch
+from tinymim.pipeline.joined import join
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.replay import ReplayedViews, join
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import ShardSet
 from tinymim.stages.cache.opened import Opened, arrays_of, kinds_of, opened_layers
 from tinymim.stages.cache.teacher_input import VIEWS_AT_ONCE, TeacherInput

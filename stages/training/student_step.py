@@ -24,9 +24,9 @@ from tinymim.models import backbone, hiding
 from tinymim.models.student import Fit, StudentModel, build_student, check_inner, fit_of, fitted_shapes, shapes_of
 from tinymim.models.vit import count_parameters
 from tinymim.pipeline.dataset import ViewBatch
+from tinymim.pipeline.joined import CachedSource
 from tinymim.pipeline.masks import visible_patches
 from tinymim.pipeline.order import SampleOrder
-from tinymim.pipeline.replay import CachedSource
 from tinymim.pipeline.tar import UNLABELLED
 from tinymim.stages.run.device import autocast
 from tinymim.stages.run.folder import RECIPE_NAME

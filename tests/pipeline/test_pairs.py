@@ -22,11 +22,12 @@ from tinymim.configs.sections.views import PairsConfig, ViewConfig
 from tinymim.pipeline import dataset, pairs
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode
+from tinymim.pipeline.joined import join, partners_of_source, places_in_tar
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.mismatch import PartnersSeen
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.pairs import Mix, Pairs, mixed, mixed_key, partners_of, soft_labels
-from tinymim.pipeline.replay import ReplayedViews, join, partners_of_source, places_in_tar
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import Shard, ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews, view_key
 from tinymim.stages import make_shards

@@ -21,10 +21,11 @@ from tinymim.configs.sections.source import SourceConfig
 from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import replay
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
+from tinymim.pipeline.joined import CachedSource
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import SampleOrder
 from tinymim.pipeline.records import Arrays
-from tinymim.pipeline.replay import CachedSource, ReplayedViews
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews, view_key
 from tinymim.stages import make_shards

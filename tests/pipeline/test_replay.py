@@ -16,10 +16,11 @@ from tinymim.configs.sections.views import ViewConfig
 from tinymim.pipeline import dataset, replay
 from tinymim.pipeline.dataset import ImageViews, ViewBatch
 from tinymim.pipeline.decode import decode, pixel_digest
+from tinymim.pipeline.joined import join
 from tinymim.pipeline.loader import batches
 from tinymim.pipeline.order import Items, SampleOrder
 from tinymim.pipeline.records import of_layer
-from tinymim.pipeline.replay import ReplayedViews, join
+from tinymim.pipeline.replay import ReplayedViews
 from tinymim.pipeline.shards import ShardSet, open_shards
 from tinymim.pipeline.views import RandomViews, view_key
 from tinymim.stages import make_shards
