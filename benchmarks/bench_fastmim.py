@@ -4,9 +4,9 @@
 
 First `--rounds` short trainings of each arm, in turn, give the CPU time of a step on one thread, without loader
 processes, which is its wall time on a free core; loading and decoding count. MAE trains for `--steps`, and any other
-arm for as many as take that time by the medians. With several `--rates`, an arm takes the one whose encoder, trained for
-as many steps with a seed of its own, has the best linear probe on the training images of `--tune-pattern`, which no
-result uses. Every encoder is probed and fine-tuned at 64 px by the settings of tinyimagenet40-eval and -finetune.
+arm for as many as take that time by the medians. With several `--rates`, an arm takes the one whose encoder, trained
+for as many steps with a seed of its own, has the best linear probe on the training images of `--tune-pattern`, which
+no result uses. Every encoder is probed and fine-tuned at 64 px by the settings of tinyimagenet40-eval and -finetune.
 Without images at --data nothing is measured. Keep the page under benchmarks/results/.
 """
 
