@@ -76,7 +76,9 @@ def committed(folder: Path) -> int:
 
 def until(true: Callable[[], bool], within_s: float = 300.0) -> None:
     end_s = time.monotonic() + within_s
-    while not true() and time.monotonic() < end_s:
+    while not true():
+        if time.monotonic() > end_s:
+            pytest.fail(f"it does not come true within {within_s:g} s")
         time.sleep(0.01)
 
 
