@@ -33,6 +33,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     Three on two cores, because tests of processes and stores often wait.
     """
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of 15, Ray's default, its workers starve beside busy tests
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return  # a worker must not start workers
     everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
