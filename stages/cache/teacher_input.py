@@ -158,7 +158,7 @@ class TeacherInput:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
         if self.write_back is not None:
-            dropped, incomplete = self.write_back.dropped, self.write_back.incomplete
+            dropped, incomplete = self.write_back.dropped, len(self.write_back.incomplete)
             logger.info(
                 f"train-student: wrote {self.write_back.written:,} units to {self._place}"
                 + (f"; {dropped:,} others were there by then, another job's, or without view 0" if dropped else "")

@@ -89,7 +89,7 @@ class WriteBack:
     Attributes:
         written: number of units written.
         dropped: number of whole units that the cache held by then, whose shard another job held, or that do not fit.
-        incomplete: number of units of which only some images were computed.
+        incomplete: units of which only some images were computed, and which were not written later.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class WriteBack:
         self._drafts: OrderedDict[UnitId, _Draft] = OrderedDict()
         self._size = int(writer.manifest.views["size"])
         self._by_name = {shard.name: shard for shard in shards}
-        self.written = self.dropped = self.incomplete = 0
+        self.written = self.dropped = 0
+        self.incomplete: set[UnitId] = set()
 
     def __enter__(self) -> "WriteBack":
         self._thread = Background("write-back", self._add, _DEPTH).__enter__()
@@ -111,7 +112,7 @@ class WriteBack:
     ) -> None:
         with contextlib.closing(self._filling):
             self._thread.__exit__(kind, error, trace)
-        self.incomplete += len(self._drafts)
+        self.incomplete.update(self._drafts)
 
     def __call__(self, lacking: Lacking, layer: str, rows: npt.NDArray[np.int64], arrays: Mapping[str, Tensor]) -> None:
         """Take computed records, [n, ...] for the batch's `rows`, int64 [n]. Raises what the thread raised."""
@@ -142,6 +143,7 @@ class WriteBack:
         for unit, draft in touched.items():
             if (images := draft.readable()) is not None:
                 self._drafts.pop(unit, None)
+                self.incomplete.discard(unit)
                 self._write(draft, images)
 
     def _draft(self, unit: UnitId, layers: tuple[str, ...]) -> _Draft:
@@ -150,8 +152,7 @@ class WriteBack:
             draft = self._drafts[unit] = _Draft(unit, layers, self._by_name[unit.shard].num_samples)
         self._drafts.move_to_end(unit)
         if len(self._drafts) > self._most:
-            self._drafts.popitem(last=False)
-            self.incomplete += 1
+            self.incomplete.add(self._drafts.popitem(last=False)[0])
         return draft
 
     def _write(self, draft: _Draft, images: npt.NDArray[np.int64]) -> None:
