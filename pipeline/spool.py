@@ -228,17 +228,20 @@ class SpooledTar:
         Raises:
             NoRoom: the rest is in use; nothing is evicted.
         """
-        found: list[tuple[float, int, Path]] = []
+        found: dict[str, tuple[float, int, Path]] = {}
         for entry in os.scandir(self.spool.path):
             name = _NAME.fullmatch(entry.name)  # files of other programs are neither counted nor touched
             if name and not entry.name.startswith(self.stem):
-                with suppress(FileNotFoundError):  # a partial that was renamed just now is listed under its new name
-                    found.append((entry.stat().st_mtime, int(name[1]), Path(entry.path)))
-        excess = sum(size for _, size, _ in found) + self.source.size_bytes - self.spool.budget_bytes
+                # A download ends without the lock: a partial of the list may have its new name, which the list lacks.
+                for path in (Path(entry.path), Path(entry.path.removesuffix(".partial"))):
+                    with suppress(FileNotFoundError):
+                        found[path.name.partition(".")[0]] = (path.stat().st_mtime, int(name[1]), path)
+                        break
+        excess = sum(size for _, size, _ in found.values()) + self.source.size_bytes - self.spool.budget_bytes
         in_use_bytes = 0
         with ExitStack() as closing:
             evicted = []
-            for used_at, size, path in sorted(found):
+            for used_at, size, path in sorted(found.values()):
                 if excess <= 0:
                     break
                 try:

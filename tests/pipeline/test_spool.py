@@ -1,6 +1,7 @@
 """The spool: its budget, eviction, and processes that share it, die or fill its disk."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -107,6 +108,28 @@ def test_what_is_in_use_is_never_evicted(bucket: Path, monkeypatch: pytest.Monke
     assert caught.value.hint and "source.spool.gib" in f"{caught.value.expected}{caught.value.hint}"
     assert list(first.spool.path.glob("*.partial")) == []
     read(second)
+
+
+def test_a_download_that_ends_while_the_folder_is_listed_is_counted(
+    bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list then holds a name that is gone, and not the new one."""
+    ending, wanted = (tar(bucket, number, budget=SIZE) for number in range(2))
+    ending.path.parent.mkdir()
+    partial(ending).write_bytes(bytes(SIZE))
+
+    def listed(path: Path) -> list[os.DirEntry[str]]:
+        found = list(scandir(path))
+        partial(ending).rename(ending.path)
+        return found
+
+    scandir = os.scandir
+    with partial(ending).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)  # as the process does that has downloaded it
+        monkeypatch.setattr(os, "scandir", listed)
+        with pytest.raises(NoRoom):
+            wanted.fetch()
+    assert ending.path.exists() and not wanted.path.exists()
 
 
 def test_a_reader_waits_for_room(bucket: Path) -> None:
