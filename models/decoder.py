@@ -1,4 +1,4 @@
-"""The light decoder of masked pre-training: what it predicts of hidden cells, and the error of that."""
+"""The light decoder of masked pre-training: what it predicts of hidden cells, and how good that is."""
 
 import math
 
@@ -17,9 +17,10 @@ from tinymim.models.vit import patchify
 
 
 class LightDecoder(nn.Module):
-    """Transformer blocks on an encoder's tokens that predict hidden cells, compared by their mean squared error.
+    """Transformer blocks on an encoder's tokens that predict hidden cells.
 
-    Shapes: B image, S pixel, P prefix token, M visible token, N cell of the image, F feature of a cell.
+    Shapes: B image, S pixel, P prefix token, M visible token, N cell of the image, H hidden cell, F feature of a
+    cell.
 
     Args:
         model: the encoder, which gives the width, the last grid and the prefix tokens.
@@ -68,10 +69,10 @@ class LightDecoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def error(
+    def compared(
         self, tokens: Tensor, images: Float[Tensor, "B 3 S S"], ranks: Int64[Tensor, "B N"], num_visible: int
-    ) -> Tensor:
-        """Mean squared error on hidden cells, a scalar.
+    ) -> tuple[Float[Tensor, "B H F"], Float[Tensor, "B H F"]]:
+        """What is predicted of the H hidden cells, and what they hold. All images hide as many.
 
         Args:
             tokens: the encoder's tokens [B, P + M, C]: of all patches in raster order, or of the visible ones.
@@ -82,8 +83,7 @@ class LightDecoder(nn.Module):
         hidden = ranks[:, num_visible:]
         predicted = take(self._predicted(tokens, ranks), hidden)
         with torch.no_grad():
-            wanted = take(features(images, self.target, self.cell), hidden).to(predicted.dtype)
-        return nn.functional.mse_loss(predicted, wanted)  # all images hide as many cells
+            return predicted, take(features(images, self.target, self.cell), hidden).to(predicted.dtype)
 
     def _predicted(self, tokens: Tensor, ranks: Tensor) -> Float[Tensor, "B N F"]:
         """Predicted cells in raster order."""
@@ -108,6 +108,16 @@ def pixels_decoder(config: DecoderConfig) -> tuple[LightDecoderConfig, Predicted
     sizes = {"dim": config.decoder_dim, "depth": config.decoder_depth, "heads": config.decoder_heads}
     decoder = LightDecoderConfig.model_validate(sizes | {"position": True})
     return decoder, PredictedConfig(name="pixels", normalise=config.norm_pixels)
+
+
+def r2(predicted: Float[Tensor, "B H F"], wanted: Float[Tensor, "B H F"]) -> Tensor:
+    """The coefficient of determination R^2, a scalar: 1 is a perfect prediction, 0 the best constant one.
+
+    That constant is the mean of each feature over the cells of this batch. No gradient flows.
+    """
+    predicted, wanted = predicted.detach().float(), wanted.float()
+    constant = wanted.var((0, 1), correction=0).mean()
+    return 1 - nn.functional.mse_loss(predicted, wanted) / constant.clamp_min(1e-12)
 
 
 def num_features(target: PredictedConfig, cell: int) -> int:

@@ -15,7 +15,7 @@ from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections.decoders import LightDecoderConfig, MaeConfig, PredictedConfig
 from tinymim.configs.sections.masks import PretrainMaskConfig
 from tinymim.models import backbone, hiding
-from tinymim.models.decoder import LightDecoder, pixels_decoder
+from tinymim.models.decoder import LightDecoder, pixels_decoder, r2
 from tinymim.models.hog import CELL
 
 
@@ -54,15 +54,16 @@ class MaskedModel(LightDecoder):
         self.hide, self.rows, self.unit = mask.hide, img_size // cell, mask.block // cell
         self.num_visible = squares * self.unit**2
 
-    def forward(self, images: Float[Tensor, "B 3 S S"], order: Tensor) -> Tensor:
-        """The loss, a scalar.
+    def forward(self, images: Float[Tensor, "B 3 S S"], order: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and R^2 (see `r2`), scalars.
 
         Args:
             images: normalised pixels; the target is computed from these.
             order: int64 or float [B, N], distinct per row; cells with the least values stay visible.
         """
         ranks = order.argsort(dim=1)
-        return self.error(self._encoded(images, ranks), images, ranks, self.num_visible)
+        predicted, wanted = self.compared(self._encoded(images, ranks), images, ranks, self.num_visible)
+        return nn.functional.mse_loss(predicted, wanted), r2(predicted, wanted)
 
     def _encoded(self, images: Tensor, ranks: Tensor) -> Tensor:
         """The encoder's tokens of images with hidden cells; with `drop`, of visible patches alone, in their order."""

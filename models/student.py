@@ -148,7 +148,8 @@ class StudentModel(nn.Module):
         rows, columns = backbone.grid(self.vit)
         hidden = torch.ones(len(kept), rows * columns, dtype=torch.int8, device=kept.device).scatter(1, kept, 0)
         # Stable: visible patches, then hidden ones, both ascending. No size depends on the values, so no GPU waits.
-        return decoder.error(tokens, images, hidden.argsort(dim=1, stable=True), kept.shape[1])
+        ranks = hidden.argsort(dim=1, stable=True)
+        return nn.functional.mse_loss(*decoder.compared(tokens, images, ranks, kept.shape[1]))
 
     def _fitted(self, tokens: Tensor, img_size: int, number: int) -> Tensor:
         """Tokens [B, T, C] as the grid of a head; prefix tokens stay."""

@@ -103,8 +103,8 @@ def train(recipe: PretrainRecipe | PretrainMaeRecipe, ranks: Ranks) -> None:
             for part in parts_of(len(order.places), recipe.optim.accumulate, present=len(pixels)):
                 with learner.part_of_step(part.first, part.last):
                     with autocast(device, recipe.precision):
-                        loss = learner.model(normalise(pixels[part.rows]), orders[part.rows])
-                    learner.backward({"loss": loss}, part.share)
+                        loss, r2 = learner.model(normalise(pixels[part.rows]), orders[part.rows])
+                    learner.backward({"loss": loss, "r2": r2}, part.share)
             learner.update(step)
             books.end_step(step + 1, stop, meter)
 

@@ -44,6 +44,7 @@ METRICS: Final = (
     Metric("epochs", "epochs", ".1f", column=True),
     # ---- losses of a training step
     Metric("loss", "loss", ".4f", "lower", METRICS_NAME, column=True),
+    Metric("r2", "R²", ".3f", "higher", METRICS_NAME, column=True),
     Metric("kl_*", "KL {}", ".4f", "lower", METRICS_NAME, column=True),
     Metric("label_top1", "agreement with labels", ".1%", "higher"),
     Metric("label_top1_*", "agreement with labels, {}", ".1%", "higher"),

@@ -131,7 +131,8 @@ class Bookkeeping:
         notes = []
         for learner in self.learners:
             means = learner.means()  # on every rank, also where only rank 0 writes: it adds over ranks
-            notes.append(f"{learner.name} loss {formatted('loss', means['loss'])}".lstrip())
+            shown = [f"{name} {formatted(name, means[name])}" for name in ("loss", "r2") if name in means]
+            notes.append(" ".join([learner.name, *shown]).lstrip())
             if write:
                 rate = {self.rate_name: meter.rate * self.order.batch_size}
                 epoch = {"epoch": (step + 1) / self.order.steps_per_epoch}

@@ -89,7 +89,7 @@ def mask(family: str, hide: str) -> None:
     hidden = PretrainMaskConfig.model_validate({"hide": hide, "block": backbone.strides(student)[-1]})
     sizes, target = LightDecoderConfig(dim=8, heads=2, position=True), PredictedConfig(name="pixels")
     model = MaskedModel(student, own.img_size, hidden, target, sizes)
-    model(pixels_for(family) / 255.0, torch.arange(model.rows**2).expand(2, -1)).backward()
+    model(pixels_for(family) / 255.0, torch.arange(model.rows**2).expand(2, -1))[0].backward()
     first = next(parameter for parameter in student.parameters() if parameter.requires_grad)
     assert first.grad is not None and first.grad.isfinite().all() and first.grad.any()
 

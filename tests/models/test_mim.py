@@ -75,7 +75,7 @@ def test_the_loss_is_the_error_of_hidden_squares(
     wanted = features(images, model.target, cell)
     predicted = torch.randn_like(wanted)
     monkeypatch.setattr(model, "_predicted", lambda _tokens, _ranks: predicted)
-    errors, side = [], SIZE // cell
+    errors, held, side = [], [], SIZE // cell
     for b in range(2):
         for square in (squares[b] >= round(0.25 * across**2)).nonzero().flatten().tolist():
             top, left = square // across * block, square % across * block
@@ -85,8 +85,12 @@ def test_the_loss_is_the_error_of_hidden_squares(
                 for x in range(left, left + block, cell)
             ]
             errors += [((predicted[b, n] - wanted[b, n]).double() ** 2).mean() for n in cells]
+            held += [wanted[b, n].double() for n in cells]
     assert len(errors) == 2 * round(0.75 * side**2)
-    torch.testing.assert_close(model(images, orders(model)).double(), torch.stack(errors).mean(), rtol=1e-6, atol=0)
+    loss, r2 = model(images, orders(model))
+    torch.testing.assert_close(loss.double(), torch.stack(errors).mean(), rtol=1e-6, atol=0)
+    constant = ((torch.stack(held) - torch.stack(held).mean(0)) ** 2).mean()
+    torch.testing.assert_close(r2.double(), 1 - torch.stack(errors).mean() / constant, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sizes", "hide", "block"), CASES)
@@ -98,7 +102,7 @@ def test_hidden_pixels_are_not_seen_and_all_parameters_learn(sizes: dict[str, An
     seen = model._encoded(images, order.argsort(1))
     assert torch.equal(seen, model._encoded(torch.where(at, 7.0, images), order.argsort(1)))
     assert not torch.equal(seen, model._encoded(torch.where(at, images, 7.0), order.argsort(1)))
-    model(images, order).backward()
+    model(images, order)[0].backward()
     still = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     # What pools for a classifier has no part in a loss on the map.
     assert still <= {f"encoder.{name}{end}" for name in ("head.norm.", "norm_head.") for end in ("weight", "bias")}
@@ -147,7 +151,7 @@ def test_mixed_precision_is_finite_at_extremes(dtype: torch.dtype) -> None:
     model = model_of(VIT, "paint", 16)
     for images in (torch.zeros(1, 3, SIZE, SIZE), torch.full((1, 3, SIZE, SIZE), 100.0)):
         with torch.autocast("cpu", dtype=dtype):
-            assert bool(model(images, orders(model, 1)).isfinite())
+            assert bool(model(images, orders(model, 1))[0].isfinite())
 
 
 @torch.no_grad()

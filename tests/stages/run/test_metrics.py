@@ -8,7 +8,7 @@ from tinymim.stages.run.metrics import METRICS, audit_metrics, formatted, in_ord
 # What the commands write, each in a line of `metrics.jsonl` or in a report.
 # fmt: off
 WRITTEN = [
-    "step", "loss", "kl_qk", "kl_vv", "lr", "views_per_s", "epoch", "audit_kl_qk", "audit_ema_kl_qk",
+    "step", "loss", "r2", "kl_qk", "kl_vv", "lr", "views_per_s", "epoch", "audit_kl_qk", "audit_ema_kl_qk",
     "audit_gap_qk", "audit_knn_top1", "audit_knn_top5", "audit_ema_knn_top1", "audit_ema_knn_top5",
     "images_per_s", "val_model_top1", "val_model_top5", "val_model_loss", "val_ema_top1", "val_ema_top5",
     "val_ema_loss", "knn_top1", "knn_top5", "linear_top1", "linear_top5", "ema_knn_top1", "ema_linear_top5",
@@ -31,6 +31,7 @@ def test_every_entry_is_one_and_everything_that_is_written_has_one() -> None:
     ("name", "header", "value", "text", "better"),
     [
         ("loss", "loss", 1.23456, "1.2346", "lower"),
+        ("r2", "R²", -0.0123, "-0.012", "higher"),
         ("kl_qk", "KL qk", 1.0, "1.0000", "lower"),
         ("audit_kl_vv", "audit KL vv", 0.25, "0.2500", "lower"),
         ("audit_ema_kl_vv", "audit KL vv, average", 0.25, "0.2500", "lower"),
@@ -58,11 +59,12 @@ def test_curves_are_losses_and_validations_and_audits_have_theirs_in_a_file_of_t
     curves = {file: [name for name in WRITTEN if metric(name).curve == file] for file in (METRICS_NAME, AUDIT_NAME)}
     assert {name for name in curves[METRICS_NAME] if not name.startswith("val_")} == {
         "loss",
+        "r2",
         "kl_qk",
         "kl_vv",
         "computed_share",
     }
-    assert len(curves[METRICS_NAME]) == 10
+    assert len(curves[METRICS_NAME]) == 11
     assert all(name.startswith("audit_") for name in curves[AUDIT_NAME]) and "audit_gap_qk" not in curves[AUDIT_NAME]
     assert metric("cosine_cls").curve == METRICS_NAME and metric("cosine_cls").column
 
