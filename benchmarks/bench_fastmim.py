@@ -4,9 +4,10 @@
 
 First `--rounds` short trainings of each arm, in turn, give the CPU time of a step on one thread, without loader
 processes, which is its wall time on a free core; loading and decoding count. MAE trains for `--steps`, and any other
-arm for as many as take that time by the medians. With several `--rates`, an arm takes the one whose encoder, trained
-for as many steps with a seed of its own, has the best linear probe on the training images of `--tune-pattern`, which
-no result uses. Every encoder is probed and fine-tuned at 64 px by the settings of tinyimagenet40-eval and -finetune.
+arm for as many as take that time by the medians; `--fixed` gives these numbers instead. With several `--rates`, an arm
+takes the one whose encoder, trained for as many steps with a seed of its own, has the best linear probe on the training
+images of `--tune-pattern`, which no result uses. Every encoder is probed and fine-tuned at 64 px by the settings of
+tinyimagenet40-eval and -finetune.
 Without images at --data nothing is measured. Keep the page under benchmarks/results/.
 """
 
@@ -59,6 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="FastMIM and MAE, equal seconds")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of tinyimagenet40")
     parser.add_argument("--steps", type=int, default=500, help="of MAE's pre-training")
+    parser.add_argument("--fixed", nargs="+", default=[], metavar="ARM=STEPS", help="only these, of so many steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=5, help="of the measurement of a step's time")
     parser.add_argument("--rates", type=float, nargs="+", default=[4e-3], help="optim.base_lr to try")
@@ -72,25 +74,26 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        fixed = {arm: int(steps) for arm, steps in (each.split("=") for each in args.fixed)}
         step_s: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for number in range(args.rounds):
+        for number in range(0 if fixed else args.rounds):
             for arm in ARMS:
                 speed = root / f"speed-{number}" / arm.translate(PATHS)
                 step_s[arm].append(trained(speed, args, arm, WARM + MEASURED, 0, args.rates[0])[0])
-        middle = {arm: statistics.median(each) for arm, each in step_s.items()}
-        steps = {arm: max(1, round(args.steps * middle[MAE] / middle[arm])) for arm in ARMS}
+        middle = {arm: statistics.median(each or [0.0]) for arm, each in step_s.items()}
+        steps = fixed or {arm: max(1, round(args.steps * middle[MAE] / middle[arm])) for arm in ARMS}
         logger.info(f"bench_fastmim: seconds of a step {middle}, steps {steps}")
         tuning = {
             (arm, rate): tuned(root / f"rate-{rate:g}" / arm.translate(PATHS), args, arm, steps[arm], rate)
-            for arm in ARMS
+            for arm in steps
             for rate in args.rates
             if len(args.rates) > 1
         }
-        rates = {arm: max((tuning.get((arm, rate), 0.0), rate) for rate in args.rates)[1] for arm in ARMS}
+        rates = {arm: max((tuning.get((arm, rate), 0.0), rate) for rate in args.rates)[1] for arm in steps}
         found = {
             (arm, seed): result(root / f"seed-{seed}" / arm.translate(PATHS), args, arm, steps, seed, rates)
             for seed in args.seeds
-            for arm in (*ARMS, UNTRAINED)
+            for arm in (*steps, *([] if fixed else [UNTRAINED]))
         }
     page(args, step_s, steps, tuning, rates, found)
     return 0
@@ -143,7 +146,7 @@ def trained(root: Path, args: argparse.Namespace, arm: str, steps: int, seed: in
             recipe = cast(PretrainMaeRecipe, load_recipe(Path("tinyimagenet40-mae"), "pretrain-mae", sets))
             pretrain.run(recipe)
         else:
-            sets.append(f"mask.block={block}")
+            sets += [f"mask.block={block}", "mask.ratio=0.75", "weights=random"]
             pretrain.run(cast(PretrainRecipe, load_recipe(Path("tinyimagenet40-fastmim"), "pretrain", sets)))
     took = [after - before for before, after in zip(ends[WARM:], ends[WARM + 1 :], strict=False)]
     return statistics.median(took) if took else 0.0, root / "training" / ENCODER_NAME
@@ -183,9 +186,9 @@ def page(
     print(f"- seeds {', '.join(map(str, args.seeds))}; top-1 in percent; means (least to most)\n")
     print("| pre-training | base_lr | ms a step | steps | wall s | CPU s | k-NN | linear | fine-tuned |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for arm in (*ARMS, UNTRAINED):
+    for arm in dict.fromkeys(arm for arm, _seed in found):
         of_seeds = [found[arm, seed] for seed in args.seeds]
-        cells = [f"{rates[arm]:g}", spread([1e3 * each for each in step_s[arm]], 0)] if arm in ARMS else ["", ""]
+        cells = [f"{rates[arm]:g}" if arm in rates else "", spread([1e3 * each for each in step_s.get(arm, [])], 0)]
         cells += [str(steps.get(arm, 0))]
         cells += [spread([each[name] for each in of_seeds], 0) for name in ("wall_s", "cpu_s")]
         cells += [spread([100 * each[name] for each in of_seeds], 1) for name in COLUMNS]
@@ -195,11 +198,13 @@ def page(
     print(f"\nLinear top-1 by `base_lr`, seed {TUNE_SEED}, images of `{args.tune_pattern}`:\n")
     print(f"| pre-training | {' | '.join(f'{rate:g}' for rate in args.rates)} |")
     print(f"|---|{'---|' * len(args.rates)}")
-    for arm in ARMS:
+    for arm in steps:
         print(f"| {arm} | {' | '.join(f'{100 * tuning[arm, rate]:.1f}' for rate in args.rates)} |")
 
 
 def spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 

@@ -77,7 +77,7 @@ def pretrain(recipe: "PretrainRecipe") -> None:
     Writes run.folder as pretrain-mae does. The same command resumes.
     --set workers=N trains on N GPUs.
 
-    Example: tinymim pretrain tinyimagenet40-fastmim --set optim.steps=200
+    Example: tinymim pretrain tinyimagenet40-fastmim-64 --set optim.steps=200
     """
     from tinymim.stages import pretrain as stage
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tinymim.configs.sections.decoders import DecoderConfig, LightDecoderConfig, PredictedConfig
 from tinymim.models import backbone
 from tinymim.models.hiding import take
-from tinymim.models.hog import CELL, FEATURES, hog
+from tinymim.models.hog import CELL, FEATURES, HOG_MEAN, hog
 from tinymim.models.initialise import sincos_table
 from tinymim.models.vit import patchify
 
@@ -68,6 +68,11 @@ class LightDecoder(nn.Module):
             if name.startswith("decoder") and isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        if target.name == "hog" and target.normalise:
+            # Bins are never negative. Where the network has to learn their mean, it moves all tokens of all images the
+            # same way, until they no longer tell one image from another (docs/log.md).
+            nn.init.zeros_(self.decoder_pred.weight)
+            nn.init.constant_(self.decoder_pred.bias, HOG_MEAN)
 
     def compared(
         self, tokens: Tensor, images: Float[Tensor, "B 3 S S"], ranks: Int64[Tensor, "B N"], num_visible: int

@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool2d, conv2d, normalize, pad
 
 CELL = 8  # pixels along a side of a cell
 BINS = 9  # of 20 degrees; opposite gradients are in the same bin
+HOG_MEAN = 0.25  # of a bin of real images, normalised; between 1 / 9 (one direction) and 1 / 3 (all alike)
 FEATURES = 3 * BINS  # of a cell: the bins of red, of green, of blue
 _EPS = 1e-12
 

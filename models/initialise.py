@@ -1,4 +1,4 @@
-"""The initial state of a plain ViT: MAE's position table and weights, and one rate of stochastic depth.
+"""The initial state of a model: MAE's position table and weights, and one rate of stochastic depth.
 
 Shapes: N patch, C channel.
 """
@@ -31,16 +31,21 @@ def sincos_table(dim: int, rows: int, columns: int, prefix: int) -> Tensor:
     return torch.cat([torch.zeros(prefix, dim), table])[None]
 
 
+def initialise_linear(model: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in all linear layers, as He et al. (2022); nothing else changes."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def initialise_like_mae(vit: PlainViT, table: Tensor | None) -> None:
     """Initialise like He et al. (2022): Xavier-uniform linear layers, `table` [1, prefix + N, C] as fixed positions.
 
     `table` is None for a model without a position table.
     """
-    for module in vit.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    initialise_linear(vit)
     projection = vit.patch_embed.proj.weight
     nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
     if vit.cls_token is not None:

@@ -12,6 +12,7 @@ from tinymim.models import backbone
 from tinymim.models.checkpoints import tensors_sha256, to_safetensors
 from tinymim.models.classifier import load_classifier
 from tinymim.models.files import RANDOM
+from tinymim.models.initialise import initialise_linear
 from tinymim.models.mim import MaskedModel, masked_autoencoder
 from tinymim.models.student import build_student
 from tinymim.models.timm_folder import Pixels, timm_config
@@ -62,6 +63,8 @@ def train(recipe: PretrainRecipe | PretrainMaeRecipe, ranks: Ranks) -> None:
     if isinstance(recipe, PretrainMaeRecipe):
         model = masked_autoencoder(encoder, size, recipe.mae)
     else:
+        if recipe.xavier:
+            initialise_linear(encoder)
         load_classifier(encoder, recipe.model, recipe.weights)  # "random" leaves it as it is
         mean, std, source_of_pixels, licence = stated(encoder, recipe.model, recipe.weights, recipe.mean, recipe.std)
         trained_on = Pixels(mean, std, recipe.views.interpolation)

@@ -35,11 +35,22 @@ class PretrainRecipe(TrainingFields):
         description="Weights to start from: `random`, or a file, also of another input size; a run at a higher "
         "resolution continues one at a lower.",
     )
+    xavier: bool = Field(
+        default=False,
+        description="Start linear layers from Xavier-uniform weights, as MAE does; plain ViTs always do. timm's other "
+        "models start from a standard deviation of 0.02, too small for narrow ones (docs/pretrain.md).",
+    )
     mean: Mean | None = Field(default=None, description=words.MEAN)
     std: Std | None = Field(default=None, description=words.STD)
     mask: PretrainMaskConfig = Field(default=PretrainMaskConfig(), description="Hidden squares.")
     target: PredictedConfig = Field(default=PredictedConfig(), description="What is predicted of them.")
     decoder: LightDecoderConfig = Field(default=LightDecoderConfig(), description="Decoder, dropped at export.")
+
+    @model_validator(mode="after")
+    def _given_weights_are_kept(self) -> "PretrainRecipe":
+        if self.xavier and self.weights != "random":
+            raise ValueError("xavier: true would replace the given weights; leave it out, or set weights: random")
+        return self
 
     @model_validator(mode="after")
     def _dropped_patches_have_positions(self) -> "PretrainRecipe":

@@ -1,5 +1,7 @@
 """The initial state of a plain ViT against independent formulas."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from torch import nn
 
 from tinymim.configs.errors import RecipeError
 from tinymim.configs.sections.models import ModelConfig
-from tinymim.models.initialise import sincos_table
-from tinymim.models.vit import build_vit
+from tinymim.models.initialise import initialise_linear, sincos_table
+from tinymim.models.vit import build_model, build_vit
 
 
 @pytest.mark.parametrize(("dim", "rows", "columns", "prefix"), [(192, 14, 14, 1), (16, 3, 5, 0), (8, 2, 2, 5)])
@@ -42,3 +44,21 @@ def test_a_built_vit_has_maes_start() -> None:
     assert 0.9 * bound < float(weight.abs().max()) <= bound
     assert not any(m.bias.any() for m in vit.modules() if isinstance(m, nn.Linear) and m.bias is not None)
     assert vit(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+
+
+def test_linear_layers_alone_are_replaced() -> None:
+    sizes: dict[str, Any] = {"window_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+    config = ModelConfig(name="swin_tiny_patch4_window7_224", img_size=64, args=sizes)
+    swin = build_model(config)
+    before = {name: value.clone() for name, value in swin.state_dict().items()}
+    initialise_linear(swin)
+    linear = {name for name, module in swin.named_modules() if isinstance(module, nn.Linear)}
+    for name, value in swin.state_dict().items():
+        owner, kind = name.rsplit(".", 1)
+        if owner not in linear:
+            assert torch.equal(value, before[name])
+        elif kind == "weight":
+            bound = (6 / sum(value.shape)) ** 0.5
+            assert 0.9 * bound < float(value.abs().max()) <= bound
+        else:
+            assert not value.any()

@@ -12,6 +12,7 @@ from tinymim.configs.sections.masks import PretrainMaskConfig
 from tinymim.configs.sections.models import ModelConfig
 from tinymim.models import backbone, hiding
 from tinymim.models.decoder import features
+from tinymim.models.hog import HOG_MEAN
 from tinymim.models.mim import MaskedModel, masked_autoencoder
 from tinymim.models.student import build_student
 from tinymim.models.vit import patchify
@@ -39,7 +40,9 @@ def model_of(sizes: dict[str, Any], hide: str, block: int, target: str = "hog", 
     mask = PretrainMaskConfig.model_validate({"hide": hide, "block": block} | more)
     predicted = PredictedConfig.model_validate({"name": target})
     decoder = LightDecoderConfig(dim=16, heads=2, position=hide == "drop")
-    return MaskedModel(encoder, SIZE, mask, predicted, decoder)
+    model = MaskedModel(encoder, SIZE, mask, predicted, decoder)
+    torch.nn.init.xavier_uniform_(model.decoder_pred.weight)  # zeros would depend on no image
+    return model
 
 
 def orders(model: MaskedModel, count: int = 2) -> Tensor:
@@ -169,6 +172,25 @@ def test_a_hiera_sees_only_visible_mask_units_in_their_order() -> None:
     assert "forward_features" not in vars(encoder)
     with pytest.raises(RecipeError, match="only whole patches can be dropped"):
         model_of(HIERA, "drop", 16)
+
+
+@pytest.mark.parametrize("sizes", [VIT, SWIN], ids=["vit", "swin"])
+def test_hog_begins_as_a_constant_and_is_learnt_at_once(sizes: dict[str, Any]) -> None:
+    """Bins have a mean above zero. A network that had to learn it would do so by moving all its tokens one way."""
+    torch.manual_seed(0)
+    encoder = build_student(ModelConfig.model_validate({"img_size": SIZE} | sizes))
+    model = MaskedModel(
+        encoder, SIZE, PretrainMaskConfig(block=16), PredictedConfig(), LightDecoderConfig(dim=16, heads=2)
+    )
+    images, order = torch.randn(8, 3, SIZE, SIZE), orders(model, 8)
+    ranks = order.argsort(dim=1)
+    assert bool((model._predicted(model._encoded(images, ranks), ranks) == HOG_MEAN).all())
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(40):
+        optimiser.zero_grad()
+        model(images, order)[0].backward()
+        optimiser.step()
+    assert model(images, order)[1] > 0.2  # from Xavier's weights and a mean of 0: -0.07 and 0.06
 
 
 def test_a_masked_autoencoder_has_the_fields_of_its_recipe() -> None:
