@@ -36,9 +36,9 @@ from tinymim.configs.sections.views import ViewConfig
 from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.blocks import Array, key_arrays
 from tinymim.storage.layout import VIEWS, UnitId
+from tinymim.storage.local import LocalStore
 from tinymim.storage.manifest import Layer, Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.store import LocalStore
 from tinymim.storage.v1.cache import OldCache
 from tinymim.storage.v1.manifest import OldManifest
 from tinymim.storage.writer import CacheWriter

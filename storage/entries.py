@@ -1,8 +1,9 @@
 """What the stores share: an entry of a listing, the limit of a read, ranges that are one request."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from mmap import mmap
 
 REQUESTS = 16  # concurrent requests to an object store
 
@@ -36,3 +37,11 @@ def refuse_large(path: str, size_bytes: int, limit: int) -> None:
     """Raises TooLarge for a file of more bytes than its reader accepts."""
     if size_bytes > limit:
         raise TooLarge(f"{path} has {size_bytes} bytes, expected at most {limit}")
+
+
+def holds(read: Callable[[str, int], bytes], path: str, data: bytes | mmap) -> bool:
+    """Whether a file exists with this content. Its writer may remove it at any time, for example a released lease."""
+    try:
+        return memoryview(read(path, len(data))) == memoryview(data)
+    except (FileNotFoundError, TooLarge):
+        return False

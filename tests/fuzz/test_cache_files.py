@@ -23,9 +23,9 @@ from tinymim.storage.atomic import canonical_json, digest_hex
 from tinymim.storage.commit import holds_keys, signed
 from tinymim.storage.layout import VIEWS, _described_group
 from tinymim.storage.leases import Leases
+from tinymim.storage.local import LocalStore
 from tinymim.storage.packed import CARD, _compact
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.store import LocalStore
 from tinymim.storage.v1.cache import OldCache
 from tinymim.tests.fuzz.damage import damaged, outcomes
 from tinymim.tests.fuzz.odd import VALUES, altered

@@ -14,7 +14,8 @@ from tinymim.configs.errors import RecipeError, UserError
 from tinymim.stages import live
 from tinymim.stages.run.folder import METRICS_NAME
 from tinymim.storage.leases import Leases
-from tinymim.storage.store import LocalStore, open_store
+from tinymim.storage.local import LocalStore
+from tinymim.storage.store import open_store
 from tinymim.tests.browser import Browser, browser
 
 EVIL = "<img src=x onerror=document.title='hit'><script>document.title='hit'</script>"

@@ -14,9 +14,9 @@ from tinymim.storage.commit import signed
 from tinymim.storage.constants import constants_digest
 from tinymim.storage.layout import METADATA, UnitId
 from tinymim.storage.leases import Leases, shard_lease
+from tinymim.storage.local import LocalStore
 from tinymim.storage.reader import CacheReader
 from tinymim.storage.repair import Repaired, rebuild_layer, rebuild_manifest, repair
-from tinymim.storage.store import LocalStore
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny
 from tinymim.tests.storage.tiny import CLS, REL, changed, tree

@@ -281,8 +281,8 @@ PLACE = f"s3://{s3_server.BUCKET}/cache"
 def test_a_store_that_fails_for_a_moment_is_asked_again(
     failing: s3_server.Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr("tinymim.storage.store.WRITE_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("tinymim.storage.store.TIMEOUT_PAUSES_S", (0.1, 0.1, 0.1))
+    monkeypatch.setattr("tinymim.storage.remote.WRITE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("tinymim.storage.remote.TIMEOUT_PAUSES_S", (0.1, 0.1, 0.1))
     rng = random.Random(0)
     failing.any_fault = lambda method, key: fault if rng.random() < 0.1 else None
     tiny.make_tiny_cache(PLACE)

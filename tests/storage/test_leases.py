@@ -19,8 +19,9 @@ from tinymim.storage import atomic, leases
 from tinymim.storage.atomic import canonical_json, machine, process_is_dead, process_started, remove_partials
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.leases import DEFAULT_LEASE_S, Leases, shard_lease
+from tinymim.storage.local import LocalStore
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.store import LocalStore, open_store
+from tinymim.storage.store import open_store
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny, workers
 

@@ -35,9 +35,9 @@ from tinymim.storage.blocks import (
 from tinymim.storage.commit import UnitInfo, encode_commit, key_digest, parse_commit, signed
 from tinymim.storage.layout import VIEWS, UnitId
 from tinymim.storage.leases import Leases
+from tinymim.storage.local import LocalStore
 from tinymim.storage.manifest import Layer, Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.store import LocalStore
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny
 from tinymim.tests.storage.tiny import CLS, REL

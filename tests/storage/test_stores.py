@@ -396,7 +396,7 @@ class StoreContract:
                     for name in (VIEWS, tiny.REL):
                         records[f"{'layers/' * (name != VIEWS)}{name}/{unit.shard[:-4]}/v0-2.json"] = b"{}"
                 if isinstance(place, Path):
-                    monkeypatch.setattr("tinymim.storage.store.fsync_folder", lambda folder: None)
+                    monkeypatch.setattr("tinymim.storage.local.fsync_folder", lambda folder: None)
                 writer.store.create_all(records)
                 with monkeypatch.context() as patch:
                     claiming = counted(patch, writer.store)
@@ -484,7 +484,7 @@ class TestObjectStore(StoreContract):
     def test_a_unit_beyond_one_request_is_refused_with_its_size(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("tinymim.storage.store.PUT_BYTES", 2_000)
+        monkeypatch.setattr("tinymim.storage.remote.PUT_BYTES", 2_000)
         with store.draft("v0-1.zip") as draft:
             draft.file.write(bytes(2_001))
             with pytest.raises(StoreError, match=r"v0-1.zip is too large(.|\n)*got: 2,001 bytes(.|\n)*views_per_unit"):

@@ -20,9 +20,9 @@ from tinymim.storage import blocks
 from tinymim.storage.atomic import _machine_digest
 from tinymim.storage.commit import encode_commit
 from tinymim.storage.layout import VIEWS, UnitId, shard_stem
+from tinymim.storage.local import LocalStore
 from tinymim.storage.manifest import Manifest, SourceShard
 from tinymim.storage.reader import CacheReader
-from tinymim.storage.store import LocalStore
 from tinymim.storage.writer import CacheGone, CacheWriter, UnitTaken
 from tinymim.tests.storage import tiny, workers
 from tinymim.tests.storage.tiny import CLS, REL

@@ -10,7 +10,7 @@ import pytest
 
 from tinymim.stages.cache.info import describe
 from tinymim.storage.layout import METADATA
-from tinymim.storage.store import LocalStore
+from tinymim.storage.local import LocalStore
 from tinymim.storage.writer import CacheWriter
 from tinymim.tests.storage import tiny
 from tinymim.tests.storage.tiny import tree

@@ -13,7 +13,8 @@ import pytest
 from tinymim.stages.cache import remove, verify
 from tinymim.storage.layout import METADATA
 from tinymim.storage.leases import Leases, shard_lease
-from tinymim.storage.store import LocalStore, open_store
+from tinymim.storage.local import LocalStore
+from tinymim.storage.store import open_store
 from tinymim.tests.storage import tiny
 from tinymim.tests.storage.tiny import CLS, REL, lease_of_the_dead, tree
 
