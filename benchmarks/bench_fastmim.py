@@ -68,13 +68,15 @@ def main() -> int:
     parser.add_argument("--train-pattern", default="train-00000?.tar", help="images of the probes' features")
     parser.add_argument("--tune-pattern", default="train-00001[89].tar", help="images that choose a rate")
     args = parser.parse_args()
+    fixed = {arm: int(steps) for arm, _, steps in (each.partition("=") for each in args.fixed) if steps.isdigit()}
+    if len(fixed) < len(args.fixed) or not set(fixed) <= set(ARMS):
+        parser.error(f"--fixed takes ARM=STEPS with an arm of {', '.join(ARMS)}")
     if not args.data.is_dir():
         print(f"no images in {args.data} (--data or TINYMIM_DATA names another folder)", file=sys.stderr)
         return 0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        fixed = {arm: int(steps) for arm, steps in (each.split("=") for each in args.fixed)}
         step_s: dict[str, list[float]] = {arm: [] for arm in ARMS}
         for number in range(0 if fixed else args.rounds):
             for arm in ARMS:
